@@ -1,0 +1,230 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Forward + backward of one sparse linear with a live adapter, against its peers; `--merge` adds merge.py's rows.
+
+python bench/linear.py --output linear.json        the numbers of performance: 2048 x 2048, r = 16, 128/512/2048 tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import merge
+import report
+from peers import DEFAULT_PEERS, PEERS, LinearFunction, Peer, Problem, forward_backward, make_problem, truth
+from protocol import (
+    AGAIN,
+    measure,
+    peak_allocated_bytes,
+    peak_resident_bytes,
+    poisoned_memory,
+    relative_error,
+    saved_bytes,
+)
+
+BASELINE = "official"
+
+
+def errors(peer: Peer, function: LinearFunction, problem: Problem) -> dict[str, float]:
+    """Relative L2 error of the output and of each gradient against the peer's own formula in float64."""
+    if peer.compiled:
+        # Deterministic mode is part of what code is compiled for: poisoning would measure other code than is timed.
+        results = forward_backward(function, problem)
+    else:
+        with poisoned_memory():
+            results = forward_backward(function, problem)
+    expected = truth(peer.formula, problem)
+    missing = expected.keys() - results.keys()
+    if missing:
+        raise RuntimeError(f"no {', '.join(sorted(missing))} came back")
+    return {name: relative_error(results[name], expected[name]) for name in expected}
+
+
+def memory(function: LinearFunction, problem: Problem) -> dict[str, int | None]:
+    """Bytes kept for backward, and the peaks of one forward + backward."""
+    tensors = [problem.input, problem.weight, problem.lora_A, problem.lora_B]
+    output, sizes = saved_bytes(lambda: function(*problem.arguments()), tensors)
+    del output
+
+    def run() -> object:
+        return forward_backward(function, problem)
+
+    return {**sizes, "peak": peak_allocated_bytes(run), "peak_resident": peak_resident_bytes(run)}
+
+
+def gemm_flop(tokens: int, shape: tuple[int, int]) -> int:
+    """The work no peer can avoid: Y = X Wᵀ and dX = dY W."""
+    return 2 * 2 * tokens * shape[0] * shape[1]
+
+
+def bench_case(problem: Problem, names: Sequence[str], protocol: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one dtype and token count. A peer that fails keeps its row, with the reason in `failed`."""
+    rows: dict[str, dict[str, Any]] = {}
+    functions: dict[str, LinearFunction] = {}
+    made = {name: PEERS[name].make() for name in names}
+    for name in names:
+        peer = PEERS[name]
+        row = {**common, "peer": name, "formula": peer.formula, "note": peer.note, "baseline": BASELINE, "failed": None}
+        rows[name] = row
+        report.progress(f"{common['dtype']} T={common['tokens']} checking {name}")
+        try:
+            row["error"] = errors(peer, made[name], problem)
+            row["bytes"] = memory(made[name], problem)
+        except Exception as problem_found:  # a missing compiler, say: the other peers must still be measured
+            row["failed"] = f"{type(problem_found).__name__}: {str(problem_found).strip().splitlines()[0][:300]}"
+            continue
+        if any(value != value for value in row["error"].values()):
+            row["failed"] = "a result is not a number"
+            continue
+        functions[name] = made[name]
+    if BASELINE not in functions:
+        raise SystemExit(f"the baseline failed: {rows[BASELINE]['failed']}")
+
+    cases = {name: (lambda f=function: forward_backward(f, problem)) for name, function in functions.items()}
+    prefix = f"{common['dtype']} T={common['tokens']} "
+    timings = measure(cases, protocol, baseline=BASELINE, progress=lambda text: report.progress(prefix + text))
+    report.progress("")
+    rows[BASELINE + AGAIN] = {**rows[BASELINE], "peer": BASELINE + AGAIN, "note": "the baseline again: the noise"}
+    for name, timing in timings.items():
+        rows[name].update(timing.row())
+        rows[name]["gflop_per_second"] = rows[name]["gemm_flop"] / rows[name]["seconds"]["median"] / 1e9
+    return list(rows.values())
+
+
+def target(row: dict[str, Any]) -> float | None:
+    on_target = (row["out_features"], row["in_features"]) == report.TARGET_SHAPE and row["rank"] == report.TARGET_RANK
+    if row["peer"] != "lors_cuda" or not on_target:
+        return None
+    return report.LINEAR_TARGETS.get((row["dtype"], row["tokens"]))
+
+
+def print_case(rows: Sequence[dict[str, Any]]) -> None:
+    first = rows[0]
+    print(
+        f"\n{first['dtype']}, {first['tokens']} tokens, {first['out_features']} x {first['in_features']}, "
+        f"r = {first['rank']}, density {first['density']:g}: forward + backward"
+    )
+    lines, failures = [], []
+    for row in rows:
+        if row["failed"]:
+            failures.append(f"{row['peer']} failed: {row['failed']}")
+            continue
+        gradients = [value for name, value in row["error"].items() if name != "output"]
+        sizes = row["bytes"]
+        lines.append(
+            [
+                row["peer"],
+                report.milliseconds(row["seconds"]),
+                report.times(row["ratio"]),
+                report.verdict(target(row), row["ratio"]),
+                str(row["rounds"]),
+                f"{row['error']['output']:.1e}",
+                f"{max(gradients):.1e}",
+                report.megabytes(sizes["saved_beyond_arguments"]),
+                report.megabytes(sizes["saved"]),
+                report.megabytes(sizes["peak"]),
+                report.megabytes(sizes["peak_resident"]),
+            ]
+        )
+    header = ["peer", "ms [p20, p80]", f"x {BASELINE} [p20, p80]", "target", "rounds", "error Y", "error grads"]
+    header += ["kept MB", "saved MB", "peak MB", "resident MB"]
+    print(report.table(header, lines))
+    for failure in failures:
+        print(failure)
+
+
+def choose_peers(requested: Sequence[str] | None, max_autotune: bool) -> list[str]:
+    """The peers to run, the baseline first. Without lors_cuda the default set says so; asked for by name, it is an error."""
+    names = list(requested or DEFAULT_PEERS)
+    if max_autotune and "compiled_max_autotune" not in names:
+        names.append("compiled_max_autotune")
+    names = [BASELINE, *(name for name in dict.fromkeys(names) if name != BASELINE)]
+    if any(name.startswith("lors_cuda") for name in names):
+        try:
+            import lors_cuda  # noqa: F401
+        except ImportError as error:
+            if requested:
+                raise SystemExit(f"lors_cuda was asked for and cannot be imported: {error}") from error
+            print(f"lors_cuda cannot be imported, its rows are missing: {error}", file=sys.stderr)
+            names = [name for name in names if not name.startswith("lors_cuda")]
+    return names
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="bench/linear.py")
+    report.add_common_arguments(parser)
+    parser.add_argument("--tokens", nargs="+", type=report.positive)
+    parser.add_argument("--rank", type=report.positive, default=16)
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), help=f"the baseline, {BASELINE}, always runs")
+    parser.add_argument(
+        "--max-autotune", action="store_true", help="also torch.compile with max-autotune (slow to compile)"
+    )
+    parser.add_argument("--merge", action="store_true", help="also the merge alone")
+    arguments = parser.parse_args(argv)
+    arguments.shape = tuple(arguments.shape or ((64, 96) if arguments.quick else report.TARGET_SHAPE))
+    arguments.tokens = arguments.tokens or ([8, 32] if arguments.quick else [128, 512, 2048])
+    if arguments.rank > min(arguments.shape):
+        parser.error(f"--rank {arguments.rank} is larger than the smaller side of --shape")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    names = choose_peers(arguments.peers, arguments.max_autotune)
+    protocol = report.protocol_from(arguments)
+    where = report.environment()
+    print(report.describe(where))
+    rows: list[dict[str, Any]] = []
+
+    def save() -> None:  # after every case: an hour of measurement must survive an interrupt
+        if arguments.output:
+            report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol))
+
+    for dtype in arguments.dtype:
+        for tokens in arguments.tokens:
+            problem = make_problem(
+                tokens,
+                arguments.shape,
+                arguments.rank,
+                report.DTYPES[dtype],
+                density=arguments.density,
+                seed=arguments.seed,
+            )
+            common = {
+                "benchmark": "linear",
+                "dtype": dtype,
+                "tokens": tokens,
+                "out_features": arguments.shape[0],
+                "in_features": arguments.shape[1],
+                "rank": arguments.rank,
+                "density": arguments.density,
+                "gemm_flop": gemm_flop(tokens, arguments.shape),
+            }
+            case = bench_case(problem, names, protocol, common)
+            print_case(case)
+            rows += case
+            save()
+    if arguments.merge:
+        ranks = [arguments.rank] if arguments.quick else sorted({arguments.rank, *report.MERGE_TARGETS})
+        rows += merge.bench(
+            arguments.shape, ranks, arguments.dtype, protocol, density=arguments.density, seed=arguments.seed
+        )
+        save()
+    note = report.target_note(where)
+    if note and any(row["benchmark"] == "merge" or target(row) for row in rows):
+        print(f"\n{note}")
+    if arguments.output:
+        print(f"\n{len(rows)} rows in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

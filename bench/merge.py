@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""The merge alone, W~ = W + s · M ∘ (B A), against the official three passes and against copying the weight.
+
+python bench/merge.py --output merge.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import report
+from peers import make_problem, official_merge
+from protocol import AGAIN, Protocol, last_level_cache_bytes, measure, poisoned_memory, relative_error
+
+BASELINE = "official"
+MergeFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+NOTES = {
+    "official": "three passes in eager torch: compare, addmm, multiply",
+    "lors_cuda": "lors_cuda.merge",
+    "clone": "weight.clone(): as many bytes read and written as the merge must, allocation included",
+    "copy": "the same into memory allocated once: no merge that allocates its result can be faster",
+}
+
+
+def _functions(weight: Tensor) -> dict[str, MergeFunction]:
+    target = torch.empty_like(weight)
+    functions: dict[str, MergeFunction] = {
+        "official": official_merge,
+        "clone": lambda weight, *_: weight.clone(),
+        "copy": lambda weight, *_: target.copy_(weight),
+    }
+    try:
+        import lors_cuda
+
+        functions["lors_cuda"] = lors_cuda.merge
+    except ImportError as error:
+        print(f"lors_cuda cannot be imported, its rows are missing: {error}", file=sys.stderr)
+    return functions
+
+
+def floor_bytes(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> int:
+    """The bytes a perfect merge moves: the weight read once, the result written once, the adapters read once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (weight, weight, lora_A, lora_B))
+
+
+def check(function: MergeFunction, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Any]:
+    """Relative L2 error against float64, and whether every masked element is +0 bit for bit."""
+    with poisoned_memory():
+        merged = function(weight, lora_A, lora_B, scaling)
+    mask = weight != 0
+    expected = weight.double() + scaling * mask * (lora_B.double() @ lora_A.double())
+    masked = merged[~mask]
+    zeros = bool((masked == 0).all()) and not bool(masked.signbit().any())
+    return {"error": {"output": relative_error(merged, expected)}, "masked_positive_zero": zeros}
+
+
+@torch.no_grad()
+def bench_case(
+    shape: tuple[int, int], rank: int, dtype: str, protocol: Protocol, density: float, seed: int, warm: bool
+) -> list[dict[str, Any]]:
+    problem = make_problem(1, shape, rank, report.DTYPES[dtype], density=density, seed=seed)
+    weight, lora_A, lora_B = problem.weight, problem.lora_A.detach(), problem.lora_B.detach()
+    # In training a layer's weight was last touched a whole model ago: take turns over copies that no cache holds.
+    size = weight.numel() * weight.element_size()
+    copies = 1 if warm else max(1, -(-3 * last_level_cache_bytes() // size))
+    weights = [weight] + [weight.clone() for _ in range(copies - 1)]
+    floor = floor_bytes(weight, lora_A, lora_B)
+    rows: dict[str, dict[str, Any]] = {}
+    cases: dict[str, Callable[[], object]] = {}
+    for name, function in _functions(weight).items():
+        rows[name] = {
+            "benchmark": "merge",
+            "peer": name,
+            "note": NOTES[name],
+            "baseline": BASELINE,
+            "failed": None,
+            "dtype": dtype,
+            "out_features": shape[0],
+            "in_features": shape[1],
+            "rank": rank,
+            "density": density,
+            "rotated_weights": copies,
+            "floor_bytes": floor,
+        }
+        if name not in ("clone", "copy"):
+            rows[name].update(check(function, weight, lora_A, lora_B, problem.scaling))
+        turns = itertools.cycle(weights)
+        cases[name] = lambda f=function, t=turns: f(next(t), lora_A, lora_B, problem.scaling)  # type: ignore[misc]
+    prefix = f"merge {dtype} r={rank} "
+    timings = measure(cases, protocol, baseline=BASELINE, progress=lambda text: report.progress(prefix + text))
+    report.progress("")
+    rows[BASELINE + AGAIN] = {**rows[BASELINE], "peer": BASELINE + AGAIN, "note": "the baseline again: the noise"}
+    for name, timing in timings.items():
+        rows[name].update(timing.row())
+        rows[name]["floor_gb_per_second"] = floor / rows[name]["seconds"]["median"] / 1e9
+    return list(rows.values())
+
+
+def target(row: dict[str, Any]) -> float | None:
+    on_target = (row["out_features"], row["in_features"]) == report.TARGET_SHAPE
+    return report.MERGE_TARGETS.get(row["rank"]) if row["peer"] == "lors_cuda" and on_target else None
+
+
+def print_case(rows: Sequence[dict[str, Any]]) -> None:
+    first = rows[0]
+    cache = "cold" if first["rotated_weights"] > 1 else "warm"
+    print(
+        f"\nmerge, {first['dtype']}, {first['out_features']} x {first['in_features']}, r = {first['rank']}, "
+        f"density {first['density']:g}, {cache} weights"
+    )
+    lines = []
+    for row in rows:
+        error = f"{row['error']['output']:.1e}" if "error" in row else "-"
+        zeros = {True: "yes", False: "NO", None: "-"}[row.get("masked_positive_zero")]
+        lines.append(
+            [
+                row["peer"],
+                report.milliseconds(row["seconds"]),
+                report.times(row["ratio"]),
+                report.verdict(target(row), row["ratio"]),
+                str(row["rounds"]),
+                f"{row['floor_gb_per_second']:.1f}",
+                error,
+                zeros,
+            ]
+        )
+    header = [
+        "peer",
+        "ms [p20, p80]",
+        f"x {BASELINE} [p20, p80]",
+        "target",
+        "rounds",
+        "floor GB/s",
+        "error",
+        "masked +0",
+    ]
+    print(report.table(header, lines))
+
+
+def bench(
+    shape: tuple[int, int],
+    ranks: Sequence[int],
+    dtypes: Sequence[str],
+    protocol: Protocol,
+    *,
+    density: float = 0.5,
+    seed: int = 0,
+    warm: bool = False,
+) -> list[dict[str, Any]]:
+    """Measure and print every dtype and rank; the JSON rows."""
+    rows: list[dict[str, Any]] = []
+    for dtype in dtypes:
+        for rank in ranks:
+            case = bench_case(shape, rank, dtype, protocol, density, seed, warm)
+            print_case(case)
+            rows += case
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="bench/merge.py")
+    report.add_common_arguments(parser)
+    parser.add_argument("--rank", nargs="+", type=report.positive, default=list(report.MERGE_TARGETS))
+    parser.add_argument("--warm", action="store_true", help="one weight only, which the cache may hold")
+    arguments = parser.parse_args(argv)
+    shape = tuple(arguments.shape or ((64, 96) if arguments.quick else report.TARGET_SHAPE))
+    if max(arguments.rank) > min(shape):
+        parser.error(f"--rank {max(arguments.rank)} is larger than the smaller side of --shape")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    protocol = report.protocol_from(arguments)
+    where = report.environment()
+    print(report.describe(where))
+    rows = bench(
+        shape,
+        arguments.rank,
+        arguments.dtype,
+        protocol,
+        density=arguments.density,
+        seed=arguments.seed,
+        warm=arguments.warm,
+    )
+    note = report.target_note(where)
+    if note and any(target(row) for row in rows):
+        print(f"\n{note}")
+    if arguments.output:
+        report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol))
+        print(f"\n{len(rows)} rows in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

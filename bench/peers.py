@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sparse linear with a live adapter, as each method computes it: Y [T, N] from X [T, K], W [N, K], A [r, K], B [N, r].
+
+Every peer has the same signature and a dense weight with zeros; each is timed by linear.py and stands beside the float64
+formula of what it claims to compute (`truth`). Written from the papers' equations, not from their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LinearFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer: how it is made, which float64 formula it answers to, and what a reader should know about it."""
+
+    make: Callable[[], LinearFunction]  # called once per problem, so that torch.compile starts from a clean cache
+    formula: str  # a key of FORMULAS
+    note: str
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of one measurement; adapters have the weight's dtype because not every peer accepts others."""
+
+    input: Tensor  # [T, K], requires grad
+    weight: Tensor  # [N, K], frozen, zeros where pruned
+    lora_A: Tensor  # [r, K], requires grad
+    lora_B: Tensor  # [N, r], requires grad, not zero: a zero B would hide errors in dA and dX
+    scaling: float
+    grad_output: Tensor  # [T, N]
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        return self.input, self.weight, self.lora_A, self.lora_B, self.scaling
+
+
+def make_problem(
+    tokens: int,
+    shape: tuple[int, int],
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    density: float = 0.5,
+    scaling: float = 2.0,
+    seed: int = 0,
+) -> Problem:
+    """Random tensors with a random mask of the given density; `scaling` is not 1, so that forgetting it shows."""
+    out_features, in_features = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator) * std
+
+    mask = torch.rand(out_features, in_features, generator=generator) < density
+    weight = (normal(out_features, in_features, std=in_features**-0.5) * mask).to(dtype)
+    return Problem(
+        input=normal(tokens, in_features).to(dtype).requires_grad_(),
+        weight=weight,
+        lora_A=normal(rank, in_features, std=in_features**-0.5).to(dtype).requires_grad_(),
+        lora_B=normal(out_features, rank, std=0.25 * rank**-0.5).to(dtype).requires_grad_(),
+        scaling=scaling,
+        grad_output=normal(tokens, out_features).to(dtype),
+    )
+
+
+# --- the formulas in float64 ------------------------------------------------------------------------------------------
+
+
+def _unmasked_adapter_gradients(x: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return s * (grad @ b).T @ x, s * grad.T @ (x @ a.T)
+
+
+def _lors(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, ...]:
+    merged = w + s * (w != 0) * (b @ a)
+    return (x @ merged.T, grad @ merged, *_unmasked_adapter_gradients(x, a, b, s, grad))
+
+
+def _exact(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, ...]:
+    mask = w != 0
+    merged = w + s * mask * (b @ a)
+    grad_merged = mask * (grad.T @ x)
+    return x @ merged.T, grad @ merged, s * b.T @ grad_merged, s * grad_merged @ a.T
+
+
+def _unmasked(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, ...]:
+    merged = w + s * (b @ a)
+    return (x @ merged.T, grad @ merged, *_unmasked_adapter_gradients(x, a, b, s, grad))
+
+
+def _frozen(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, ...]:
+    return x @ w.T, grad @ w
+
+
+def _spp(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float, grad: Tensor) -> tuple[Tensor, ...]:
+    rank, in_features = a.shape
+    groups = w.shape[0] // rank
+    rows = a.repeat_interleave(groups, dim=0)  # [N, K]
+    column = b[:, :1]  # [N, 1]
+    merged = w + s * w * rows * column
+    grad_merged = w * (grad.T @ x)
+    grad_b = torch.zeros_like(b)
+    grad_b[:, 0] = s * (grad_merged * rows).sum(1)
+    grad_a = s * (grad_merged * column).reshape(rank, groups, in_features).sum(1)
+    return x @ merged.T, grad @ merged, grad_a, grad_b
+
+
+FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "lors": _lors,  # masked forward, the paper's adapter gradients
+    "exact": _exact,  # masked forward, its true gradients
+    "unmasked": _unmasked,  # plain LoRA: zeros are not kept
+    "frozen": _frozen,  # no adapter
+    "spp": _spp,  # row and column scaling of the weight
+}
+RESULTS = ("output", "grad_input", "grad_lora_A", "grad_lora_B")
+
+
+@torch.no_grad()
+def truth(formula: str, problem: Problem) -> dict[str, Tensor]:
+    """The results of a formula in float64, from the problem's rounded tensors: {"output": [T, N], "grad_input", …}."""
+    x, w, a, b, s = problem.arguments()
+    tensors = FORMULAS[formula](x.double(), w.double(), a.double(), b.double(), s, problem.grad_output.double())
+    return dict(zip(RESULTS, tensors, strict=False))
+
+
+# --- the peers --------------------------------------------------------------------------------------------------------
+
+
+def official_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The eager merge of the paper's code, three passes over [N, K]: compare, addmm, multiply in place."""
+    mask = weight != 0
+    merged = torch.addmm(weight, lora_B, lora_A, alpha=scaling)
+    return merged.mul_(mask)
+
+
+class _Official(torch.autograd.Function):
+    """LoRS in eager torch: the weight recomputed in backward, the adapter gradients as four thin products.
+
+    NOTE: the authors' code leaves `scaling` out of both adapter gradients; it stands here so that errors compare. It
+    multiplies [r, K] and [N, r] only, which costs nothing next to the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(input, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return input @ official_merge(weight, lora_A, lora_B, scaling).T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        input, weight, lora_A, lora_B = ctx.saved_tensors
+        grad_input = grad_output @ official_merge(weight, lora_A, lora_B, ctx.scaling)
+        x, grad = input.flatten(0, -2), grad_output.flatten(0, -2)
+        grad_lora_A = ((grad @ lora_B).T @ x).mul_(ctx.scaling)
+        grad_lora_B = (grad.T @ (x @ lora_A.T)).mul_(ctx.scaling)
+        return grad_input, None, grad_lora_A, grad_lora_B, None
+
+
+def official(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return _Official.apply(input, weight, lora_A, lora_B, scaling)
+
+
+def sqft(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return F.linear(input, weight + (lora_B @ lora_A) * scaling * (weight != 0))
+
+
+def spp(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """SPP's parameters in our tensors: all of lora_A, and the first column of lora_B; r must divide N."""
+    rows = lora_A.repeat_interleave(weight.shape[0] // lora_A.shape[0], dim=0)
+    return F.linear(input, weight + weight * rows * lora_B[:, :1] * scaling)
+
+
+def peft_lora(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return F.linear(input, weight) + F.linear(F.linear(input, lora_A), lora_B) * scaling
+
+
+def frozen_linear(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return F.linear(input, weight)
+
+
+def checkpointed(function: LinearFunction) -> LinearFunction:
+    """The same function under activation checkpointing: its forward runs again during backward."""
+
+    def run(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        return checkpoint(function, input, weight, lora_A, lora_B, scaling, use_reentrant=False)
+
+    return run
+
+
+def _reference_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    # Out of place and through `where`, so that the compiler may fuse compare, select and add as it likes.
+    return torch.where(weight != 0, torch.addmm(weight, lora_B, lora_A, alpha=scaling), 0.0)
+
+
+class _Reference(torch.autograd.Function):
+    """The LoRS formulas written for a compiler: functional, nothing in place."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(input, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return input @ _reference_merge(weight, lora_A, lora_B, scaling).T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        input, weight, lora_A, lora_B = ctx.saved_tensors
+        grad_input = grad_output @ _reference_merge(weight, lora_A, lora_B, ctx.scaling)
+        x, grad = input.flatten(0, -2), grad_output.flatten(0, -2)
+        grad_lora_A = (grad @ lora_B).T @ x * ctx.scaling
+        grad_lora_B = grad.T @ (x @ lora_A.T) * ctx.scaling
+        return grad_input, None, grad_lora_A, grad_lora_B, None
+
+
+def _reference(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return _Reference.apply(input, weight, lora_A, lora_B, scaling)
+
+
+def compiled(mode: str | None = None) -> LinearFunction:
+    """torch.compile of the reference, freshly made: code compiled for an earlier problem is dropped."""
+    torch.compiler.reset()
+    return torch.compile(_reference, mode=mode, fullgraph=True, dynamic=False)
+
+
+def lors_cuda_linear(gradient: str) -> LinearFunction:
+    import lors_cuda  # here, so that the other peers run (and are tested) where the package is not built
+
+    def run(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        return lors_cuda.lors_linear(input, weight, lora_A, lora_B, scaling, gradient=gradient)
+
+    return run
+
+
+PEERS: dict[str, Peer] = {
+    "official": Peer(lambda: official, "lors", "LoRS in eager torch, the baseline"),
+    "lors_cuda": Peer(lambda: lors_cuda_linear("lors"), "lors", 'this package, gradient="lors"'),
+    "lors_cuda_exact": Peer(lambda: lors_cuda_linear("exact"), "exact", 'this package, gradient="exact"'),
+    "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),
+    "compiled_max_autotune": Peer(
+        lambda: compiled("max-autotune"), "lors", "torch.compile of the LoRS formulas, max-autotune", compiled=True
+    ),
+    "sqft": Peer(lambda: sqft, "exact", "masked LoRA under autograd"),
+    "sqft_checkpointed": Peer(lambda: checkpointed(sqft), "exact", "masked LoRA, checkpointed"),
+    "spp": Peer(lambda: spp, "spp", "row and column scaling of the weight (other parameters, other model)"),
+    "spp_checkpointed": Peer(lambda: checkpointed(spp), "spp", "the same, checkpointed"),
+    "peft_lora": Peer(lambda: peft_lora, "unmasked", "plain LoRA: a merge would destroy the zeros"),
+    "frozen_linear": Peer(lambda: frozen_linear, "frozen", "F.linear without an adapter: trains nothing"),
+}
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled_max_autotune", "spp", "spp_checkpointed"))
+
+
+def forward_backward(function: LinearFunction, problem: Problem) -> dict[str, Tensor]:
+    """One forward and one backward; the results by the names of RESULTS, without those a peer does not have."""
+    output = function(*problem.arguments())
+    wanted = [problem.input, problem.lora_A, problem.lora_B]
+    # autograd.grad, not backward(): no peer is charged for accumulating into .grad
+    gradients = torch.autograd.grad(output, wanted, problem.grad_output, allow_unused=True)
+    tensors = (output.detach(), *gradients)
+    return {name: tensor for name, tensor in zip(RESULTS, tensors, strict=True) if tensor is not None}

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a peer is timed and its memory counted: warm-ups, shuffled interleaved rounds, per-round ratios, an A/A pair.
+
+Knows nothing of what runs: a case is a name and a callable. README.md says in words what each number counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+AGAIN = "_again"  # suffix of the baseline's twin, whose ratio is the noise of the run
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to measure. The defaults are those of a reported number; `quick` only shows that everything runs."""
+
+    rounds: int = 15
+    min_rounds: int = 3  # measured even where one call exceeds the budget
+    warmups: int = 20
+    min_seconds: float = 0.005  # timed work per round: short calls are repeated
+    budget_seconds: float = 30.0  # per peer; a peer leaves the rounds once it has spent this
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Protocol:
+        return cls(rounds=3, min_rounds=1, warmups=1, min_seconds=0.0005, budget_seconds=5.0)
+
+
+@dataclass
+class Timing:
+    """The rounds of one case. `seconds[i]` is the mean of `repetitions` calls in the case's i-th round."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)  # baseline seconds / own seconds of the same round
+    repetitions: int = 1
+    warmups: int = 0
+    rounds_wanted: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """The timing part of a JSON row: raw times, their quantiles, and those of the per-round ratios."""
+        return {
+            "seconds": summary(self.seconds),
+            "ratio": summary(self.ratios),
+            "rounds": len(self.seconds),
+            "ratio_rounds": len(self.ratios),
+            "rounds_wanted": self.rounds_wanted,
+            "repetitions": self.repetitions,
+            "warmups": self.warmups,
+            "raw_seconds": self.seconds,
+            "raw_ratios": self.ratios,
+        }
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile with linear interpolation between neighbours; `values` must not be empty."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def summary(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"median": quantile(values, 0.5), "p20": quantile(values, 0.2), "p80": quantile(values, 0.8)}
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python's collector would strike at random inside somebody's round."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _seconds(run: Callable[[], object], repetitions: int) -> float:
+    start = perf_counter()
+    for _ in range(repetitions):
+        run()
+    return (perf_counter() - start) / repetitions
+
+
+def _warm_up(run: Callable[[], object], protocol: Protocol) -> tuple[int, int]:
+    """Calls made, and repetitions that fill `min_seconds`; slow peers get fewer warm-ups, never none."""
+    spent, fastest, calls = 0.0, math.inf, 0
+    while calls < max(protocol.warmups, 1):
+        seconds = _seconds(run, 1)
+        calls += 1
+        spent += seconds
+        fastest = min(fastest, seconds)
+        if spent > protocol.budget_seconds / 5:
+            break
+    return calls, max(1, math.ceil(protocol.min_seconds / fastest))
+
+
+def measure(
+    cases: Mapping[str, Callable[[], object]],
+    protocol: Protocol,
+    *,
+    baseline: str,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Timing]:
+    """Time the cases in shuffled, interleaved rounds, with ratios to `baseline` taken round by round.
+
+    The baseline runs twice in every round; its twin is returned as `baseline + AGAIN`. A case that has spent its budget
+    leaves after `min_rounds`, so that a round's times always stand next to each other; its `rounds` says how many.
+    """
+    runs = {**cases, baseline + AGAIN: cases[baseline]}
+    timings: dict[str, Timing] = {}
+    spent = dict.fromkeys(runs, 0.0)
+    with _without_garbage_collection():
+        for name, run in runs.items():
+            if progress:
+                progress(f"warm-up {name}")
+            calls, repetitions = _warm_up(run, protocol)
+            timings[name] = Timing(repetitions=repetitions, warmups=calls, rounds_wanted=protocol.rounds)
+        # The twin must be timed exactly like the baseline.
+        timings[baseline + AGAIN].repetitions = timings[baseline].repetitions
+        shuffle = random.Random(protocol.seed)
+        for index in range(protocol.rounds):
+            order = [name for name in runs if index < protocol.min_rounds or spent[name] < protocol.budget_seconds]
+            shuffle.shuffle(order)
+            for name in order:
+                if progress:
+                    progress(f"round {index + 1}/{protocol.rounds} {name}")
+                timing = timings[name]
+                seconds = _seconds(runs[name], timing.repetitions)
+                timing.seconds.append(seconds)
+                spent[name] += seconds * timing.repetitions
+    for timing in timings.values():
+        # Cases only ever leave, so the i-th times of two cases are of the same round.
+        pairs = zip(timings[baseline].seconds, timing.seconds, strict=False)
+        timing.ratios = [reference / own for reference, own in pairs]
+    return timings
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, dict[str, int]]:
+    """Run a forward; its output, and the bytes autograd keeps for backward, each storage counted once.
+
+    `saved` counts every storage kept; `saved_beyond_arguments` leaves out those of the arguments (the input, the weight,
+    the adapters), which live on in any case.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    beyond = sum(size for pointer, size in kept.items() if pointer not in own)
+    return output, {"saved": sum(kept.values()), "saved_beyond_arguments": beyond}
+
+
+def peak_allocated_bytes(run: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once that were allocated during `run`, from the profiler's memory events.
+
+    Sees every allocation through torch's CPU allocator, those of C++ ops included; not what a library takes from malloc.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = run()
+        del result
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    memory.sort(key=lambda event: (event["ts"], event["args"].get("Ev Idx", 0)))
+    alive = peak = 0
+    for event in memory:
+        alive += event["args"]["Bytes"]
+        peak = max(peak, alive)
+    return peak
+
+
+def peak_resident_bytes(run: Callable[[], object]) -> int | None:
+    """How far the process's resident memory rises during `run`, all allocators included; None where not known.
+
+    Needs Linux. Pages that the C library holds back are returned first, else reused memory would count as nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak, VmHWM
+        before = _status_bytes("VmRSS")
+        result = run()
+        peak = _status_bytes("VmHWM")
+        del result
+    except (OSError, AttributeError):  # /proc not writable, or a C library without malloc_trim
+        return None
+    return max(0, peak - before)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+# --- error ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that an element an op forgets to write shows in its error."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """||value - expected|| / ||expected|| in float64; NaN anywhere in `value` gives NaN, a wrong shape an error."""
+    if value.shape != expected.shape:
+        raise ValueError(f"a result has shape {tuple(value.shape)}, its formula gives {tuple(expected.shape)}")
+    norm = expected.norm()
+    return float((value.double() - expected).norm() / norm) if norm else float(value.double().norm())
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of the first core, as Linux reports it; 32 MiB where it does not."""
+    sizes = []
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text and text[-1] in units and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the numbers: the machine they were measured on, the JSON file, tables on the terminal, the targets."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protocol import Protocol, load_average
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+TARGET_SHAPE, TARGET_RANK = (2048, 2048), 16
+# How many times faster than the official formula, on two cores with AVX-512: (dtype, tokens) and (rank,).
+LINEAR_TARGETS = {("float32", 128): 2.0, ("float32", 512): 1.3, ("float32", 2048): 1.05, ("bfloat16", 512): 1.6}
+MERGE_TARGETS = {16: 5.0, 64: 2.5}
+
+
+# --- where it was measured --------------------------------------------------------------------------------------------
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = values.get("flags", "").split()
+    return values.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
+
+
+def environment() -> dict[str, Any]:
+    """Commit, processor, threads, versions and date: everything a row needs to be read a year later."""
+    model, features = _cpu()
+    changes = _git("status", "--porcelain")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "device": "cpu",
+        "cpu_model": model,
+        "cpu_features": features,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_at_start": load_average(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl": torch.backends.mkl.is_available(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "lors_cuda": _version("lors-cuda"),
+    }
+
+
+def describe(where: dict[str, Any]) -> str:
+    commit = (where["commit"] or "no commit")[:12] + (" + changes" if where["uncommitted_changes"] else "")
+    load = where["load_average_at_start"]
+    return (
+        f"{where['cpu_model']} ({', '.join(where['cpu_features']) or 'no AVX2'}), {where['threads']} threads of "
+        f"{where['cpu_count']} cores, load {'?' if load is None else f'{load:.1f}'}; torch {where['torch']}, "
+        f"lors_cuda {where['lors_cuda'] or 'not installed'}, {commit}, {where['date']}"
+    )
+
+
+def write_json(path: Path, rows: Sequence[dict[str, Any]], where: dict[str, Any], protocol: dict[str, Any]) -> None:
+    """One document per run, written to a temporary name and renamed: an interrupted run leaves the old file."""
+    document = {
+        "format": 1,
+        "environment": {**where, "load_average_at_end": load_average()},
+        "protocol": protocol,
+        "rows": list(rows),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            # JSON has no NaN: a result that is not a number is written as null beside `failed`.
+            json.dump(_finite(document), file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+# --- the command line both benches share ------------------------------------------------------------------------------
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", nargs=2, type=positive, metavar=("N", "K"), help="out_features, in_features")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--density", type=float, default=0.5, help="share of nonzero weights")
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--min-rounds", type=positive, default=3, help="measured even by a peer beyond its budget")
+    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="timed work per peer and case")
+    parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def protocol_from(arguments: argparse.Namespace) -> Protocol:
+    if arguments.quick:
+        return Protocol.quick()
+    return Protocol(
+        rounds=arguments.rounds,
+        min_rounds=min(arguments.min_rounds, arguments.rounds),
+        budget_seconds=arguments.budget,
+        seed=arguments.seed,
+    )
+
+
+def progress(text: str) -> None:
+    """One line that overwrites itself; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    rows = [header, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def milliseconds(stats: dict[str, float] | None) -> str:
+    if stats is None:
+        return "-"
+    return f"{stats['median'] * 1e3:.3f} [{stats['p20'] * 1e3:.3f}, {stats['p80'] * 1e3:.3f}]"
+
+
+def times(stats: dict[str, float] | None) -> str:
+    return "-" if stats is None else f"{stats['median']:.2f} [{stats['p20']:.2f}, {stats['p80']:.2f}]"
+
+
+def megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f}"
+
+
+def verdict(target: float | None, stats: dict[str, float] | None) -> str:
+    if target is None or stats is None:
+        return ""
+    return f">= {target:g} {'met' if stats['median'] >= target else 'missed'}"
+
+
+def target_note(where: dict[str, Any]) -> str | None:
+    """Why a met or missed target may mean little here: the targets are stated for one kind of machine."""
+    if where["threads"] == 2 and "avx512f" in where["cpu_features"]:
+        return None
+    return "The targets are stated for 2 threads on a processor with AVX-512; this run is on another kind."

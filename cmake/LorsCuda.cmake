@@ -1,0 +1,4 @@
+# Decides LORS_CUDA_ENABLED from LORS_CUDA and the machine.
+set(LORS_CUDA_ENABLED OFF)
+set(LORS_CUDA_VERSION "")
+set(LORS_CUDA_ARCHS_TEXT "")

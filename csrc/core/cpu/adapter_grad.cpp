@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// Adapter gradients on the CPU, as thin products over dY, X or a panel of dY^T X (see contract_kernel.h). No sum is split
+// between threads, so results do not depend on how many there are.
+#include <lors/adapter_grad.h>
+
+#include "kernels.h"
+#include "workspace.h"
+
+namespace lors {
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kGrainElements = 32768;  // elements of the big matrix below which a second thread does not pay
+
+int64_t grain(int64_t other_side) { return 1 + kGrainElements / (other_side > 0 ? other_side : 1); }
+
+int64_t thin_width(int64_t r) { return (r + kThinWidth - 1) / kThinWidth * kThinWidth; }
+
+// Which thin factor a product takes: scale * src, or scale * src^T, zero-padded to the thin width.
+struct Factor {
+  const void* src;
+  DType dtype;
+  int64_t rows, r;
+  bool transpose;  // src is [r, rows]
+  double scale;
+};
+
+Workspace pack(const Factor& factor, bool is_double, Stream stream) {
+  const int64_t width = thin_width(factor.r);
+  Workspace packed(factor.rows * width * (is_double ? 8 : 4));
+  PackJob job;
+  job.src = factor.src;
+  job.src_dtype = factor.dtype;
+  job.rows = factor.rows;
+  job.columns = factor.r;
+  job.row_stride = factor.transpose ? 1 : factor.r;
+  job.column_stride = factor.transpose ? factor.rows : 1;
+  job.width = width;
+  job.scale = factor.scale;
+  job.is_double = is_double;
+  job.dst = packed.data();
+  parallel_for(stream, factor.rows, grain(width), [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
+  return packed;
+}
+
+void contract_rows(const ContractJob& job, Stream stream) {
+  parallel_for(stream, job.rows, grain(job.columns),
+               [&](int64_t begin, int64_t end) { kernels().contract_rows(job, begin, end); });
+}
+
+void contract_columns(const ContractJob& job, Stream stream) {
+  parallel_for(stream, job.columns, grain(job.rows),
+               [&](int64_t begin, int64_t end) { kernels().contract_columns(job, begin, end); });
+}
+
+void store(const void* src, bool is_double, int64_t rows, int64_t columns, void* dst, DType dtype, bool transpose,
+           Stream stream) {
+  StoreJob job;
+  job.src = src;
+  job.rows = rows;
+  job.columns = columns;
+  job.width = thin_width(columns);
+  job.is_double = is_double;
+  job.dst = dst;
+  job.dst_dtype = dtype;
+  job.transpose = transpose;
+  parallel_for(stream, rows, grain(columns), [&](int64_t begin, int64_t end) { kernels().store(job, begin, end); });
+}
+
+ContractJob unmasked(const void* matrix, DType dtype, int64_t rows, int64_t columns, int64_t r, bool is_double) {
+  ContractJob job;
+  job.rows = rows;
+  job.columns = columns;
+  job.matrix = matrix;
+  job.matrix_dtype = dtype;
+  job.width = thin_width(r);
+  job.is_double = is_double;
+  return job;
+}
+
+}  // namespace
+
+Status adapter_grad_lors(const AdapterGradArgs& args, Stream stream) {
+  const int64_t T = args.tokens, N = args.out_features, K = args.in_features, r = args.r, width = thin_width(r);
+  const bool is_double = args.grad_output_dtype == DType::float64;
+  if (is_double != (args.input_dtype == DType::float64))
+    return Status::error("adapter_grad needs input and grad_output both in float64 or neither.");
+  const int64_t size = is_double ? 8 : 4;
+  if (args.lora_B_grad) {  // dB = dY^T (s X A^T)
+    const Workspace transposed_A = pack({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
+    Workspace product(T * width * size), sum(N * width * size);
+    ContractJob job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
+    job.factor = transposed_A.data();
+    job.out = product.data();
+    contract_rows(job, stream);
+    job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
+    job.factor = product.data();
+    job.out = sum.data();
+    contract_columns(job, stream);
+    store(sum.data(), is_double, N, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
+  }
+  if (args.lora_A_grad) {  // dA = (s dY B)^T X, computed as its transpose
+    const Workspace packed_B = pack({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, stream);
+    Workspace product(T * width * size), sum(K * width * size);
+    ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
+    job.factor = packed_B.data();
+    job.out = product.data();
+    contract_rows(job, stream);
+    job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
+    job.factor = product.data();
+    job.out = sum.data();
+    contract_columns(job, stream);
+    store(sum.data(), is_double, K, r, args.lora_A_grad, args.lora_A_dtype, true, stream);
+  }
+  return {};
+}
+
+Status masked_contract(const MaskedContractArgs& args, Stream stream) {
+  const int64_t rows = args.rows, K = args.in_features, r = args.r, width = thin_width(r);
+  const bool is_double = args.grad_weight_dtype == DType::float64;
+  const int64_t size = is_double ? 8 : 4;
+  ContractJob job = unmasked(args.grad_weight, args.grad_weight_dtype, rows, K, r, is_double);
+  job.mask = args.mask;
+  job.kept_where = args.mask ? nullptr : args.weight;
+  job.kept_where_size = dtype_size(args.weight_dtype);
+  if (args.lora_B_grad) {
+    const Workspace transposed_A = pack({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
+    Workspace sum(rows * width * size);
+    job.factor = transposed_A.data();
+    job.out = sum.data();
+    contract_rows(job, stream);
+    store(sum.data(), is_double, rows, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
+  }
+  if (args.lora_A_sum) {
+    const Workspace packed_B = pack({args.lora_B, args.lora_B_dtype, rows, r, false, args.scaling}, is_double, stream);
+    Workspace sum(K * width * size);
+    job.factor = packed_B.data();
+    job.out = sum.data();
+    contract_columns(job, stream);
+    const auto add = [&]<typename Acc>(Acc* total) {
+      const Acc* panel = static_cast<const Acc*>(sum.data());
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t p = 0; p < r; ++p) total[k * r + p] += panel[k * width + p];
+    };
+    is_double ? add(static_cast<double*>(args.lora_A_sum)) : add(static_cast<float*>(args.lora_A_sum));
+  }
+  return {};
+}
+
+Status bias_grad(const BiasGradArgs& args, Stream stream) {
+  // A column sum is the thin product with a factor of ones in its first column.
+  const int64_t T = args.tokens, N = args.out_features;
+  const bool is_double = args.grad_output_dtype == DType::float64;
+  const double one = 1.0;
+  Workspace ones(T * kThinWidth * (is_double ? 8 : 4)), sum(N * kThinWidth * (is_double ? 8 : 4));
+  PackJob pack_ones;
+  pack_ones.src = &one;
+  pack_ones.src_dtype = DType::float64;
+  pack_ones.rows = T;
+  pack_ones.columns = 1;
+  pack_ones.width = kThinWidth;
+  pack_ones.is_double = is_double;
+  pack_ones.dst = ones.data();
+  kernels().pack(pack_ones, 0, T);
+  ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, 1, is_double);
+  job.factor = ones.data();
+  job.out = sum.data();
+  contract_columns(job, stream);
+  store(sum.data(), is_double, N, 1, args.bias_grad, args.bias_grad_dtype, false, stream);
+  return {};
+}
+
+}  // namespace cpu
+
+namespace {
+Status no_cuda(const char* name) {
+  return Status::error(std::string("lors::") + name + " has no CUDA kernel in this build; move the tensors to the CPU.");
+}
+}  // namespace
+
+Status adapter_grad_lors(const AdapterGradArgs& args, Device device, Stream stream) {
+  return device.type == DeviceType::cpu ? cpu::adapter_grad_lors(args, stream) : no_cuda("adapter_grad");
+}
+Status masked_contract(const MaskedContractArgs& args, Device device, Stream stream) {
+  return device.type == DeviceType::cpu ? cpu::masked_contract(args, stream) : no_cuda("masked_contract");
+}
+Status bias_grad(const BiasGradArgs& args, Device device, Stream stream) {
+  return device.type == DeviceType::cpu ? cpu::bias_grad(args, stream) : no_cuda("bias_grad");
+}
+
+}  // namespace lors

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which table of kernels, and which product type, this processor gets. Decided once, from cpuid and the environment.
+#include <lors/cpu.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace lors::cpu {
+
+extern const KernelTable table_baseline;
+#if defined(__x86_64__)
+extern const KernelTable table_avx2;
+extern const KernelTable table_avx512;
+#endif
+
+namespace {
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+const KernelTable* choose() {
+  const std::string wanted = environment("LORS_CPU_CAPABILITY");
+  if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
+    throw std::runtime_error("LORS_CPU_CAPABILITY is '" + wanted +
+                             "'; set it to baseline, avx2 or avx512, or leave it unset for the best this processor has.");
+  if (wanted == "baseline") return &table_baseline;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && wanted != "avx2") return &table_avx512;
+  if (avx2 && wanted != "avx512") return &table_avx2;
+#endif
+  if (!wanted.empty())
+    throw std::runtime_error("LORS_CPU_CAPABILITY asks for " + wanted +
+                             ", which this processor does not have; unset it, or set it to baseline.");
+  return &table_baseline;
+}
+
+bool has_amx(DType dtype) {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (dtype == DType::bfloat16) return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);  // AMX-BF16
+  if (dtype == DType::float16) return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 21 & 1);   // AMX-FP16
+#endif
+  return false;
+}
+
+bool multiplies_natively(DType dtype) {
+  static const std::string wanted = environment("LORS_CPU_PRODUCT");
+  if (wanted == "native") return true;
+  if (wanted == "float32") return false;
+  if (!wanted.empty())
+    throw std::runtime_error("LORS_CPU_PRODUCT is '" + wanted + "'; set it to float32 or native, or leave it unset.");
+  return has_amx(dtype);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable* table = choose();
+  return *table;
+}
+
+}  // namespace lors::cpu
+
+namespace lors {
+
+const char* cpu_capability() { return cpu::kernels().name; }
+
+bool cpu_multiplies_natively(DType dtype) {
+  static const bool bfloat16 = cpu::multiplies_natively(DType::bfloat16);
+  static const bool float16 = cpu::multiplies_natively(DType::float16);
+  return dtype == DType::bfloat16 ? bfloat16 : dtype == DType::float16 ? float16 : true;
+}
+
+}  // namespace lors

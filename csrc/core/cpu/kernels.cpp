@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// One table of kernels for the instruction set this file is compiled for: LORS_CPU_TABLE names it (see CMakeLists.txt).
+// No standard container or algorithm is used here: their inline functions would be shared between instruction sets.
+#include "kernels.h"
+
+#include "contract_kernel.h"
+#include "merge_kernel.h"
+#include "pack_kernel.h"
+
+#define LORS_STRING_(x) #x
+#define LORS_STRING(x) LORS_STRING_(x)
+#define LORS_JOIN_(a, b) a##b
+#define LORS_JOIN(a, b) LORS_JOIN_(a, b)
+
+namespace lors::cpu {
+
+extern const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE);
+const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
+    LORS_STRING(LORS_CPU_TABLE), kMergePanel<float>, pack, merge, contract_rows, contract_columns, store_out,
+};
+
+}  // namespace lors::cpu

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of CPU kernels. kernels.cpp is compiled once per instruction set (baseline, AVX2, AVX-512) and fills one table
+// each; dispatch.cpp picks the best one this processor runs. The .cpp files of the families (merge.cpp, adapter_grad.cpp)
+// check, pack and share out the work; everything with an inner loop is behind this table.
+#pragma once
+
+#include <lors/types.h>
+
+namespace lors::cpu {
+
+// The accumulation type is float64 where any big operand is, else float32. Arrays called Acc below have that type.
+
+// Packs a small matrix into Acc: dst[j, i] = scale * src[i * row_stride + j * column_stride], width zero-padded to `width`.
+struct PackJob {
+  const void* src = nullptr;
+  DType src_dtype = DType::float32;
+  int64_t rows = 0;     // rows of dst
+  int64_t columns = 0;  // columns of dst that come from src
+  int64_t row_stride = 0, column_stride = 0;  // of src, in elements, along dst's rows and columns
+  int64_t width = 0;    // columns of dst
+  double scale = 1.0;
+  bool is_double = false;  // Acc
+  void* dst = nullptr;     // Acc [rows, width]
+};
+
+struct MergeJob {
+  int64_t in_features = 0, r = 0;
+  const void* weight = nullptr;  // [N, K]
+  DType weight_dtype = DType::float32;
+  const uint32_t* mask = nullptr;   // [N, ceil(K/32)] or null
+  const void* lora_A = nullptr;     // Acc [ceil(K/panel), r, panel], zero-padded
+  const void* lora_B = nullptr;     // Acc [N, r], already times scaling
+  void* merged = nullptr;           // [N, K]
+  DType merged_dtype = DType::float32, round_to = DType::float32;
+  bool is_double = false;
+};
+
+// A tall or wide matrix S [rows, columns], optionally masked, against a thin one of `width` columns:
+//   contract_rows     out[i, :] = sum_j S[i, j] factor[j, :]        contract_columns  out[j, :] = sum_i S[i, j] factor[i, :]
+struct ContractJob {
+  int64_t rows = 0, columns = 0;
+  const void* matrix = nullptr;  // S [rows, columns] row-major
+  DType matrix_dtype = DType::float32;
+  const uint32_t* mask = nullptr;   // bits [rows, ceil(columns/32)], 1 = kept
+  const void* kept_where = nullptr;  // [rows, columns]: kept where nonzero; used when mask is null; both null: all kept
+  int64_t kept_where_size = 0;      // bytes of one element of kept_where
+  const void* factor = nullptr;     // Acc [columns or rows, width]
+  void* out = nullptr;              // Acc [rows or columns, width], overwritten
+  int64_t width = 0;                // r rounded up to kThinWidth
+  bool is_double = false;
+};
+
+inline constexpr int64_t kThinWidth = 16;
+
+// dst = src rounded once, a [rows, columns] Acc matrix (row stride `width`) to a row-major matrix or to its transpose.
+struct StoreJob {
+  const void* src = nullptr;  // Acc [rows, width]
+  int64_t rows = 0, columns = 0, width = 0;
+  bool is_double = false;
+  void* dst = nullptr;  // [rows, columns], or [columns, rows] if transpose
+  DType dst_dtype = DType::float32;
+  bool transpose = false;
+};
+
+struct KernelTable {
+  const char* name;        // "baseline", "avx2", "avx512"
+  int64_t merge_panel;     // columns of a merge panel in float32; half of it in float64
+  void (*pack)(const PackJob&, int64_t row_begin, int64_t row_end);
+  void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
+  void (*contract_rows)(const ContractJob&, int64_t row_begin, int64_t row_end);
+  void (*contract_columns)(const ContractJob&, int64_t column_begin, int64_t column_end);
+  void (*store)(const StoreJob&, int64_t row_begin, int64_t row_end);
+};
+
+// The table for this processor; LORS_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (read once).
+const KernelTable& kernels();
+
+}  // namespace lors::cpu

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// A mask between one byte and one bit per weight.
+#include <lors/mask.h>
+
+#include "workspace.h"
+
+namespace lors {
+
+Status mask_pack(const MaskPackArgs& args, Device device, Stream stream) {
+  if (device.type != DeviceType::cpu)
+    return Status::error("lors::mask_pack has no CUDA kernel in this build; move the mask to the CPU.");
+  const int64_t K = args.in_features, words = mask_words(K);
+  cpu::parallel_for(stream, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t columns = K - w * 32 < 32 ? K - w * 32 : 32;
+        uint32_t word = 0;
+        for (int64_t j = 0; j < columns; ++j) word |= uint32_t(args.mask[n * K + w * 32 + j] != 0) << j;
+        args.bits[n * words + w] = word;
+      }
+  });
+  return {};
+}
+
+Status mask_unpack(const MaskUnpackArgs& args, Device device, Stream stream) {
+  if (device.type != DeviceType::cpu)
+    return Status::error("lors::mask_unpack has no CUDA kernel in this build; move the mask to the CPU.");
+  const int64_t K = args.in_features, words = mask_words(K);
+  cpu::parallel_for(stream, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t k = 0; k < K; ++k) args.mask[n * K + k] = (args.bits[n * words + k / 32] >> (k % 32)) & 1;
+  });
+  return {};
+}
+
+}  // namespace lors

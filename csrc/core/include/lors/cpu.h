@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU backend found on this processor.
+#pragma once
+
+#include <lors/types.h>
+
+namespace lors {
+
+// The instruction set of the kernels in use: "baseline", "avx2" or "avx512". Chosen once per process; the environment
+// variable LORS_CPU_CAPABILITY lowers it and is refused (by the first call, with a sentence) if it names anything else.
+const char* cpu_capability();
+
+// Whether a matrix product of this 16-bit type is faster on this processor in its own type than in float32. True with the
+// AMX tiles for that type; without them float32 wins, by 1.6x with AVX-512 and by two orders of magnitude with AVX2.
+// LORS_CPU_PRODUCT=float32 or native overrides it. Asked once per process; never timed, so that runs are repeatable.
+bool cpu_multiplies_natively(DType dtype);
+
+}  // namespace lors

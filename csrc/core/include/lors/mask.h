@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// A mask as bits: bit k % 32 of word [n, k / 32] is mask[n, k]; bits beyond in_features are 0.
+#pragma once
+
+#include <lors/status.h>
+#include <lors/types.h>
+
+namespace lors {
+
+struct MaskPackArgs {
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  const uint8_t* mask = nullptr;  // [N, K], one byte per weight, 0 or 1
+  uint32_t* bits = nullptr;       // [N, ceil(K/32)]
+};
+
+struct MaskUnpackArgs {
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  const uint32_t* bits = nullptr;  // [N, ceil(K/32)]
+  uint8_t* mask = nullptr;         // [N, K]
+};
+
+Status mask_pack(const MaskPackArgs& args, Device device, Stream stream);
+Status mask_unpack(const MaskUnpackArgs& args, Device device, Stream stream);
+
+}  // namespace lors

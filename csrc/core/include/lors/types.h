@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The words every kernel family shares: element types, where a call runs, and how it is queued.
+// No torch header is included below csrc/core.
+#pragma once
+
+#include <cstdint>
+
+namespace lors {
+
+enum class DType : uint8_t { float64, float32, bfloat16, float16 };
+
+constexpr int64_t dtype_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+enum class DeviceType : uint8_t { cpu, cuda };
+
+struct Device {
+  DeviceType type = DeviceType::cpu;
+  int index = 0;
+};
+
+// A thread pool, as a CPU call sees it. `run` calls body(context, begin, end) over disjoint ranges that
+// together cover [0, count), none shorter than `grain` except the last, and returns when all are done.
+struct ParallelFor {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t count, int64_t grain, Body body, void* context) = nullptr;
+};
+
+// Where the work is queued. CUDA: the cudaStream_t. CPU: a `const ParallelFor*`; null: the calling thread alone.
+using Stream = void*;
+
+// Number of 32-bit words in one row of a packed mask over `in_features` columns.
+constexpr int64_t mask_words(int64_t in_features) { return (in_features + 31) / 32; }
+
+}  // namespace lors

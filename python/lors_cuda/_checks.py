@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a weight, a mask and its adapters must be: the one place where Python checks them, in sentences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import check_device
+
+GRADIENTS = ("lors", "exact")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_gradient(gradient: str) -> None:
+    """Refuse a name of adapter gradients other than "lors" and "exact"."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient is {gradient!r}; it must be 'lors' or 'exact'.")
+
+
+def check_weight(weight: Tensor) -> None:
+    """A frozen dense weight [N, K] on a device with kernels."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor or a SparseWeight.")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be [out_features, in_features], both at least 1."
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16, float16 or float64.")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but LoRS freezes it: no gradient of the base weight is formed. Call "
+            "weight.requires_grad_(False), or pass weight.detach()."
+        )
+    check_device(weight.device)
+
+
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """A bool mask of the weight's shape, on its device."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+        given = f"{mask.dtype} with shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask is {given}; it must be bool with the weight's shape {tuple(weight.shape)}.")
+    if mask.device != weight.device:
+        raise ValueError(f"mask is on {mask.device} and weight on {weight.device}; move them to the same device.")
+
+
+def check_adapters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device."""
+    N, K = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(
+            f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {K}] for a weight of shape {(N, K)}."
+        )
+    r = lora_A.shape[0]
+    if lora_B.shape != (N, r):
+        raise ValueError(
+            f"lora_B has shape {tuple(lora_B.shape)}; it must be ({N}, {r}) for a weight of shape {(N, K)} and lora_A "
+            f"of shape {tuple(lora_A.shape)}."
+        )
+    if r < 1:
+        raise ValueError("lora_A has no rows; the rank r must be at least 1.")
+    for name, adapter in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if adapter.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {adapter.dtype}; it must be float32, bfloat16, float16 or float64.")
+        if adapter.device != weight.device:
+            raise ValueError(
+                f"{name} is on {adapter.device} and weight on {weight.device}; move them to the same device."
+            )

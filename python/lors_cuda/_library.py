@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled operators and gives each its fake (shape) and autograd half.
+
+The schemas stand in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _load(name: str) -> bool:
+    """Load the compiled library ``name`` of this package; False if this build has none."""
+    # Through the import machinery, not this file's folder: an editable install keeps the binaries elsewhere.
+    spec = importlib.util.find_spec(f"{__package__}.{name}")
+    if spec is None or spec.origin is None:
+        return False
+    torch.ops.load_library(str(pathlib.Path(spec.origin)))
+    return True
+
+
+if not _load("_ops"):
+    raise ImportError(
+        "lors_cuda's compiled operators (_ops.so) were not found beside the package. Install the package with "
+        "`pip install --no-build-isolation .` from its sources, or from a wheel; a source folder alone cannot run."
+    )
+
+lors = torch.ops.lors
+BUILD: dict[str, str] = json.loads(lors.build_info())
+
+
+def _cuda_reason() -> str | None:
+    """Why CUDA tensors cannot be used here, as a sentence; None if they can."""
+    if not BUILD["cuda_version"]:
+        return "this build of lors_cuda has no CUDA kernels"
+    return "the CUDA half of lors_cuda is not implemented in this version"
+
+
+def build_info() -> dict[str, Any]:
+    """What this build is and what it found: version, compiler, cpu_capability, cpu_product, cuda_version, cuda_archs,
+    cuda_available, cuda_reason (a sentence, or None)."""
+    reason = _cuda_reason()
+    return {
+        "version": BUILD["version"],
+        "compiler": BUILD["compiler"],
+        "cpu_capability": BUILD["cpu_capability"],
+        "cpu_product": {"bfloat16": BUILD["cpu_product_bfloat16"], "float16": BUILD["cpu_product_float16"]},
+        "cuda_version": BUILD["cuda_version"] or None,
+        "cuda_archs": [arch for arch in BUILD["cuda_archs"].split(",") if arch],
+        "cuda_available": reason is None,
+        "cuda_reason": reason,
+    }
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device that no kernel of this build serves."""
+    if device.type in ("cpu", "meta"):
+        return
+    reason = _cuda_reason() if device.type == "cuda" else f"there are no kernels for {device.type} devices"
+    if reason is not None:
+        raise RuntimeError(
+            f"lors_cuda was given tensors on {device}, but {reason}. Move the model to the CPU, or install a build "
+            "with kernels for this device (`lors-cuda info` shows what this one has)."
+        )
+
+
+# ---- fake halves: shapes and dtypes, for torch.compile and torch.export ---------------------------------------------
+
+
+@torch.library.register_fake("lors::merge")
+def _(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("lors::merge_backward")
+def _(
+    grad_merged: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
+@torch.library.register_fake("lors::linear")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gradient: str,
+) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _fake_adapter_grads(
+    lora_A: Tensor, lora_B: Tensor, needs_lora_A_grad: bool, needs_lora_B_grad: bool
+) -> tuple[Tensor, Tensor]:
+    r, K = lora_A.shape
+    N = lora_B.shape[0]
+    return lora_A.new_empty((r if needs_lora_A_grad else 0, K)), lora_B.new_empty((N if needs_lora_B_grad else 0, r))
+
+
+@torch.library.register_fake("lors::adapter_grad")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gradient: str,
+    needs_lora_A_grad: bool,
+    needs_lora_B_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
+
+
+@torch.library.register_fake("lors::linear_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gradient: str,
+    needs_input_grad: bool,
+    needs_lora_A_grad: bool,
+    needs_lora_B_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, K = weight.shape
+    grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))
+    grad_lora_A, grad_lora_B = _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
+    grad_bias = grad_output.new_empty((0,)) if bias is None else bias.new_empty((N,))
+    return grad_input, grad_lora_A, grad_lora_B, grad_bias
+
+
+@torch.library.register_fake("lors::mask_pack")
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty((mask.shape[0], (mask.shape[1] + 31) // 32), dtype=torch.int32)
+
+
+@torch.library.register_fake("lors::mask_unpack")
+def _(bits: Tensor, in_features: int) -> Tensor:
+    return bits.new_empty((bits.shape[0], in_features), dtype=torch.bool)
+
+
+# ---- autograd halves ------------------------------------------------------------------------------------------------
+# Saved for backward: the input, and references to the parameters. The merged weight never is.
+
+_LORA_A, _LORA_B, _BIAS = 3, 4, 5  # positions among the arguments of lors::linear
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, mask, lora_A, lora_B, bias, scaling, gradient = inputs
+    # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(
+        input if needs[_LORA_A] or needs[_LORA_B] else None, weight, mask, lora_A, lora_B, bias if needs[_BIAS] else None
+    )
+    ctx.scaling, ctx.gradient = scaling, gradient
+
+
+def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, mask, lora_A, lora_B, bias = ctx.saved_tensors
+    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = (ctx.needs_input_grad[i] for i in (0, _LORA_A, _LORA_B))
+    grad_input, grad_lora_A, grad_lora_B, grad_bias = lors.linear_backward(
+        grad_output,
+        input,
+        weight,
+        mask,
+        lora_A,
+        lora_B,
+        bias,
+        ctx.scaling,
+        ctx.gradient,
+        needs_input_grad,
+        needs_lora_A_grad,
+        needs_lora_B_grad,
+    )
+    return (
+        grad_input if needs_input_grad else None,
+        None,
+        None,
+        grad_lora_A if needs_lora_A_grad else None,
+        grad_lora_B if needs_lora_B_grad else None,
+        None if bias is None else grad_bias,
+        None,
+        None,
+    )
+
+
+def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, mask, lora_A, lora_B, scaling = inputs
+    ctx.save_for_backward(weight, mask, lora_A, lora_B)
+    ctx.scaling = scaling
+
+
+def _merge_backward(ctx: Any, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
+    weight, mask, lora_A, lora_B = ctx.saved_tensors
+    grad_lora_A, grad_lora_B = lors.merge_backward(grad_merged, weight, mask, lora_A, lora_B, ctx.scaling)
+    return None, None, grad_lora_A, grad_lora_B, None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "lors_cuda does not support double backward: its gradients are not themselves differentiable. Call backward "
+        "without create_graph=True, or use lors_cuda.reference for second derivatives."
+    )
+
+
+torch.library.register_autograd("lors::linear", _linear_backward, setup_context=_setup_linear)
+torch.library.register_autograd("lors::merge", _merge_backward, setup_context=_setup_merge)
+for _name in ("linear_backward", "merge_backward", "adapter_grad"):
+    torch.library.register_autograd(f"lors::{_name}", _refuse_double_backward)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functional face of LoRS: :func:`lors_linear` and :func:`merge`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_adapters, check_gradient, check_mask, check_weight
+from ._library import lors
+from .sparse import SparseWeight
+
+
+def lors_linear(
+    input: Tensor,
+    weight: Tensor | SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    gradient: str = "lors",
+) -> Tensor:
+    """A linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias`` (arXiv 2501.08582, eq. 3).
+
+    The merged weight is accumulated in float32 (float64 for float64), rounded once to the input's dtype, used and
+    dropped; backward computes it again, so only ``input`` is saved beside references to the parameters.
+
+    Args:
+        input: [..., K] activations in the weight's dtype; under ``torch.autocast`` any floating dtype, cast to
+            autocast's. Any strides, any number of leading dimensions, zero tokens included.
+        weight: [N, K] frozen sparse weight with zeros, or a :class:`SparseWeight`. float32, bfloat16, float16, or
+            float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
+        lora_A: [r, K] adapter in any of these dtypes; its gradient has its dtype.
+        lora_B: [N, r] adapter in any of these dtypes; its gradient has its dtype.
+        scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float and gets no gradient.
+        bias: [N] or None.
+        mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
+        gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
+            ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
+
+    Returns:
+        [..., N] in the dtype of ``input`` (autocast's under autocast).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
+        RuntimeError: no kernel of this build serves the device; or, in a second backward, that it is not supported.
+    """
+    values, mask_bits = _stored(weight, mask)
+    check_adapters(values, lora_A, lora_B)
+    check_gradient(gradient)
+    device_type = values.device.type
+    if torch.is_autocast_enabled(device_type):
+        input = input.to(torch.get_autocast_dtype(device_type)) if values.dtype != torch.float64 else input
+    elif input.dtype != values.dtype:
+        raise ValueError(
+            f"input has dtype {input.dtype} and weight {values.dtype}; convert one to the other, or run under "
+            "torch.autocast."
+        )
+    if input.dim() == 0 or input.shape[-1] != values.shape[1]:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {values.shape[1]} for a "
+            f"weight of shape {tuple(values.shape)}."
+        )
+    if input.device != values.device:
+        raise ValueError(f"input is on {input.device} and weight on {values.device}; move them to the same device.")
+    if bias is not None:
+        if bias.shape != values.shape[:1]:
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; it must be ({values.shape[0]},) for a weight of shape "
+                f"{tuple(values.shape)}."
+            )
+        if bias.device != values.device:
+            raise ValueError(f"bias is on {bias.device} and weight on {values.device}; move them to the same device.")
+    tokens = input.reshape(-1, values.shape[1])
+    output = lors.linear(tokens, values, mask_bits, lora_A, lora_B, bias, _as_float(scaling), gradient)
+    return output.view(*input.shape[:-1], values.shape[0])
+
+
+def merge(
+    weight: Tensor | SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The merged weight ``W~ = W + s M o (B A)`` as a dense tensor, exactly +0 off the mask.
+
+    Arguments as in :func:`lors_linear`. Accumulated in float32 (float64 for float64) and rounded once. Differentiable
+    in ``lora_A`` and ``lora_B`` (with the exact gradient). Non-finite values propagate; nothing is synchronised.
+
+    Returns:
+        [N, K] in the weight's dtype.
+    """
+    values, mask_bits = _stored(weight, mask)
+    check_adapters(values, lora_A, lora_B)
+    return lors.merge(values, mask_bits, lora_A, lora_B, _as_float(scaling))
+
+
+def _as_float(scaling: float | Tensor) -> float:
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0:
+            raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a float or a 0-d tensor.")
+        scaling = scaling.item()
+    return float(scaling)
+
+
+def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tensors a kernel reads for ``weight``: its values [N, K] and, if explicit, its packed mask."""
+    if isinstance(weight, SparseWeight):
+        if mask is not None:
+            raise ValueError("mask was given together with a SparseWeight, which has its own; leave mask out.")
+        return weight.values, weight.mask_bits
+    check_weight(weight)
+    if mask is None:
+        return weight, None
+    check_mask(mask, weight)
+    return weight, lors.mask_pack(mask)
