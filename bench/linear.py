@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 import merge
 import report
+import torch
 from peers import DEFAULT_PEERS, PEERS, LinearFunction, Peer, Problem, forward_backward, make_problem, truth
 from protocol import (
     AGAIN,
     measure,
-    peak_allocated_bytes,
-    peak_resident_bytes,
+    peak_bytes,
     poisoned_memory,
     relative_error,
     saved_bytes,
@@ -52,10 +49,7 @@ def memory(function: LinearFunction, problem: Problem) -> dict[str, int | None]:
     output, sizes = saved_bytes(lambda: function(*problem.arguments()), tensors)
     del output
 
-    def run() -> object:
-        return forward_backward(function, problem)
-
-    return {**sizes, "peak": peak_allocated_bytes(run), "peak_resident": peak_resident_bytes(run)}
+    return {**sizes, **peak_bytes(lambda: forward_backward(function, problem))}
 
 
 def gemm_flop(tokens: int, shape: tuple[int, int]) -> int:
@@ -126,33 +120,29 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
                 str(row["rounds"]),
                 f"{row['error']['output']:.1e}",
                 f"{max(gradients):.1e}",
-                report.megabytes(sizes["saved_beyond_arguments"]),
                 report.megabytes(sizes["saved"]),
+                report.megabytes(sizes["saved_beyond_arguments"]),
                 report.megabytes(sizes["peak"]),
                 report.megabytes(sizes["peak_resident"]),
             ]
         )
     header = ["peer", "ms [p20, p80]", f"x {BASELINE} [p20, p80]", "target", "rounds", "error Y", "error grads"]
-    header += ["kept MB", "saved MB", "peak MB", "resident MB"]
+    header += ["saved MB", "of it new", "peak MB", "resident MB"]
     print(report.table(header, lines))
     for failure in failures:
         print(failure)
 
 
 def choose_peers(requested: Sequence[str] | None, max_autotune: bool) -> list[str]:
-    """The peers to run, the baseline first. Without lors_cuda the default set says so; asked for by name, it is an error."""
+    """The peers to run, the baseline first. A missing lors_cuda is an error only where it was asked for by name."""
     names = list(requested or DEFAULT_PEERS)
     if max_autotune and "compiled_max_autotune" not in names:
         names.append("compiled_max_autotune")
     names = [BASELINE, *(name for name in dict.fromkeys(names) if name != BASELINE)]
-    if any(name.startswith("lors_cuda") for name in names):
-        try:
-            import lors_cuda  # noqa: F401
-        except ImportError as error:
-            if requested:
-                raise SystemExit(f"lors_cuda was asked for and cannot be imported: {error}") from error
-            print(f"lors_cuda cannot be imported, its rows are missing: {error}", file=sys.stderr)
-            names = [name for name in names if not name.startswith("lors_cuda")]
+    if any(name.startswith("lors_cuda") for name in names) and not report.have_lors_cuda():
+        if requested:
+            raise SystemExit("lors_cuda was asked for by name and cannot be imported")
+        names = [name for name in names if not name.startswith("lors_cuda")]
     return names
 
 
@@ -208,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "density": arguments.density,
                 "gemm_flop": gemm_flop(tokens, arguments.shape),
             }
-            case = bench_case(problem, names, protocol, common)
+            wanted = [name for name in names if dtype != "float32" or not PEERS[name].only_16_bit]
+            case = bench_case(problem, wanted, protocol, common)
             print_case(case)
             rows += case
             save()

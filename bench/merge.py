@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import report
+import torch
 from peers import make_problem, official_merge
 from protocol import AGAIN, Protocol, last_level_cache_bytes, measure, poisoned_memory, relative_error
+from torch import Tensor
 
 BASELINE = "official"
 MergeFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -38,12 +36,10 @@ def _functions(weight: Tensor) -> dict[str, MergeFunction]:
         "clone": lambda weight, *_: weight.clone(),
         "copy": lambda weight, *_: target.copy_(weight),
     }
-    try:
+    if report.have_lors_cuda():
         import lors_cuda
 
         functions["lors_cuda"] = lors_cuda.merge
-    except ImportError as error:
-        print(f"lors_cuda cannot be imported, its rows are missing: {error}", file=sys.stderr)
     return functions
 
 
@@ -94,7 +90,7 @@ def bench_case(
         if name not in ("clone", "copy"):
             rows[name].update(check(function, weight, lora_A, lora_B, problem.scaling))
         turns = itertools.cycle(weights)
-        cases[name] = lambda f=function, t=turns: f(next(t), lora_A, lora_B, problem.scaling)  # type: ignore[misc]
+        cases[name] = lambda f=function, t=turns: f(next(t), lora_A, lora_B, problem.scaling)
     prefix = f"merge {dtype} r={rank} "
     timings = measure(cases, protocol, baseline=BASELINE, progress=lambda text: report.progress(prefix + text))
     report.progress("")

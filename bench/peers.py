@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sparse linear with a live adapter, as each method computes it: Y [T, N] from X [T, K], W [N, K], A [r, K], B [N, r].
+"""One sparse linear with a live adapter, by each method: Y [T, N] from X [T, K], W [N, K], A [r, K], B [N, r].
 
-Every peer has the same signature and a dense weight with zeros; each is timed by linear.py and stands beside the float64
+Every peer has the same signature and a dense weight with zeros; linear.py times it and compares it with the float64
 formula of what it claims to compute (`truth`). Written from the papers' equations, not from their code.
 """
 
@@ -27,6 +27,7 @@ class Peer:
     formula: str  # a key of FORMULAS
     note: str
     compiled: bool = False
+    only_16_bit: bool = False  # in float32 it would be another peer under a second name
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,38 @@ class _Official(torch.autograd.Function):
 
 
 def official(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return _Official.apply(input, weight, lora_A, lora_B, scaling)
+    output: Tensor = _Official.apply(input, weight, lora_A, lora_B, scaling)
+    return output
+
+
+class _OfficialUpcast(torch.autograd.Function):
+    """The same with every product in float32: what a person would write who found torch's 16-bit products slow."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(input, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        x, w, a, b = _upcast(input, weight, lora_A, lora_B)
+        return (x @ official_merge(w, a, b, scaling).T).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        input, _, lora_A, lora_B = ctx.saved_tensors
+        x, w, a, b, grad_output = _upcast(*ctx.saved_tensors, *grad_outputs)
+        grad_input = (grad_output @ official_merge(w, a, b, ctx.scaling)).to(input.dtype)
+        x, grad = x.flatten(0, -2), grad_output.flatten(0, -2)
+        grad_lora_A = ((grad @ b).T @ x).mul_(ctx.scaling).to(lora_A.dtype)
+        grad_lora_B = (grad.T @ (x @ a.T)).mul_(ctx.scaling).to(lora_B.dtype)
+        return grad_input, None, grad_lora_A, grad_lora_B, None
+
+
+def _upcast(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def official_upcast(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    output: Tensor = _OfficialUpcast.apply(input, weight, lora_A, lora_B, scaling)
+    return output
 
 
 def sqft(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -192,7 +224,8 @@ def checkpointed(function: LinearFunction) -> LinearFunction:
     """The same function under activation checkpointing: its forward runs again during backward."""
 
     def run(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        return checkpoint(function, input, weight, lora_A, lora_B, scaling, use_reentrant=False)
+        output: Tensor = checkpoint(function, input, weight, lora_A, lora_B, scaling, use_reentrant=False)
+        return output
 
     return run
 
@@ -203,7 +236,11 @@ def _reference_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 
 class _Reference(torch.autograd.Function):
-    """The LoRS formulas written for a compiler: functional, nothing in place."""
+    """The LoRS formulas written for a compiler: functional, nothing in place.
+
+    NOTE: the compiler sees forward and backward as one graph and may keep the merged weight instead of recomputing it,
+    which is faster and takes [N, K] per layer; the bytes in the table say what it did.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -223,7 +260,8 @@ class _Reference(torch.autograd.Function):
 
 
 def _reference(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return _Reference.apply(input, weight, lora_A, lora_B, scaling)
+    output: Tensor = _Reference.apply(input, weight, lora_A, lora_B, scaling)
+    return output
 
 
 def compiled(mode: str | None = None) -> LinearFunction:
@@ -243,6 +281,9 @@ def lors_cuda_linear(gradient: str) -> LinearFunction:
 
 PEERS: dict[str, Peer] = {
     "official": Peer(lambda: official, "lors", "LoRS in eager torch, the baseline"),
+    "official_upcast": Peer(
+        lambda: official_upcast, "lors", "LoRS in eager torch, its products in float32", only_16_bit=True
+    ),
     "lors_cuda": Peer(lambda: lors_cuda_linear("lors"), "lors", 'this package, gradient="lors"'),
     "lors_cuda_exact": Peer(lambda: lors_cuda_linear("exact"), "exact", 'this package, gradient="exact"'),
     "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),

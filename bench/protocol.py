@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,8 +166,8 @@ def measure(
 def saved_bytes(forward: Callable[[], Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, dict[str, int]]:
     """Run a forward; its output, and the bytes autograd keeps for backward, each storage counted once.
 
-    `saved` counts every storage kept; `saved_beyond_arguments` leaves out those of the arguments (the input, the weight,
-    the adapters), which live on in any case.
+    `saved` counts every storage kept; `saved_beyond_arguments` leaves out those of the arguments (the input, the
+    weight, the adapters), which live on in any case.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
     kept: dict[int, int] = {}
@@ -184,16 +183,19 @@ def saved_bytes(forward: Callable[[], Tensor], arguments: Sequence[Tensor]) -> t
     return output, {"saved": sum(kept.values()), "saved_beyond_arguments": beyond}
 
 
-def peak_allocated_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once that were allocated during `run`, from the profiler's memory events.
+def peak_bytes(run: Callable[[], object]) -> dict[str, int | None]:
+    """The memory peaks of one `run`, counted in two ways that should agree.
 
-    Sees every allocation through torch's CPU allocator, those of C++ ops included; not what a library takes from malloc.
+    `peak`: the most bytes alive at once of tensors allocated during the run, from the profiler's memory events. Sees
+    every allocation through torch's CPU allocator, those of C++ ops included; not what a library takes from malloc.
+    `peak_resident`: how far the process's resident memory rose, whoever allocated; None where the system does not tell.
     """
+    # Kineto prints a line on stderr at every start and stop; the level is read when the first profile starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = run()
-        del result
+            resident = _run_with_resident_peak(run)
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
@@ -202,26 +204,22 @@ def peak_allocated_bytes(run: Callable[[], object]) -> int:
     for event in memory:
         alive += event["args"]["Bytes"]
         peak = max(peak, alive)
-    return peak
+    return {"peak": peak, "peak_resident": resident}
 
 
-def peak_resident_bytes(run: Callable[[], object]) -> int | None:
-    """How far the process's resident memory rises during `run`, all allocators included; None where not known.
-
-    Needs Linux. Pages that the C library holds back are returned first, else reused memory would count as nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
+def _run_with_resident_peak(run: Callable[[], object]) -> int | None:
     gc.collect()
     try:
+        # Pages the C library holds back are returned first, else memory it hands out again would count as nothing.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak, VmHWM
         before = _status_bytes("VmRSS")
-        result = run()
-        peak = _status_bytes("VmHWM")
-        del result
-    except (OSError, AttributeError):  # /proc not writable, or a C library without malloc_trim
+    except (OSError, AttributeError):  # not Linux, /proc not writable, or a C library without malloc_trim
+        run()
         return None
+    result = run()
+    peak = _status_bytes("VmHWM")
+    del result
     return max(0, peak - before)
 
 

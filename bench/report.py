@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from protocol import Protocol, load_average
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +57,17 @@ def _cpu() -> tuple[str, list[str]]:
     return values.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
 
 
+@functools.cache
+def have_lors_cuda() -> bool:
+    """Whether lors_cuda can be imported; says once on stderr why not, as its rows will be missing."""
+    try:
+        import lors_cuda  # noqa: F401
+    except ImportError as error:
+        print(f"lors_cuda cannot be imported, its rows are missing: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def environment() -> dict[str, Any]:
     """Commit, processor, threads, versions and date: everything a row needs to be read a year later."""
     model, features = _cpu()
@@ -78,6 +89,7 @@ def environment() -> dict[str, Any]:
         "mkl": torch.backends.mkl.is_available(),
         "mkldnn": torch.backends.mkldnn.is_available(),
         "lors_cuda": _version("lors-cuda"),
+        "lors_cuda_build": json.loads(torch.ops.lors.build_info()) if have_lors_cuda() else None,
     }
 
 
@@ -168,12 +180,13 @@ def progress(text: str) -> None:
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     rows = [header, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+
+    def align(row: Sequence[str]) -> str:
+        return "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         )
-        for row in rows
-    )
+
+    return "\n".join(align(row) for row in rows)
 
 
 def milliseconds(stats: dict[str, float] | None) -> str:

@@ -1,4 +1,41 @@
-# Decides LORS_CUDA_ENABLED from LORS_CUDA and the machine.
+# Decides LORS_CUDA_ENABLED from LORS_CUDA and the machine, and enables the CUDA language.
 set(LORS_CUDA_ENABLED OFF)
 set(LORS_CUDA_VERSION "")
 set(LORS_CUDA_ARCHS_TEXT "")
+if(NOT LORS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "LORS_CUDA is '${LORS_CUDA}'; it must be AUTO, ON or OFF.")
+endif()
+if(NOT LORS_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(LORS_CUDA_ENABLED ON)
+  elseif(LORS_CUDA STREQUAL "ON")
+    message(FATAL_ERROR
+      "LORS_CUDA=ON, but no nvcc was found. Install the CUDA toolkit, set CUDACXX to its nvcc, or build the CPU half "
+      "alone with LORS_CUDA=OFF.")
+  endif()
+endif()
+if(LORS_CUDA_ENABLED)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # the list is ours, see lors_cuda_target
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set(LORS_CUDA_VERSION "${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}")
+  string(REPLACE ";" "," LORS_CUDA_ARCHS_TEXT "${LORS_CUDA_ARCHS}")
+endif()
+message(STATUS "lors_cuda: CUDA half ${LORS_CUDA_ENABLED} (nvcc ${LORS_CUDA_VERSION}, architectures ${LORS_CUDA_ARCHS_TEXT})")
+
+# lors_cuda_target(target): nvcc's settings for a target with .cu files.
+function(lors_cuda_target target)
+  set_target_properties(${target} PROPERTIES
+    CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+  foreach(arch IN LISTS LORS_CUDA_ARCHS)
+    # Spelled out: `-arch=sm_90a` would also emit compute_90, which rejects that architecture's own instructions.
+    target_compile_options(${target} PRIVATE
+      "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-gencode arch=compute_${arch},code=sm_${arch}>")
+  endforeach()
+  target_compile_options(${target} PRIVATE
+    "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xptxas=-warn-spills,-Werror --compress-mode=size>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xcompiler -Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
+  target_link_libraries(${target} PUBLIC CUDA::cudart_static)
+endfunction()

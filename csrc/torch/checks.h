@@ -18,7 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws what Python sees as a RuntimeError with exactly this text (STD_TORCH_CHECK would prepend a source file).
-template <typename... Parts> void check(bool condition, const Parts&... parts) {
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
   if (condition) return;
   std::ostringstream message;
   (message << ... << parts);
@@ -58,18 +59,17 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
 }
 
 // weight [N, K], mask int32 [N, ceil(K/32)], lora_A [r, K], lora_B [N, r].
-inline void check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
-                                 const Tensor& lora_A, const Tensor& lora_B) {
+inline void check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
+                                 const Tensor& lora_B) {
   check(weight.dim() == 2, "lors::", op, ": weight has shape ", shape(weight), "; it must be [out_features, in_features].");
   const int64_t N = weight.size(0), K = weight.size(1);
   check(N > 0 && K > 0, "lors::", op, ": weight has shape ", shape(weight), "; both sides must be at least 1.");
-  check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A),
-        "; it must be [r, ", K, "] for a weight of shape ", shape(weight), ".");
+  check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
+        "] for a weight of shape ", shape(weight), ".");
   const int64_t r = lora_A.size(0);
   check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
-  check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ",
-        shape(lora_B), "; it must be [", N, ", ", r, "] for a weight of shape ", shape(weight), " and lora_A of shape ",
-        shape(lora_A), ".");
+  check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
+        "; it must be [", N, ", ", r, "] for a weight of shape ", shape(weight), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "weight", weight);
   check_floating(op, "lora_A", lora_A);
   check_floating(op, "lora_B", lora_B);

@@ -3,6 +3,7 @@
 // They call it below the dispatcher (aoti_torch_cpu_*), so that autocast and autograd cannot step in between.
 #include <lors/adapter_grad.h>
 #include <lors/cpu.h>
+#include <lors/fused_linear.h>
 #include <lors/mask.h>
 #include <lors/merge.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -65,7 +66,10 @@ void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<
 struct AdaptedWeight {
   AdaptedWeight(const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A, const Tensor& lora_B,
                 double scaling)
-      : weight(row_major(weight)), mask(row_major(mask)), lora_A(row_major(lora_A)), lora_B(row_major(lora_B)),
+      : weight(row_major(weight)),
+        mask(row_major(mask)),
+        lora_A(row_major(lora_A)),
+        lora_B(row_major(lora_B)),
         scaling(scaling) {}
 
   int64_t out_features() const { return weight.size(0); }
@@ -96,6 +100,38 @@ struct AdaptedWeight {
     return out;
   }
 
+  // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
+  // activation's dtype. `out` [T, N or K] is float32 unless the product runs in activation's own type.
+  void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient) const {
+    const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
+    const std::optional<Tensor> addend = bias ? std::optional(row_major(*bias, compute)) : std::nullopt;
+    if (compute != ScalarType::Float || !cpu_prefers_fused_linear(activation.size(0))) {
+      const Tensor merged = this->merged(compute, dtype);
+      return product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
+    }
+    const Tensor tokens = row_major(activation);
+    FusedLinearArgs args;
+    args.tokens = tokens.size(0);
+    args.out_features = out_features();
+    args.in_features = in_features();
+    args.r = r();
+    args.input_gradient = input_gradient;
+    args.activation = tokens.const_data_ptr();
+    args.activation_dtype = dtype_of(tokens);
+    args.weight = weight.const_data_ptr();
+    args.weight_dtype = dtype_of(weight);
+    args.mask = bits(mask);
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = lora_B.const_data_ptr();
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+    args.round_to = dtype_of(activation);
+    args.bias = addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr;
+    args.output = static_cast<float*>(out.mutable_data_ptr());
+    check_status(fused_linear(args, Device{}, torch_pool()));
+  }
+
   Tensor weight;
   std::optional<Tensor> mask;
   Tensor lora_A, lora_B;
@@ -114,17 +150,15 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   check_tokens("linear", "input", input, weight, weight.size(1));
   is_exact("linear", gradient);
   if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == weight.size(0), "lors::linear: bias has shape ", shape(*bias),
-          "; it must be [", weight.size(0), "] for a weight of shape ", shape(weight), ".");
+    check(bias->dim() == 1 && bias->size(0) == weight.size(0), "lors::linear: bias has shape ", shape(*bias), "; it must be [",
+          weight.size(0), "] for a weight of shape ", shape(weight), ".");
     check_floating("linear", "bias", *bias);
     check_same_device("linear", "bias", *bias, weight);
   }
   const ScalarType dtype = input.scalar_type(), compute = product_dtype(dtype);
   Tensor output = empty(input, {input.size(0), weight.size(0)}, compute);
   if (input.size(0) == 0) return to(output, dtype);
-  const Tensor merged = AdaptedWeight(weight, mask, lora_A, lora_B, scaling).merged(compute, dtype);
-  product(output, to(input, compute), torch::stable::transpose(merged, 0, 1),
-          bias ? std::optional(to(*bias, compute)) : std::nullopt);
+  AdaptedWeight(weight, mask, lora_A, lora_B, scaling).multiply(output, input, bias, false);
   return to(output, dtype);
 }
 
@@ -158,9 +192,9 @@ void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, const Ad
     args.lora_B_dtype = dtype_of(adapted.lora_B);
     args.scaling = adapted.scaling;
     args.lora_A_sum = grad_lora_A ? lora_A_sum.mutable_data_ptr() : nullptr;
-    args.lora_B_grad = grad_lora_B ? static_cast<char*>(grad_lora_B->mutable_data_ptr()) +
-                                         begin * r * dtype_size(dtype_of(*grad_lora_B))
-                                   : nullptr;
+    args.lora_B_grad =
+        grad_lora_B ? static_cast<char*>(grad_lora_B->mutable_data_ptr()) + begin * r * dtype_size(dtype_of(*grad_lora_B))
+                    : nullptr;
     check_status(masked_contract(args, Device{}, torch_pool()));
   }
   if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
@@ -237,10 +271,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_ou
   const ScalarType dtype = grad_output.scalar_type(), compute = product_dtype(dtype);
 
   Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);
-  if (needs_input_grad && T > 0) product(grad_input, to(grad_output, compute), adapted.merged(compute, dtype));
+  if (needs_input_grad && T > 0) adapted.multiply(grad_input, grad_output, std::nullopt, true);
 
-  auto [grad_lora_A, grad_lora_B] = adapter_grad(grad_output, input.value_or(grad_output), adapted, exact,
-                                                 needs_lora_A_grad, needs_lora_B_grad);
+  auto [grad_lora_A, grad_lora_B] =
+      adapter_grad(grad_output, input.value_or(grad_output), adapted, exact, needs_lora_A_grad, needs_lora_B_grad);
 
   Tensor grad_bias = empty(grad_output, {bias ? N : 0}, bias ? bias->scalar_type() : dtype);
   if (bias) {
@@ -325,10 +359,9 @@ Tensor mask_unpack(const Tensor& packed, int64_t in_features) {
 std::string build_info() {
   std::ostringstream out;
   out << "{\"version\": \"" << LORS_VERSION << "\", \"compiler\": \"" << LORS_COMPILER << "\", \"cuda_version\": \""
-      << LORS_CUDA_VERSION << "\", \"cuda_archs\": \"" << LORS_CUDA_ARCHS << "\", \"cpu_capability\": \""
-      << cpu_capability() << "\", \"cpu_product_bfloat16\": \""
-      << (cpu_multiplies_natively(DType::bfloat16) ? "bfloat16" : "float32") << "\", \"cpu_product_float16\": \""
-      << (cpu_multiplies_natively(DType::float16) ? "float16" : "float32") << "\"}";
+      << LORS_CUDA_VERSION << "\", \"cuda_archs\": \"" << LORS_CUDA_ARCHS << "\", \"cpu_capability\": \"" << cpu_capability()
+      << "\", \"cpu_product_bfloat16\": \"" << (cpu_multiplies_natively(DType::bfloat16) ? "bfloat16" : "float32")
+      << "\", \"cpu_product_float16\": \"" << (cpu_multiplies_natively(DType::float16) ? "float16" : "float32") << "\"}";
   return out.str();
 }
 

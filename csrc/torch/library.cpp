@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
       " float scaling, str gradient, bool needs_lora_A_grad, bool needs_lora_B_grad)"
       " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
 
-  m.def("mask_pack(Tensor mask) -> Tensor");                       // bool [N, K] -> int32 [N, ceil(K/32)]
-  m.def("mask_unpack(Tensor bits, int in_features) -> Tensor");    // and back
-  m.def("build_info() -> str");                                    // JSON: what this binary is, what it found
+  m.def("mask_pack(Tensor mask) -> Tensor");                     // bool [N, K] -> int32 [N, ceil(K/32)]
+  m.def("mask_unpack(Tensor bits, int in_features) -> Tensor");  // and back
+  m.def("build_info() -> str");                                  // JSON: what this binary is, what it found
 }

@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune sparse language models with LoRS: masked low-rank adapters that keep every zero (arXiv 2501.08582)."""
+"""Fine-tune sparse language models with LoRS: masked low-rank adapters that keep every zero (arXiv 2501.08582).
+
+Needs torch alone; saving adapters also needs safetensors, and the command line the ``cli`` extra.
+"""
 
 from ._library import BUILD
+from .checkpoint import load_adapter, save_adapter
+from .config import LoRSConfig
 from .functional import lors_linear, merge
+from .init import estimate_gradients, init_from_gradients
 from .linear import LoRSLinear
+from .model import disable_adapter, get_lors_model, merge_and_unload, named_lors_layers
 from .sparse import SparseWeight
 
 __version__ = BUILD["version"]
 
 __all__ = [
+    "LoRSConfig",
     "LoRSLinear",
     "SparseWeight",
+    "disable_adapter",
+    "estimate_gradients",
+    "get_lors_model",
+    "init_from_gradients",
+    "load_adapter",
     "lors_linear",
     "merge",
+    "merge_and_unload",
+    "named_lors_layers",
+    "save_adapter",
 ]

@@ -6,7 +6,7 @@ The schemas stand in csrc/torch/library.cpp; the kernels are C++. Nothing here r
 
 from __future__ import annotations
 
-import importlib.machinery
+import functools
 import importlib.util
 import json
 import pathlib
@@ -36,11 +36,26 @@ lors = torch.ops.lors
 BUILD: dict[str, str] = json.loads(lors.build_info())
 
 
+@functools.cache
 def _cuda_reason() -> str | None:
     """Why CUDA tensors cannot be used here, as a sentence; None if they can."""
-    if not BUILD["cuda_version"]:
-        return "this build of lors_cuda has no CUDA kernels"
-    return "the CUDA half of lors_cuda is not implemented in this version"
+    built, running = BUILD["cuda_version"], torch.version.cuda
+    if not built:
+        return "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+    if running is None:
+        return f"the installed torch {torch.__version__} is a CPU build"
+    # NOTE: a library of another CUDA major may well load (its runtime is linked statically); that proves nothing.
+    if built.split(".")[0] != running.split(".")[0]:
+        return (
+            f"this build of lors_cuda is for CUDA {built} and the installed torch {torch.__version__} for CUDA "
+            f"{running}: install the wheel for CUDA {running.split('.')[0]}, or build from source beside that toolkit"
+        )
+    if not _load("_ops_cuda"):
+        return "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device (torch.cuda.is_available() is False)"
+    problem: str = lors.cuda_device_problem(torch.cuda.current_device())
+    return problem.removesuffix(".") or "the CUDA kernels are not part of this version; the CPU backend is complete"
 
 
 def build_info() -> dict[str, Any]:

@@ -41,7 +41,7 @@ class LoRSConfig:
             ("q_proj", "mlp.up_proj"), or a regular expression that must match the whole module name, as in PEFT.
         exclude_modules: name suffixes, or a regular expression for the whole name; these are never adapted.
         layout: how the frozen weight is stored: "auto", "dense", "2:4" or "bitmap".
-        gradient: "lors" (the paper's rearranged adapter gradients, section 3) or "exact" (true gradient of the
+        gradient: "lors" (the paper's rearranged adapter gradients) or "exact" (true gradient of the
             forward, which needs one [out_features, in_features] product per layer).
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
@@ -93,7 +93,9 @@ class LoRSConfig:
         self.target_modules = ALL_LINEAR if isinstance(targets, str) and targets.lower() == ALL_LINEAR else targets
         self.exclude_modules = _names_or_regex("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of module names, but is the string {self.modules_to_save!r}.")
+            raise TypeError(
+                f"modules_to_save must be a list of module names, but is the string {self.modules_to_save!r}."
+            )
         saved = _names_or_regex("modules_to_save", self.modules_to_save)
         self.modules_to_save = saved if isinstance(saved, list) else None
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _rank)
@@ -164,9 +166,8 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(module, []).append(name)
     for module in names_of:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(parameter, []).append(module)
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(module)
 
     targets, left_out = [], []
     for module, names in names_of.items():
@@ -180,7 +181,8 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
         parents = [model.get_submodule(other.rpartition(".")[0]) for other in names]
         reason = _unsuitable(module, parents)
         if reason is None:
-            others = [names_of[other][0] for other in holders[module._parameters["weight"]] if other is not module]
+            weight = cast(nn.Linear, module).weight
+            others = [names_of[other][0] for other in holders[weight] if other is not module]
             if others:
                 reason = (
                     f"shares its weight with '{others[0]}' (tied weights): merging the adapter would untie them. "
@@ -254,7 +256,9 @@ def _unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
     """Say why this module cannot be replaced by an adapted one, or None; the words follow 'it'."""
     kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        return f"is {_article(kind)}, and only nn.Linear can be adapted. Name linears in target_modules, or leave it out"
+        return (
+            f"is {_article(kind)}, and only nn.Linear can be adapted. Name linears in target_modules, or leave it out"
+        )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "belongs to nn.MultiheadAttention, which reads its weight without calling it. Leave it out"
     if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
@@ -268,10 +272,12 @@ def _unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
             "computes its weight (torch.nn.utils.prune or parametrize). Make that permanent first: "
             "torch.nn.utils.prune.remove(module, 'weight') or parametrize.remove_parametrizations(module, 'weight')"
         )
-    if type(module).forward is not nn.Linear.forward:
-        return f"is {_article(kind)}, a subclass of nn.Linear with a forward of its own. Use nn.Linear, or leave it out"
     if is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"
     if weight.device.type == "meta":
         return "is on the meta device, without values. Load the model's weights first"
     if not weight.is_floating_point():

@@ -32,7 +32,6 @@ Workspace pack(const Factor& factor, bool is_double, Stream stream) {
   PackJob job;
   job.src = factor.src;
   job.src_dtype = factor.dtype;
-  job.rows = factor.rows;
   job.columns = factor.r;
   job.row_stride = factor.transpose ? 1 : factor.r;
   job.column_stride = factor.transpose ? factor.rows : 1;
@@ -157,7 +156,6 @@ Status bias_grad(const BiasGradArgs& args, Stream stream) {
   PackJob pack_ones;
   pack_ones.src = &one;
   pack_ones.src_dtype = DType::float64;
-  pack_ones.rows = T;
   pack_ones.columns = 1;
   pack_ones.width = kThinWidth;
   pack_ones.is_double = is_double;

@@ -11,8 +11,10 @@
 namespace {
 
 // A thin panel is 16 columns wide; twelve accumulators hide the latency of a fused multiply-add.
-template <typename Acc> constexpr int kThinVectors = int(lors::cpu::kThinWidth) / kLanes<Acc>;
-template <typename Acc> constexpr int kThinRows = kThinVectors<Acc> >= 12 ? 1 : 12 / kThinVectors<Acc>;
+template <typename Acc>
+constexpr int kThinVectors = int(lors::cpu::kThinWidth) / kLanes<Acc>;
+template <typename Acc>
+constexpr int kThinRows = kThinVectors<Acc> >= 12 ? 1 : 12 / kThinVectors<Acc>;
 
 // Blocks of S; both are multiples of every kThinRows (12, 6, 3, 1).
 constexpr int kRowsBlockI = 24, kRowsBlockJ = 256;
@@ -26,8 +28,8 @@ inline void zero_where_zero(Acc* row, const void* kept_where, int64_t offset, in
 
 // buffer[0..height) x [0..width) = S[i0.., j0..) as Acc, masked, zero beyond rows x columns.
 template <typename Acc, typename T>
-inline void load_block(const lors::cpu::ContractJob& job, int64_t i0, int64_t rows, int64_t height, int64_t j0,
-                       int64_t columns, int64_t width, Acc* buffer) {
+inline void load_block(const lors::cpu::ContractJob& job, int64_t i0, int64_t rows, int64_t height, int64_t j0, int64_t columns,
+                       int64_t width, Acc* buffer) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* src = static_cast<const T*>(job.matrix) + (i0 + i) * job.columns + j0;
     Acc* row = buffer + i * width;

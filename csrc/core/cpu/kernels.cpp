@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include "contract_kernel.h"
+#include "fused_linear_kernel.h"
 #include "merge_kernel.h"
 #include "pack_kernel.h"
 
@@ -16,7 +17,19 @@ namespace lors::cpu {
 
 extern const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE);
 const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
-    LORS_STRING(LORS_CPU_TABLE), kMergePanel<float>, pack, merge, contract_rows, contract_columns, store_out,
+    LORS_STRING(LORS_CPU_TABLE),
+    kMergePanel<float>,
+    pack,
+    merge,
+    contract_rows,
+    contract_columns,
+    store_out,
+    kFusedRows,
+    kFusedColumns,
+    kFusedDepth,
+    kFusedDepth * kFusedBlockColumns,
+    pack_activation,
+    fused_product,
 };
 
 }  // namespace lors::cpu

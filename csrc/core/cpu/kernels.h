@@ -14,10 +14,9 @@ namespace lors::cpu {
 struct PackJob {
   const void* src = nullptr;
   DType src_dtype = DType::float32;
-  int64_t rows = 0;     // rows of dst
-  int64_t columns = 0;  // columns of dst that come from src
+  int64_t columns = 0;                        // columns of dst that come from src
   int64_t row_stride = 0, column_stride = 0;  // of src, in elements, along dst's rows and columns
-  int64_t width = 0;    // columns of dst
+  int64_t width = 0;                          // columns of dst
   double scale = 1.0;
   bool is_double = false;  // Acc
   void* dst = nullptr;     // Acc [rows, width]
@@ -27,10 +26,10 @@ struct MergeJob {
   int64_t in_features = 0, r = 0;
   const void* weight = nullptr;  // [N, K]
   DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;   // [N, ceil(K/32)] or null
-  const void* lora_A = nullptr;     // Acc [ceil(K/panel), r, panel], zero-padded
-  const void* lora_B = nullptr;     // Acc [N, r], already times scaling
-  void* merged = nullptr;           // [N, K]
+  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] or null
+  const void* lora_A = nullptr;    // Acc [ceil(K/panel), r, panel], zero-padded
+  const void* lora_B = nullptr;    // Acc [N, r], already times scaling
+  void* merged = nullptr;          // [N, K]
   DType merged_dtype = DType::float32, round_to = DType::float32;
   bool is_double = false;
 };
@@ -41,12 +40,12 @@ struct ContractJob {
   int64_t rows = 0, columns = 0;
   const void* matrix = nullptr;  // S [rows, columns] row-major
   DType matrix_dtype = DType::float32;
-  const uint32_t* mask = nullptr;   // bits [rows, ceil(columns/32)], 1 = kept
+  const uint32_t* mask = nullptr;    // bits [rows, ceil(columns/32)], 1 = kept
   const void* kept_where = nullptr;  // [rows, columns]: kept where nonzero; used when mask is null; both null: all kept
-  int64_t kept_where_size = 0;      // bytes of one element of kept_where
-  const void* factor = nullptr;     // Acc [columns or rows, width]
-  void* out = nullptr;              // Acc [rows or columns, width], overwritten
-  int64_t width = 0;                // r rounded up to kThinWidth
+  int64_t kept_where_size = 0;       // bytes of one element of kept_where
+  const void* factor = nullptr;      // Acc [columns or rows, width]
+  void* out = nullptr;               // Acc [rows or columns, width], overwritten
+  int64_t width = 0;                 // r rounded up to kThinWidth
   bool is_double = false;
 };
 
@@ -62,14 +61,42 @@ struct StoreJob {
   bool transpose = false;
 };
 
+// A product with the merge inside it: out [tokens, columns] = activation [tokens, depth] * operand [depth, columns], where
+// the operand is merged^T (columns = N, depth = K) or, for the input gradient, merged (columns = K, depth = N).
+struct FusedJob {
+  int64_t tokens = 0, out_features = 0, in_features = 0, r = 0;
+  bool input_gradient = false;
+  const float* activation = nullptr;  // as pack_activation leaves it
+  const void* weight = nullptr;       // [N, K]
+  DType weight_dtype = DType::float32;
+  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] or null
+  const float* lora_A = nullptr;   // [ceil(K / fused_columns), r, fused_columns], zero-padded
+  const float* lora_B = nullptr;   // [N, r], already times scaling
+  DType round_to = DType::float32;
+  const float* bias = nullptr;  // [columns] or null
+  float* out = nullptr;         // [tokens, columns]
+};
+
+// activation [tokens, depth] as [depth blocks][token panels][depth in block][fused_rows] float32, zero-padded.
+struct PackActivationJob {
+  int64_t tokens = 0, depth = 0;
+  const void* src = nullptr;  // [tokens, depth] row-major
+  DType src_dtype = DType::float32;
+  float* dst = nullptr;
+};
+
 struct KernelTable {
-  const char* name;        // "baseline", "avx2", "avx512"
-  int64_t merge_panel;     // columns of a merge panel in float32; half of it in float64
+  const char* name;     // "baseline", "avx2", "avx512"
+  int64_t merge_panel;  // columns of a merge panel in float32; half of it in float64
   void (*pack)(const PackJob&, int64_t row_begin, int64_t row_end);
   void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
   void (*contract_rows)(const ContractJob&, int64_t row_begin, int64_t row_end);
   void (*contract_columns)(const ContractJob&, int64_t column_begin, int64_t column_end);
   void (*store)(const StoreJob&, int64_t row_begin, int64_t row_end);
+  int64_t fused_rows, fused_columns, fused_depth;  // of a register tile, and of a depth block
+  int64_t fused_scratch;                           // float32 elements of scratch each fused_product call needs
+  void (*pack_activation)(const PackActivationJob&, int64_t panel_begin, int64_t panel_end);
+  void (*fused_product)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch);
 };
 
 // The table for this processor; LORS_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (read once).

@@ -11,12 +11,14 @@ namespace {
 // Six rows of two vectors (four with AVX-512's 32 registers) leave room for the operands.
 constexpr int kMergeRows = 6;
 constexpr int kMergeVectors = kVectorBytes == 64 ? 4 : 2;
-template <typename Acc> constexpr int kMergePanel = kMergeVectors * kLanes<Acc>;
+template <typename Acc>
+constexpr int kMergePanel = kMergeVectors * kLanes<Acc>;
 
 // All of a panel group's A should stay in the second-level cache while the rows pass by.
 constexpr int64_t kMergeGroupBytes = 128 * 1024;
 
-template <typename Acc> inline Keep<Acc> kept_by_bits(const uint32_t* bits, int64_t words, int64_t column) {
+template <typename Acc>
+inline Keep<Acc> kept_by_bits(const uint32_t* bits, int64_t words, int64_t column) {
   // The lanes of one vector never straddle a word: 32 is a multiple of every lane count.
   const int64_t word = column / 32;
   const uint32_t shifted = word < words ? bits[word] >> (column % 32) : 0;
@@ -25,44 +27,45 @@ template <typename Acc> inline Keep<Acc> kept_by_bits(const uint32_t* bits, int6
   return -(((Keep<Acc>{} + shifted) >> lane) & 1);
 }
 
-template <typename Acc, typename W, typename Out, typename Round, int Rows>
+// One tile of Rows x Vectors; lora_A is a packed panel [r, Vectors * lanes], lora_B its first row of [N, r].
+template <typename Acc, typename W, typename Out, typename Round, int Rows, int Vectors>
 inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W* weight, int64_t weight_stride,
                        const uint32_t* mask, int64_t words, int64_t column, Out* merged, int64_t merged_stride) {
-  constexpr int panel = kMergePanel<Acc>;
-  Vector<Acc> sum[Rows][kMergeVectors];
+  constexpr int panel = Vectors * kLanes<Acc>;
+  Vector<Acc> sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int u = 0; u < kMergeVectors; ++u) sum[i][u] = Vector<Acc>{};
+    for (int u = 0; u < Vectors; ++u) sum[i][u] = Vector<Acc>{};
   for (int64_t p = 0; p < r; ++p) {
-    Vector<Acc> a[kMergeVectors];
+    Vector<Acc> a[Vectors];
 #pragma GCC unroll 4
-    for (int u = 0; u < kMergeVectors; ++u) a[u] = load_raw<Vector<Acc>>(lora_A + p * panel + u * kLanes<Acc>);
+    for (int u = 0; u < Vectors; ++u) a[u] = load_raw<Vector<Acc>>(lora_A + p * panel + u * kLanes<Acc>);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       const Vector<Acc> b = splat(lora_B[i * r + p]);
 #pragma GCC unroll 4
-      for (int u = 0; u < kMergeVectors; ++u) sum[i][u] += b * a[u];
+      for (int u = 0; u < Vectors; ++u) sum[i][u] += b * a[u];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int u = 0; u < kMergeVectors; ++u) {
+    for (int u = 0; u < Vectors; ++u) {
       const Vector<Acc> w = load<Acc>(weight + i * weight_stride + u * kLanes<Acc>);
       const Keep<Acc> keep = mask ? kept_by_bits<Acc>(mask + i * words, words, column + u * kLanes<Acc>) : Keep<Acc>(w != 0);
       store<Out, Round, Acc>(merged + i * merged_stride + u * kLanes<Acc>, keep ? w + sum[i][u] : Vector<Acc>{});
     }
 }
 
-// A tile at the right edge: through buffers of a whole panel, so that nothing beyond column K is touched.
-template <typename Acc, typename W, typename Out, typename Round>
+// A row of a tile at the right edge: through buffers of a whole panel, so that nothing beyond column K is touched.
+template <typename Acc, typename W, typename Out, typename Round, int Vectors>
 inline void merge_edge(const Acc* lora_A, const Acc* lora_B, int64_t r, const W* weight, const uint32_t* mask, int64_t words,
                        int64_t column, int64_t columns, Out* merged) {
-  W weight_row[kMergePanel<Acc>] = {};
-  Out merged_row[kMergePanel<Acc>];
+  W weight_row[Vectors * kLanes<Acc>] = {};
+  Out merged_row[Vectors * kLanes<Acc>];
   std::memcpy(weight_row, weight, size_t(columns) * sizeof(W));
-  merge_tile<Acc, W, Out, Round, 1>(lora_A, lora_B, r, weight_row, 0, mask, words, column, merged_row, 0);
+  merge_tile<Acc, W, Out, Round, 1, Vectors>(lora_A, lora_B, r, weight_row, 0, mask, words, column, merged_row, 0);
   std::memcpy(merged, merged_row, size_t(columns) * sizeof(Out));
 }
 
@@ -90,12 +93,12 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
         Out* out = merged + n * K + k;
         if (K - k < panel) {
           for (int i = 0; i < rows; ++i)
-            merge_edge<Acc, W, Out, Round>(a, b + i * r, r, w + i * K, bits ? bits + i * words : nullptr, words, k, K - k,
-                                           out + i * K);
+            merge_edge<Acc, W, Out, Round, kMergeVectors>(a, b + i * r, r, w + i * K, bits ? bits + i * words : nullptr, words,
+                                                          k, K - k, out + i * K);
         } else if (rows == kMergeRows) {
-          merge_tile<Acc, W, Out, Round, kMergeRows>(a, b, r, w, K, bits, words, k, out, K);
+          merge_tile<Acc, W, Out, Round, kMergeRows, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K);
         } else {
-          merge_tile<Acc, W, Out, Round, 1>(a, b, r, w, K, bits, words, k, out, K);
+          merge_tile<Acc, W, Out, Round, 1, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K);
         }
       }
       n += rows;
@@ -103,7 +106,8 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   }
 }
 
-template <typename W> void merge_to(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+template <typename W>
+void merge_to(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   using lors::DType;
   if (job.merged_dtype == DType::float32) {
     if (job.round_to == DType::bfloat16) return merge_rows<float, W, float, bfloat16>(job, begin, end);

@@ -8,7 +8,8 @@
 
 namespace {
 
-template <typename Acc> void pack_as(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
+template <typename Acc>
+void pack_as(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
   with_type(job.src_dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
@@ -24,7 +25,8 @@ void pack(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
   job.is_double ? pack_as<double>(job, begin, end) : pack_as<float>(job, begin, end);
 }
 
-template <typename Acc> void store_as(const lors::cpu::StoreJob& job, int64_t begin, int64_t end) {
+template <typename Acc>
+void store_as(const lors::cpu::StoreJob& job, int64_t begin, int64_t end) {
   with_type(job.dst_dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t row_stride = job.transpose ? 1 : job.columns, column_stride = job.transpose ? job.rows : 1;

@@ -8,40 +8,55 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+// The tests set LORS_VECTOR_BYTES themselves, to run the widest code on processors that lack the instructions.
+#if !defined(LORS_VECTOR_BYTES)
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+#define LORS_VECTOR_BYTES 64
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+#define LORS_VECTOR_BYTES 32
 #else
-constexpr int kVectorBytes = 16;
+#define LORS_VECTOR_BYTES 16
 #endif
+#endif
+constexpr int kVectorBytes = LORS_VECTOR_BYTES;
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
-template <typename Acc> struct VectorOf;
-template <> struct VectorOf<float> {
+template <typename Acc>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
   static constexpr int lanes = kVectorBytes / 4;
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
   typedef int32_t keep __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t half __attribute__((vector_size(kVectorBytes / 2)));
 };
-template <> struct VectorOf<double> {
+template <>
+struct VectorOf<double> {
   static constexpr int lanes = kVectorBytes / 8;
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t bits __attribute__((vector_size(kVectorBytes)));
   typedef int64_t keep __attribute__((vector_size(kVectorBytes)));
 };
-template <typename Acc> using Vector = typename VectorOf<Acc>::type;
-template <typename Acc> using Keep = typename VectorOf<Acc>::keep;
-template <typename Acc> constexpr int kLanes = VectorOf<Acc>::lanes;
+template <typename Acc>
+using Vector = typename VectorOf<Acc>::type;
+template <typename Acc>
+using Keep = typename VectorOf<Acc>::keep;
+template <typename Acc>
+constexpr int kLanes = VectorOf<Acc>::lanes;
 
 // Scalar conversions: packing, tails and the baseline.
 inline float to_float(float x) { return x; }
@@ -92,14 +107,33 @@ inline float16 to_float16(float x) {
   return {uint16_t(sign | ((bits - 0x38000000) >> 13))};
 }
 
-template <typename T> inline T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bfloat16 from_float<bfloat16>(float x) { return to_bfloat16(x); }
-template <> inline float16 from_float<float16>(float x) { return to_float16(x); }
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+  return to_bfloat16(x);
+}
+template <>
+inline float16 from_float<float16>(float x) {
+  return to_float16(x);
+}
 
-template <typename Acc, typename T> inline Acc to_acc(T x) { return Acc(to_float(x)); }
-template <> inline double to_acc<double, double>(double x) { return x; }
-template <> inline float to_acc<float, double>(double x) { return float(x); }
+template <typename Acc, typename T>
+inline Acc to_acc(T x) {
+  return Acc(to_float(x));
+}
+template <>
+inline double to_acc<double, double>(double x) {
+  return x;
+}
+template <>
+inline float to_acc<float, double>(double x) {
+  return float(x);
+}
 // A float64 accumulator goes to 16 bits through float32 with round-to-odd, so that the value is rounded once.
 inline float round_to_odd(double x) {
   float nearest = float(x);
@@ -111,40 +145,78 @@ inline float round_to_odd(double x) {
   std::memcpy(&nearest, &bits, 4);
   return nearest;
 }
-template <typename T> inline T from_acc(float x) { return from_float<T>(x); }
-template <> inline double from_acc<double>(float x) { return double(x); }
-template <typename T> inline T from_acc(double x) { return from_float<T>(round_to_odd(x)); }
-template <> inline double from_acc<double>(double x) { return x; }
-template <> inline float from_acc<float>(double x) { return float(x); }
+template <typename T>
+inline T from_acc(float x) {
+  return from_float<T>(x);
+}
+template <>
+inline double from_acc<double>(float x) {
+  return double(x);
+}
+template <typename T>
+inline T from_acc(double x) {
+  return from_float<T>(round_to_odd(x));
+}
+template <>
+inline double from_acc<double>(double x) {
+  return x;
+}
+template <>
+inline float from_acc<float>(double x) {
+  return float(x);
+}
 
-template <typename V> inline V load_raw(const void* p) {
+template <typename V>
+inline V load_raw(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof(V));
   return v;
 }
-template <typename V> inline void store_raw(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
-template <typename Acc> inline Vector<Acc> splat(Acc x) { return Vector<Acc>{} + x; }
+template <typename V>
+inline void store_raw(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+// Every lane x, spelled as a list so that it becomes one broadcast load; `Vector<Acc>{} + x` would be a real addition, for
+// -0.0's sake, and a loop over the lanes a chain of insertions.
+template <typename Acc, int... I>
+inline Vector<Acc> splat(Acc x, std::integer_sequence<int, I...>) {
+  return Vector<Acc>{((void)I, x)...};
+}
+template <typename Acc>
+inline Vector<Acc> splat(Acc x) {
+  return splat(x, std::make_integer_sequence<int, kLanes<Acc>>{});
+}
 
 // One vector of elements of type T, as Acc.
-template <typename Acc, typename T> inline Vector<Acc> load(const T* p) {
+template <typename Acc, typename T>
+inline Vector<Acc> load(const T* p) {
   Vector<Acc> v;
   for (int i = 0; i < kLanes<Acc>; ++i) v[i] = to_acc<Acc>(p[i]);
   return v;
 }
-template <> inline Vector<float> load<float, float>(const float* p) { return load_raw<Vector<float>>(p); }
-template <> inline Vector<double> load<double, double>(const double* p) { return load_raw<Vector<double>>(p); }
-template <> inline Vector<float> load<float, bfloat16>(const bfloat16* p) {
+template <>
+inline Vector<float> load<float, float>(const float* p) {
+  return load_raw<Vector<float>>(p);
+}
+template <>
+inline Vector<double> load<double, double>(const double* p) {
+  return load_raw<Vector<double>>(p);
+}
+template <>
+inline Vector<float> load<float, bfloat16>(const bfloat16* p) {
   using V = VectorOf<float>;
   const auto wide = __builtin_convertvector(load_raw<V::half>(p), V::bits) << 16;
   return load_raw<Vector<float>>(&wide);
 }
 // NOTE: the unmasked 512-bit conversions of GCC 12's own header warn that they read an undefined register.
-#if defined(__AVX512F__)
-template <> inline Vector<float> load<float, float16>(const float16* p) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+template <>
+inline Vector<float> load<float, float16>(const float16* p) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-#elif defined(__F16C__)
-template <> inline Vector<float> load<float, float16>(const float16* p) {
+#elif LORS_VECTOR_BYTES == 32 && defined(__F16C__)
+template <>
+inline Vector<float> load<float, float16>(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 #endif
@@ -163,33 +235,49 @@ inline VectorOf<float>::bits round_to_bfloat16(Vector<float> x) {
 }
 
 // Stores one vector of Acc as elements of type Out, each value rounded once to type Round.
-template <typename Out, typename Round, typename Acc> inline void store(Out* p, Vector<Acc> v) {
+template <typename Out, typename Round, typename Acc>
+inline void store(Out* p, Vector<Acc> v) {
   for (int i = 0; i < kLanes<Acc>; ++i) p[i] = from_acc<Out>(to_acc<Acc>(from_acc<Round>(v[i])));
 }
-template <> inline void store<float, float, float>(float* p, Vector<float> v) { store_raw(p, v); }
-template <> inline void store<double, double, double>(double* p, Vector<double> v) { store_raw(p, v); }
-template <> inline void store<float, bfloat16, float>(float* p, Vector<float> v) { store_raw(p, round_to_bfloat16(v)); }
-template <> inline void store<bfloat16, bfloat16, float>(bfloat16* p, Vector<float> v) {
+template <>
+inline void store<float, float, float>(float* p, Vector<float> v) {
+  store_raw(p, v);
+}
+template <>
+inline void store<double, double, double>(double* p, Vector<double> v) {
+  store_raw(p, v);
+}
+template <>
+inline void store<float, bfloat16, float>(float* p, Vector<float> v) {
+  store_raw(p, round_to_bfloat16(v));
+}
+template <>
+inline void store<bfloat16, bfloat16, float>(bfloat16* p, Vector<float> v) {
   store_raw(p, __builtin_convertvector(round_to_bfloat16(v) >> 16, VectorOf<float>::half));
 }
-#if defined(__AVX512F__)
-template <> inline void store<float16, float16, float>(float16* p, Vector<float> v) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+template <>
+inline void store<float16, float16, float>(float16* p, Vector<float> v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, kToNearest));
 }
-template <> inline void store<float, float16, float>(float* p, Vector<float> v) {
+template <>
+inline void store<float, float16, float>(float* p, Vector<float> v) {
   store_raw(p, _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtps_ph(0xffff, v, kToNearest)));
 }
-#elif defined(__F16C__)
-template <> inline void store<float16, float16, float>(float16* p, Vector<float> v) {
+#elif LORS_VECTOR_BYTES == 32 && defined(__F16C__)
+template <>
+inline void store<float16, float16, float>(float16* p, Vector<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, kToNearest));
 }
-template <> inline void store<float, float16, float>(float* p, Vector<float> v) {
+template <>
+inline void store<float, float16, float>(float* p, Vector<float> v) {
   store_raw(p, _mm256_cvtph_ps(_mm256_cvtps_ph(v, kToNearest)));
 }
 #endif
 
 // Calls f(T{}) with the element type that `dtype` names.
-template <typename F> inline void with_type(lors::DType dtype, F f) {
+template <typename F>
+inline void with_type(lors::DType dtype, F f) {
   switch (dtype) {
     case lors::DType::float64: return f(double{});
     case lors::DType::float32: return f(float{});

@@ -22,7 +22,8 @@ class Workspace {
 };
 
 // Runs body(begin, end) over [0, count) on the pool behind `stream`, or here if there is none.
-template <typename Body> void parallel_for(Stream stream, int64_t count, int64_t grain, const Body& body) {
+template <typename Body>
+void parallel_for(Stream stream, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
   const auto* pool = static_cast<const ParallelFor*>(stream);
   if (!pool || count <= grain) return body(0, count);

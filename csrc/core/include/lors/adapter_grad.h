@@ -10,9 +10,9 @@
 namespace lors {
 
 struct AdapterGradArgs {
-  int64_t tokens = 0;             // T
-  int64_t out_features = 0;       // N
-  int64_t in_features = 0;        // K
+  int64_t tokens = 0;        // T
+  int64_t out_features = 0;  // N
+  int64_t in_features = 0;   // K
   int64_t r = 0;
   const void* grad_output = nullptr;  // dY [T, N] row-major
   DType grad_output_dtype = DType::float32;

@@ -15,4 +15,8 @@ const char* cpu_capability();
 // LORS_CPU_PRODUCT=float32 or native overrides it. Asked once per process; never timed, so that runs are repeatable.
 bool cpu_multiplies_natively(DType dtype);
 
+// Whether float32 products of this many tokens go through fused_linear rather than merge and the library's own product.
+// LORS_CPU_FUSED=always or never overrides it.
+bool cpu_prefers_fused_linear(int64_t tokens);
+
 }  // namespace lors

@@ -9,9 +9,7 @@ namespace lors {
 
 enum class DType : uint8_t { float64, float32, bfloat16, float16 };
 
-constexpr int64_t dtype_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 enum class DeviceType : uint8_t { cpu, cuda };
 

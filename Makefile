@@ -1,0 +1,77 @@
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA_ARCHS, PYTEST_ARGS.
+PYTHON ?= python3
+# Without a GPU one known torch; beside one, the torch that pip picks for that machine.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
+TORCH_INDEX ?=
+CUDA_ARCHS ?= 80;90a
+PYTEST_ARGS ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp')
+CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
+
+.PHONY: demo test test-python test-cpp lint format bench wheel test-wheel install clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# Editable: Python is read from the checkout, the binaries are rebuilt here where a source has changed.
+install: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
+		'--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+
+demo: install
+	$(BIN)/lors-cuda demo --output demo-output
+
+test: test-cpp test-python
+
+test-python: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cpp: $(VENV)/.ready
+	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
+	$(CMAKE) --build build/cpp
+	build/cpp/tests/cpp/test_core --gtest_brief=1
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	! grep -rnE '#include <(torch|ATen|c10)/' csrc/core
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: install
+	mkdir -p build/bench
+	$(BIN)/python bench/merge.py --output build/bench/merge.json
+	$(BIN)/python bench/linear.py --output build/bench/linear.json
+	$(BIN)/python bench/plot.py build/bench/linear.json --output build/bench
+
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . \
+		'--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+	ls -l dist
+
+# The wheel by itself: an environment that borrows .venv's torch, but not the editable install beside it.
+test-wheel: wheel
+	rm -rf build/wheel-venv
+	$(PYTHON) -m venv build/wheel-venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	build/wheel-venv/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd build && wheel-venv/bin/lors-cuda info
+	build/wheel-venv/bin/python -m pytest $(PYTEST_ARGS) tests/python/test_package.py
+
+clean:
+	rm -rf build dist demo-output

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+// out[T, columns] = activation[T, depth] operand[depth, columns] with operand = merged^T (forward) or merged (dX).
+// The classical blocked product (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008), in which
+// packing a block of the operand IS the merge: the weight is read once and the merged weight exists only as that block.
+#pragma once
+
+#include "kernels.h"
+#include "merge_kernel.h"
+#include "vector.h"
+
+namespace {
+
+// A register tile is rows x two vectors: 12 accumulators of 16 registers, or 24 of 32 with AVX-512.
+constexpr int kFusedRows = kVectorBytes == 64 ? 12 : 6;
+constexpr int kFusedVectors = 2;
+constexpr int kFusedColumns = kFusedVectors * kLanes<float>;
+// A depth x column block of the operand (192 KiB) and the activations' block beside it share a 512 KiB second-level cache.
+constexpr int kFusedDepth = 384;
+constexpr int kFusedBlockColumns = 128;
+constexpr int kFusedBlockRows = 96;
+
+template <typename T>
+void pack_activation_as(const lors::cpu::PackActivationJob& job, int64_t begin, int64_t end) {
+  const int64_t panels = (job.tokens + kFusedRows - 1) / kFusedRows;
+  const auto* src = static_cast<const T*>(job.src);
+  for (int64_t d0 = 0; d0 < job.depth; d0 += kFusedDepth) {
+    const int64_t depth = job.depth - d0 < kFusedDepth ? job.depth - d0 : kFusedDepth;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* dst = job.dst + panels * kFusedRows * d0 + panel * kFusedRows * depth;
+      for (int i = 0; i < kFusedRows; ++i) {
+        const int64_t t = panel * kFusedRows + i;
+        if (t < job.tokens) {
+          const T* row = src + t * job.depth + d0;
+          for (int64_t d = 0; d < depth; ++d) dst[d * kFusedRows + i] = to_acc<float>(row[d]);
+        } else {
+          for (int64_t d = 0; d < depth; ++d) dst[d * kFusedRows + i] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+void pack_activation(const lors::cpu::PackActivationJob& job, int64_t begin, int64_t end) {
+  with_type(job.src_dtype, [&](auto t) { pack_activation_as<decltype(t)>(job, begin, end); });
+}
+
+// a0 b0 a1 b1 ... of the lower and of the upper halves.
+#if LORS_VECTOR_BYTES == 64
+inline Vector<float> interleave_low(Vector<float> a, Vector<float> b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Vector<float> interleave_high(Vector<float> a, Vector<float> b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif LORS_VECTOR_BYTES == 32
+inline Vector<float> interleave_low(Vector<float> a, Vector<float> b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline Vector<float> interleave_high(Vector<float> a, Vector<float> b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+inline Vector<float> interleave_low(Vector<float> a, Vector<float> b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Vector<float> interleave_high(Vector<float> a, Vector<float> b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// dst[j, i] = src[i, j] for a square of one vector's lanes: log2(lanes) perfect shuffles.
+inline void transpose_square(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  constexpr int L = kLanes<float>;
+  Vector<float> a[L], b[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) a[i] = load_raw<Vector<float>>(src + i * src_stride);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      b[2 * i] = interleave_low(a[i], a[i + L / 2]);
+      b[2 * i + 1] = interleave_high(a[i], a[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store_raw(dst + i * dst_stride, a[i]);
+}
+
+// Merged values of rows [n, n + rows) x columns [k, k + columns) into out (row stride out_stride); columns <= a panel.
+template <typename W, typename Round>
+inline void merge_block(const lors::cpu::FusedJob& job, int64_t n, int64_t rows, int64_t k, int64_t columns, float* out,
+                        int64_t out_stride) {
+  const int64_t K = job.in_features, r = job.r, words = lors::mask_words(K);
+  const float* lora_A = job.lora_A + k * r;  // panels are fused_columns wide and k is a multiple of that
+  for (int64_t i = 0; i < rows;) {
+    const float* lora_B = job.lora_B + (n + i) * r;
+    const W* weight = static_cast<const W*>(job.weight) + (n + i) * K + k;
+    const uint32_t* mask = job.mask ? job.mask + (n + i) * words : nullptr;
+    if (columns < kFusedColumns) {
+      merge_edge<float, W, float, Round, kFusedVectors>(lora_A, lora_B, r, weight, mask, words, k, columns,
+                                                        out + i * out_stride);
+      i += 1;
+    } else if (rows - i >= 4) {
+      merge_tile<float, W, float, Round, 4, kFusedVectors>(lora_A, lora_B, r, weight, K, mask, words, k, out + i * out_stride,
+                                                           out_stride);
+      i += 4;
+    } else {
+      merge_tile<float, W, float, Round, 1, kFusedVectors>(lora_A, lora_B, r, weight, K, mask, words, k, out + i * out_stride,
+                                                           out_stride);
+      i += 1;
+    }
+  }
+}
+
+// One panel of the operand, [depth, kFusedColumns] with zeros beyond `columns`: forward, columns are rows n of the weight.
+template <typename W, typename Round>
+inline void merge_panel_forward(const lors::cpu::FusedJob& job, int64_t n, int64_t columns, int64_t k0, int64_t depth,
+                                float* panel) {
+  alignas(64) float tile[kFusedColumns * kFusedColumns];
+  if (columns < kFusedColumns) std::memset(tile, 0, sizeof(tile));
+  for (int64_t k = 0; k < depth; k += kFusedColumns) {
+    const int64_t width = depth - k < kFusedColumns ? depth - k : kFusedColumns;
+    merge_block<W, Round>(job, n, columns, k0 + k, width, tile, kFusedColumns);
+    if (width == kFusedColumns) {
+      for (int i = 0; i < kFusedColumns; i += kLanes<float>)
+        for (int j = 0; j < kFusedColumns; j += kLanes<float>)
+          transpose_square(tile + i * kFusedColumns + j, kFusedColumns, panel + (k + j) * kFusedColumns + i, kFusedColumns);
+    } else {
+      for (int64_t j = 0; j < width; ++j)
+        for (int i = 0; i < kFusedColumns; ++i) panel[(k + j) * kFusedColumns + i] = tile[i * kFusedColumns + j];
+    }
+  }
+}
+
+// The same for the input gradient: columns are columns k of the weight, and rows n lie along the depth already.
+template <typename W, typename Round>
+inline void merge_panel_input_gradient(const lors::cpu::FusedJob& job, int64_t k, int64_t columns, int64_t n0, int64_t depth,
+                                       float* panel) {
+  if (columns < kFusedColumns) std::memset(panel, 0, size_t(depth * kFusedColumns) * sizeof(float));
+  merge_block<W, Round>(job, n0, depth, k, columns, panel, kFusedColumns);
+}
+
+// out tile [rows, columns] (+)= activation panel [depth, kFusedRows] x operand panel [depth, kFusedColumns].
+inline void product_tile(const float* activation, const float* operand, int64_t depth, bool first, const float* bias,
+                         float* out, int64_t stride, int64_t rows, int64_t columns) {
+  Vector<float> sum[kFusedRows][kFusedVectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < kFusedRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kFusedVectors; ++v) sum[i][v] = Vector<float>{};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector<float> b[kFusedVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kFusedVectors; ++v) b[v] = load_raw<Vector<float>>(operand + d * kFusedColumns + v * kLanes<float>);
+#pragma GCC unroll 12
+    for (int i = 0; i < kFusedRows; ++i) {
+      const Vector<float> a = splat(activation[d * kFusedRows + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kFusedVectors; ++v) sum[i][v] += a * b[v];
+    }
+  }
+  if (rows == kFusedRows && columns == kFusedColumns) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kFusedRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kFusedVectors; ++v) {
+        float* o = out + i * stride + v * kLanes<float>;
+        const Vector<float> before = !first ? load_raw<Vector<float>>(o)
+                                     : bias ? load_raw<Vector<float>>(bias + v * kLanes<float>)
+                                            : Vector<float>{};
+        store_raw(o, before + sum[i][v]);
+      }
+    return;
+  }
+  alignas(64) float edge[kFusedRows * kFusedColumns];
+#pragma GCC unroll 12
+  for (int i = 0; i < kFusedRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kFusedVectors; ++v) store_raw(edge + i * kFusedColumns + v * kLanes<float>, sum[i][v]);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      float& o = out[i * stride + j];
+      o = (!first ? o : bias ? bias[j] : 0.0f) + edge[i * kFusedColumns + j];
+    }
+}
+
+template <typename W, typename Round>
+void fused_product_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+  const int64_t columns = job.input_gradient ? job.in_features : job.out_features;
+  const int64_t total_depth = job.input_gradient ? job.out_features : job.in_features;
+  const int64_t token_panels = (job.tokens + kFusedRows - 1) / kFusedRows;
+  constexpr int64_t block_panels = kFusedBlockColumns / kFusedColumns, block_tokens = kFusedBlockRows / kFusedRows;
+  for (int64_t first_panel = begin; first_panel < end; first_panel += block_panels) {
+    const int64_t last_panel = first_panel + block_panels < end ? first_panel + block_panels : end;
+    for (int64_t d = 0; d < total_depth; d += kFusedDepth) {
+      const int64_t depth = total_depth - d < kFusedDepth ? total_depth - d : kFusedDepth;
+      for (int64_t p = first_panel; p < last_panel; ++p) {
+        const int64_t column = p * kFusedColumns;
+        const int64_t width = columns - column < kFusedColumns ? columns - column : kFusedColumns;
+        float* panel = scratch + (p - first_panel) * kFusedColumns * kFusedDepth;
+        if (job.input_gradient) {
+          merge_panel_input_gradient<W, Round>(job, column, width, d, depth, panel);
+        } else {
+          merge_panel_forward<W, Round>(job, column, width, d, depth, panel);
+        }
+      }
+      const float* activation = job.activation + token_panels * kFusedRows * d;
+      for (int64_t first_token = 0; first_token < token_panels; first_token += block_tokens) {
+        const int64_t last_token = first_token + block_tokens < token_panels ? first_token + block_tokens : token_panels;
+        for (int64_t p = first_panel; p < last_panel; ++p) {
+          const int64_t column = p * kFusedColumns;
+          const int64_t width = columns - column < kFusedColumns ? columns - column : kFusedColumns;
+          const float* panel = scratch + (p - first_panel) * kFusedColumns * kFusedDepth;
+          for (int64_t t = first_token; t < last_token; ++t) {
+            const int64_t row = t * kFusedRows;
+            const int64_t rows = job.tokens - row < kFusedRows ? job.tokens - row : kFusedRows;
+            product_tile(activation + t * kFusedRows * depth, panel, depth, d == 0, job.bias ? job.bias + column : nullptr,
+                         job.out + row * columns + column, columns, rows, width);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename W>
+void fused_product_of(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+  switch (job.round_to) {
+    case lors::DType::bfloat16: return fused_product_as<W, bfloat16>(job, begin, end, scratch);
+    case lors::DType::float16: return fused_product_as<W, float16>(job, begin, end, scratch);
+    default: return fused_product_as<W, float>(job, begin, end, scratch);
+  }
+}
+
+void fused_product(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+  switch (job.weight_dtype) {
+    case lors::DType::bfloat16: return fused_product_of<bfloat16>(job, begin, end, scratch);
+    case lors::DType::float16: return fused_product_of<float16>(job, begin, end, scratch);
+    default: return fused_product_of<float>(job, begin, end, scratch);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two large products of the layer with the merge inside them, so that the merged weight is never in memory:
+//   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
+//   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
+// merged as in merge.h: fp32 accumulation, each value rounded once to `round_to`. The products accumulate in float32.
+#pragma once
+
+#include <lors/status.h>
+#include <lors/types.h>
+
+namespace lors {
+
+struct FusedLinearArgs {
+  int64_t tokens = 0;        // T
+  int64_t out_features = 0;  // N
+  int64_t in_features = 0;   // K
+  int64_t r = 0;
+  bool input_gradient = false;       // which of the two products
+  const void* activation = nullptr;  // [T, K], or dY [T, N] for the input gradient; row-major
+  DType activation_dtype = DType::float32;
+  const void* weight = nullptr;  // [N, K] row-major; float32, bfloat16 or float16
+  DType weight_dtype = DType::float32;
+  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0
+  const void* lora_A = nullptr;    // [r, K]
+  DType lora_A_dtype = DType::float32;
+  const void* lora_B = nullptr;  // [N, r]
+  DType lora_B_dtype = DType::float32;
+  double scaling = 1.0;
+  DType round_to = DType::float32;
+  const float* bias = nullptr;  // [N], forward only; null: none
+  float* output = nullptr;      // [T, N], or [T, K] for the input gradient; overwritten
+};
+
+Status fused_linear(const FusedLinearArgs& args, Device device, Stream stream);
+
+}  // namespace lors

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# Files and directories that are replaced whole or not at all: written beside their final name, flushed, renamed.
+# Used for checkpoints, logs, plots and model directories. A kill or a full disk leaves what was there before.
+"""Atomic output."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader finds the old file or the new one, never a part.
+
+    Raises:
+        OSError: with the system's reason; the old file is as it was.
+    """
+    temporary = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_directory(path.parent)
+    except OSError as error:
+        raise not_written(path, error, error.errno) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside ``path``; it becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: must not exist, or be an empty directory, unless ``replace``: what stands there is then removed, after
+            the new directory is complete. NOTE: two renames; killed between them, the old directory is found under
+            its name with ``.old`` appended to a random number.
+
+    Raises:
+        OSError: the files could not be written (also where safetensors reports it); ``path`` is as it was.
+    """
+    temporary, old = _beside(path), _beside(path, "old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        if replace and path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        flush_directory(path.parent)
+    except OSError as error:
+        raise not_written(path, error, error.errno) from error
+    except Exception as error:
+        # safetensors' writer raises a type of its own for a full disk.
+        if type(error).__name__ == "SafetensorError":
+            raise not_written(path, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
+    """The error for a file or directory that could not be written, as a sentence."""
+    why = getattr(reason, "strerror", None) or str(reason)
+    return OSError(
+        number,
+        f"'{path}' could not be written ({why}); what stood there before is unchanged. Free space or choose another "
+        "place, and run it again",
+    )
+
+
+def flush_directory(path: Path) -> None:
+    """Make renames in ``path`` durable, where the system can flush a directory."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _beside(path: Path, ending: str = "tmp") -> Path:
+    # In the same directory, because a rename is atomic within one file system only; unique, because two processes
+    # may be told to write to one place by mistake.
+    return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{ending}"

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# The two files of an adapter directory in PEFT's format: adapter_config.json and adapter_model.safetensors with the
+# keys base_model.model.<path>.lora_A.weight [r, K] and .lora_B.weight [N, r]; our own fields stand under "lors".
+# Used by checkpoint.py; knows no model. Files are replaced whole or not at all.
+"""Reading and writing adapter directories."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._files import flush_directory, not_written
+from .config import LoRSConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_ADAPTER_KEY = re.compile(re.escape(PREFIX) + r"(?P<name>.+)\.(?P<which>lora_[AB])\.weight")
+_CHECKSUM = "lors_payload_sha256"
+# Fields of PEFT's LoraConfig that change what the adapter computes and have no counterpart here.
+_UNSUPPORTED = (
+    "use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "layers_to_transform", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+)  # fmt: skip
+
+
+@dataclass
+class SavedAdapter:
+    """What a directory holds: its configuration, our own fields (None if PEFT wrote it), and the tensors."""
+
+    path: Path
+    config: LoRSConfig
+    lors: dict[str, Any] | None
+    adapters: dict[str, dict[str, Tensor]]  # {module name: {"lora_A": [r, K], "lora_B": [N, r]}}
+    saved: dict[str, Tensor]  # {state_dict key: tensor} of modules_to_save
+
+
+def write_adapter(directory: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    """Write `tensors` (full keys) and the configuration's `fields`, the configuration last.
+
+    Raises:
+        OSError: the files could not be written; those that stood there before are complete.
+    """
+    safetensors_torch = require_safetensors()
+    # Cloned, because safetensors refuses tensors that share memory (a head tied to an embedding, both saved).
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # safetensors has no checksum of its own; a flipped bit would load as a wrong number.
+    checksum = hashlib.sha256(_payload(safetensors_torch.save(tensors))).hexdigest()
+    weights = safetensors_torch.save(tensors, metadata={"format": "pt", _CHECKSUM: checksum})
+    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    replace_files(directory, {WEIGHTS_NAME: weights, CONFIG_NAME: config.encode()})
+
+
+def read_adapter(directory: Path) -> SavedAdapter:
+    """Read both files and check them by themselves, without a model."""
+    fields, weights = _read_config(directory / CONFIG_NAME), directory / WEIGHTS_NAME
+    lors = fields.get("lors")
+    where = directory / CONFIG_NAME
+    if lors is not None:
+        if not isinstance(lors, dict) or not isinstance(lors.get("mask_fingerprints"), dict):
+            raise ValueError(f"'{where}' is corrupted: its field 'lors' has no mask fingerprints. Save it again.")
+        if lors.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"'{where}' has format version {lors.get('format_version')!r}, and this lors_cuda reads "
+                f"{FORMAT_VERSION}. Install the version that wrote it, or a newer one."
+            )
+    own = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
+           "modules_to_save")  # fmt: skip
+    values = {name: fields[name] for name in own if name in fields}
+    values.update({name: (lors or {})[name] for name in ("gradient", "layout") if name in (lors or {})})
+    try:
+        config = LoRSConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{where}' does not describe a LoRS adapter: {error}") from error
+    adapters: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in sorted(_read_weights(weights).items()):
+        match = _ADAPTER_KEY.fullmatch(key)
+        if match is not None:
+            adapters.setdefault(match["name"], {})[match["which"]] = tensor
+        elif key.startswith(PREFIX):
+            saved[key.removeprefix(PREFIX)] = tensor
+        else:
+            raise ValueError(f"'{weights}' is no adapter: its tensor '{key}' does not begin with '{PREFIX}'.")
+    halves = sorted(name for name, pair in adapters.items() if len(pair) != 2)
+    if halves or not adapters:
+        what = f"'{halves[0]}' has only one of lora_A and lora_B" if halves else "it has no lora_A and lora_B"
+        raise ValueError(f"'{weights}' is incomplete: {what}. Save the adapter again.")
+    return SavedAdapter(directory, config, lors, adapters, saved)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not readable JSON: it is truncated or corrupted ({error}).") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"'{path}' does not describe a LoRA adapter: peft_type must be 'LORA', but is {kind!r}.")
+    unsupported = [name for name in _UNSUPPORTED if fields.get(name)]
+    if fields.get("bias") not in (None, "none"):
+        unsupported.append("bias")
+    if fields.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        unsupported.append("init_lora_weights")  # pissa, olora, loftq and the like change the base weight
+    if unsupported:
+        used = ", ".join(f"{name}={fields[name]!r}" for name in unsupported)
+        raise ValueError(f"'{path}' uses {used}, which LoRS layers do not have. Train the adapter without it.")
+    return fields
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    data = _read_bytes(path)
+    try:
+        tensors: dict[str, Tensor] = require_safetensors().load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except Exception as error:  # safetensors raises its own type, and KeyError or others for a damaged header
+        raise ValueError(
+            f"'{path}' is not a readable safetensors file: it is truncated or corrupted ({error}). "
+            "Save the adapter again, or copy the file again."
+        ) from error
+    expected = metadata.get(_CHECKSUM)
+    if expected is not None and expected != hashlib.sha256(_payload(data)).hexdigest():
+        raise ValueError(f"'{path}' is corrupted: its tensors do not have the checksum they were saved with.")
+    return tensors
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"'{path}' does not exist; an adapter directory holds {CONFIG_NAME} and {WEIGHTS_NAME}."
+        ) from None
+
+
+def _payload(data: bytes) -> memoryview:
+    """Return the tensors' bytes of a safetensors file: 8 bytes header length, the header, then the payload."""
+    return memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+
+
+def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
+    """Write all files beside their final names, flush them, then rename them in order; leave no temporary file.
+
+    Raises:
+        OSError: with the system's reason and error number; files not yet renamed are as they were.
+    """
+    pairs: list[tuple[Path, Path]] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            # Unique, so that processes which save to one directory by mistake do not write into one file.
+            temporary = directory / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+            pairs.append((temporary, directory / name))
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, final in pairs:
+            os.replace(temporary, final)
+        flush_directory(directory)
+    except OSError as error:
+        raise not_written(directory, error, error.errno) from error
+    finally:
+        for temporary, _ in pairs:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def require_safetensors() -> Any:
+    """Return safetensors.torch, or say how to install it; not imported at the top, where torch alone may be needed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError(
+            "Adapters are saved in the safetensors format, and the package is not installed: pip install safetensors"
+        ) from None
+    return safetensors.torch

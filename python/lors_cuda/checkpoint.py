@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# save_adapter and load_adapter: what of a model goes into an adapter directory, and whether one fits a model.
+# adapter_files.py reads and writes the files. Everything is checked before a tensor is copied or a module replaced.
+"""Save and load adapters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_files import (
+    DTYPES,
+    FORMAT_VERSION,
+    PREFIX,
+    SavedAdapter,
+    read_adapter,
+    require_safetensors,
+    write_adapter,
+)
+from .config import LoRSConfig, Target, find_targets, saved_modules
+from .linear import LoRSLinear
+from .model import check_targets, convert, joined, named_lors_layers
+from .sparse import SparseWeight
+
+_NAMES_SHOWN = 6
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapters of a converted model, and the modules in modules_to_save, to `directory` in PEFT's format.
+
+    Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
+    disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile or
+    DistributedDataParallel the names are those of the inner model; with several processes, call it in one.
+
+    Raises:
+        ValueError: the model has no LoRS layers, or layers with and without use_rslora. OSError: the files could not
+            be written (the system's reason is given). ImportError: safetensors is not installed.
+    """
+    require_safetensors()
+    model = _unwrapped(model)
+    layers = dict(named_lors_layers(model))
+    if not layers:
+        raise ValueError("The model has no LoRS layers, so there is no adapter to save. Call get_lors_model first.")
+    config = _config_of(model, layers)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name, tensor in _saved_tensors(model, config).items():
+        tensors[PREFIX + name] = tensor
+    write_adapter(Path(directory), tensors, _config_fields(model, layers, config))
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_mask: bool = True) -> nn.Module:
+    """Load an adapter directory into `model`, converting it first if it has no LoRS layers yet; in place.
+
+    Every name, shape, rank, scaling, dtype and mask fingerprint is checked before anything is changed. A directory
+    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on.
+
+    Args:
+        model: the sparse base model, or a model converted with the same targets, ranks and scaling.
+        directory: what `save_adapter` wrote.
+        strict_mask: refuse an adapter that was trained on another mask.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is truncated or corrupted, or the adapter does not fit
+            the model (each reason is named); nothing is changed. ImportError: safetensors is not installed.
+    """
+    require_safetensors()
+    inner = _unwrapped(model)
+    adapter = read_adapter(Path(directory))
+    layers = dict(named_lors_layers(inner))
+    targets: list[Target] = []
+    if layers:
+        problems = _fit_converted(inner, layers, adapter, strict_mask)
+    else:
+        targets, problems = _fit_unconverted(inner, adapter, strict_mask)
+    if problems:
+        raise ValueError(f"The adapter in '{adapter.path}' was not loaded. {joined(problems)}")
+    if targets:
+        convert(inner, targets, adapter.config)
+        layers = dict(named_lors_layers(inner))
+        for name, layer in layers.items():
+            for which, tensor in adapter.adapters[name].items():
+                setattr(layer, which, nn.Parameter(tensor.to(layer.lora_A.device, copy=True)))
+    existing = inner.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(adapter.adapters[name]["lora_A"])
+            layer.lora_B.copy_(adapter.adapters[name]["lora_B"])
+        for name, tensor in adapter.saved.items():
+            existing[name].copy_(tensor)
+    return model
+
+
+# ---- what the files hold ----
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRSLinear]) -> LoRSConfig:
+    """Return a configuration that gives every layer its true rank and alpha, also if layers were made one by one."""
+    known = vars(model).get("lors_config")
+    base = known if isinstance(known, LoRSConfig) else None
+    if len({layer.use_rslora for layer in layers.values()}) > 1:
+        raise ValueError("Some layers use use_rslora and others do not; PEFT's format has one value for all of them.")
+    first = next(iter(layers.values()))
+    config = LoRSConfig.from_dict(base.to_dict()) if base is not None else LoRSConfig(gradient=first.gradient)
+    config.use_rslora, config.gradient = first.use_rslora, first.gradient
+    if base is None or any(
+        config.rank_of(name) != layer.r or config.alpha_of(name) != layer.lora_alpha for name, layer in layers.items()
+    ):
+        config.r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+        config.lora_alpha = Counter(layer.lora_alpha for layer in layers.values()).most_common(1)[0][0]
+        # "^" makes a key match from the start of the name only, here and in PEFT.
+        config.rank_pattern = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != config.r}
+        config.alpha_pattern = {
+            f"^{re.escape(name)}": layer.lora_alpha
+            for name, layer in layers.items()
+            if layer.lora_alpha != config.lora_alpha
+        }
+    # The names, because "all-linear" may mean something else to PEFT; as one regular expression where a name in a list
+    # would, as a suffix, also select another module.
+    names = list(layers)
+    others = [name for name, _ in model.named_modules(remove_duplicate=False) if name not in layers]
+    ambiguous = any(other.endswith(f".{name}") for name in names for other in others)
+    config.target_modules = "|".join(re.escape(name) for name in names) if ambiguous else names
+    config.exclude_modules = None
+    return config
+
+
+def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRSConfig) -> dict[str, Any]:
+    """Return the content of adapter_config.json.
+
+    PEFT 0.21 reads it: it warns about the one field it does not know, "lors", and ignores it. It then applies the
+    adapter unmasked, so PEFT alone reproduces our model only up to the masked entries.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": config.init_lora_weights,
+        "use_rslora": config.use_rslora,
+        "target_modules": config.target_modules,
+        "modules_to_save": config.modules_to_save,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "lors": {
+            "format_version": FORMAT_VERSION,
+            "gradient": config.gradient,
+            "layout": config.layout,
+            "mask_fingerprints": {name: layer.sparse_weight.fingerprint() for name, layer in layers.items()},
+        },
+    }
+
+
+def _saved_tensors(model: nn.Module, config: LoRSConfig) -> dict[str, Tensor]:
+    """Return parameters and buffers of modules_to_save under their names in the model's state_dict."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in saved_modules(model, config).items()
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+# ---- whether it fits the model: every function returns sentences, [] if it fits ----
+
+
+def _fit_converted(
+    model: nn.Module, layers: dict[str, LoRSLinear], adapter: SavedAdapter, strict_mask: bool
+) -> list[str]:
+    problems = _fit_names(list(layers), adapter)
+    for name, layer in layers.items():
+        if name not in adapter.adapters:
+            continue
+        pair = adapter.adapters[name]
+        problems += _fit_layer(name, layer.out_features, layer.in_features, layer.r, pair)
+        r, alpha = adapter.config.rank_of(name), adapter.config.alpha_of(name)
+        if (r, alpha, adapter.config.use_rslora) != (layer.r, layer.lora_alpha, layer.use_rslora):
+            problems.append(
+                f"'{name}' has r={r}, lora_alpha={alpha}, use_rslora={adapter.config.use_rslora} in the adapter, but "
+                f"r={layer.r}, lora_alpha={layer.lora_alpha}, use_rslora={layer.use_rslora} in the model; convert the "
+                "model with the adapter's values, or load into the unconverted model."
+            )
+        for which, tensor in pair.items():
+            problems += _fit_dtype(f"{which} of '{name}'", tensor, getattr(layer, which))
+    own = vars(model).get("lors_config")
+    saving = own if isinstance(own, LoRSConfig) else LoRSConfig()
+    problems += _fit_saved(_saved_tensors(model, saving), adapter)
+    fingerprints = {name: layer.sparse_weight.fingerprint for name, layer in layers.items()}
+    return problems or _fit_masks(fingerprints, adapter, strict_mask)
+
+
+def _fit_unconverted(model: nn.Module, adapter: SavedAdapter, strict_mask: bool) -> tuple[list[Target], list[str]]:
+    modules = dict(model.named_modules())
+    absent = [name for name in adapter.adapters if name not in modules]
+    if absent:
+        return [], [
+            f"The model, {type(model).__name__}, has no module '{absent[0]}' ({len(absent)} of the adapter's "
+            f"{len(adapter.adapters)} modules are missing): the adapter belongs to another model."
+        ]
+    targets = find_targets(model, adapter.config)
+    problems = _fit_names([target.name for target in targets], adapter)
+    fingerprints: dict[str, Callable[[], str]] = {}
+    for target in targets:
+        if target.name in adapter.adapters:
+            linear = target.module
+            pair = adapter.adapters[target.name]
+            problems += _fit_layer(target.name, linear.out_features, linear.in_features, target.r, pair)
+            fingerprints[target.name] = partial(_fingerprint, linear)
+    problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
+    problems = problems or _fit_masks(fingerprints, adapter, strict_mask)
+    if not problems:
+        check_targets(targets, adapter.config)
+    return targets, problems
+
+
+def _fingerprint(linear: nn.Linear) -> str:
+    return SparseWeight.from_dense(linear.weight.detach(), "dense").fingerprint()
+
+
+def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
+    known = set(names)
+    without = [name for name in names if name not in adapter.adapters]
+    unknown = [name for name in adapter.adapters if name not in known]
+    return [f"It has no tensors for '{name}', which is adapted in the model." for name in without] + [
+        f"It has tensors for '{name}', which is not adapted in the model." for name in unknown
+    ]
+
+
+def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dict[str, Tensor]) -> list[str]:
+    problems = []
+    for which, needed in (("lora_A", [r, in_features]), ("lora_B", [out_features, r])):
+        tensor = pair[which]
+        if list(tensor.shape) != needed:
+            problems.append(f"{which} of '{name}' has shape {list(tensor.shape)}, but the model needs {needed}.")
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{which} of '{name}' has dtype {tensor.dtype}, but a floating-point one is needed.")
+    return problems
+
+
+def _fit_dtype(what: str, stored: Tensor, own: Tensor) -> list[str]:
+    """Refuse a conversion that would lose digits: float32 into bfloat16, bfloat16 into float16."""
+    if stored.dtype != own.dtype and torch.promote_types(stored.dtype, own.dtype) != own.dtype:
+        return [f"{what} is {stored.dtype} in the adapter and {own.dtype} in the model, which cannot hold it."]
+    return []
+
+
+def _fit_saved(own: dict[str, Tensor], adapter: SavedAdapter) -> list[str]:
+    problems = [f"It has no tensor for '{key}' (modules_to_save)." for key in own if key not in adapter.saved]
+    for key, tensor in adapter.saved.items():
+        if key not in own:
+            problems.append(f"It has a tensor '{key}', which is in none of the model's modules_to_save.")
+        elif tensor.shape != own[key].shape:
+            shapes = f"{list(tensor.shape)}, but the model needs {list(own[key].shape)}"
+            problems.append(f"'{key}' has shape {shapes}.")
+        else:
+            problems += _fit_dtype(f"'{key}'", tensor, own[key])
+    return problems
+
+
+def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter, strict_mask: bool) -> list[str]:
+    if not strict_mask:
+        return []
+    if adapter.lors is None:
+        return [
+            "It was not saved by lors_cuda and has no mask fingerprints, so it cannot be checked against the model's "
+            "zeros. Use strict_mask=False to load it all the same."
+        ]
+    stored = adapter.lors["mask_fingerprints"]
+    different = [name for name, fingerprint in fingerprints.items() if stored.get(name) != fingerprint()]
+    if not different:
+        return []
+    named = ", ".join(f"'{name}'" for name in different[:_NAMES_SHOWN])
+    more = f" and {len(different) - _NAMES_SHOWN} more" if len(different) > _NAMES_SHOWN else ""
+    return [
+        f"It was trained on a model with another sparsity mask: {named}{more} differ. Load the base model it was "
+        "trained on, or use strict_mask=False to load it all the same."
+    ]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile and DistributedDataParallel, whose prefixes do not belong into the file."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+# What several commands share: types of options, loading a model and its tokenizer from a directory, printing.
+# Heavy packages are imported inside the functions.
+"""Shared parts of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .._library import build_info
+from ..data import TokenDataset, load_data
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..pruning import LayerSparsity
+
+DEFAULT_SEQUENCE_LENGTH = 512
+# Everything a tokenizer may consist of; the tokenizer's classes name the files, and none may be lost.
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates",
+)  # fmt: skip
+
+
+def positive_int(text: str) -> int:
+    """An option's value that is an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An option's value that is an integer of at least 0."""
+    return 0 if text == "0" else positive_int(text)
+
+
+def positive_float(text: str) -> float:
+    """An option's value that is a finite number greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model and --device."""
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="directory of the model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA where its kernels serve")
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_size: int = 8) -> None:
+    """--data, --tokenizer, --batch-size and --sequence-length."""
+    parser.add_argument("--data", type=Path, required=required, metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer, if not the model's")
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="sequences per forward pass")
+    parser.add_argument(
+        "--sequence-length",
+        type=positive_int,
+        metavar="TOKENS",
+        help=f"longest sequence; {DEFAULT_SEQUENCE_LENGTH}, or the model's maximum, where not given",
+    )
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """Print for a person; nothing under --json."""
+    if not args.json:
+        print(text, flush=True)
+
+
+def load_model(directory: Path, device: str = "auto") -> nn.Module:
+    """Load a causal language model from a directory, in its own dtype, onto a device; never from the network.
+
+    Raises:
+        FileNotFoundError: no such directory, or no model in it. ValueError: its files are truncated, corrupted or
+            incomplete. RuntimeError: the device cannot be used.
+    """
+    where = _check_directory(directory, "model", "config.json")
+    target = _device(device)
+    transformers = _quiet_transformers()
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            where, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle each raise their own types
+        raise ValueError(f"The model in '{directory}' could not be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random values in their place.
+        raise ValueError(
+            f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
+            "its files. Copy or save it again."
+        )
+    moved: nn.Module = model.to(target)
+    return moved
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a tokenizer from a directory; never from the network.
+
+    Raises:
+        FileNotFoundError: no such directory, or no tokenizer in it. ValueError: it cannot be loaded.
+    """
+    _check_directory(directory, "tokenizer")
+    # Asked first: transformers answers with a page about sentencepiece, or goes on with an empty vocabulary.
+    if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab.*")):
+        raise FileNotFoundError(
+            f"'{directory}' has no tokenizer (tokenizer.json, tokenizer_config.json, tokenizer.model or a vocab file). "
+            "Copy the tokenizer's files there, or name its directory with --tokenizer."
+        )
+    transformers = _quiet_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {_first_line(error)}") from error
+
+
+def load_dataset(args: argparse.Namespace, model: nn.Module) -> TokenDataset:
+    """Load --data with the model's tokenizer and check that both fit the model.
+
+    Raises:
+        ValueError: --sequence-length exceeds what the model can take, or a token id exceeds its vocabulary; and as
+            load_tokenizer and load_data.
+    """
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
+    length = args.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest)
+    if length > longest:
+        raise ValueError(f"--sequence-length is {length}, but the model in '{args.model}' takes at most {longest}.")
+    data = load_data(args.data, tokenizer, length)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and data.max_token_id >= vocabulary:
+        raise ValueError(
+            f"The tokenizer gives token {data.max_token_id}, but the model's vocabulary has {vocabulary}: they do not "
+            "belong together. Name the right one with --tokenizer."
+        )
+    return data
+
+
+def describe_data(data: TokenDataset) -> str:
+    """One line about a dataset: how much, and what was cut or left out."""
+    text = f"{len(data)} sequences, {data.loss_tokens} tokens to predict"
+    if data.truncated:
+        text += f", {data.truncated} cut to fit"
+    if data.skipped:
+        text += f", {data.skipped} without a token to predict left out"
+    return text
+
+
+def check_new(directory: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an output directory that would lose something.
+
+    Raises:
+        FileExistsError: it is not empty, and ``overwrite`` is not set or it holds no model. ValueError: it is, or
+            contains, one of the ``sources``.
+    """
+    output = directory.resolve()
+    for source in sources:
+        if output == source.resolve() or output in source.resolve().parents:
+            raise ValueError(
+                f"The output '{directory}' is, or contains, the input '{source}'; choose another directory."
+            )
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"The output '{directory}' is a file; choose another directory.")
+    if any(directory.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"The output directory '{directory}' exists and is not empty; nothing was written. Choose another one, "
+                "or replace it with --overwrite."
+            )
+        if not (directory / "config.json").is_file():
+            raise FileExistsError(
+                f"The output directory '{directory}' holds no model (config.json), so --overwrite does not replace it; "
+                "remove it yourself, or choose another one."
+            )
+
+
+def save_model(model: nn.Module, source: Path, directory: Path) -> None:
+    """Write a model and its tokenizer's files (copied from ``source``) into an existing directory."""
+    model.save_pretrained(str(directory))  # type: ignore[operator]
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_dir():
+                shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(file, directory / file.name)
+
+
+def sparsity_table(layers: Sequence[LayerSparsity]) -> str:
+    """Layers of one name (q_proj, ...) in one row: how many, their weights, and the range of their sparsity."""
+    groups: dict[str, list[LayerSparsity]] = {}
+    for layer in layers:
+        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    width = max(len(name) for name in [*groups, "layers"])
+    rows = [f"{'layers':<{width}}  count       weights   zeros"]
+    for name, group in groups.items():
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in group)
+        low, high = min(layer.sparsity for layer in group), max(layer.sparsity for layer in group)
+        zeros = f"{low:.2%}" if f"{low:.2%}" == f"{high:.2%}" else f"{low:.2%} to {high:.2%}"
+        rows.append(f"{name:<{width}}  {len(group):>5}  {weights:>12,}  {zeros}")
+    return "\n".join(rows)
+
+
+def sparsity_result(layers: Sequence[LayerSparsity]) -> dict[str, float]:
+    """{layer name: fraction of zeros}, for --json."""
+    return {layer.name: layer.sparsity for layer in layers}
+
+
+def _check_directory(directory: Path, what: str, needed: str | None = None) -> str:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"The {what} directory '{directory}' does not exist.")
+    if needed is not None and not (directory / needed).is_file():
+        raise FileNotFoundError(f"'{directory}' holds no {what}: it has no {needed}.")
+    return str(directory)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda_available"] else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; it must be a device such as cpu or cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device is {name!r}, but torch finds no CUDA device; use --device cpu.")
+    return device
+
+
+def _quiet_transformers() -> Any:
+    transformers: Any = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

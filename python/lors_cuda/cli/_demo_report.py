@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# What the demo shows at its end: one table in the terminal, one picture. Measures nothing.
+"""Table and plot of the demo."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .._files import replace_file
+
+_HEADINGS = ("", "held-out perplexity", "sparsity after merge", "ms/step", "peak memory")
+
+
+@dataclass
+class Row:
+    """One line of the table: a model, and for a method how it got there.
+
+    Attributes:
+        curve: (step, held-out perplexity) during fine-tuning; empty for a model that was not fine-tuned.
+        sparsity: fraction of zeros in the pruned linears of the plain model, that is after merging.
+        color, dashed: of its curve.
+    """
+
+    name: str
+    label: str
+    perplexity: float
+    sparsity: float
+    ms_per_step: float | None = None
+    peak_bytes: int | None = None
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    color: str = "gray"
+    dashed: bool = False
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text; "-" where there is nothing to measure."""
+    cells = [list(_HEADINGS)]
+    for row in rows:
+        cells.append(
+            [
+                row.label,
+                f"{row.perplexity:.3f}",
+                f"{row.sparsity:.2%}",
+                "-" if row.ms_per_step is None else f"{row.ms_per_step:.1f}",
+                "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
+            ]
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADINGS))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot(dense: Row, pruned: Row, methods: Sequence[Row], path: Path) -> None:
+    """Draw held-out perplexity against fine-tuning steps, and the sparsity that is left after merging.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    # Without pyplot: no display is asked for and no figure stays alive.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    last = max(step for row in methods for step, _ in row.curve)
+    for row, place in ((pruned, "bottom"), (dense, "top")):
+        curves.axhline(row.perplexity, color="black", linewidth=1.2, linestyle=":")
+        curves.annotate(
+            f"{row.label}: {row.perplexity:.2f}",
+            (last, row.perplexity),
+            xytext=(0, 3 if place == "bottom" else -3),
+            textcoords="offset points",
+            ha="right",
+            va=place,
+            fontsize=9,
+        )
+    for row in methods:
+        steps, values = [step for step, _ in row.curve], [value for _, value in row.curve]
+        style = (0, (4, 3)) if row.dashed else "solid"
+        label = f"{row.label}: {row.perplexity:.2f}"
+        curves.plot(steps, values, color=row.color, linestyle=style, linewidth=2, marker="o", markersize=4, label=label)
+    curves.set(xlabel="fine-tuning step", ylabel="held-out perplexity per byte", xlim=(0, last * 1.01))
+    curves.set_title("Fine-tuning the pruned model", fontsize=11)
+    curves.grid(alpha=0.3)
+    curves.legend(title="at the last step", fontsize=9, title_fontsize=9)
+
+    shown = [*reversed(methods), pruned]
+    positions = range(len(shown))
+    bars.barh(positions, [row.sparsity for row in shown], color=[row.color for row in shown], height=0.65)
+    bars.set_yticks(positions, [row.label for row in shown], fontsize=9)
+    for position, row in zip(positions, shown, strict=True):
+        bars.annotate(
+            f"{row.sparsity:.1%}",
+            (row.sparsity, position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    bars.set(xlim=(0, max(row.sparsity for row in shown) * 1.25), xlabel="zeros in the weights")
+    bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bars.set_title("Sparsity after merging", fontsize=11)
+    bars.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    replace_file(path, buffer.getvalue())

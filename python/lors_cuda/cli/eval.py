@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lors-cuda eval``: perplexity of a model on a text, with and without an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import load_adapter
+from ..model import disable_adapter
+from ..pruning import measure_sparsity, total_sparsity
+from ..training import evaluate
+from ._common import add_data, add_model, describe_data, load_dataset, load_model, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_model(parser)
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to measure as well")
+    add_data(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the model, and the model with the adapter if one is given."""
+    model = load_model(args.model, args.device)
+    sparsity = total_sparsity(measure_sparsity(model))
+    data = load_dataset(args, model)
+    if args.adapter is not None:
+        load_adapter(model, args.adapter)
+    say(args, f"Data: {describe_data(data)}. Sparsity of the model: {sparsity:.2%}.")
+    options = {"batch_size": args.batch_size, "progress": not args.json}
+    result: dict[str, Any] = {"tokens": data.loss_tokens, "sparsity": sparsity}
+    if args.adapter is None:
+        measured = evaluate(model, data, **options)
+        say(args, f"Perplexity {measured.perplexity:.4f}")
+        return {**result, "loss": measured.loss, "perplexity": measured.perplexity}
+    with disable_adapter(model):
+        without = evaluate(model, data, **options)
+    measured = evaluate(model, data, **options)
+    say(args, f"Perplexity {without.perplexity:.4f} without the adapter, {measured.perplexity:.4f} with it")
+    return {
+        **result,
+        "loss": measured.loss,
+        "perplexity": measured.perplexity,
+        "loss_without_adapter": without.loss,
+        "perplexity_without_adapter": without.perplexity,
+    }

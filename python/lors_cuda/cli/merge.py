@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lors-cuda merge``: a sparse model with its adapter merged in, every zero kept."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._files import new_directory
+from .._library import lors
+from ..checkpoint import load_adapter
+from ..model import merge_and_unload, named_lors_layers
+from ..pruning import measure_sparsity, total_sparsity
+from ._common import add_model, check_new, load_model, save_model, say, sparsity_result, sparsity_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_model(parser)
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what finetune wrote")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the output")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge, verify every layer's mask, and write the result at once or not at all."""
+    check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
+    model = load_model(args.model, args.device)
+    before = total_sparsity(measure_sparsity(model))
+    load_adapter(model, args.adapter)
+    # One bit per weight: a copy of the weights would be as large as the model.
+    masks = {name: lors.mask_pack(layer.sparse_weight.mask()) for name, layer in named_lors_layers(model)}
+    merge_and_unload(model)
+    rounded = _verify(model, masks)
+    layers = measure_sparsity(model)
+    after = total_sparsity(layers)
+    with new_directory(args.output, replace=args.overwrite) as directory:
+        save_model(model, args.model, directory)
+    say(args, sparsity_table(layers))
+    also = f" {rounded} kept weights became zero by rounding." if rounded else ""
+    say(
+        args,
+        f"Mask unchanged in all {len(masks)} merged linears: sparsity {before:.4%} before, {after:.4%} after.{also} "
+        f"Saved in '{args.output}'.",
+    )
+    return {
+        "output": str(args.output),
+        "merged_layers": len(masks),
+        "mask_unchanged": True,
+        "sparsity_before": before,
+        "sparsity": after,
+        "kept_rounded_to_zero": rounded,
+        "layers": sparsity_result(layers),
+    }
+
+
+def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
+    """Check that every weight off its mask is exactly zero; returns how many on it became zero.
+
+    Raises:
+        RuntimeError: a zero was lost (the layer is named); nothing has been written yet.
+    """
+    rounded = 0
+    for name, bits in masks.items():
+        weight: Any = model.get_submodule(name).weight
+        mask = lors.mask_unpack(bits, weight.shape[1])
+        nonzero = weight != 0
+        lost = int((nonzero & ~mask).sum())
+        if lost:
+            raise RuntimeError(f"Merging '{name}' turned {lost} zeros into other values; nothing was written.")
+        rounded += int((mask & ~nonzero).sum())
+    return rounded

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+# Better adapter initialisation: G = mean over batches of dLoss/dW [N, K]; G = U S V^T; lora_A = V[:, :r]^T / gamma,
+# lora_B = 0. estimate_gradients runs on the sparse model before conversion, init_from_gradients on the converted one.
+# Trains nothing; the mask plays no part here: G is the gradient with respect to the whole weight, as in the paper.
+"""Gradient-based start of the adapters (LoRS, arXiv 2501.08582)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._running import device_of, progress_bar, running, to_device
+from .config import LoRSConfig, Target, find_targets
+from .linear import LoRSLinear
+from .model import joined, named_lors_layers, require_unconverted
+
+# The authors' settings for torch.svd_lowrank (github.com/hyx1999/LoRS): q = 4 r, 4 power iterations.
+_OVERSAMPLING = 4
+_POWER_ITERATIONS = 4
+_SEED = 0
+
+
+def estimate_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int = 8,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    progress: bool = True,
+    config: LoRSConfig | None = None,
+) -> dict[str, Tensor]:
+    """Average the gradient of the loss with respect to each target weight over a few calibration batches.
+
+    Call it on the sparse model, before get_lors_model. The model runs in eval mode (no dropout) and is left exactly as
+    it was, also after an error: training flags, requires_grad, existing gradients. Memory: one float32 accumulator per
+    target on the host, and beside them the gradient of one layer at a time on the device (LoRA-GA ran out of memory
+    here, LoRA-GA issue 14). NOTE: where one linear stands in the model several times, autograd itself holds its
+    partial sum until its first use is reached. With torch.distributed initialised, every process gives its own
+    batches and gets the mean over all of them.
+
+    Args:
+        model: the sparse model; its target weights are floating-point [N, K].
+        batches: what `loss_fn` takes; at most `steps` are drawn from it, fewer if it has fewer.
+        steps: number of batches, at least 1 (per process).
+        loss_fn: `loss_fn(model, batch)` returns the scalar loss; None: `model(**batch).loss`, the batch moved to the
+            model's device.
+        progress: show a progress bar if tqdm is installed and the output is a terminal.
+        config: selects the targets; None: LoRSConfig(), which is "all-linear".
+
+    Returns:
+        {module name: mean gradient}, float32 [N, K] on the CPU; zeros for a weight that no batch reached.
+
+    Raises:
+        ValueError: no batches; a gradient or loss is not finite (the module and batch are named); no target matches;
+            the model is already converted. TypeError: an argument or the loss is of the wrong type.
+    """
+    require_unconverted(model)
+    try:
+        steps = operator.index(steps)
+    except TypeError:
+        raise TypeError(f"steps must be an integer of at least 1, but is {steps!r}.") from None
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, but is {steps}.")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
+    targets = find_targets(model, LoRSConfig() if config is None else config)
+    sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
+    count, error = 0, None
+    try:
+        with _only_weights_require_grad(model, targets), _collected(targets, sums) as first_bad, torch.enable_grad():
+            for batch in progress_bar(
+                itertools.islice(batches, steps),
+                total=_expected(batches, steps),
+                description="estimating gradients",
+                unit="batch",
+                shown=progress,
+            ):
+                torch.autograd.backward(_loss(model, batch, loss_fn, count))
+                if first_bad:
+                    raise ValueError(
+                        f"The gradient of the loss with respect to the weight of '{first_bad[0]}' has NaN or "
+                        f"infinity in batch {count}. Check that batch, or run the estimate in float32 or bfloat16."
+                    )
+                count += 1
+        if count == 0:
+            raise ValueError("batches is empty, and at least one batch is needed to estimate gradients.")
+    except Exception as caught:
+        # Other processes wait in a collective; they are told before this one gives up.
+        error = caught
+    count = _total_count(count, error, targets)
+    for target in targets:
+        _sum_over_processes(sums[target.name], target.module.weight.device).div_(count)
+    return sums
+
+
+def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, stable_gamma: float = 1.0) -> None:
+    """Set lora_A to the leading right singular vectors of each layer's gradient, lora_B to zero.
+
+    With G = U S V^T: lora_A = V[:, :r]^T / stable_gamma (arXiv 2501.08582). The model's output is unchanged, because
+    lora_B is zero. The decomposition is torch.svd_lowrank with q = min(4 r, N, K), exact where q is min(N, K); it is
+    seeded, so that equal gradients give equal adapters, and leaves the global random state alone. A layer whose
+    gradient is all zero (never reached) has no leading direction: it keeps its lora_A.
+
+    Args:
+        model: a converted model.
+        gradients: {module name: [N, K]} as `estimate_gradients` returns it, one for each LoRS layer.
+        stable_gamma: finite, greater than 0.
+
+    Raises:
+        ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
+            problem is named and nothing is changed. TypeError: `gradients` is no mapping of tensors.
+    """
+    if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
+        raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
+    if not (math.isfinite(stable_gamma) and stable_gamma > 0):
+        raise ValueError(f"stable_gamma must be finite and greater than 0, but is {stable_gamma}.")
+    if not isinstance(gradients, Mapping):
+        raise TypeError(f"gradients must map module names to tensors, but is {type(gradients).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    layers = dict(named_lors_layers(model))
+    if not layers:
+        raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
+    problems = _problems(layers, gradients)
+    if problems:
+        raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")
+    starts = {}
+    for name, layer in layers.items():
+        gradient = gradients[name].detach().to(layer.lora_A.device, torch.float32)
+        if bool((gradient != 0).any()):
+            starts[name] = (_leading_right_singular_vectors(gradient, layer.r) / stable_gamma).to(layer.lora_A.dtype)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if name in starts:
+                layer.lora_A.copy_(starts[name])
+            layer.lora_B.zero_()
+
+
+def _problems(layers: dict[str, LoRSLinear], gradients: Mapping[str, Tensor]) -> list[str]:
+    problems = [f"There is no gradient for '{name}'." for name in layers if name not in gradients]
+    for name, gradient in gradients.items():
+        if name not in layers:
+            problems.append(f"'{name}' has a gradient but is no LoRS layer of this model.")
+        elif not isinstance(gradient, Tensor) or not gradient.is_floating_point():
+            kind = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
+            problems.append(f"The gradient of '{name}' must be a floating-point tensor, but is {kind}.")
+        elif tuple(gradient.shape) != (layers[name].out_features, layers[name].in_features):
+            needed = [layers[name].out_features, layers[name].in_features]
+            problems.append(f"The gradient of '{name}' has shape {list(gradient.shape)}, but {needed} is needed.")
+        elif not bool(torch.isfinite(gradient).all()):
+            problems.append(f"The gradient of '{name}' has NaN or infinity.")
+    return problems
+
+
+def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
+    """Return the first r right singular vectors of `matrix` [N, K] as rows [r, K], float32, orthonormal."""
+    full = min(matrix.shape)
+    q = min(_OVERSAMPLING * r, full)
+    if q == full:
+        exact: Tensor = torch.linalg.svd(matrix, full_matrices=False).Vh
+        return exact[:r]
+    on_cuda = matrix.device.type == "cuda"
+    with torch.random.fork_rng(devices=[matrix.device] if on_cuda else []):
+        # Not torch.manual_seed: it would also seed devices whose state is not kept here.
+        if on_cuda:
+            with torch.cuda.device(matrix.device):
+                torch.cuda.manual_seed(_SEED)
+        else:
+            torch.default_generator.manual_seed(_SEED)
+        _, _, right = torch.svd_lowrank(matrix, q=q, niter=_POWER_ITERATIONS)
+    return right[:, :r].T.contiguous()
+
+
+@contextlib.contextmanager
+def _only_weights_require_grad(model: nn.Module, targets: list[Target]) -> Iterator[None]:
+    """Eval mode, gradients for the target weights only; everything as before afterwards."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    existing = [(target.module.weight, target.module.weight.grad) for target in targets]
+    try:
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        for weight, _ in existing:
+            weight.requires_grad_(True)
+            weight.grad = None
+        with running(model, training=False):
+            yield
+    finally:
+        for weight, gradient in existing:
+            weight.grad = gradient
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+
+
+@contextlib.contextmanager
+def _collected(targets: list[Target], sums: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Add each weight's gradient to its sum on the host the moment it is complete, and free it.
+
+    Yields a list that stays empty as long as every gradient is finite, and then holds the name of the first bad one.
+    """
+    first_bad: list[str] = []
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def add_and_free(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                return
+            if not first_bad and not bool(torch.isfinite(gradient).all()):
+                first_bad.append(name)
+            sums[name] += gradient.to("cpu")
+
+        return add_and_free
+
+    handles = []
+    for target in targets:
+        weight: Any = target.module.weight  # torch's method for the hook is untyped
+        handles.append(weight.register_post_accumulate_grad_hook(hook_for(target.name)))
+    try:
+        yield first_bad
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None, index: int) -> Tensor:
+    """Return the scalar loss of one batch, or say what is wrong with it."""
+    loss: Any
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+    else:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"Without loss_fn a batch must be a mapping of the model's arguments (input_ids, labels, ...), but "
+                f"batch {index} is {type(batch).__name__}. Give loss_fn(model, batch)."
+            )
+        loss = getattr(model(**to_device(batch, device_of(model))), "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"model(**batch) returned no loss for batch {index}. Put 'labels' into the batch, or give "
+                "loss_fn(model, batch)."
+            )
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss must be a scalar tensor, but is {type(loss).__name__} for batch {index}.")
+    if loss.numel() != 1:
+        raise ValueError(f"The loss must be a scalar, but has shape {list(loss.shape)} for batch {index}.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"The loss of batch {index} depends on no target weight (it requires no gradient). Do not detach it, and "
+            "do not compute it under torch.no_grad()."
+        )
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"The loss of batch {index} is {loss.item()}. Check that batch and the model's weights.")
+    return loss
+
+
+def _expected(batches: Iterable[Any], steps: int) -> int:
+    return min(steps, len(batches)) if isinstance(batches, Sized) else steps
+
+
+def _total_count(count: int, error: Exception | None, targets: list[Target]) -> int:
+    """Return the number of batches of all processes; raise here, in step with the others, if any process failed."""
+    if not _distributed():
+        if error is not None:
+            raise error
+        return count
+    status = torch.tensor([count, int(error is not None)], device=targets[0].module.weight.device)
+    dist.all_reduce(status)
+    if error is not None:
+        raise error
+    total, failed = status.tolist()
+    if failed:
+        raise RuntimeError(f"estimate_gradients failed in {failed} other process(es); see the error there.")
+    return int(total)
+
+
+def _sum_over_processes(gradient: Tensor, device: torch.device) -> Tensor:
+    """Add up one layer's accumulator over all processes, on the weight's device (NCCL needs it there)."""
+    if _distributed():
+        on_device = gradient.to(device)
+        dist.all_reduce(on_device)
+        gradient.copy_(on_device)
+    return gradient
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

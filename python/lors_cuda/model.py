@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# Conversion of whole models: nn.Linear -> LoRSLinear (get_lors_model) and back (merge_and_unload), in place.
+# config.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
+"""Convert a model to LoRS layers, merge it back, switch the adapters off."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+
+from .config import LoRSConfig, Target, find_targets, saved_modules
+from .linear import LoRSLinear, check_rank
+from .sparse import SparseWeight
+
+_PROBLEMS_SHOWN = 5
+
+
+def get_lors_model(model: nn.Module, config: LoRSConfig | None = None) -> nn.Module:
+    """Replace the linears that `config` selects by LoRSLinear, in place, and freeze everything else.
+
+    Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
+    soon as its replacement stands, so no second copy of the model exists. The configuration used is kept as
+    `model.lors_config`. Source: LoRS, arXiv 2501.08582.
+
+    Args:
+        model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
+        config: what to adapt; None: LoRSConfig().
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: nothing is selected; a selected module cannot be adapted (see `find_targets`); a rank exceeds
+            min(out_features, in_features); a weight does not fit the layout; the model already has LoRS layers.
+        TypeError: `model` is no nn.Module or `config` no LoRSConfig. The model is unchanged after any of these.
+    """
+    config = LoRSConfig() if config is None else config
+    _check_arguments(model, config)
+    return convert(model, find_targets(model, config), config)
+
+
+def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.Module:
+    """Replace `targets` (emptied on the way, to free each linear) and set requires_grad; for get_lors_model and load.
+
+    Raises:
+        ValueError: as `get_lors_model`; the model is then as it was, also if an error comes halfway (out of memory).
+    """
+    saved = saved_modules(model, config)
+    check_targets(targets, config)
+    done: list[tuple[tuple[str, ...], LoRSLinear, bool, bool]] = []
+    targets.reverse()
+    try:
+        while targets:
+            target = targets.pop()
+            linear = target.module
+            layer = LoRSLinear.from_linear(
+                linear,
+                r=target.r,
+                lora_alpha=target.lora_alpha,
+                layout=config.layout,
+                gradient=config.gradient,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+            )
+            bias_trained = linear.bias is not None and linear.bias.requires_grad
+            done.append((target.names, layer, linear.weight.requires_grad, bias_trained))
+            _replace(model, target.names, layer)
+            del target, linear
+    except BaseException:
+        for names, layer, weight_trained, bias_trained in done:
+            _replace(model, names, _frozen_linear(layer, weight_trained, bias_trained))
+        raise
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, layer in named_lors_layers(model):
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    for module in saved.values():
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    # Through vars(): nn.Module's __setattr__ is typed for tensors and modules only.
+    vars(model)["lors_config"] = copy.deepcopy(config)
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge every adapter into its weight and put plain nn.Linear modules back, in place.
+
+    The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
+    All layers are checked before the first is replaced. As after PEFT's merge_and_unload the weights stay frozen;
+    call `model.requires_grad_(True)` to train the whole model.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), or the model
+            has no LoRS layers; nothing is changed then.
+    """
+    layers = _lors_layers_with_names(model)
+    for names, layer in layers:
+        if "" in names:
+            raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
+        layer.check_finite(names[0])
+    layers.reverse()
+    while layers:
+        names, layer = layers.pop()
+        _replace(model, names, layer.merge().requires_grad_(False))
+    vars(model).pop("lors_config", None)
+    return model
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run the model with its frozen sparse weights alone inside a `with` block; nests, and undoes itself on an error.
+
+    Layers that were already disabled stay so afterwards. Modules of `modules_to_save` keep their trained values:
+    unlike PEFT, no second copy of them exists.
+
+    Raises:
+        ValueError: the model has no LoRS layers.
+    """
+    before = [(layer, layer.adapter_enabled) for _, layer in _lors_layers_with_names(model)]
+    try:
+        for layer, _ in before:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.adapter_enabled = enabled
+
+
+def named_lors_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLinear]]:
+    """Iterate over (name, layer) of the LoRS layers, in the model's order; a shared layer comes once, first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRSLinear):
+            yield name, module
+
+
+def check_targets(targets: list[Target], config: LoRSConfig) -> None:
+    """Refuse what from_linear would refuse, for all targets, before the first is replaced.
+
+    Raises:
+        ValueError: a rank is too large or a weight does not fit the layout; every module concerned is named.
+    """
+    # "auto" falls back to "dense", so what "dense" takes, "auto" takes. The probe is dropped at once.
+    layout = "dense" if config.layout == "auto" else config.layout
+    problems = []
+    for target in targets:
+        try:
+            check_rank(target.r, target.module.out_features, target.module.in_features)
+            SparseWeight.from_dense(target.module.weight.detach(), layout)
+        except ValueError as error:
+            problems.append(f"'{target.name}': {error}")
+    if problems:
+        advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
+        raise ValueError(f"The model was not converted. {joined(problems)} {advice}")
+
+
+def joined(problems: list[str]) -> str:
+    """Join sentences; after the first few only their number."""
+    shown = " ".join(problems[:_PROBLEMS_SHOWN])
+    rest = len(problems) - _PROBLEMS_SHOWN
+    return shown if rest <= 0 else f"{shown} And {rest} more like these."
+
+
+def require_unconverted(model: nn.Module) -> None:
+    """Refuse a model that has LoRS layers already.
+
+    Raises:
+        TypeError: `model` is no nn.Module. ValueError: it has LoRS layers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    name = next((name for name, _ in named_lors_layers(model)), None)
+    if name is not None:
+        raise ValueError(
+            f"The model already has LoRS layers ('{name}' is one), and this needs the sparse model before conversion. "
+            "Call merge_and_unload(model) first, or load the base model again."
+        )
+
+
+def _check_arguments(model: nn.Module, config: LoRSConfig) -> None:
+    require_unconverted(model)
+    if not isinstance(config, LoRSConfig):
+        raise TypeError(f"config must be a LoRSConfig, but is {type(config).__name__}.")
+
+
+def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinear]]:
+    """List every LoRS layer with all names it has in the model.
+
+    Raises:
+        TypeError, ValueError: `model` is no nn.Module, or it has none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    names_of: dict[LoRSLinear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRSLinear):
+            names_of.setdefault(module, []).append(name)
+    if not names_of:
+        raise ValueError("The model has no LoRS layers. Convert it with get_lors_model or load_adapter first.")
+    return [(names, layer) for layer, names in names_of.items()]
+
+
+def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Module) -> None:
+    """Put `module` in the place of all `names`: one shared layer stays one shared layer."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _frozen_linear(layer: LoRSLinear, weight_trained: bool, bias_trained: bool) -> nn.Linear:
+    """The nn.Linear that `layer` was made from, adapter dropped; for undoing a conversion."""
+    weight = layer.sparse_weight.to_dense()
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=weight_trained)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=bias_trained)
+    return linear.train(layer.training)

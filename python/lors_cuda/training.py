@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+# The training loop of `lors-cuda finetune` and of the demo: AdamW, warmup, clipping, a log, resumable checkpoints.
+# Trains whatever requires grad; training_files.py reads and writes what a run leaves behind.
+"""Train a causal language model's adapters, and measure perplexity."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._running import annotate, device_of, progress_bar, running, to_device
+from .data import ShuffledOrder, TokenDataset, count_loss_tokens
+from .training_files import CHECKPOINT_NAME, Checkpoint, StepLog, load_checkpoint, save_checkpoint
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Args:
+        steps: number of optimizer steps.
+        batch_size: sequences per forward pass.
+        accumulate: forward passes per step; the step's loss is the mean over all their tokens.
+        lr: peak learning rate of AdamW, reached after the warmup.
+        schedule: "cosine" (down to zero at the last step) or "constant", after the warmup.
+        warmup_steps: linear warmup; None: 3 % of the steps.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; None: not clipped.
+        seed: order of the data and dropout.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; it must be 'cosine' or 'constant'.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}; it must be finite and greater than 0.")
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be between 0 and steps = {self.steps}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be finite and at least 0.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be greater than 0, or None.")
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of step ``step`` (counted from 0) as a fraction of ``lr``."""
+        warmup = math.ceil(0.03 * self.steps) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per token, its exponential, and the number of tokens predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def train(
+    model: nn.Module,
+    data: TokenDataset,
+    config: TrainingConfig,
+    *,
+    directory: Path | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train the parameters that require grad, in place.
+
+    A run is a function of the model, the data and the configuration. With a ``directory`` it leaves
+    ``training.jsonl`` (one line per step) and ``checkpoint.pt`` there, and a run that was killed goes on from its last
+    checkpoint with the same loss curve: on the CPU with the same number of threads, bit for bit. The global random
+    state is left as it was.
+
+    Args:
+        model: ``model(**batch).loss`` is the mean loss over the batch's label tokens, as in transformers.
+        data: the examples; each step takes ``accumulate`` batches of ``config``'s shuffled order.
+        directory: where the log and the checkpoints go; None: nowhere.
+        resume: continue from the directory's checkpoint; from the beginning if it has none yet.
+        identity: what else must be equal for resuming to make sense (JSON values), such as the adapters' settings.
+        progress: show a bar on a terminal.
+        on_step: called with each step's entry.
+
+    Returns:
+        One entry per step, those before a resume included: step (from 1), loss, lr, grad_norm, tokens, seconds.
+
+    Raises:
+        ValueError: nothing to train or to resume with these settings. OSError: the log or a checkpoint could not be
+            written; the last checkpoint is complete. FloatingPointError: the loss or the gradient of a step is
+            not finite; the parameters are those before that step.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("No parameter of the model requires grad, so there is nothing to train.")
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
+    settings = {**asdict(config), "data": data.fingerprint, **(identity or {})}
+    del settings["checkpoint_every"]  # the only one that does not change the curve
+    order = ShuffledOrder(len(data), config.batch_size, config.seed)
+    device = device_of(model)
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []), running(model, training=True):
+        _seed(config.seed, device)
+        checkpoint = load_checkpoint(directory, settings, parameters) if resume and directory is not None else None
+        start = 0
+        if checkpoint is not None:
+            start = checkpoint.step
+            _restore(checkpoint, parameters, optimizer, scheduler, device)
+        elif directory is not None:
+            # A checkpoint of an earlier run must not be what this one is resumed from.
+            (directory / CHECKPOINT_NAME).unlink(missing_ok=True)
+        log = StepLog(directory, start)
+        with log:
+            bar = progress_bar(
+                range(start, config.steps),
+                total=config.steps - start,
+                description="training",
+                unit="step",
+                shown=progress,
+            )
+            for step in bar:
+                began = time.perf_counter()
+                micro = [
+                    data.batch(order.indices(step * config.accumulate + part)) for part in range(config.accumulate)
+                ]
+                lr = scheduler.get_last_lr()[0]
+                loss, tokens = _accumulate(model, micro, step + 1, device)
+                norm = _clip(list(parameters.values()), config.max_grad_norm, step + 1)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                scheduler.step()
+                entry = {
+                    "step": step + 1,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens": tokens,
+                    "seconds": time.perf_counter() - began,
+                }
+                log.append(entry)
+                annotate(bar, f"loss {loss:.3f}")
+                if on_step is not None:
+                    on_step(entry)
+                is_last = step + 1 == config.steps
+                if directory is not None and (is_last or _is_due(step + 1, config.checkpoint_every)):
+                    log.flush()
+                    save_checkpoint(directory, _snapshot(step + 1, settings, parameters, optimizer, scheduler, device))
+    return log.entries
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TokenDataset, *, batch_size: int = 8, progress: bool = True) -> Evaluation:
+    """Perplexity of ``data``: the exponential of the mean loss over all its label tokens, whatever their batches.
+
+    Raises:
+        FloatingPointError: the loss of a batch is not finite.
+    """
+    device = device_of(model)
+    total, tokens = 0.0, 0
+    with running(model, training=False):
+        batches: Iterator[dict[str, Tensor]] = data.batches(batch_size)
+        count = -(-len(data) // batch_size)
+        bar = progress_bar(batches, total=count, description="evaluating", unit="batch", shown=progress)
+        for number, batch in enumerate(bar, start=1):
+            count = count_loss_tokens(batch["labels"])
+            loss = model(**to_device(batch, device)).loss.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss of batch {number} of {data.source} is {loss}. Check the weights.")
+            total += loss * count
+            tokens += count
+    mean = total / tokens
+    # exp overflows a float above 709: such a model is as bad as infinity says.
+    return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, tokens)
+
+
+def _accumulate(
+    model: nn.Module, batches: list[dict[str, Tensor]], step: int, device: torch.device
+) -> tuple[float, int]:
+    """Backward through all of a step's batches, each weighted by its label tokens; returns their mean loss."""
+    counts = [count_loss_tokens(batch["labels"]) for batch in batches]
+    total = sum(counts)
+    mean = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        loss = model(**to_device(batch, device)).loss
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The loss is {value} at step {step}; training stopped before that step. Use a lower learning rate, or "
+                "check the data and the model."
+            )
+        share = count / total
+        (loss if len(batches) == 1 else loss * share).backward()
+        mean += value * share
+    return mean, total
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float | None, step: int) -> float:
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"The gradient's norm is {norm} at step {step}; training stopped before that step. Use a lower learning "
+            "rate, or a dtype of larger range."
+        )
+    return norm
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    # Not torch.manual_seed: it would also seed devices whose state is not kept here.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _snapshot(
+    step: int,
+    settings: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    device: torch.device,
+) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        settings=settings,
+        parameters={name: parameter.detach().cpu() for name, parameter in parameters.items()},
+        optimizer=optimizer.state_dict(),
+        scheduler=scheduler.state_dict(),
+        cpu_rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    )
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    device: torch.device,
+) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.parameters[name])
+    optimizer.load_state_dict(checkpoint.optimizer)
+    scheduler.load_state_dict(checkpoint.scheduler)
+    torch.set_rng_state(checkpoint.cpu_rng)
+    if checkpoint.cuda_rng is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint.cuda_rng, device)

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every table of CPU kernels that this processor runs, against float64 loops.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lors::cpu {
+
+extern const KernelTable table_baseline;
+extern const KernelTable table_wide;
+#if defined(__x86_64__)
+extern const KernelTable table_avx2;
+extern const KernelTable table_avx512;
+#endif
+
+namespace {
+
+class Kernels : public testing::TestWithParam<const KernelTable*> {
+ protected:
+  void SetUp() override {
+#if defined(__x86_64__)
+    if (GetParam() == &table_avx2 && !__builtin_cpu_supports("avx2")) GTEST_SKIP() << "this processor has no AVX2";
+    if (GetParam() == &table_avx512 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")))
+      GTEST_SKIP() << "this processor has no AVX-512; the table `wide` runs the same code in baseline instructions";
+#endif
+  }
+  const KernelTable& table() const { return *GetParam(); }
+
+  std::vector<float> random(int64_t count, double zeros = 0.0) {
+    std::normal_distribution<float> normal;
+    std::bernoulli_distribution zero(zeros);
+    std::vector<float> out(count);
+    for (float& x : out) x = zero(rng_) ? (x = 0.0f, -0.0f) : normal(rng_);
+    return out;
+  }
+  std::mt19937 rng_{1234};
+};
+
+double bfloat16_value(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+double float16_value(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const double sign = bits >> 15 ? -1.0 : 1.0;
+  if (exponent == 31) return fraction ? std::nan("") : sign * HUGE_VAL;
+  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
+}
+
+// The packed operands of a merge or a fused product.
+struct Adapters {
+  std::vector<float> panels, lora_B;
+};
+Adapters pack_adapters(const KernelTable& table, const std::vector<float>& lora_A, const std::vector<float>& lora_B, int64_t N,
+                       int64_t K, int64_t r, int64_t panel, double scaling) {
+  Adapters out;
+  const int64_t panels = (K + panel - 1) / panel;
+  out.panels.assign(panels * panel * r, NAN);
+  out.lora_B.assign(N * r, NAN);
+  for (int64_t q = 0; q < panels; ++q) {
+    PackJob job;
+    job.src = lora_A.data() + q * panel;
+    job.columns = std::min(panel, K - q * panel);
+    job.row_stride = K;
+    job.column_stride = 1;
+    job.width = panel;
+    job.dst = out.panels.data() + q * panel * r;
+    table.pack(job, 0, r);
+  }
+  PackJob job;
+  job.src = lora_B.data();
+  job.columns = job.width = job.row_stride = r;
+  job.column_stride = 1;
+  job.scale = scaling;
+  job.dst = out.lora_B.data();
+  table.pack(job, 0, N);
+  return out;
+}
+
+double merged_value(const std::vector<float>& weight, const std::vector<float>& lora_A, const std::vector<float>& lora_B,
+                    double s, int64_t n, int64_t k, int64_t K, int64_t r) {
+  if (weight[n * K + k] == 0.0f) return 0.0;
+  double sum = weight[n * K + k];
+  for (int64_t p = 0; p < r; ++p) sum += s * lora_B[n * r + p] * lora_A[p * K + k];
+  return sum;
+}
+
+struct Shape {
+  int64_t T, N, K, r;
+};
+const Shape kShapes[] = {{1, 1, 1, 1},      {3, 7, 5, 2},      {17, 33, 70, 3},    {5, 64, 128, 16},  {129, 40, 33, 1},
+                         {24, 193, 257, 5}, {7, 100, 385, 16}, {13, 390, 129, 17}, {97, 130, 400, 64}};
+
+TEST_P(Kernels, Merge) {
+  for (const auto& [T, N, K, r] : kShapes) {
+    const auto weight = random(N * K, 0.5), lora_A = random(r * K), lora_B = random(N * r);
+    const Adapters packed = pack_adapters(table(), lora_A, lora_B, N, K, r, table().merge_panel, 0.75);
+    std::vector<float> merged(N * K + 1, NAN);
+    MergeJob job;
+    job.in_features = K;
+    job.r = r;
+    job.weight = weight.data();
+    job.lora_A = packed.panels.data();
+    job.lora_B = packed.lora_B.data();
+    job.merged = merged.data();
+    table().merge(job, 0, N);
+    EXPECT_TRUE(std::isnan(merged[N * K])) << "wrote beyond the end";
+    for (int64_t i = 0; i < N * K; ++i) {
+      const double want = merged_value(weight, lora_A, lora_B, 0.75, i / K, i % K, K, r);
+      if (weight[i] == 0.0f) {
+        EXPECT_EQ(merged[i], 0.0f);
+        EXPECT_FALSE(std::signbit(merged[i])) << "a masked value is exactly +0";
+      }
+      EXPECT_NEAR(merged[i], want, 1e-6 * (1 + std::sqrt(double(r)))) << N << "x" << K << " r=" << r << " at " << i;
+    }
+  }
+}
+
+TEST_P(Kernels, FusedProduct) {
+  for (const bool input_gradient : {false, true})
+    for (const auto& [T, N, K, r] : kShapes) {
+      const int64_t columns = input_gradient ? K : N, depth = input_gradient ? N : K;
+      const auto weight = random(N * K, 0.5), lora_A = random(r * K), lora_B = random(N * r);
+      const auto activation = random(T * depth), bias = random(columns);
+      const Adapters packed = pack_adapters(table(), lora_A, lora_B, N, K, r, table().fused_columns, 0.75);
+      const int64_t panels = (T + table().fused_rows - 1) / table().fused_rows;
+      std::vector<float> packed_activation(panels * table().fused_rows * depth, NAN), out(T * columns + 1, NAN);
+      PackActivationJob pack;
+      pack.tokens = T;
+      pack.depth = depth;
+      pack.src = activation.data();
+      pack.dst = packed_activation.data();
+      table().pack_activation(pack, 0, panels);
+      FusedJob job;
+      job.tokens = T;
+      job.out_features = N;
+      job.in_features = K;
+      job.r = r;
+      job.input_gradient = input_gradient;
+      job.activation = packed_activation.data();
+      job.weight = weight.data();
+      job.lora_A = packed.panels.data();
+      job.lora_B = packed.lora_B.data();
+      job.bias = bias.data();
+      job.out = out.data();
+      std::vector<float> scratch(table().fused_scratch, NAN);
+      table().fused_product(job, 0, (columns + table().fused_columns - 1) / table().fused_columns, scratch.data());
+      EXPECT_TRUE(std::isnan(out[T * columns])) << "wrote beyond the end";
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t c = 0; c < columns; ++c) {
+          double want = bias[c], size = 1;
+          for (int64_t d = 0; d < depth; ++d) {
+            const double term = activation[t * depth + d] * merged_value(weight, lora_A, lora_B, 0.75, input_gradient ? d : c,
+                                                                         input_gradient ? c : d, K, r);
+            want += term;
+            size += term * term;
+          }
+          ASSERT_NEAR(out[t * columns + c], want, 1e-6 * std::sqrt(size * double(depth)))
+              << "input_gradient=" << input_gradient << " T=" << T << " " << N << "x" << K << " r=" << r << " at " << t << ","
+              << c;
+        }
+    }
+}
+
+TEST_P(Kernels, Contract) {
+  for (const auto& [I, J, unused, r] : kShapes) {
+    const int64_t width = (r + kThinWidth - 1) / kThinWidth * kThinWidth;
+    const auto matrix = random(I * J), kept = random(I * J, 0.5);
+    for (const bool masked : {false, true})
+      for (const bool rows : {true, false}) {
+        const auto factor = random((rows ? J : I) * width);
+        std::vector<float> out((rows ? I : J) * width, NAN);
+        ContractJob job;
+        job.rows = I;
+        job.columns = J;
+        job.matrix = matrix.data();
+        job.kept_where = masked ? kept.data() : nullptr;
+        job.kept_where_size = 4;
+        job.factor = factor.data();
+        job.out = out.data();
+        job.width = width;
+        rows ? table().contract_rows(job, 0, I) : table().contract_columns(job, 0, J);
+        for (int64_t a = 0; a < (rows ? I : J); ++a)
+          for (int64_t p = 0; p < width; ++p) {
+            double want = 0, size = 1;
+            for (int64_t b = 0; b < (rows ? J : I); ++b) {
+              const int64_t at = rows ? a * J + b : b * J + a;
+              const double term = masked && kept[at] == 0.0f ? 0.0 : double(matrix[at]) * factor[b * width + p];
+              want += term;
+              size += term * term;
+            }
+            ASSERT_NEAR(out[a * width + p], want, 1e-6 * std::sqrt(size * double(rows ? J : I)))
+                << "rows=" << rows << " masked=" << masked << " " << I << "x" << J << " at " << a << "," << p;
+          }
+      }
+  }
+}
+
+// Every 16-bit number in, through the merge with a zero adapter, and out again unchanged; and every rounding, both ways.
+TEST_P(Kernels, SixteenBitConversions) {
+  const int64_t K = 65536;
+  std::vector<uint16_t> all(K);
+  for (int64_t i = 0; i < K; ++i) all[i] = uint16_t(i);
+  const std::vector<float> zero(K + table().merge_panel, 0.0f);
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    const auto value = [&](uint16_t bits) { return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits); };
+    std::vector<float> wide(K, NAN);
+    std::vector<uint16_t> back(K, 1);
+    MergeJob job;
+    job.in_features = K;
+    job.r = 1;
+    job.lora_A = zero.data();
+    job.lora_B = zero.data();
+    job.weight = all.data();
+    job.weight_dtype = dtype;
+    job.merged = wide.data();
+    table().merge(job, 0, 1);
+    job.merged = back.data();
+    job.merged_dtype = job.round_to = dtype;
+    table().merge(job, 0, 1);
+    for (int64_t i = 0; i < K; ++i) {
+      if (std::isnan(value(all[i]))) {
+        EXPECT_TRUE(std::isnan(wide[i])) << i;
+        EXPECT_TRUE(std::isnan(value(back[i]))) << i;
+      } else {
+        EXPECT_EQ(wide[i], value(all[i])) << i;
+        EXPECT_EQ(value(back[i]), value(all[i])) << i;
+      }
+    }
+    // Between two neighbours: below, at and above the midpoint. Ties go to the even one.
+    for (uint16_t bits = 0; std::isfinite(value(bits + 1)); ++bits) {
+      const double low = value(bits), high = value(bits + 1), middle = (low + high) / 2;
+      const float mid = float(middle);
+      const std::vector<float> given = {std::nextafter(mid, 0.0f), mid, std::nextafter(mid, HUGE_VALF), -mid};
+      const std::vector<double> want = {low, bits % 2 ? high : low, high, -(bits % 2 ? high : low)};
+      std::vector<float> line(table().merge_panel, 1.0f), in_place(table().merge_panel);
+      std::vector<uint16_t> rounded(table().merge_panel);
+      std::copy(given.begin(), given.end(), line.begin());
+      if (double(mid) != middle) continue;  // the midpoint of float16's smallest pair is exact; float32 always holds it
+      job.in_features = table().merge_panel;
+      job.weight = line.data();
+      job.weight_dtype = DType::float32;
+      job.merged = rounded.data();
+      job.merged_dtype = job.round_to = dtype;
+      table().merge(job, 0, 1);
+      job.merged = in_place.data();
+      job.merged_dtype = DType::float32;
+      table().merge(job, 0, 1);
+      for (size_t i = 0; i < given.size(); ++i) {
+        ASSERT_EQ(value(rounded[i]), want[i]) << "bits " << bits << " case " << i;
+        ASSERT_EQ(double(in_place[i]), want[i]) << "bits " << bits << " case " << i;
+      }
+    }
+  }
+}
+
+std::string table_name(const testing::TestParamInfo<const KernelTable*>& info) { return info.param->name; }
+INSTANTIATE_TEST_SUITE_P(Tables, Kernels,
+                         testing::Values(&table_baseline, &table_wide
+#if defined(__x86_64__)
+                                         ,
+                                         &table_avx2, &table_avx512
+#endif
+                                         ),
+                         table_name);
+
+}  // namespace
+}  // namespace lors::cpu

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device every numeric test runs on, one seed per case, and hypothesis without clocks or chance."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+from hypothesis import settings
+from lors_cuda._library import build_info
+
+settings.register_profile("lors", deadline=None, derandomize=True, max_examples=50, database=None)
+settings.load_profile("lors")
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn; a case that no kernel serves is skipped with the reason, never left out."""
+    if request.param == "cuda":
+        reason = build_info()["cuda_reason"]
+        if reason is None and not torch.cuda.is_available():
+            reason = "torch finds no CUDA device"
+        if reason is not None:
+            pytest.skip(f"cuda: {reason}")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fixed seed of the case's own, the same on every device."""
+    name = request.node.name.replace("[cuda-", "[").replace("[cpu-", "[").replace("[cuda]", "").replace("[cpu]", "")
+    return zlib.crc32(name.encode())

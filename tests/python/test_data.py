@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: packing, completion-only labels, truncation, padding, the order of training, and every bad file."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from byte_model import TEXT, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from lors_cuda.data import IGNORED, ShuffledOrder, TokenDataset, count_loss_tokens, load_data
+from models import refused
+
+
+class BosTokenizer:
+    """One token per byte, begun with BOS = 1; no EOS and no padding token."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, None, None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> SimpleNamespace:
+        ids = [byte + 3 for byte in text.encode()]
+        return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def ids_of(text: str) -> list[int]:
+    return [byte + 3 for byte in text.encode()]
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def jsonl(path, *records):
+    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def as_lists(data: TokenDataset) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), labels.tolist()) for ids, labels in data.examples]
+
+
+# ---- .txt ----
+
+
+def test_text_is_packed_without_losing_a_token(tokenizer, tmp_path):
+    data = load_data(write(tmp_path / "a.txt", TEXT), tokenizer, 53)
+    lengths = [len(ids) for ids, _ in data.examples]
+    assert set(lengths[:-1]) == {53}
+    assert lengths[-1] == len(TEXT) % 53
+    assert [token for ids, _ in as_lists(data) for token in ids] == ids_of(TEXT)
+    assert all(ids == labels for ids, labels in as_lists(data))
+    assert data.loss_tokens == len(TEXT) - len(lengths)
+    assert data.max_token_id == max(ids_of(TEXT))
+
+
+def test_text_begins_with_bos_where_the_tokenizer_sets_one():
+    data = TokenDataset.from_text("abcd", BosTokenizer(), 3)
+    assert [ids for ids, _ in as_lists(data)] == [[1, *ids_of("ab")], ids_of("cd")]
+
+
+def test_a_rest_of_one_token_is_dropped(tokenizer):
+    data = TokenDataset.from_text("abcdefg", tokenizer, 3)
+    assert [ids for ids, _ in as_lists(data)] == [ids_of("abc"), ids_of("def")]
+
+
+def test_byte_order_mark_is_no_text(tokenizer, tmp_path):
+    data = load_data(write(tmp_path / "a.txt", b"\xef\xbb\xbfabc"), tokenizer, 8)
+    assert as_lists(data)[0][0] == ids_of("abc")
+
+
+# ---- .jsonl ----
+
+
+def test_completion_alone_has_labels_and_ends_with_eos(tokenizer, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "2+2=", "completion": "4"}, {"text": "xyz"})
+    (first, first_labels), (second, second_labels) = as_lists(load_data(path, tokenizer, 16))
+    assert first == [*ids_of("2+2=4"), 1]
+    assert first_labels == [IGNORED] * 4 + [*ids_of("4"), 1]
+    assert second == second_labels == [*ids_of("xyz"), 1]
+
+
+def test_blank_lines_and_line_separators_inside_strings(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", '\n{"text": "a\u2028b"}\r\n\n{"text": "cd"}')
+    assert [ids for ids, _ in as_lists(load_data(path, tokenizer, 16))] == [
+        [*ids_of("a\u2028b"), 1],
+        [*ids_of("cd"), 1],
+    ]
+
+
+def test_a_long_text_record_becomes_several_examples(tokenizer):
+    data = TokenDataset.from_records([(1, {"text": "abcde"})], tokenizer, 4)
+    assert [ids for ids, _ in as_lists(data)] == [ids_of("abcd"), [*ids_of("e"), 1]]
+    assert data.truncated == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "kept_prompt", "kept_completion"),
+    [
+        ("abcdefghij", "xy", "defghij", [*ids_of("xy"), 1]),  # the prompt loses its start ...
+        ("abcdefghij", "wxyz", "fghij", [*ids_of("wxyz"), 1]),
+        ("abcdefghij", "uvwxyz", "fghij", ids_of("uvwxy")),  # ... down to half, then the completion its end
+        ("ab", "nopqrstuvwxyz", "ab", ids_of("nopqrstu")),  # a short prompt stays whole
+    ],
+)
+def test_truncation(tokenizer, prompt, completion, kept_prompt, kept_completion):
+    data = TokenDataset.from_records([(1, {"prompt": prompt, "completion": completion})], tokenizer, 10)
+    ((ids, labels),) = as_lists(data)
+    assert ids == ids_of(kept_prompt) + kept_completion
+    assert labels == [IGNORED] * len(kept_prompt) + kept_completion
+    assert data.truncated == 1
+
+
+@given(head=st.integers(1, 30), tail=st.integers(1, 30), length=st.integers(2, 20))
+def test_truncation_keeps_bos_and_never_exceeds_the_length(head, tail, length):
+    record = {"prompt": "".join(chr(65 + i) for i in range(head)), "completion": "z" * tail}
+    data = TokenDataset.from_records([(1, record)], BosTokenizer(), length)
+    ((ids, labels),) = as_lists(data)
+    assert len(ids) == min(length, head + 1 + tail)
+    assert ids[0] == 1
+    kept = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED][1:]
+    assert kept == ids_of(record["prompt"])[head - len(kept) :]
+    assert len(ids) - 1 - len(kept) >= min(tail, length - length // 2)
+
+
+def test_examples_without_a_token_to_predict_are_left_out():
+    records = [(1, {"prompt": "a", "completion": ""}), (2, {"prompt": "a", "completion": "b"})]
+    data = TokenDataset.from_records(records, BosTokenizer(), 8)
+    assert (len(data), data.skipped, data.loss_tokens) == (1, 1, 1)
+
+
+# ---- batches and their order ----
+
+
+def test_padding_is_masked_and_has_no_labels(tokenizer):
+    data = TokenDataset.from_records([(1, {"text": "abcd"}), (2, {"text": "e"})], tokenizer, 16)
+    batch = data.batch([0, 1])
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+        "input_ids": (2, 5), "attention_mask": (2, 5), "labels": (2, 5)
+    }  # fmt: skip
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert batch["input_ids"][1].tolist() == [*ids_of("e"), 1, 0, 0, 0]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["labels"][1].tolist() == [*ids_of("e"), 1, IGNORED, IGNORED, IGNORED]
+    assert count_loss_tokens(batch["labels"]) == 5 == data.loss_tokens
+
+
+def test_batches_in_order_hold_everything_once(tokenizer):
+    data = TokenDataset.from_text(TEXT, tokenizer, 64)
+    rows = [row[row != 0].tolist() for batch in data.batches(7) for row in batch["input_ids"]]
+    assert rows == [ids for ids, _ in as_lists(data)]
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5))
+def test_every_epoch_holds_everything_once(count, batch_size, seed):
+    order = ShuffledOrder(count, batch_size, seed)
+    size = min(batch_size, count)
+    flat = [index for step in range(3 * count) for index in order.indices(step)]
+    for epoch in range(len(flat) // count):
+        assert sorted(flat[epoch * count : (epoch + 1) * count]) == list(range(count))
+    assert len(flat) == 3 * count * size
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 9), step=st.integers(0, 100))
+def test_a_step_does_not_depend_on_the_steps_before(count, batch_size, step):
+    walked = ShuffledOrder(count, batch_size, 3)
+    for earlier in range(step):
+        walked.indices(earlier)
+    assert walked.indices(step) == ShuffledOrder(count, batch_size, 3).indices(step)
+
+
+def test_seed_and_epoch_change_the_order():
+    orders = [ShuffledOrder(100, 100, seed).indices(step) for seed in (0, 1) for step in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_shuffled_batches_are_the_beginning_of_the_training_order(tokenizer):
+    data = TokenDataset.from_text(TEXT, tokenizer, 64)
+    order = ShuffledOrder(len(data), 8, 5)
+    batches = data.shuffled_batches(8, 3, 5)
+    assert len(batches) == 3
+    for step, batch in enumerate(batches):
+        torch.testing.assert_close(batch["input_ids"], data.batch(order.indices(step))["input_ids"])
+    assert len(data.shuffled_batches(8, 10**6, 5)) == -(-len(data) // 8)
+
+
+def test_fingerprint_follows_ids_and_labels(tokenizer):
+    def fingerprint(**record):
+        return TokenDataset.from_records([(1, record)], tokenizer, 16).fingerprint
+
+    assert fingerprint(text="abcd") == fingerprint(text="abcd")
+    different = {
+        fingerprint(text="abcd"),
+        fingerprint(text="abce"),
+        fingerprint(prompt="ab", completion="cd"),
+        fingerprint(prompt="a", completion="bcd"),
+    }
+    assert len(different) == 4
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragments"),
+    [
+        ("a.txt", "", ("a.txt' is empty",)),
+        ("a.txt", " \n\t\n", ("a.txt' is empty",)),
+        ("a.jsonl", "\n\n", ("a.jsonl' is empty",)),
+        ("a.txt", "x", ("gives 1 token(s)", "at least 2")),
+        ("a.csv", "a,b", ("extension '.csv'", ".txt or .jsonl")),
+        ("a", "text", ("extension ''",)),
+        ("a.txt", b"good\nbad \xff", ("not UTF-8", "line 2", "0xff", "offset 9")),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": ', ("line 3", "is not JSON")),
+        ("a.jsonl", '{"text": "a"}\nhello\n', ("line 2", "is not JSON", "column 1")),
+        ("a.jsonl", '["a"]\n', ("line 1", "JSON array", '"prompt" and "completion"')),
+        ("a.jsonl", '{"text": "a"}\n{"prompt": "a"}\n', ("line 2", 'has "prompt"', '"completion"')),
+        ("a.jsonl", '{"txt": "a"}\n', ("line 1", "none of these")),
+        ("a.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}\n', ("line 1", '"text"', '"prompt"')),
+        ("a.jsonl", '{"text": 3}\n', ("line 1", '"text" is a JSON number', "string")),
+        ("a.jsonl", '{"prompt": "a", "completion": null}\n', ("line 1", '"completion" is a JSON null')),
+        ("a.jsonl", '{"text": ""}\n', ("no usable tokens", "1 record(s)")),
+    ],
+)
+def test_bad_files_are_refused_with_the_place(tokenizer, tmp_path, name, content, fragments):
+    path = write(tmp_path / name, content)
+    refused(ValueError, lambda: load_data(path, tokenizer, 8), *fragments)
+
+
+def test_missing_files_and_lengths(tokenizer, tmp_path):
+    refused(FileNotFoundError, lambda: load_data(tmp_path / "no.txt", tokenizer, 8), "no.txt' does not exist")
+    (tmp_path / "dir.txt").mkdir()
+    refused(FileNotFoundError, lambda: load_data(tmp_path / "dir.txt", tokenizer, 8), "is a directory")
+    refused(ValueError, lambda: TokenDataset.from_text("abc", tokenizer, 1), "sequence_length is 1", "at least 2")
+    refused(ValueError, lambda: ShuffledOrder(3, 0, 0), "batch_size 0")
