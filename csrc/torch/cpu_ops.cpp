@@ -20,11 +20,27 @@ namespace {
 
 void check_status(const Status& status) { check(status.ok(), status.message()); }
 
-void run_on_torch_pool(int64_t count, int64_t grain, ParallelFor::Body body, void* context) {
+// Threads and memory of the core are torch's own: its pool, and tensors of bytes, so that torch's settings and memory
+// profilers cover them too.
+void run_on_torch_threads(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
-constexpr ParallelFor kTorchPool{run_on_torch_pool};
-Stream torch_pool() { return const_cast<ParallelFor*>(&kTorchPool); }
+
+void* allocate_from_torch(int64_t bytes, void** handle) {
+  const int64_t stride = 1;
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &tensor));
+  void* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  *handle = tensor;
+  return data;
+}
+
+void release_to_torch(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
+
+constexpr CpuHost kTorch{run_on_torch_threads, allocate_from_torch, release_to_torch};
+Stream torch_host() { return const_cast<CpuHost*>(&kTorch); }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   const std::vector<int64_t> sizes(size);
@@ -96,7 +112,7 @@ struct AdaptedWeight {
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
                     : rounded == ScalarType::Half   ? DType::float16
                                                     : dtype_of(out);
-    check_status(lors::merge(args, Device{}, torch_pool()));
+    check_status(lors::merge(args, Device{}, torch_host()));
     return out;
   }
 
@@ -129,7 +145,7 @@ struct AdaptedWeight {
     args.round_to = dtype_of(activation);
     args.bias = addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr;
     args.output = static_cast<float*>(out.mutable_data_ptr());
-    check_status(fused_linear(args, Device{}, torch_pool()));
+    check_status(fused_linear(args, Device{}, torch_host()));
   }
 
   Tensor weight;
@@ -195,7 +211,7 @@ void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, const Ad
     args.lora_B_grad =
         grad_lora_B ? static_cast<char*>(grad_lora_B->mutable_data_ptr()) + begin * r * dtype_size(dtype_of(*grad_lora_B))
                     : nullptr;
-    check_status(masked_contract(args, Device{}, torch_pool()));
+    check_status(masked_contract(args, Device{}, torch_host()));
   }
   if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
 }
@@ -232,7 +248,7 @@ std::tuple<Tensor, Tensor> adapter_grad(const Tensor& grad_output, const Tensor&
   args.scaling = adapted.scaling;
   args.lora_A_grad = needs_lora_A_grad ? grad_lora_A.mutable_data_ptr() : nullptr;
   args.lora_B_grad = needs_lora_B_grad ? grad_lora_B.mutable_data_ptr() : nullptr;
-  check_status(adapter_grad_lors(args, Device{}, torch_pool()));
+  check_status(adapter_grad_lors(args, Device{}, torch_host()));
   return {grad_lora_A, grad_lora_B};
 }
 
@@ -286,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_ou
     args.grad_output_dtype = dtype_of(dY);
     args.bias_grad = grad_bias.mutable_data_ptr();
     args.bias_grad_dtype = dtype_of(grad_bias);
-    check_status(bias_grad(args, Device{}, torch_pool()));
+    check_status(bias_grad(args, Device{}, torch_host()));
   }
   return {to(grad_input, dtype), grad_lora_A, grad_lora_B, grad_bias};
 }
@@ -321,7 +337,7 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tenso
   args.scaling = scaling;
   args.lora_A_sum = lora_A_sum.mutable_data_ptr();
   args.lora_B_grad = grad_lora_B.mutable_data_ptr();
-  check_status(masked_contract(args, Device{}, torch_pool()));
+  check_status(masked_contract(args, Device{}, torch_host()));
   torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   return {grad_lora_A, grad_lora_B};
 }
@@ -336,7 +352,7 @@ Tensor mask_pack(const Tensor& mask) {
   args.in_features = mask.size(1);
   args.mask = static_cast<const uint8_t*>(contiguous.const_data_ptr());
   args.bits = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  check_status(lors::mask_pack(args, Device{}, torch_pool()));
+  check_status(lors::mask_pack(args, Device{}, torch_host()));
   return packed;
 }
 
@@ -352,7 +368,7 @@ Tensor mask_unpack(const Tensor& packed, int64_t in_features) {
   args.in_features = in_features;
   args.bits = static_cast<const uint32_t*>(contiguous.const_data_ptr());
   args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  check_status(lors::mask_unpack(args, Device{}, torch_pool()));
+  check_status(lors::mask_unpack(args, Device{}, torch_host()));
   return mask;
 }
 

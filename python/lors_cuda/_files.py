@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import shutil
@@ -42,8 +41,8 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: must not exist, or be an empty directory, unless ``replace``: what stands there is then removed, after
-            the new directory is complete. NOTE: two renames; killed between them, the old directory is found under
-            its name with ``.old`` appended to a random number.
+            the new directory is complete. NOTE: that takes two renames; killed between them, the old directory
+            stands beside ``path`` under a hidden name that ends in ``.old``.
 
     Raises:
         OSError: the files could not be written (also where safetensors reports it); ``path`` is as it was.
@@ -53,7 +52,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for file in sorted(temporary.rglob("*")):
+        for file in temporary.rglob("*"):
             if file.is_file():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
@@ -66,6 +65,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.rename(old, path)
             raise
         flush_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise not_written(path, error, error.errno) from error
     except Exception as error:
@@ -75,7 +75,6 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
@@ -96,15 +95,6 @@ def flush_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _beside(path: Path, ending: str = "tmp") -> Path:

@@ -23,14 +23,14 @@ std::vector<float> random(int64_t count, unsigned seed) {
 }
 
 // A pool that cuts the work into as many pieces as the grain allows, each on a thread of its own.
-void run_in_pieces(int64_t count, int64_t grain, ParallelFor::Body body, void* context) {
+void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += grain)
     threads.emplace_back(body, context, begin, std::min(begin + grain, count));
   for (std::thread& thread : threads) thread.join();
 }
-const ParallelFor kPieces{run_in_pieces};
-const Stream kPool = const_cast<ParallelFor*>(&kPieces);
+const CpuHost kPieces{run_in_pieces, nullptr, nullptr};
+const Stream kPool = const_cast<CpuHost*>(&kPieces);
 
 TEST(Mask, PackAndUnpack) {
   for (const int64_t K : {1, 31, 32, 33, 100}) {

@@ -217,7 +217,9 @@ class Malicious:
 def test_a_damaged_checkpoint_is_refused(text, finished, damage, capsys):
     path = finished / CHECKPOINT_NAME
     content = path.read_bytes()
-    path.write_bytes({"truncated": content[:-200], "text": b"hello", "pickle": pickle.dumps(Malicious())}[damage])
+    path.write_bytes(
+        {"truncated": content[:-200], "text": b"hello", "pickle": pickle.dumps(Malicious(), protocol=2)}[damage]
+    )
     call = lambda: train(adapted(), text, TrainingConfig(steps=2), directory=finished, resume=True)  # noqa: E731
     refused(ValueError, call, CHECKPOINT_NAME, "truncated or corrupted")
     assert "must not run" not in capsys.readouterr().out

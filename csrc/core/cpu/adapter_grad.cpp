@@ -26,22 +26,27 @@ struct Factor {
   double scale;
 };
 
-Workspace pack(const Factor& factor, bool is_double, Stream stream) {
-  const int64_t width = thin_width(factor.r);
-  Workspace packed(factor.rows * width * (is_double ? 8 : 4));
-  PackJob job;
-  job.src = factor.src;
-  job.src_dtype = factor.dtype;
-  job.columns = factor.r;
-  job.row_stride = factor.transpose ? 1 : factor.r;
-  job.column_stride = factor.transpose ? factor.rows : 1;
-  job.width = width;
-  job.scale = factor.scale;
-  job.is_double = is_double;
-  job.dst = packed.data();
-  parallel_for(stream, factor.rows, grain(width), [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
-  return packed;
-}
+class PackedFactor {
+ public:
+  PackedFactor(const Factor& factor, bool is_double, Stream stream)
+      : packed_(stream, factor.rows * thin_width(factor.r) * (is_double ? 8 : 4)) {
+    PackJob job;
+    job.src = factor.src;
+    job.src_dtype = factor.dtype;
+    job.columns = factor.r;
+    job.row_stride = factor.transpose ? 1 : factor.r;
+    job.column_stride = factor.transpose ? factor.rows : 1;
+    job.width = thin_width(factor.r);
+    job.scale = factor.scale;
+    job.is_double = is_double;
+    job.dst = packed_.data();
+    parallel_for(stream, factor.rows, grain(job.width), [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
+  }
+  const void* data() const { return packed_.data(); }
+
+ private:
+  Workspace packed_;
+};
 
 void contract_rows(const ContractJob& job, Stream stream) {
   parallel_for(stream, job.rows, grain(job.columns),
@@ -87,8 +92,8 @@ Status adapter_grad_lors(const AdapterGradArgs& args, Stream stream) {
     return Status::error("adapter_grad needs input and grad_output both in float64 or neither.");
   const int64_t size = is_double ? 8 : 4;
   if (args.lora_B_grad) {  // dB = dY^T (s X A^T)
-    const Workspace transposed_A = pack({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
-    Workspace product(T * width * size), sum(N * width * size);
+    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
+    Workspace product(stream, T * width * size), sum(stream, N * width * size);
     ContractJob job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
     job.factor = transposed_A.data();
     job.out = product.data();
@@ -100,8 +105,8 @@ Status adapter_grad_lors(const AdapterGradArgs& args, Stream stream) {
     store(sum.data(), is_double, N, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
   }
   if (args.lora_A_grad) {  // dA = (s dY B)^T X, computed as its transpose
-    const Workspace packed_B = pack({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, stream);
-    Workspace product(T * width * size), sum(K * width * size);
+    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, stream);
+    Workspace product(stream, T * width * size), sum(stream, K * width * size);
     ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
     job.factor = packed_B.data();
     job.out = product.data();
@@ -124,16 +129,16 @@ Status masked_contract(const MaskedContractArgs& args, Stream stream) {
   job.kept_where = args.mask ? nullptr : args.weight;
   job.kept_where_size = dtype_size(args.weight_dtype);
   if (args.lora_B_grad) {
-    const Workspace transposed_A = pack({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
-    Workspace sum(rows * width * size);
+    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
+    Workspace sum(stream, rows * width * size);
     job.factor = transposed_A.data();
     job.out = sum.data();
     contract_rows(job, stream);
     store(sum.data(), is_double, rows, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
   }
   if (args.lora_A_sum) {
-    const Workspace packed_B = pack({args.lora_B, args.lora_B_dtype, rows, r, false, args.scaling}, is_double, stream);
-    Workspace sum(K * width * size);
+    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, rows, r, false, args.scaling}, is_double, stream);
+    Workspace sum(stream, K * width * size);
     job.factor = packed_B.data();
     job.out = sum.data();
     contract_columns(job, stream);
@@ -152,7 +157,7 @@ Status bias_grad(const BiasGradArgs& args, Stream stream) {
   const int64_t T = args.tokens, N = args.out_features;
   const bool is_double = args.grad_output_dtype == DType::float64;
   const double one = 1.0;
-  Workspace ones(T * kThinWidth * (is_double ? 8 : 4)), sum(N * kThinWidth * (is_double ? 8 : 4));
+  Workspace ones(stream, T * kThinWidth * (is_double ? 8 : 4)), sum(stream, N * kThinWidth * (is_double ? 8 : 4));
   PackJob pack_ones;
   pack_ones.src = &one;
   pack_ones.src_dtype = DType::float64;

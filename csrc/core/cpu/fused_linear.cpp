@@ -21,7 +21,7 @@ Status fused_linear(const FusedLinearArgs& args, Stream stream) {
 
   const PackedAdapters adapters(args, table.fused_columns, false, stream);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
-  const Workspace activation(token_panels * table.fused_rows * depth * 4);
+  const Workspace activation(stream, token_panels * table.fused_rows * depth * 4);
   PackActivationJob pack;
   pack.tokens = args.tokens;
   pack.depth = depth;
@@ -49,7 +49,7 @@ Status fused_linear(const FusedLinearArgs& args, Stream stream) {
   const int64_t panels = (columns + table.fused_columns - 1) / table.fused_columns;
   const int64_t work_per_panel = depth * table.fused_columns * (args.tokens + args.r);
   parallel_for(stream, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(table.fused_scratch * 4);
+    const Workspace scratch(stream, table.fused_scratch * 4);
     table.fused_product(job, begin, end, static_cast<float*>(scratch.data()));
   });
   return {};

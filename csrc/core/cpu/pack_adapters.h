@@ -12,8 +12,8 @@ class PackedAdapters {
   // `args` is a MergeArgs or a FusedLinearArgs; `panel` the columns of one panel of lora_A.
   template <typename Args>
   PackedAdapters(const Args& args, int64_t panel, bool is_double, Stream stream)
-      : lora_A_((args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
-        lora_B_(args.out_features * args.r * (is_double ? 8 : 4)) {
+      : lora_A_(stream, (args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
+        lora_B_(stream, args.out_features * args.r * (is_double ? 8 : 4)) {
     const int64_t K = args.in_features, r = args.r, size = is_double ? 8 : 4;
     parallel_for(stream, (K + panel - 1) / panel, 1 + 16384 / (panel * r), [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {

@@ -1,33 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the families' .cpp files share: a 64-byte aligned scratch, and a for-loop over the caller's thread pool.
+// What the families' .cpp files share: a 64-byte aligned scratch and a for-loop, both from the caller's CpuHost.
 #pragma once
 
 #include <lors/types.h>
 
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 namespace lors::cpu {
 
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : data_(std::aligned_alloc(64, size_t((bytes + 127) / 64 * 64)), &std::free) {
-    if (!data_) throw std::bad_alloc();
+  Workspace(Stream stream, int64_t bytes) : host_(static_cast<const CpuHost*>(stream)) {
+    bytes = (bytes + 127) / 64 * 64;  // never zero, and a multiple of the alignment
+    if (host_ && host_->allocate) {
+      data_ = host_->allocate(bytes, &handle_);
+    } else {
+      data_ = handle_ = std::aligned_alloc(64, size_t(bytes));
+      if (!data_) throw std::bad_alloc();
+    }
   }
-  void* data() const { return data_.get(); }
+  ~Workspace() { host_ && host_->allocate ? host_->release(handle_) : std::free(handle_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
 
  private:
-  std::unique_ptr<void, void (*)(void*)> data_;
+  const CpuHost* host_;
+  void* data_ = nullptr;
+  void* handle_ = nullptr;
 };
 
-// Runs body(begin, end) over [0, count) on the pool behind `stream`, or here if there is none.
+// Runs body(begin, end) over [0, count) on the host's threads, or here if there are none.
 template <typename Body>
 void parallel_for(Stream stream, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
-  const auto* pool = static_cast<const ParallelFor*>(stream);
-  if (!pool || count <= grain) return body(0, count);
-  pool->run(
+  const auto* host = static_cast<const CpuHost*>(stream);
+  if (!host || !host->run || count <= grain) return body(0, count);
+  host->run(
       count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
 }

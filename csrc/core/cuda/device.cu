@@ -26,9 +26,10 @@ Status cuda_device_supported(int index) {
   cudaGetLastError();
   const cudaError_t restored = cudaSetDevice(before);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    return Status::error("CUDA device " + std::to_string(index) + " has architecture sm_" + std::to_string(major) +
-                         std::to_string(minor) + ", and this build of lors_cuda holds code for " LORS_CUDA_ARCHS_TEXT
-                         " only; build it with LORS_CUDA_ARCHS=" + std::to_string(major) + std::to_string(minor) + ".");
+    return Status::error(
+        "CUDA device " + std::to_string(index) + " has architecture sm_" + std::to_string(major) + std::to_string(minor) +
+        ", and this build of lors_cuda holds code for " LORS_CUDA_ARCHS_TEXT " only; build it with LORS_CUDA_ARCHS=" +
+        std::to_string(major) + std::to_string(minor) + ".");
   }
   if (error == cudaSuccess) error = restored;
   if (error != cudaSuccess) return Status::error(std::string("CUDA answered: ") + cudaGetErrorString(error) + ".");

@@ -50,7 +50,9 @@ def table(rows: Sequence[Row]) -> str:
         )
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADINGS))]
     lines = [
-        "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from .._checks import GRADIENTS
 from .._files import replace_file
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
-from ..config import ALL_LINEAR, LoRSConfig
+from ..config import ALL_LINEAR, LoRSConfig, find_targets
 from ..data import TokenDataset
 from ..init import estimate_gradients, init_from_gradients
-from ..model import get_lors_model, named_lors_layers
+from ..model import check_targets, get_lors_model, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ..sparse import LAYOUTS
 from ..training import SCHEDULES, TrainingConfig, train
@@ -125,11 +126,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
         identity=identity,
         progress=not args.json,
-        on_step=None if args.json else _report(training.steps),
+        on_step=None if args.json or sys.stdout.isatty() else _report(training.steps),
     )
     save_adapter(model, args.output)
     plot_loss(entries, args.output / PLOT_NAME)
-    window = max(1, len(entries) // 20)
+    window = min(10, len(entries))
     last = sum(entry["loss"] for entry in entries[-window:]) / window
     result = {
         "output": str(args.output),
@@ -180,6 +181,7 @@ def _convert(
     args: argparse.Namespace, model: nn.Module, config: LoRSConfig, data: TokenDataset, resuming: bool
 ) -> None:
     """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed."""
+    check_targets(find_targets(model, config), config)  # before the work of estimating gradients
     gradients = None
     if args.init == "gradient" and not resuming:
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
@@ -216,7 +218,7 @@ def _write_run(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
 
 
 def _report(steps: int) -> Any:
-    """Print about ten lines over the whole run, for a log file as for a person."""
+    """Print about ten lines over the whole run, where the output is a file; a terminal has a bar."""
     every = max(1, steps // 10)
 
     def print_step(entry: dict[str, Any]) -> None:

@@ -18,14 +18,19 @@ struct Device {
   int index = 0;
 };
 
-// A thread pool, as a CPU call sees it. `run` calls body(context, begin, end) over disjoint ranges that
-// together cover [0, count), none shorter than `grain` except the last, and returns when all are done.
-struct ParallelFor {
+// What a CPU call takes from the program it runs in. A null member, or no host at all, means: the calling thread alone, and
+// memory from the C library.
+struct CpuHost {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
+  // Calls body(context, begin, end) over disjoint ranges that together cover [0, count), none shorter than `grain` except
+  // the last, and returns when all are done.
   void (*run)(int64_t count, int64_t grain, Body body, void* context) = nullptr;
+  // Returns `bytes` of 64-byte aligned memory, and in *handle what `release` takes to give it back. May be called inside run.
+  void* (*allocate)(int64_t bytes, void** handle) = nullptr;
+  void (*release)(void* handle) = nullptr;
 };
 
-// Where the work is queued. CUDA: the cudaStream_t. CPU: a `const ParallelFor*`; null: the calling thread alone.
+// Where the work is queued. CUDA: the cudaStream_t. CPU: a `const CpuHost*` or null.
 using Stream = void*;
 
 // Number of 32-bit words in one row of a packed mask over `in_features` columns.

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+# lors-cuda demo: dense model -> pruned 2:4 -> repaired by LoRS and by two other methods -> merged, saved, reloaded.
+# Uses the library as the other commands do; _demo_peers.py has the comparison methods, _demo_report.py table and plot.
+# What it promises is checked at the end: the exit code is 1, with a sentence, where a promise does not hold.
+"""``lors-cuda demo``: the whole story on a small model and real text, offline."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from .._files import new_directory, replace_file
+from .._library import build_info
+from ..adapter_files import require_safetensors
+from ..checkpoint import load_adapter, save_adapter
+from ..config import LoRSConfig
+from ..data import TokenDataset, load_data
+from ..init import estimate_gradients, init_from_gradients
+from ..model import get_lors_model, merge_and_unload
+from ..pruning import measure_sparsity, prune, total_sparsity
+from ..training import TrainingConfig, evaluate, train
+from . import UsageError
+from ._common import load_model, positive_float, positive_int, save_model, say
+from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
+from ._demo_report import Row, plot, table
+from ._demo_text import language_reference, split_topics
+
+MARKER_NAME = "demo.json"
+_MADE_BY = "lors-cuda demo"
+_HELD_OUT_BYTES = 32_000
+_HEADS = 4
+_OPTIONS = (
+    "seed", "dense_steps", "steps", "lr", "rank", "layers", "hidden_size", "batch_size", "sequence_length",
+)  # fmt: skip
+_POINTS = 5  # of each curve, after the start
+_ROUNDS = 11
+# Equal weights give equal logits but for the order of float32 sums; this is far above that and far below any change.
+_LOGIT_TOLERANCE = 64 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune the pruned model; ``peer`` is None for LoRS."""
+
+    name: str
+    label: str
+    color: str
+    gradient: str = "lors"
+    init: str = "default"
+    peer: type[PeerLinear] | None = None
+
+
+METHODS = (
+    Method("lors", "LoRS", "tab:blue"),
+    Method("lors-gradient-init", "LoRS, gradient init", "tab:green", init="gradient"),
+    Method("lors-exact", "LoRS, exact gradient", "tab:purple", gradient="exact"),
+    Method("sqft", "masked by autograd (SQFT)", "tab:orange", peer=AutogradMasking),
+    Method("lora", "plain LoRA", "tab:red", peer=PlainLoRA),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("lors-demo"), metavar="DIR", help="where models, table and plot go"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the model's start, the adapters and the data order")
+    parser.add_argument("--dense-steps", type=positive_int, default=500, help="training steps of the dense model")
+    parser.add_argument("--steps", type=positive_int, default=100, help="fine-tuning steps of each method")
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of the fine-tuning")
+    parser.add_argument("--rank", type=positive_int, default=16, help="rank of the adapters; lora_alpha is twice it")
+    parser.add_argument("--layers", type=positive_int, default=4, help="of the model")
+    parser.add_argument("--hidden-size", type=positive_int, default=192, help="of the model, a multiple of 16")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="sequences per step")
+    parser.add_argument("--sequence-length", type=positive_int, default=128, metavar="BYTES", help="of a sequence")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Tell the story into a new directory, which takes its place when everything is written.
+
+    Raises:
+        RuntimeError: a promise does not hold (after everything was written).
+    """
+    if args.hidden_size % 16 or args.rank > args.hidden_size or args.sequence_length < 2:
+        raise UsageError("--hidden-size must be a multiple of 16 and at least --rank, --sequence-length at least 2")
+    require_safetensors()
+    _check_output(args.output)
+    with new_directory(args.output.resolve(), replace=True) as directory:
+        demo = _Demo(args, directory)
+        result, broken = demo.run()
+    say(args, _goodbye(args))
+    if broken:
+        raise RuntimeError(f"{' '.join(broken)} Everything is in '{args.output}' to be looked at.")
+    return result
+
+
+class _Demo:
+    """One run: its options, where it writes, and what its parts share."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+        self.args, self.directory = args, directory
+        self.began = time.perf_counter()
+        self.shown = not args.json
+        self.data: TokenDataset
+        self.held_out: TokenDataset
+        self.broken: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Print for a person, with the time since the start."""
+        if self.shown:
+            print(f"[{time.perf_counter() - self.began:4.0f} s] {text}", flush=True)
+
+    def run(self) -> tuple[dict[str, Any], list[str]]:
+        """Everything up to the files; returns the result and the promises that do not hold, as sentences."""
+        args = self.args
+        self.say(
+            f"lors_cuda {__version__} on {torch.get_num_threads()} thread(s), {build_info()['cpu_capability']}, torch "
+            f"{torch.__version__}: repair a pruned language model and keep every zero. Offline."
+        )
+        tokenizer = self.prepare_text()
+        dense = self.train_dense()
+        dense_row = self.row_of("dense", "dense model", dense)
+        self.say(f"      held-out perplexity {dense_row.perplexity:.3f} per byte")
+        self.save(dense, "dense", tokenizer)
+
+        self.say("2/5  Prune it to 2:4 with Wanda: of four weights in a row, two become zero.")
+        calibration = self.data.shuffled_batches(args.batch_size, 8, args.seed)
+        prune(dense, "2:4", method="wanda", batches=calibration, progress=self.shown)
+        sparse = dense  # pruned in place; the dense one is on the disk
+        pruned_row = self.row_of("pruned", "pruned to 2:4 (Wanda)", sparse)
+        self.say(f"      held-out perplexity {pruned_row.perplexity:.3f}, sparsity {pruned_row.sparsity:.2%}")
+        self.save(sparse, "sparse", tokenizer)
+
+        self.say(
+            f"3/5  Repair it, {args.steps} steps with each method: same data, same order, rank {args.rank}, peak "
+            f"learning rate {args.lr:g}."
+        )
+        adapted, rows = {}, []
+        for method in METHODS:
+            adapted[method.name], row = self.fine_tune(method, sparse, pruned_row)
+            rows.append(row)
+            self.say(f"      {method.label:<26} {row.perplexity:.3f}")
+
+        self.say(f"4/5  Measure a step: {_ROUNDS} rounds through all methods, then one under the memory profiler.")
+        batches = self.data.shuffled_batches(args.batch_size, _ROUNDS, args.seed)
+        for row, cost in zip(rows, measure_steps(adapted, batches, _ROUNDS).values(), strict=True):
+            row.ms_per_step, row.peak_bytes = cost.milliseconds, cost.peak_bytes
+
+        self.say("5/5  Merge, save, read back from the disk, and compare.")
+        checks = {}
+        for method, row in zip(METHODS, rows, strict=True):
+            if method.peer is None:
+                checks[method.name] = self.merge_and_reload(method, row, adapted.pop(method.name), sparse)
+            else:
+                merge_layers(adapted[method.name])
+                row.sparsity = total_sparsity(measure_sparsity(adapted[method.name]))
+        masked_again = self.mask_again(adapted["lora"], sparse)
+        return self.write([dense_row, pruned_row, *rows, masked_again], checks), self.broken
+
+    # ---- the parts ----
+
+    def prepare_text(self) -> Any:
+        """Write and read the text; returns the tokenizer, whose tokens are bytes."""
+        from transformers import ByT5Tokenizer  # needs no vocabulary file
+
+        split = split_topics(language_reference(), _HELD_OUT_BYTES)
+        train_bytes, held_out_bytes = split.train.encode(), split.held_out.encode()
+        replace_file(self.directory / "train.txt", train_bytes)
+        replace_file(self.directory / "heldout.txt", held_out_bytes)
+        tokenizer = ByT5Tokenizer()
+        self.data = load_data(self.directory / "train.txt", tokenizer, self.args.sequence_length)
+        self.held_out = load_data(self.directory / "heldout.txt", tokenizer, self.args.sequence_length)
+        self.say(
+            f"Text: the language reference of Python {platform.python_version()}. {len(train_bytes):,} bytes of "
+            f"{split.train_topics} topics to train on, {len(held_out_bytes):,} bytes of {split.held_out_topics} others "
+            "held out; no paragraph is in both."
+        )
+        return tokenizer
+
+    def train_dense(self) -> nn.Module:
+        """Train a Llama of transformers' own class from scratch."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        args = self.args
+        torch.manual_seed(args.seed)
+        model: nn.Module = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=args.hidden_size,
+                intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
+                num_hidden_layers=args.layers,
+                num_attention_heads=_HEADS,
+                num_key_value_heads=_HEADS,
+                vocab_size=384,  # of ByT5: 256 bytes and its special tokens
+                max_position_embeddings=args.sequence_length,
+                initializer_range=0.06,
+            )
+        )
+        self.say(
+            f"1/5  Train a dense Llama from scratch: {args.layers} layers of width {args.hidden_size}, "
+            f"{sum(p.numel() for p in model.parameters()):,} weights, {args.dense_steps} steps of "
+            f"{args.batch_size * args.sequence_length} bytes."
+        )
+        every = max(1, args.dense_steps // 5)
+
+        def report(entry: dict[str, Any]) -> None:
+            if entry["step"] % every == 0:
+                self.say(f"      step {entry['step']:>4}  training loss {entry['loss']:.3f}")
+
+        config = TrainingConfig(
+            steps=args.dense_steps, batch_size=args.batch_size, lr=3e-3, weight_decay=0.1, seed=args.seed
+        )
+        train(model, self.data, config, progress=self.shown, on_step=report)
+        return model
+
+    def fine_tune(self, method: Method, sparse: nn.Module, pruned: Row) -> tuple[nn.Module, Row]:
+        """Train one method's adapters on a copy of the pruned model."""
+        args = self.args
+        model = copy.deepcopy(sparse)
+        config = LoRSConfig(r=args.rank, lora_alpha=2 * args.rank, gradient=method.gradient)
+        gradients = None
+        if method.init == "gradient":
+            batches = self.data.shuffled_batches(args.batch_size, 8, args.seed)
+            gradients = estimate_gradients(model, batches, config=config, progress=self.shown)
+        torch.manual_seed(args.seed)  # the same lora_A for all methods that draw it
+        get_lors_model(model, config)
+        if gradients is not None:
+            init_from_gradients(model, gradients)
+        if method.peer is not None:
+            replace_layers(model, method.peer)
+        curve = [(0, pruned.perplexity)]  # lora_B is zero at first
+        marks = {round(args.steps * point / _POINTS) for point in range(1, _POINTS + 1)}
+
+        def follow(entry: dict[str, Any]) -> None:
+            if entry["step"] in marks:
+                curve.append((entry["step"], self.perplexity(model)))
+
+        training = TrainingConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed + 1)
+        train(model, self.data, training, progress=self.shown, on_step=follow)
+        row = Row(method.name, method.label, curve[-1][1], pruned.sparsity, curve=curve, color=method.color)
+        row.dashed = method.peer is not None
+        if not row.perplexity < pruned.perplexity:
+            self.broken.append(
+                f"{method.label} has perplexity {row.perplexity:.3f}, which is not below the pruned model's "
+                f"{pruned.perplexity:.3f}."
+            )
+        return model, row
+
+    def merge_and_reload(self, method: Method, row: Row, model: nn.Module, sparse: nn.Module) -> dict[str, Any]:
+        """Save adapter and merged model, read both from the disk, and compare them with the model in memory."""
+        adapter, merged = self.directory / method.name / "adapter", self.directory / method.name / "merged"
+        merged.mkdir(parents=True)
+        save_adapter(model, adapter)
+        expected = self.logits(model)
+        merge_and_unload(model)
+        save_model(model, self.directory / "sparse", merged)
+        reloaded = load_model(merged, "cpu")
+        row.sparsity = total_sparsity(measure_sparsity(reloaded))
+        lost = sum(int(((weight != 0) & (pruned == 0)).sum()) for weight, pruned in _pruned_weights(reloaded, sparse))
+        size = expected.abs().max().item()
+        adapted_again = load_adapter(load_model(self.directory / "sparse", "cpu"), adapter)
+        differences = {
+            name: (self.logits(other) - expected).abs().max().item()
+            for name, other in (("merged", reloaded), ("adapted", adapted_again))
+        }
+        if lost:
+            self.broken.append(f"{method.label}: merging turned {lost} zeros into other values.")
+        for name, difference in differences.items():
+            if not difference <= _LOGIT_TOLERANCE * size:
+                self.broken.append(
+                    f"{method.label}: a logit of the {name} model read from the disk differs by {difference:.3g} from "
+                    f"the model in memory (largest logit {size:.3g})."
+                )
+        self.say(
+            f"      {method.label:<26} {lost} zeros lost; largest difference of a logit: merged "
+            f"{differences['merged']:.2g}, reloaded adapter {differences['adapted']:.2g} (logits up to {size:.1f})"
+        )
+        return {"zeros_lost": lost, "largest_logit": size, "logit_difference": differences}
+
+    def mask_again(self, merged: nn.Module, sparse: nn.Module) -> Row:
+        """Plain LoRA's other way out: merge, then set the pruned weights to zero once more. Changes ``merged``."""
+        with torch.no_grad():
+            for weight, pruned in _pruned_weights(merged, sparse):
+                weight.masked_fill_(pruned == 0, 0.0)
+        return self.row_of("lora-masked", "  then masked again", merged)
+
+    # ---- what they use ----
+
+    def perplexity(self, model: nn.Module) -> float:
+        return evaluate(model, self.held_out, batch_size=self.args.batch_size, progress=False).perplexity
+
+    def row_of(self, name: str, label: str, model: nn.Module) -> Row:
+        return Row(name, label, self.perplexity(model), total_sparsity(measure_sparsity(model)))
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module) -> Tensor:
+        model.eval()
+        logits: Tensor = model(input_ids=self.held_out.batch(range(min(8, len(self.held_out))))["input_ids"]).logits
+        return logits
+
+    def save(self, model: nn.Module, name: str, tokenizer: Any) -> None:
+        model.save_pretrained(str(self.directory / name))  # type: ignore[operator]
+        tokenizer.save_pretrained(str(self.directory / name))
+
+    def write(self, rows: list[Row], checks: dict[str, Any]) -> dict[str, Any]:
+        """Print and write the table, the plot and the numbers; returns the numbers."""
+        args = self.args
+        dense, pruned, *methods, _ = rows
+        plot(dense, pruned, methods, self.directory / "demo.png")
+        text = f"{table(rows)}\n\n{_notes(args, self.held_out.loss_tokens)}\n"
+        replace_file(self.directory / "table.txt", text.encode())
+        if self.shown:
+            print(f"\n{text}", flush=True)
+        result = {
+            "output": str(args.output),
+            "seconds": time.perf_counter() - self.began,
+            "threads": torch.get_num_threads(),
+            "options": {name: getattr(args, name) for name in _OPTIONS},
+            "rows": [asdict(row) | checks.get(row.name, {}) for row in rows],
+            "promises_kept": not self.broken,
+        }
+        versions = {"lors_cuda": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        content = {"made_by": _MADE_BY, **versions, **result, "files": [*_files(self.directory), MARKER_NAME]}
+        replace_file(self.directory / MARKER_NAME, (json.dumps(content, indent=2) + "\n").encode())
+        return result
+
+
+def _check_output(output: Path) -> None:
+    """Refuse an output directory that holds anything but an earlier demo."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise FileExistsError(f"The output '{output}' is a file; choose another directory.")
+    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"The output '{output}' is, or contains, the current directory; choose another one.")
+    files = _files(output)
+    if not files:
+        return
+    try:
+        marker = json.loads((output / MARKER_NAME).read_text())
+        known = marker["files"] if marker["made_by"] == _MADE_BY else []
+    except (OSError, ValueError, KeyError, TypeError):
+        known = []
+    foreign = [name for name in files if name not in known]
+    if foreign:
+        raise FileExistsError(
+            f"The output directory '{output}' holds '{foreign[0]}', which the demo did not make; nothing was written. "
+            "Choose another directory."
+        )
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+
+
+def _pruned_weights(model: nn.Module, sparse: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight, the pruned model's weight) of every linear that was pruned."""
+    for layer in measure_sparsity(sparse):
+        model_layer: Any = model.get_submodule(layer.name)
+        sparse_layer: Any = sparse.get_submodule(layer.name)
+        yield model_layer.weight, sparse_layer.weight
+
+
+def _notes(args: argparse.Namespace, held_out_bytes: int) -> str:
+    return (
+        f"perplexity: per byte, on {held_out_bytes:,} held-out bytes. Fine-tuning also trains the model on, alike for all "
+        "methods,\n  so compare with the pruned model and between the methods; the dense one had no such steps.\n"
+        "sparsity after merge: zeros in the pruned linears of the plain model that comes out.\n"
+        f"ms/step: forward and backward of {args.batch_size} x {args.sequence_length} bytes; the median of {_ROUNDS} rounds "
+        "that go through all methods.\n"
+        "peak memory: the most bytes that this step holds at once beside model, adapters and batch: activations, "
+        "temporaries,\n  gradients, by the memory events of torch's profiler."
+    )
+
+
+def _goodbye(args: argparse.Namespace) -> str:
+    def path(*parts: str) -> str:
+        return shlex.quote(str(args.output.joinpath(*parts)))
+
+    def beside(ending: str) -> str:
+        return shlex.quote(f"{args.output}-{ending}")
+
+    model = f"--model {path('sparse')}"
+    adapter = f"--adapter {path('lors', 'adapter')}"
+    return f"""Written to {path()}:
+  table.txt  demo.png  demo.json    the table, the plot, all numbers
+  train.txt  heldout.txt            the text
+  dense/  sparse/                   the model before and after pruning
+  lors*/adapter  lors*/merged       the adapters, and the sparse models with them merged in
+
+Try next:
+  lors-cuda eval {model} {adapter} --data {path("heldout.txt")}
+  lors-cuda merge {model} {adapter} --output {beside("merged")}
+  lors-cuda finetune {model} --data {path("train.txt")} --output {beside("run")} --lr {args.lr:g}"""
