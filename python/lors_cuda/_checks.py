@@ -49,9 +49,7 @@ def check_adapters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device."""
     N, K = weight.shape
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        raise ValueError(
-            f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {K}] for a weight of shape {(N, K)}."
-        )
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {K}] for a weight of shape {(N, K)}.")
     r = lora_A.shape[0]
     if lora_B.shape != (N, r):
         raise ValueError(

@@ -57,7 +57,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
         if replace and path.exists():
-            os.rename(path, old)
+            shutil.rmtree(path)
         try:
             os.rename(temporary, path)
         except OSError:

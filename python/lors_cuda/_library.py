@@ -182,7 +182,12 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
-        input if needs[_LORA_A] or needs[_LORA_B] else None, weight, mask, lora_A, lora_B, bias if needs[_BIAS] else None
+        input if needs[_LORA_A] or needs[_LORA_B] else None,
+        weight,
+        mask,
+        lora_A,
+        lora_B,
+        bias if needs[_BIAS] else None,
     )
     ctx.scaling, ctx.gradient = scaling, gradient
 

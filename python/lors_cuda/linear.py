@@ -122,7 +122,7 @@ class LoRSLinear(nn.Module):
         return layer.train(linear.training)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Draw lora_A anew (Kaiming-uniform) and set lora_B to zero, or draw it too if ``init_lora_weights`` is False."""
+        """Draw lora_A anew (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if init_lora_weights:
             nn.init.zeros_(self.lora_B)
@@ -174,8 +174,8 @@ class LoRSLinear(nn.Module):
                 row, column = (~finite).nonzero()[0].tolist()
                 where = f" of layer {name!r}" if name else ""
                 raise ValueError(
-                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Restore "
-                    "finite values (an earlier checkpoint, a lower learning rate) and merge again."
+                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Put "
+                    "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRSLinear:

@@ -48,7 +48,7 @@ class SparseWeight:
         """Store a dense weight [N, K] with zeros.
 
         Args:
-            weight: [N, K], float32, bfloat16, float16 or float64. It is referenced, not copied, where it needs no change.
+            weight: [N, K], float32, bfloat16, float16 or float64. Referenced, not copied, where it needs no change.
             layout: ``"dense"``, or ``"auto"``, which picks it. ``"2:4"`` and ``"bitmap"`` are not in this version.
             mask: bool [N, K], True where kept; weights off it become +0. None: kept where ``weight != 0``.
 

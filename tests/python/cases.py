@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from lors_cuda import reference
 from torch import Tensor
+
+from lors_cuda import reference
 
 lors = torch.ops.lors
 

@@ -8,6 +8,7 @@ import zlib
 import pytest
 import torch
 from hypothesis import settings
+
 from lors_cuda._library import build_info
 
 settings.register_profile("lors", deadline=None, derandomize=True, max_examples=50, database=None)

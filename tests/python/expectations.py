@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from cases import Case
 from lors_cuda import reference
 from tolerance import assert_close, assert_zero_off_mask
-from torch import Tensor
 
 
 def _cpu64(*tensors: Tensor) -> list[Tensor]:

@@ -133,6 +133,8 @@ def test_kill_resume_merge_and_evaluate(home, tmp_path, capsys):
 
     output = succeeded(lors_cuda(*finetune(home, run, *options, "--resume")))
     assert "Adapter, log and plot saved" in output
+    reported = [int(line.split()[1]) for line in output.splitlines() if line.startswith("step")]
+    assert reported[0] > 20, "it began anew instead of going on from its checkpoint"
     undisturbed = tmp_path / "undisturbed"
     assert call(*finetune(home, undisturbed, *options)) == 0
     assert curve(run) == curve(undisturbed)

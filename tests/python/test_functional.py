@@ -7,6 +7,9 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
 from cases import ADAPTER_DTYPES, FLOATS, Case, make_case
 from expectations import (
     check_adapter_grads,
@@ -17,8 +20,6 @@ from expectations import (
     check_merge_backward,
 )
 from lors_cuda import LoRSLinear, SparseWeight, lors_linear, merge
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 GRADIENTS = ("lors", "exact")
 TRAINABLE = ("input", "lora_A", "lora_B", "bias")

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from cases import ADAPTER_DTYPES, FLOATS, SHAPES, make_case
 from expectations import check_adapter_grads, check_grad_bias, check_grad_input, check_linear, check_linear_backward
 from lors_cuda import reference

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from cases import ADAPTER_DTYPES, FLOATS, SHAPES, lors, make_case
 from expectations import check_merge, check_merge_backward
 from lors_cuda import reference

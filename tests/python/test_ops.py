@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+
 from cases import FLOATS, Case, lors, make_case
 
 N, K, R, T = 6, 33, 3, 5

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
 import torch
 
 import lors_cuda
@@ -41,27 +42,17 @@ def test_cuda_tensors_are_refused_with_the_reason(monkeypatch) -> None:
     """Until the CUDA kernels exist, a CUDA tensor gets a sentence, not a dispatcher's trace."""
     monkeypatch.setitem(_library.BUILD, "cuda_version", "")
     _library._cuda_reason.cache_clear()
-    try:
+    with pytest.raises(RuntimeError, match="built without nvcc.*lors-cuda info"):
         _library.check_device(torch.device("cuda", 0))
-    except RuntimeError as error:
-        assert "built without nvcc" in str(error)
-        assert "lors-cuda info" in str(error)
-    else:
-        raise AssertionError("a CUDA device was accepted")
-    finally:
-        monkeypatch.undo()
-        _library._cuda_reason.cache_clear()
+    _library._cuda_reason.cache_clear()
 
 
 def test_cuda_major_mismatch_is_explained(monkeypatch) -> None:
     monkeypatch.setitem(_library.BUILD, "cuda_version", "13.0")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     _library._cuda_reason.cache_clear()
-    try:
-        reason = _library._cuda_reason()
-        assert reason is not None
-        assert "CUDA 13.0" in reason
-        assert "CUDA 12.8" in reason
-    finally:
-        monkeypatch.undo()
-        _library._cuda_reason.cache_clear()
+    reason = _library._cuda_reason()
+    _library._cuda_reason.cache_clear()
+    assert reason is not None
+    assert "CUDA 13.0" in reason
+    assert "CUDA 12.8" in reason

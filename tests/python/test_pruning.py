@@ -188,6 +188,18 @@ def test_blocks_that_are_no_chain_are_calibrated_all_the_same():
         assert torch.equal(ours, theirs), name
 
 
+def test_blocks_of_a_transformers_model_are_run_one_by_one():
+    """Once through the model to record, then block after block; running the model for each block is the exception."""
+    model = byte_llama(layers=3)
+    batches = padded_batches()
+    embedded, run = [], []
+    model.model.embed_tokens.register_forward_hook(lambda *_: embedded.append(1))
+    model.model.layers[0].register_forward_hook(lambda *_: run.append(1))
+    prune(model, "2:4", batches=batches)
+    assert len(embedded) == len(batches)
+    assert len(run) == 3 * len(batches)
+
+
 class Wrapper(nn.Module):
     """tiny_net under a name, so that a batch is {"input": x}; it has no blocks."""
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, make_case
-from lors_cuda import LoRSLinear, lors_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+
+from cases import Case, make_case
+from lors_cuda import LoRSLinear, lors_linear
 
 N, K, R, T = 96, 160, 4, 8
 GRADIENTS = ("lors", "exact")

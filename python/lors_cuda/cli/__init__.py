@@ -40,6 +40,12 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" tell nobody anything.
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -78,14 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from .. import __version__
 
-    parser = _Parser(prog="lors-cuda", description=__doc__)
+    parser = _Parser(prog="lors-cuda", description="Fine-tune sparse language models with LoRS: every zero is kept.")
     parser.add_argument("--version", action="version", version=f"lors-cuda {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        command = subparsers.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        command = subparsers.add_parser(name, help=summary, description=summary, formatter_class=_Help)
         if name == chosen:
             _module(name).add_arguments(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")

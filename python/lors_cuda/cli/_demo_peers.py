@@ -27,7 +27,7 @@ from ..model import named_lors_layers
 
 
 class PeerLinear(nn.Module):
-    """A frozen sparse linear with an adapter, by another method; ``weight`` [N, K], ``lora_A`` [r, K], ``lora_B`` [N, r]."""
+    """A frozen sparse linear with an adapter: ``weight`` and ``mask`` [N, K], ``lora_A`` [r, K], ``lora_B`` [N, r]."""
 
     weight: Tensor
     mask: Tensor
@@ -44,7 +44,7 @@ class PeerLinear(nn.Module):
 
 
 class PlainLoRA(PeerLinear):
-    """LoRA as PEFT computes it, ``Y = X W^T + s (X A^T) B^T``: the side branch is dense, and so is its merged weight."""
+    """LoRA as PEFT computes it, ``Y = X W^T + s (X A^T) B^T``; B A is dense, and so is the merged weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         side = F.linear(F.linear(input, self.lora_A), self.lora_B)
@@ -79,9 +79,9 @@ def merge_layers(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, PeerLinear):
             N, K = layer.weight.shape
-            linear = nn.utils.skip_init(nn.Linear, K, N, bias=layer.bias is not None, dtype=layer.weight.dtype)
+            linear = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
-            linear.bias = layer.bias
+            linear.register_parameter("bias", layer.bias)
             _set(model, name, linear)
 
 

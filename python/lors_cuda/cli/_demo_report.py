@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the demo shows at its end: one table in the terminal, one picture. Measures nothing.
-"""Table and plot of the demo."""
+# What the demo shows at its end: one table, one picture, and what to do next. Measures nothing.
+"""Table, plot and last words of the demo."""
 
 from __future__ import annotations
 
+import argparse
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +51,48 @@ def table(rows: Sequence[Row]) -> str:
             ]
         )
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADINGS))]
-    lines = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in cells
-    ]
+    lines = []
+    for first, *others in cells:
+        aligned = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def notes(args: argparse.Namespace, held_out_bytes: int, rounds: int) -> str:
+    """What the table's columns count."""
+    lines = (
+        f"perplexity: per byte, on {held_out_bytes:,} held-out bytes. Fine-tuning is also further training, alike for",
+        "  all methods: compare with the pruned model and between methods; the dense model had no such steps.",
+        "sparsity after merge: zeros in the pruned linears of the plain model that comes out.",
+        f"ms/step: forward and backward of {args.batch_size} x {args.sequence_length} bytes; the median of {rounds} "
+        "rounds that go through all methods.",
+        "peak memory: the most bytes such a step holds at once beside model, adapters and batch: activations,",
+        "  temporaries and gradients, counted by torch's profiler.",
+    )
+    return "\n".join(lines)
+
+
+def whats_next(args: argparse.Namespace) -> str:
+    """What was written where, and commands that work on it."""
+
+    def path(*parts: str) -> str:
+        return shlex.quote(str(args.output.joinpath(*parts)))
+
+    def beside(ending: str) -> str:
+        return shlex.quote(f"{args.output}-{ending}")
+
+    model = f"--model {path('sparse')}"
+    adapter = f"--adapter {path('lors', 'adapter')}"
+    return f"""Written to {path()}:
+  table.txt  demo.png  demo.json    the table, the plot, all numbers
+  train.txt  heldout.txt            the text
+  dense/  sparse/                   the model before and after pruning
+  lors*/adapter  lors*/merged       the adapters, and the sparse models with them merged in
+
+Try next:
+  lors-cuda eval {model} {adapter} --data {path("heldout.txt")}
+  lors-cuda merge {model} {adapter} --output {beside("merged")}
+  lors-cuda finetune {model} --data {path("train.txt")} --output {beside("run")} --lr {args.lr:g}"""
 
 
 def plot(dense: Row, pruned: Row, methods: Sequence[Row], path: Path) -> None:

@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import platform
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,9 +31,9 @@ from ..model import get_lors_model, merge_and_unload
 from ..pruning import measure_sparsity, prune, total_sparsity
 from ..training import TrainingConfig, evaluate, train
 from . import UsageError
-from ._common import load_model, positive_float, positive_int, save_model, say
+from ._common import _quiet_transformers, load_model, positive_float, positive_int, save_model, say
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
-from ._demo_report import Row, plot, table
+from ._demo_report import Row, notes, plot, table, whats_next
 from ._demo_text import language_reference, split_topics
 
 MARKER_NAME = "demo.json"
@@ -96,11 +95,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.hidden_size % 16 or args.rank > args.hidden_size or args.sequence_length < 2:
         raise UsageError("--hidden-size must be a multiple of 16 and at least --rank, --sequence-length at least 2")
     require_safetensors()
+    _quiet_transformers()
     _check_output(args.output)
     with new_directory(args.output.resolve(), replace=True) as directory:
         demo = _Demo(args, directory)
         result, broken = demo.run()
-    say(args, _goodbye(args))
+    say(args, whats_next(args))
     if broken:
         raise RuntimeError(f"{' '.join(broken)} Everything is in '{args.output}' to be looked at.")
     return result
@@ -250,7 +250,7 @@ class _Demo:
         train(model, self.data, training, progress=self.shown, on_step=follow)
         row = Row(method.name, method.label, curve[-1][1], pruned.sparsity, curve=curve, color=method.color)
         row.dashed = method.peer is not None
-        if not row.perplexity < pruned.perplexity:
+        if method.peer is None and not row.perplexity < pruned.perplexity:
             self.broken.append(
                 f"{method.label} has perplexity {row.perplexity:.3f}, which is not below the pruned model's "
                 f"{pruned.perplexity:.3f}."
@@ -318,7 +318,7 @@ class _Demo:
         args = self.args
         dense, pruned, *methods, _ = rows
         plot(dense, pruned, methods, self.directory / "demo.png")
-        text = f"{table(rows)}\n\n{_notes(args, self.held_out.loss_tokens)}\n"
+        text = f"{table(rows)}\n\n{notes(args, self.held_out.loss_tokens, _ROUNDS)}\n"
         replace_file(self.directory / "table.txt", text.encode())
         if self.shown:
             print(f"\n{text}", flush=True)
@@ -370,36 +370,3 @@ def _pruned_weights(model: nn.Module, sparse: nn.Module) -> Iterator[tuple[Tenso
         model_layer: Any = model.get_submodule(layer.name)
         sparse_layer: Any = sparse.get_submodule(layer.name)
         yield model_layer.weight, sparse_layer.weight
-
-
-def _notes(args: argparse.Namespace, held_out_bytes: int) -> str:
-    return (
-        f"perplexity: per byte, on {held_out_bytes:,} held-out bytes. Fine-tuning also trains the model on, alike for all "
-        "methods,\n  so compare with the pruned model and between the methods; the dense one had no such steps.\n"
-        "sparsity after merge: zeros in the pruned linears of the plain model that comes out.\n"
-        f"ms/step: forward and backward of {args.batch_size} x {args.sequence_length} bytes; the median of {_ROUNDS} rounds "
-        "that go through all methods.\n"
-        "peak memory: the most bytes that this step holds at once beside model, adapters and batch: activations, "
-        "temporaries,\n  gradients, by the memory events of torch's profiler."
-    )
-
-
-def _goodbye(args: argparse.Namespace) -> str:
-    def path(*parts: str) -> str:
-        return shlex.quote(str(args.output.joinpath(*parts)))
-
-    def beside(ending: str) -> str:
-        return shlex.quote(f"{args.output}-{ending}")
-
-    model = f"--model {path('sparse')}"
-    adapter = f"--adapter {path('lors', 'adapter')}"
-    return f"""Written to {path()}:
-  table.txt  demo.png  demo.json    the table, the plot, all numbers
-  train.txt  heldout.txt            the text
-  dense/  sparse/                   the model before and after pruning
-  lors*/adapter  lors*/merged       the adapters, and the sparse models with them merged in
-
-Try next:
-  lors-cuda eval {model} {adapter} --data {path("heldout.txt")}
-  lors-cuda merge {model} {adapter} --output {beside("merged")}
-  lors-cuda finetune {model} --data {path("train.txt")} --output {beside("run")} --lr {args.lr:g}"""

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRSLinear: starts as the linear it wraps, trains, merges to one again, and survives what people do to modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import FLOATS, Case, make_case
+from expectations import check_linear, check_merge
+from lors_cuda import LoRSLinear, lors_linear
+from tolerance import assert_close, assert_zero_off_mask
+
+
+def linear_of(case: Case) -> nn.Linear:
+    linear = nn.Linear(case.weight.shape[1], case.weight.shape[0], bias=case.bias is not None)
+    linear.weight = nn.Parameter(case.weight.clone())
+    if case.bias is not None:
+        linear.bias = nn.Parameter(case.bias.clone())
+    return linear
+
+
+def layer_of(case: Case, **options: object) -> LoRSLinear:
+    """A layer with the case's weight and adapter, scaling 0.75."""
+    r = case.lora_A.shape[0]
+    layer = LoRSLinear.from_linear(linear_of(case), r=r, lora_alpha=0.75 * r, mask=case.mask, **options)
+    with torch.no_grad():
+        layer.lora_A.copy_(case.lora_A)
+        layer.lora_B.copy_(case.lora_B)
+    return layer
+
+
+def adapters_as_held(case: Case, layer: LoRSLinear) -> Case:
+    return case.replace(lora_A=layer.lora_A.detach(), lora_B=layer.lora_B.detach())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_starts_as_the_linear(device, seed, dtype, bias):
+    case = make_case(seed, 17, 31, 70, 5, dtype, device=device, bias=bias)
+    linear = linear_of(case)
+    layer = LoRSLinear.from_linear(linear, r=5)
+    assert not layer.lora_B.any()
+    assert layer.lora_A.any()
+    zero = case.replace(lora_A=layer.lora_A.detach(), lora_B=layer.lora_B.detach())
+    check_linear(layer(case.input), zero)
+    check_linear(linear(case.input), zero)  # so each is within rounding of the same numbers
+    check_merge(layer.merge().weight, zero)
+    assert torch.equal(layer.merge().weight, case.weight)
+
+
+def test_attributes(device, seed):
+    case = make_case(seed, 1, 31, 70, 5, torch.bfloat16, device=device, bias=True)
+    linear = linear_of(case).eval()
+    layer = LoRSLinear.from_linear(linear, r=5, lora_alpha=20, gradient="exact")
+    assert (layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling) == (70, 31, 5, 20, 4.0)
+    assert layer.gradient == "exact"
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((5, 70), (31, 5))
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32  # as in PEFT
+    assert torch.equal(layer.weight, case.weight)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()  # not a copy
+    assert layer.sparse_weight.layout == "dense"
+    assert torch.equal(layer.bias, linear.bias)
+    assert not layer.training
+    assert LoRSLinear.from_linear(linear.train()).training
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert linear.weight.requires_grad  # the wrapped layer is left as it was
+    assert LoRSLinear.from_linear(linear_of(make_case(1, 1, 8, 8, 2, torch.float64)), r=2).lora_A.dtype == torch.float64
+
+
+def test_scaling():
+    linear = nn.Linear(64, 64)
+    assert LoRSLinear.from_linear(linear).scaling == 1.0
+    assert LoRSLinear.from_linear(linear, r=16, lora_alpha=8).scaling == 0.5
+    assert LoRSLinear.from_linear(linear, r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+    assert LoRSLinear.from_linear(linear, 3, 10, use_rslora=True).scaling == pytest.approx(10 / math.sqrt(3))
+
+
+def test_initialisation_is_kaiming_uniform(seed):
+    torch.manual_seed(seed)
+    layer = LoRSLinear.from_linear(nn.Linear(400, 300), r=64, init_lora_weights=False)
+    for weight, fan_in in ((layer.lora_A, 400), (layer.lora_B, 64)):
+        limit = 1 / math.sqrt(fan_in)  # kaiming_uniform_ with a = sqrt(5)
+        assert weight.abs().max() <= limit
+        assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.02)
+    before = layer.lora_A.clone()
+    layer.reset_adapter()
+    assert not torch.equal(layer.lora_A, before)
+    assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_forward_backward_is_the_functional(device, seed, dtype, explicit, gradient):
+    case = make_case(seed, 9, 31, 70, 5, dtype, device=device, explicit_mask=explicit, bias=True)
+    layer = layer_of(case, gradient=gradient)
+    output = layer(case.input)
+    check_linear(output, adapters_as_held(case, layer))
+    output.backward(case.grad_output)
+    A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    lors_linear(case.input, case.weight, A, B, 0.75, case.bias, mask=case.mask, gradient=gradient).backward(
+        case.grad_output
+    )
+    assert torch.equal(layer.lora_A.grad, A.grad)
+    assert torch.equal(layer.lora_B.grad, B.grad)
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_gives_a_linear_with_the_zeros_and_the_output(device, seed, dtype, explicit):
+    case = make_case(seed, 17, 31, 70, 5, dtype, device=device, explicit_mask=explicit, bias=True)
+    layer = layer_of(case).eval()
+    held = adapters_as_held(case, layer)
+    linear = layer.merge()
+    assert type(linear) is nn.Linear
+    assert not linear.training
+    assert (linear.weight.dtype, linear.weight.device) == (dtype, case.weight.device)
+    check_merge(linear.weight, held)
+    assert_zero_off_mask(linear.weight, case.kept)
+    # One rounding apart: both read the same merged weight, and only the order of the product's sums differs.
+    X, merged = case.input.double(), linear.weight.double()
+    bias = case.bias.double()
+    expected, rms = X @ merged.T + bias, (X**2 @ (merged**2).T + bias**2).sqrt()
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for output in (layer(case.input), linear(case.input)):
+        assert_close(output, expected, rms=rms, length=76, dtype=dtype, acc_dtype=acc_dtype)
+    # Nothing is shared with the layer, and merging changed nothing.
+    linear.weight.data.fill_(7.5)
+    linear.bias.data.fill_(7.5)
+    check_linear(layer(case.input), held)
+
+
+def test_disabled_adapter_is_the_frozen_layer(device, seed):
+    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=True, bias=True)
+    layer = layer_of(case)
+    layer.adapter_enabled = False
+    frozen = torch.where(case.mask, case.weight, 0.0)
+    assert torch.equal(layer(case.input), nn.functional.linear(case.input, frozen, case.bias))
+    layer.adapter_enabled = True
+    check_linear(layer(case.input), case)
+
+
+def same(a: LoRSLinear, b: LoRSLinear, x: Tensor) -> None:
+    """Equal layers that share no memory."""
+    assert type(a) is type(b)
+    assert str(a) == str(b)
+    assert list(a.state_dict()) == list(b.state_dict())
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+        assert value.data_ptr() != b.state_dict()[name].data_ptr(), name
+    assert torch.equal(a(x), b(x))
+    assert a.sparse_weight.fingerprint() == b.sparse_weight.fingerprint()
+    assert [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_deepcopy_and_pickle(device, seed, explicit):
+    case = make_case(seed, 9, 31, 70, 5, torch.bfloat16, device=device, explicit_mask=explicit, bias=True)
+    layer = layer_of(case, gradient="exact", use_rslora=False)
+    layer.adapter_enabled = True
+    same(copy.deepcopy(layer), layer, case.input)
+    same(pickle.loads(pickle.dumps(layer)), layer, case.input)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    same(torch.load(file, weights_only=False), layer, case.input)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("into_explicit", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_state_dict_round_trips_strictly(device, seed, explicit, into_explicit, assign):
+    """Also between layers whose masks are stored differently: the state decides."""
+    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=explicit, bias=True)
+    layer = layer_of(case)
+    assert ("weight_mask" in layer.state_dict()) == explicit
+    other = layer_of(make_case(seed + 1, 9, 31, 70, 5, device=device, explicit_mask=into_explicit, bias=True))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    keys = other.load_state_dict(torch.load(file, weights_only=True), strict=True, assign=assign)
+    assert not keys.missing_keys
+    assert not keys.unexpected_keys
+    same(other, layer, case.input)
+    assert torch.equal(other.sparse_weight.mask(), case.kept)
+
+
+def test_state_dict_inside_a_model(device, seed):
+    cases = [make_case(seed + i, 9, 20, 20, 2, device=device, explicit_mask=bool(i)) for i in range(2)]
+    model, fresh = (nn.Sequential(*(layer_of(c) for c in cs)) for cs in (cases, cases[::-1]))
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    for a, b in zip(fresh, model, strict=True):
+        same(a, b, cases[0].input)
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing(seed):
+    case = make_case(seed, 9, 31, 70, 5, explicit_mask=True, bias=True)
+    layer = layer_of(case)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    wrong = (make_case(seed, 9, 31, 33, 5, explicit_mask=True), make_case(seed, 9, 30, 70, 5))
+    for other in wrong:
+        state = {k: v for k, v in layer_of(other).state_dict().items() if k.startswith("weight")}
+        with pytest.raises(RuntimeError, match="size mismatch for weight_values"):
+            layer.load_state_dict(state, strict=False)
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    check_linear(layer(case.input), case)
+    # A mask that does not belong to its weight is refused too, before anything is computed with it.
+    state = {**before, "weight_mask": before["weight_mask"][:, :1]}
+    with pytest.raises(RuntimeError, match="weight_mask"):
+        layer.load_state_dict(state)
+
+
+CONVERSIONS = [
+    (lambda m: m.half(), torch.float16),
+    (lambda m: m.bfloat16(), torch.bfloat16),
+    (lambda m: m.double(), torch.float64),
+    (lambda m: m.float(), torch.float32),
+    (lambda m: m.to(torch.float16), torch.float16),
+    (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(("convert", "dtype"), CONVERSIONS)
+def test_conversions_keep_the_mask(seed, convert, dtype, explicit):
+    case = make_case(seed, 9, 31, 70, 5, explicit_mask=explicit, bias=True)
+    row, column = case.kept.nonzero()[3].tolist()
+    case.weight[row, column] = 1e-9  # zero in float16
+    layer = layer_of(case)
+    fingerprint, mask = layer.sparse_weight.fingerprint(), layer.sparse_weight.mask()
+    converted = convert(nn.Sequential(layer))[0]
+    assert converted is layer
+    assert converted.weight.dtype == converted.lora_A.dtype == converted.lora_B.dtype == dtype
+    assert torch.equal(converted.sparse_weight.mask(), mask)
+    assert converted.sparse_weight.fingerprint() == fingerprint
+    assert converted.weight_mask is None or converted.weight_mask.dtype == torch.int32
+    held = case.replace(
+        input=case.input.to(dtype),
+        weight=layer.weight,
+        mask=mask,
+        bias=layer.bias,
+        lora_A=layer.lora_A,
+        lora_B=layer.lora_B,
+    )
+    check_linear(converted(held.input), held)
+    merged = converted.merge().weight
+    check_merge(merged, held)
+    assert merged[row, column] != 0  # still kept, and its delta is not lost
+
+
+def test_moving_to_the_meta_device_and_back(seed):
+    case = make_case(seed, 9, 31, 70, 5, explicit_mask=True)
+    layer = layer_of(case)
+    shell = copy.deepcopy(layer).to("meta")
+    assert shell.weight.is_meta
+    assert shell(case.input.to("meta")).shape == (9, 31)
+    shell = shell.to_empty(device="cpu")
+    shell.load_state_dict(layer.state_dict())
+    same(shell, layer, case.input)
+
+
+def test_repr(seed):
+    layer = layer_of(make_case(seed, 1, 31, 70, 5, bias=True), gradient="exact")
+    assert repr(layer) == (
+        "LoRSLinear(in_features=70, out_features=31, bias=True, r=5, lora_alpha=3.75, layout='dense', gradient='exact')"
+    )
+
+
+def test_thirty_steps_lower_the_loss_and_keep_the_zeros(device, seed):
+    case = make_case(seed, 64, 31, 70, 5, device=device, bias=True)
+    for gradient in ("lors", "exact"):
+        torch.manual_seed(seed)
+        layer = LoRSLinear.from_linear(linear_of(case), r=5, gradient=gradient)
+        before = layer.weight.clone()
+        optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(30):
+            loss = (layer(case.input) - case.grad_output).square().mean()
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[-1] < 0.9 * losses[0]
+        assert torch.equal(layer.weight, before)
+        assert_zero_off_mask(layer.merge().weight, case.kept)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad):
+    layer = layer_of(make_case(seed, 1, 31, 70, 5))
+    with torch.no_grad():
+        getattr(layer, name)[3, 4] = bad
+        getattr(layer, name)[4, 1] = bad
+    with pytest.raises(ValueError, match=rf"{name}\[3, 4\] is {bad}; merging would spread it") as caught:
+        layer.merge()
+    assert "merge again" in str(caught.value)
+    with pytest.raises(ValueError, match=rf"{name}\[3, 4\] of layer 'model\.up' is"):
+        layer.check_finite("model.up")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"r": 0}, ValueError, "r is 0; for a layer of 6 x 9 the rank must be between 1 and 6"),
+        ({"r": 7}, ValueError, "r is 7; for a layer of 6 x 9 the rank must be between 1 and 6"),
+        ({"r": -1}, ValueError, "r is -1"),
+        ({"r": 2.0}, TypeError, "r is 2.0; the rank must be an integer"),
+        ({"r": True}, TypeError, "r is True; the rank must be an integer"),
+        ({"r": 2, "lora_alpha": float("nan")}, ValueError, "lora_alpha is nan; it must be a finite number"),
+        ({"r": 2, "lora_alpha": float("inf")}, ValueError, "lora_alpha is inf"),
+        ({"r": 2, "gradient": "true"}, ValueError, "gradient is 'true'; it must be 'lors' or 'exact'"),
+        ({"r": 2, "gradient": None}, ValueError, "gradient is None"),
+        ({"r": 2, "layout": "3:4"}, ValueError, "layout is '3:4'; it must be one of"),
+        ({"r": 2, "layout": "2:4"}, ValueError, "layout '2:4' is not available in this version"),
+        ({"r": 2, "mask": torch.ones(6, 9)}, ValueError, "mask is torch.float32 with shape (6, 9); it must be bool"),
+        ({"r": 2, "mask": torch.ones(9, 6, dtype=torch.bool)}, ValueError, "the weight's shape (6, 9)"),
+    ],
+)
+def test_from_linear_refuses(options, error, message):
+    linear = nn.Linear(9, 6)
+    before = copy.deepcopy(linear.state_dict())
+    with pytest.raises(error) as caught:
+        LoRSLinear.from_linear(linear, **options)
+    assert message in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
+
+
+@pytest.mark.parametrize("other", [nn.Conv1d(3, 3, 1), nn.Bilinear(3, 3, 3), torch.randn(3, 3), None])
+def test_from_linear_wants_a_linear(other):
+    with pytest.raises(TypeError, match=rf"linear is a {type(other).__name__}; it must be a torch\.nn\.Linear"):
+        LoRSLinear.from_linear(other)
