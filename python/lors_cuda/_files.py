@@ -57,7 +57,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
         if replace and path.exists():
-            shutil.rmtree(path)
+            os.rename(path, old)
         try:
             os.rename(temporary, path)
         except OSError:

@@ -54,7 +54,7 @@ SHAPES = (
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Case:
     """One adapted linear with its data. `mask` None: kept where the weight is not zero."""
 
@@ -66,6 +66,10 @@ class Case:
     bias: Tensor | None  # [N]
     scaling: float
     grad_output: Tensor  # [T, N]
+
+    def __repr__(self) -> str:
+        held = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return f"Case({', '.join(f'{k}: {str(v.dtype)[6:]} {list(v.shape)}' for k, v in held.items())}, {self.scaling})"
 
     @property
     def kept(self) -> Tensor:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from byte_model import TEXT, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from byte_model import TEXT, byte_tokenizer
 from lors_cuda.data import IGNORED, ShuffledOrder, TokenDataset, count_loss_tokens, load_data
 from models import refused
 

@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
-from byte_model import TEXT, byte_llama, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
+from byte_model import TEXT, byte_llama, byte_tokenizer
 from lors_cuda.config import LoRSConfig, find_targets
 from lors_cuda.data import TokenDataset
 from lors_cuda.pruning import SparsityPattern, measure_sparsity, prune, select_mask, total_sparsity
 from models import refused, tiny_net
-from torch import nn
 
 # ---- patterns ----
 

@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from byte_model import TEXT, byte_llama, byte_tokenizer, full_disk
 from lors_cuda.config import LoRSConfig
 from lors_cuda.data import TokenDataset
@@ -16,7 +18,6 @@ from lors_cuda.pruning import prune
 from lors_cuda.training import TrainingConfig, evaluate, train
 from lors_cuda.training_files import CHECKPOINT_NAME, LOG_NAME, StepLog, plot_loss, read_log
 from models import refused
-from torch import nn
 
 
 @pytest.fixture(scope="module")

@@ -48,14 +48,20 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W*
       for (int u = 0; u < Vectors; ++u) sum[i][u] += b * a[u];
     }
   }
+  // All loads before the first store: rows a power of two apart share their low address bits with each other and with the
+  // output's rows, and a load behind such a store waits for it.
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) {
       const Vector<Acc> w = load<Acc>(weight + i * weight_stride + u * kLanes<Acc>);
       const Keep<Acc> keep = mask ? kept_by_bits<Acc>(mask + i * words, words, column + u * kLanes<Acc>) : Keep<Acc>(w != 0);
-      store<Out, Round, Acc>(merged + i * merged_stride + u * kLanes<Acc>, keep ? w + sum[i][u] : Vector<Acc>{});
+      sum[i][u] = keep ? w + sum[i][u] : Vector<Acc>{};
     }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int u = 0; u < Vectors; ++u) store<Out, Round, Acc>(merged + i * merged_stride + u * kLanes<Acc>, sum[i][u]);
 }
 
 // A row of a tile at the right edge: through buffers of a whole panel, so that nothing beyond column K is touched.
