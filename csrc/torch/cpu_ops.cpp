@@ -92,10 +92,9 @@ struct AdaptedWeight {
   int64_t in_features() const { return weight.size(1); }
   int64_t r() const { return lora_A.size(0); }
 
-  // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
-  Tensor merged(ScalarType stored, ScalarType rounded) const {
-    Tensor out = empty(weight, {out_features(), in_features()}, stored);
-    MergeArgs args;
+  // Fills in what MergeArgs and FusedLinearArgs have in common.
+  template <typename Args>
+  void describe(Args& args) const {
     args.out_features = out_features();
     args.in_features = in_features();
     args.r = r();
@@ -107,6 +106,13 @@ struct AdaptedWeight {
     args.lora_B = lora_B.const_data_ptr();
     args.lora_B_dtype = dtype_of(lora_B);
     args.scaling = scaling;
+  }
+
+  // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
+  Tensor merged(ScalarType stored, ScalarType rounded) const {
+    Tensor out = empty(weight, {out_features(), in_features()}, stored);
+    MergeArgs args;
+    describe(args);
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
@@ -127,25 +133,40 @@ struct AdaptedWeight {
     }
     const Tensor tokens = row_major(activation);
     FusedLinearArgs args;
+    describe(args);
     args.tokens = tokens.size(0);
-    args.out_features = out_features();
-    args.in_features = in_features();
-    args.r = r();
     args.input_gradient = input_gradient;
     args.activation = tokens.const_data_ptr();
     args.activation_dtype = dtype_of(tokens);
-    args.weight = weight.const_data_ptr();
-    args.weight_dtype = dtype_of(weight);
-    args.mask = bits(mask);
-    args.lora_A = lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = lora_B.const_data_ptr();
-    args.lora_B_dtype = dtype_of(lora_B);
-    args.scaling = scaling;
     args.round_to = dtype_of(activation);
     args.bias = addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr;
     args.output = static_cast<float*>(out.mutable_data_ptr());
     check_status(fused_linear(args, Device{}, torch_host()));
+  }
+
+  // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
+  // those rows of lora_B_grad [N, r]; null: not wanted.
+  void contract(const Tensor& G, int64_t begin, Tensor* lora_A_sum, Tensor* lora_B_grad) const {
+    const auto row = [&](const Tensor& t) {
+      return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + begin * t.size(1) * dtype_size(dtype_of(t));
+    };
+    MaskedContractArgs args;
+    args.rows = G.size(0);
+    args.in_features = in_features();
+    args.r = r();
+    args.grad_weight = G.const_data_ptr();
+    args.grad_weight_dtype = dtype_of(G);
+    args.weight = row(weight);
+    args.weight_dtype = dtype_of(weight);
+    args.mask = mask ? bits(mask) + begin * mask_words(in_features()) : nullptr;
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = row(lora_B);
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+    args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
+    args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
+    check_status(masked_contract(args, Device{}, torch_host()));
   }
 
   Tensor weight;
@@ -193,25 +214,7 @@ void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, const Ad
     const int64_t rows = std::min(panel_rows, N - begin);
     Tensor grad_weight = torch::stable::narrow(panel, 0, 0, rows);
     product(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
-    MaskedContractArgs args;
-    args.rows = rows;
-    args.in_features = K;
-    args.r = r;
-    args.grad_weight = grad_weight.const_data_ptr();
-    args.grad_weight_dtype = dtype_of(grad_weight);
-    args.weight = static_cast<const char*>(adapted.weight.const_data_ptr()) + begin * K * dtype_size(dtype_of(adapted.weight));
-    args.weight_dtype = dtype_of(adapted.weight);
-    args.mask = adapted.mask ? bits(adapted.mask) + begin * mask_words(K) : nullptr;
-    args.lora_A = adapted.lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(adapted.lora_A);
-    args.lora_B = static_cast<const char*>(adapted.lora_B.const_data_ptr()) + begin * r * dtype_size(dtype_of(adapted.lora_B));
-    args.lora_B_dtype = dtype_of(adapted.lora_B);
-    args.scaling = adapted.scaling;
-    args.lora_A_sum = grad_lora_A ? lora_A_sum.mutable_data_ptr() : nullptr;
-    args.lora_B_grad =
-        grad_lora_B ? static_cast<char*>(grad_lora_B->mutable_data_ptr()) + begin * r * dtype_size(dtype_of(*grad_lora_B))
-                    : nullptr;
-    check_status(masked_contract(args, Device{}, torch_host()));
+    adapted.contract(grad_weight, begin, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
   }
   if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
 }
@@ -321,23 +324,7 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tenso
   Tensor grad_lora_A = empty(lora_A, {r, K}, lora_A.scalar_type());
   Tensor grad_lora_B = empty(lora_B, {N, r}, lora_B.scalar_type());
   Tensor lora_A_sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, r}, acc);
-  MaskedContractArgs args;
-  args.rows = N;
-  args.in_features = K;
-  args.r = r;
-  args.grad_weight = G.const_data_ptr();
-  args.grad_weight_dtype = dtype_of(G);
-  args.weight = adapted.weight.const_data_ptr();
-  args.weight_dtype = dtype_of(adapted.weight);
-  args.mask = bits(adapted.mask);
-  args.lora_A = adapted.lora_A.const_data_ptr();
-  args.lora_A_dtype = dtype_of(lora_A);
-  args.lora_B = adapted.lora_B.const_data_ptr();
-  args.lora_B_dtype = dtype_of(lora_B);
-  args.scaling = scaling;
-  args.lora_A_sum = lora_A_sum.mutable_data_ptr();
-  args.lora_B_grad = grad_lora_B.mutable_data_ptr();
-  check_status(masked_contract(args, Device{}, torch_host()));
+  adapted.contract(G, 0, &lora_A_sum, &grad_lora_B);
   torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   return {grad_lora_A, grad_lora_B};
 }

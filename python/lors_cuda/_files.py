@@ -19,20 +19,33 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: with the system's reason; the old file is as it was.
     """
-    temporary = _beside(path)
+    replace_files(path.parent, {path.name: content})
+
+
+def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
+    """Write all files beside their final names, flush them, then rename them in order; leave no temporary file.
+
+    Raises:
+        OSError: with the system's reason; files not yet renamed are as they were.
+    """
+    pairs = [(_beside(directory / name), directory / name) for name in contents]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush_directory(path.parent)
+        directory.mkdir(parents=True, exist_ok=True)
+        for (temporary, _), content in zip(pairs, contents.values(), strict=True):
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, final in pairs:
+            os.replace(temporary, final)
+        flush_directory(directory)
     except OSError as error:
-        raise not_written(path, error, error.errno) from error
+        place = pairs[0][1] if len(pairs) == 1 else directory
+        raise not_written(place, error, error.errno) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary, _ in pairs:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 @contextlib.contextmanager

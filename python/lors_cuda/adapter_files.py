@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._files import flush_directory, not_written
+from ._files import replace_files
 from .config import LoRSConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -149,34 +146,6 @@ def _read_bytes(path: Path) -> bytes:
 def _payload(data: bytes) -> memoryview:
     """Return the tensors' bytes of a safetensors file: 8 bytes header length, the header, then the payload."""
     return memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
-
-
-def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
-    """Write all files beside their final names, flush them, then rename them in order; leave no temporary file.
-
-    Raises:
-        OSError: with the system's reason and error number; files not yet renamed are as they were.
-    """
-    pairs: list[tuple[Path, Path]] = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            # Unique, so that processes which save to one directory by mistake do not write into one file.
-            temporary = directory / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-            pairs.append((temporary, directory / name))
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, final in pairs:
-            os.replace(temporary, final)
-        flush_directory(directory)
-    except OSError as error:
-        raise not_written(directory, error, error.errno) from error
-    finally:
-        for temporary, _ in pairs:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def require_safetensors() -> Any:

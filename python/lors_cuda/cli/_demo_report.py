@@ -95,8 +95,12 @@ Try next:
   lors-cuda finetune {model} --data {path("train.txt")} --output {beside("run")} --lr {args.lr:g}"""
 
 
-def plot(dense: Row, pruned: Row, methods: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw held-out perplexity against fine-tuning steps, and the sparsity that is left after merging.
+
+    Args:
+        rows: the dense model, the pruned one, the methods, and plain LoRA with the mask put back after merging.
+        path: of the PNG file.
 
     Raises:
         OSError: the file could not be written.
@@ -105,6 +109,7 @@ def plot(dense: Row, pruned: Row, methods: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    dense, pruned, *methods, masked_again = rows
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
     last = max(step for row in methods for step, _ in row.curve)
@@ -124,7 +129,10 @@ def plot(dense: Row, pruned: Row, methods: Sequence[Row], path: Path) -> None:
         style = (0, (4, 3)) if row.dashed else "solid"
         label = f"{row.label}: {row.perplexity:.2f}"
         curves.plot(steps, values, color=row.color, linestyle=style, linewidth=2, marker="o", markersize=4, label=label)
-    curves.set(xlabel="fine-tuning step", ylabel="held-out perplexity per byte", xlim=(0, last * 1.01))
+    label = f"{masked_again.label}: {masked_again.perplexity:.2f}"
+    color = methods[-1].color
+    curves.plot([last], [masked_again.perplexity], color=color, linestyle="none", marker="X", markersize=8, label=label)
+    curves.set(xlabel="fine-tuning step", ylabel="held-out perplexity per byte", xlim=(0, last * 1.03))
     curves.set_title("Fine-tuning the pruned model", fontsize=11)
     curves.grid(alpha=0.3)
     curves.legend(title="at the last step", fontsize=9, title_fontsize=9)

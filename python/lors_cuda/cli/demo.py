@@ -292,7 +292,7 @@ class _Demo:
         with torch.no_grad():
             for weight, pruned in _pruned_weights(merged, sparse):
                 weight.masked_fill_(pruned == 0, 0.0)
-        return self.row_of("lora-masked", "  then masked again", merged)
+        return self.row_of("lora-masked", "plain LoRA, masked again", merged)
 
     # ---- what they use ----
 
@@ -316,8 +316,7 @@ class _Demo:
     def write(self, rows: list[Row], checks: dict[str, Any]) -> dict[str, Any]:
         """Print and write the table, the plot and the numbers; returns the numbers."""
         args = self.args
-        dense, pruned, *methods, _ = rows
-        plot(dense, pruned, methods, self.directory / "demo.png")
+        plot(rows, self.directory / "demo.png")
         text = f"{table(rows)}\n\n{notes(args, self.held_out.loss_tokens, _ROUNDS)}\n"
         replace_file(self.directory / "table.txt", text.encode())
         if self.shown:
