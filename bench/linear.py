@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 import merge
 import report
-import torch
 from peers import DEFAULT_PEERS, PEERS, LinearFunction, Peer, Problem, forward_backward, make_problem, truth
 from protocol import (
     AGAIN,

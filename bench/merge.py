@@ -13,11 +13,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import report
 import torch
+from torch import Tensor
+
+import report
 from peers import make_problem, official_merge
 from protocol import AGAIN, Protocol, last_level_cache_bytes, measure, poisoned_memory, relative_error
-from torch import Tensor
 
 BASELINE = "official"
 MergeFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]

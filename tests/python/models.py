@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lors_cuda.config import LoRSConfig
 from lors_cuda.model import get_lors_model
-from torch import Tensor, nn
 
 VOCABULARY = 64
 

@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from lors_cuda.checkpoint import load_adapter, save_adapter
 from lors_cuda.config import LoRSConfig
 from lors_cuda.linear import LoRSLinear
 from lors_cuda.model import get_lors_model, named_lors_layers
 from models import assert_unchanged, fill_adapters, logits, refused, snapshot, tiny_llama, tiny_net, trained
-from torch import nn
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file

@@ -9,9 +9,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from lors_cuda.config import LoRSConfig, find_targets, output_heads, pattern_matches, saved_modules
 from models import assert_unchanged, refused, snapshot, tiny_llama, tiny_net
-from torch import nn
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -12,11 +12,12 @@ import weakref
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lors_cuda.config import LoRSConfig
 from lors_cuda.init import estimate_gradients
 from lors_cuda.model import get_lors_model
 from models import assert_unchanged, batch, refused, snapshot, tiny_llama, tiny_net
-from torch import Tensor, nn
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lors_cuda.config import LoRSConfig
 from lors_cuda.init import estimate_gradients, init_from_gradients
 from lors_cuda.model import get_lors_model, named_lors_layers
 from models import assert_unchanged, batch, fill_adapters, logits, refused, snapshot, tiny_llama, tiny_net
-from torch import Tensor, nn
 
 
 def decaying(rows: int, columns: int, seed: int = 0) -> Tensor:

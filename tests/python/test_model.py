@@ -11,11 +11,12 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+
 from lors_cuda.config import LoRSConfig
 from lors_cuda.linear import LoRSLinear
 from lors_cuda.model import disable_adapter, get_lors_model, merge_and_unload, named_lors_layers
 from models import assert_unchanged, batch, fill_adapters, logits, refused, snapshot, tiny_llama, tiny_net
-from torch import nn
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -42,7 +42,7 @@ def test_cuda_tensors_are_refused_with_the_reason(monkeypatch) -> None:
     """Until the CUDA kernels exist, a CUDA tensor gets a sentence, not a dispatcher's trace."""
     monkeypatch.setitem(_library.BUILD, "cuda_version", "")
     _library._cuda_reason.cache_clear()
-    with pytest.raises(RuntimeError, match="built without nvcc.*lors-cuda info"):
+    with pytest.raises(RuntimeError, match=r"built without nvcc.*lors-cuda info"):
         _library.check_device(torch.device("cuda", 0))
     _library._cuda_reason.cache_clear()
 

@@ -178,6 +178,11 @@ def test_repr_says_what_it_is(seed):
     )
 
 
+def test_repr_of_a_weight_without_values():
+    shell = SparseWeight.from_dense(torch.randn(13, 70, device="meta"))
+    assert "shape=(13, 70)" in repr(shell)
+
+
 def test_packed_masks_are_what_the_ops_take(device, seed):
     case = make_case(seed, 1, 13, 70, 3, device=device, explicit_mask=True)
     w = stored(case)

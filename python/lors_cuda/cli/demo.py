@@ -38,7 +38,7 @@ from ._demo_text import language_reference, split_topics
 
 MARKER_NAME = "demo.json"
 _MADE_BY = "lors-cuda demo"
-_HELD_OUT_BYTES = 24_000
+_HELD_OUT_BYTES = 16_000
 _EVALUATED_AT_ONCE = 2048  # bytes
 _HEADS = 4
 _OPTIONS = (
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("lors-demo"), metavar="DIR", help="where models, table and plot go"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the model's start, the adapters and the data order")
-    parser.add_argument("--dense-steps", type=positive_int, default=800, help="training steps of the dense model")
+    parser.add_argument("--dense-steps", type=positive_int, default=700, help="training steps of the dense model")
     parser.add_argument("--steps", type=positive_int, default=100, help="fine-tuning steps of each method")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of the fine-tuning")
     parser.add_argument("--rank", type=positive_int, default=16, help="rank of the adapters; lora_alpha is twice it")
