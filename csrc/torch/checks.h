@@ -53,9 +53,16 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
         " is on another device than weight; move all tensors of one call to the same device.");
 }
 
+// A tensor whose storage was freed under it (untyped_storage().resize_(0), as sharded training does) has a null pointer.
+inline void check_storage(const char* op, const char* name, const Tensor& t) {
+  check(t.numel() == 0 || t.const_data_ptr() != nullptr, "lors::", op, ": ", name, " has shape ", shape(t),
+        " but no memory behind it; its storage was freed.");
+}
+
 inline void check_floating(const char* op, const char* name, const Tensor& t) {
   check(is_floating(t), "lors::", op, ": ", name,
         " has a dtype that is not supported; it must be float64, float32, bfloat16 or float16.");
+  check_storage(op, name, t);
 }
 
 // weight [N, K], mask int32 [N, ceil(K/32)], lora_A [r, K], lora_B [N, r].
@@ -80,7 +87,16 @@ inline void check_adapted_weight(const char* op, const Tensor& weight, const std
           "lors::", op, ": mask has shape ", shape(*mask), "; it must be int32 [", N, ", ", mask_words(K),
           "], the bits that lors::mask_pack makes of a bool mask of shape ", shape(weight), ".");
     check_same_device(op, "mask", *mask, weight);
+    check_storage(op, "mask", *mask);
   }
+}
+
+// bias [N]
+inline void check_bias(const char* op, const Tensor& bias, const Tensor& weight) {
+  check(bias.dim() == 1 && bias.size(0) == weight.size(0), "lors::", op, ": bias has shape ", shape(bias), "; it must be [",
+        weight.size(0), "] for a weight of shape ", shape(weight), ".");
+  check_floating(op, "bias", bias);
+  check_same_device(op, "bias", bias, weight);
 }
 
 // A [T, features] activation or gradient that belongs to `weight`. float64 goes with float64 alone.

@@ -186,12 +186,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   check_adapted_weight("linear", weight, mask, lora_A, lora_B);
   check_tokens("linear", "input", input, weight, weight.size(1));
   is_exact("linear", gradient);
-  if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == weight.size(0), "lors::linear: bias has shape ", shape(*bias), "; it must be [",
-          weight.size(0), "] for a weight of shape ", shape(weight), ".");
-    check_floating("linear", "bias", *bias);
-    check_same_device("linear", "bias", *bias, weight);
-  }
+  if (bias) check_bias("linear", *bias, weight);
   const ScalarType dtype = input.scalar_type(), compute = product_dtype(dtype);
   Tensor output = empty(input, {input.size(0), weight.size(0)}, compute);
   if (input.size(0) == 0) return to(output, dtype);
@@ -284,6 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_ou
   check(input || (!needs_lora_A_grad && !needs_lora_B_grad),
         "lors::linear_backward: input is None; it is needed for the gradients of lora_A and lora_B.");
   if (input) check_gradients("linear_backward", grad_output, *input, weight);
+  if (bias) check_bias("linear_backward", *bias, weight);
 
   const AdaptedWeight adapted(weight, mask, lora_A, lora_B, scaling);
   const int64_t T = grad_output.size(0), N = weight.size(0), K = weight.size(1);
@@ -317,6 +313,7 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tenso
         "lors::merge_backward: grad_merged has shape ", shape(grad_merged), "; it must be ", shape(weight), ".");
   check(grad_merged.scalar_type() == weight.scalar_type(), "lors::merge_backward: grad_merged must have the weight's dtype.");
   check_same_device("merge_backward", "grad_merged", grad_merged, weight);
+  check_storage("merge_backward", "grad_merged", grad_merged);
   const AdaptedWeight adapted(weight, mask, lora_A, lora_B, scaling);
   const int64_t N = weight.size(0), K = weight.size(1), r = adapted.r();
   const ScalarType acc = weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -332,6 +329,7 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tenso
 Tensor mask_pack(const Tensor& mask) {
   check(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "lors::mask_pack: mask has shape ", shape(mask),
         "; it must be a bool tensor [out_features, in_features].");
+  check_storage("mask_pack", "mask", mask);
   const Tensor contiguous = row_major(mask);
   Tensor packed = empty(mask, {mask.size(0), mask_words(mask.size(1))}, ScalarType::Int);
   MaskPackArgs args;
@@ -348,6 +346,7 @@ Tensor mask_unpack(const Tensor& packed, int64_t in_features) {
             packed.size(1) == mask_words(in_features),
         "lors::mask_unpack: bits has shape ", shape(packed), "; it must be int32 [out_features, ", mask_words(in_features),
         "] for in_features = ", in_features, ".");
+  check_storage("mask_unpack", "bits", packed);
   const Tensor contiguous = row_major(packed);
   Tensor mask = empty(packed, {packed.size(0), in_features}, ScalarType::Bool);
   MaskUnpackArgs args;

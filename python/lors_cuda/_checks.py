@@ -18,10 +18,19 @@ def check_gradient(gradient: str) -> None:
         raise ValueError(f"gradient is {gradient!r}; it must be 'lors' or 'exact'.")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, or one of torch's own sparse layouts."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor.")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has the layout {value.layout}; it must be strided: call its to_dense().")
+
+
 def check_weight(weight: Tensor) -> None:
     """A frozen dense weight [N, K] on a device with kernels."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor or a SparseWeight.")
+    check_tensor("weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be [out_features, in_features], both at least 1."
@@ -38,15 +47,20 @@ def check_weight(weight: Tensor) -> None:
 
 def check_mask(mask: Tensor, weight: Tensor) -> None:
     """A bool mask of the weight's shape, on its device."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-        given = f"{mask.dtype} with shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask is {given}; it must be bool with the weight's shape {tuple(weight.shape)}.")
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"mask is {mask.dtype} with shape {tuple(mask.shape)}; it must be bool with the weight's shape "
+            f"{tuple(weight.shape)}."
+        )
     if mask.device != weight.device:
         raise ValueError(f"mask is on {mask.device} and weight on {weight.device}; move them to the same device.")
 
 
 def check_adapters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device."""
+    check_tensor("lora_A", lora_A)
+    check_tensor("lora_B", lora_B)
     N, K = weight.shape
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
         raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {K}] for a weight of shape {(N, K)}.")

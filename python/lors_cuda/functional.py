@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_gradient, check_mask, check_weight
+from ._checks import check_adapters, check_gradient, check_mask, check_tensor, check_weight
 from ._library import lors
 from .sparse import SparseWeight
 
@@ -51,14 +51,19 @@ def lors_linear(
     values, mask_bits = _stored(weight, mask)
     check_adapters(values, lora_A, lora_B)
     check_gradient(gradient)
+    check_tensor("input", input)
     device_type = values.device.type
-    if torch.is_autocast_enabled(device_type):
-        input = input.to(torch.get_autocast_dtype(device_type)) if values.dtype != torch.float64 else input
-    elif input.dtype != values.dtype:
+    # As torch does, autocast leaves float64 alone; it knows no meta device.
+    if values.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        wanted = torch.get_autocast_dtype(device_type) if input.is_floating_point() else None
+    else:
+        wanted = values.dtype if input.dtype == values.dtype else None
+    if wanted is None:
         raise ValueError(
-            f"input has dtype {input.dtype} and weight {values.dtype}; convert one to the other, or run under "
-            "torch.autocast."
+            f"input has dtype {input.dtype} and weight {values.dtype}; convert one to the other, or run floating-point "
+            "input under torch.autocast."
         )
+    input = input.to(wanted)
     if input.dim() == 0 or input.shape[-1] != values.shape[1]:
         raise ValueError(
             f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {values.shape[1]} for a "
@@ -67,6 +72,7 @@ def lors_linear(
     if input.device != values.device:
         raise ValueError(f"input is on {input.device} and weight on {values.device}; move them to the same device.")
     if bias is not None:
+        check_tensor("bias", bias)
         if bias.shape != values.shape[:1]:
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)}; it must be ({values.shape[0]},) for a weight of shape "
@@ -105,6 +111,8 @@ def _as_float(scaling: float | Tensor) -> float:
         if scaling.dim() != 0:
             raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a float or a 0-d tensor.")
         scaling = scaling.item()
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling is a {type(scaling).__name__}; it must be a float or a 0-d tensor.")
     return float(scaling)
 
 

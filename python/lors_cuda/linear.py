@@ -189,9 +189,16 @@ class LoRSLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Whether the mask is explicit is a property of the stored weight, so the stored weight decides it.
-        if prefix + "weight_values" in state_dict:
-            bits = state_dict.get(prefix + "weight_mask")
+        # Whether the mask is explicit is a property of the stored weight, so the stored weight decides it; but only
+        # where that weight fits, because a refused state must leave the layer as it was.
+        values, bits = state_dict.get(prefix + "weight_values"), state_dict.get(prefix + "weight_mask")
+        if values is not None and values.shape == self.weight_values.shape:
+            needed = (self.out_features, (self.in_features + 31) // 32)
+            if bits is not None and (bits.dtype != torch.int32 or bits.shape != needed):
+                errors: list[str] = args[-1]
+                given = f"{bits.dtype} with shape {tuple(bits.shape)}"
+                errors.append(f"{prefix}weight_mask is {given}; it must be torch.int32 with shape {needed}.")
+                return
             self.weight_mask = None if bits is None else torch.empty_like(bits, device=self.weight_values.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_mask, check_weight
+from ._checks import DTYPES, check_adapters, check_mask, check_weight
 from ._library import check_device, lors
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
@@ -106,6 +106,8 @@ class SparseWeight:
             check_device(torch.device(device_or_dtype))
             bits = None if self.mask_bits is None else self.mask_bits.to(device_or_dtype)
             return SparseWeight(self.values.to(device_or_dtype), bits)
+        if device_or_dtype not in DTYPES:
+            raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
         bits = self.mask_bits
         if bits is None and bool(((values == 0) & (self.values != 0)).any()):
@@ -133,7 +135,8 @@ class SparseWeight:
         return digest.hexdigest()
 
     def __repr__(self) -> str:
+        density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
         return (
             f"SparseWeight(layout={self.layout!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device={str(self.device)!r}, density={self.density:.3f})"
+            f"device={str(self.device)!r}, density={density})"
         )

@@ -84,7 +84,6 @@ def test_the_arguments_are_right():
         ),
         ({"mask": torch.ones(K, N, dtype=torch.bool)}, "mask is torch.bool with shape (33, 6)"),
         ({"mask": torch.ones(N, 2, dtype=torch.int32)}, "mask is torch.int32 with shape (6, 2)"),
-        ({"mask": [[True]]}, "mask is list; it must be bool"),
         ({"mask": torch.ones(N, K, dtype=torch.bool, **meta)}, "mask is on meta and weight on cpu"),
         ({"scaling": torch.tensor([0.5, 0.75])}, "scaling has shape (2,); it must be a float or a 0-d tensor"),
         ({"input": f(T, K + 1)}, "input has shape (5, 34); its last dimension must be in_features = 33"),

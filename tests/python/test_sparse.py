@@ -200,7 +200,7 @@ def test_packed_masks_are_what_the_ops_take(device, seed):
         (torch.ones(4, 4, dtype=torch.int8), None, ValueError, "weight has dtype torch.int8; it must be float32"),
         (torch.randn(4, 8), torch.ones(4, 8), ValueError, "mask is torch.float32 with shape (4, 8); it must be bool"),
         (torch.randn(4, 8), torch.ones(8, 4, dtype=torch.bool), ValueError, "the weight's shape (4, 8)"),
-        (torch.randn(4, 8), [[True]], ValueError, "mask is list; it must be bool"),
+        (torch.randn(4, 8), [[True]], TypeError, "mask is a list; it must be a torch.Tensor"),
         (torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool, device="meta"), ValueError, "mask is on meta"),
     ],
 )

@@ -45,7 +45,7 @@ _OPTIONS = (
     "seed", "dense_steps", "steps", "lr", "rank", "layers", "hidden_size", "batch_size", "sequence_length",
 )  # fmt: skip
 _POINTS = 5  # of each curve, after the start
-_ROUNDS = 11
+_ROUNDS = 15
 # Equal weights give equal logits but for the order of float32 sums; this is far above that and far below any change.
 _LOGIT_TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the model's start, the adapters and the data order")
     parser.add_argument("--dense-steps", type=positive_int, default=700, help="training steps of the dense model")
     parser.add_argument("--steps", type=positive_int, default=100, help="fine-tuning steps of each method")
-    parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of the fine-tuning")
+    parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of the fine-tuning")
     parser.add_argument("--rank", type=positive_int, default=16, help="rank of the adapters; lora_alpha is twice it")
     parser.add_argument("--layers", type=positive_int, default=4, help="of the model")
     parser.add_argument("--hidden-size", type=positive_int, default=128, help="of the model, a multiple of 16")
