@@ -57,8 +57,8 @@ format: $(VENV)/.ready
 bench: install
 	mkdir -p build/bench
 	$(BIN)/python bench/merge.py --output build/bench/merge.json
-	$(BIN)/python bench/linear.py --output build/bench/linear.json
-	$(BIN)/python bench/plot.py build/bench/linear.json --output build/bench
+	$(BIN)/python bench/linear.py --dtype float32 --output build/bench/linear.json
+	$(BIN)/python bench/plot.py build/bench/linear.json
 
 wheel: $(VENV)/.ready
 	rm -rf dist
