@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import lors_cuda
 from lors_cuda._library import build_info
 
 settings.register_profile("lors", deadline=None, derandomize=True, max_examples=50, database=None)
@@ -32,3 +33,13 @@ def seed(request: pytest.FixtureRequest) -> int:
     """A fixed seed of the case's own, the same on every device."""
     name = request.node.name.replace("[cuda-", "[").replace("[cpu-", "[").replace("[cuda]", "").replace("[cpu]", "")
     return zlib.crc32(name.encode())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A trained model and the adapter directory it was saved in."""
+    from models import trained
+
+    model = trained()
+    lors_cuda.save_adapter(model, tmp_path / "adapter")
+    return model, tmp_path / "adapter"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from adapter_directories import FILES, Q_PROJ, edit_config
 from lors_cuda.checkpoint import load_adapter, save_adapter
 from lors_cuda.config import LoRSConfig
 from lors_cuda.linear import LoRSLinear
@@ -22,28 +22,6 @@ from models import assert_unchanged, fill_adapters, logits, refused, snapshot, t
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
-
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-FILES = ["adapter_config.json", "adapter_model.safetensors"]
-
-
-def edit_config(directory, **changes) -> None:
-    path = directory / FILES[0]
-    fields = json.loads(path.read_text())
-    for key, value in changes.items():
-        if value is ...:
-            del fields[key]
-        else:
-            fields[key] = value
-    path.write_text(json.dumps(fields))
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A model and the directory it was saved in."""
-    model = trained()
-    save_adapter(model, tmp_path / "adapter")
-    return model, tmp_path / "adapter"
 
 
 def damaged_tensors(directory, change) -> None:

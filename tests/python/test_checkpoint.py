@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from adapter_directories import FILES, Q_PROJ, edit_config
 from lors_cuda.checkpoint import load_adapter, save_adapter
 from lors_cuda.config import LoRSConfig
 from lors_cuda.linear import LoRSLinear
@@ -17,29 +18,6 @@ from models import assert_unchanged, fill_adapters, logits, refused, snapshot, t
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file
-
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-FILES = ["adapter_config.json", "adapter_model.safetensors"]
-
-
-def edit_config(directory, **changes) -> None:
-    path = directory / FILES[0]
-    fields = json.loads(path.read_text())
-    for key, value in changes.items():
-        if value is ...:
-            del fields[key]
-        else:
-            fields[key] = value
-    path.write_text(json.dumps(fields))
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A model and the directory it was saved in."""
-    model = trained()
-    save_adapter(model, tmp_path / "adapter")
-    return model, tmp_path / "adapter"
-
 
 # ---- round trips ----
 
