@@ -49,7 +49,7 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W*
     }
   }
   // All loads before the first store: rows a power of two apart share their low address bits with each other and with the
-  // output's rows, and a load behind such a store waits for it.
+  // output's rows, and a load behind such a store may wait for it (a guess, not yet confirmed by a measurement).
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4

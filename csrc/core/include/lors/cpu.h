@@ -11,7 +11,8 @@ namespace lors {
 const char* cpu_capability();
 
 // Whether a matrix product of this 16-bit type is faster on this processor in its own type than in float32. True with the
-// AMX tiles for that type; without them float32 wins, by 1.6x with AVX-512 and by two orders of magnitude with AVX2.
+// AMX tiles for that type. Without AVX-512, torch's bfloat16 products were 6 to 380 times slower than float32 (docs/cpu.md);
+// with AVX-512 and no AMX the choice of float32 has not been measured by this repository.
 // LORS_CPU_PRODUCT=float32 or native overrides it. Asked once per process; never timed, so that runs are repeatable.
 bool cpu_multiplies_natively(DType dtype);
 
