@@ -17,6 +17,9 @@ constexpr int kMergePanel = kMergeVectors * kLanes<Acc>;
 // All of a panel group's A should stay in the second-level cache while the rows pass by.
 constexpr int64_t kMergeGroupBytes = 128 * 1024;
 
+// A thread's share of the result from which on it leaves the caches by itself.
+constexpr int64_t kStreamingBytes = 2 << 20;
+
 template <typename Acc>
 inline Keep<Acc> kept_by_bits(const uint32_t* bits, int64_t words, int64_t column) {
   // The lanes of one vector never straddle a word: 32 is a multiple of every lane count.
@@ -28,15 +31,23 @@ inline Keep<Acc> kept_by_bits(const uint32_t* bits, int64_t words, int64_t colum
 }
 
 // One tile of Rows x Vectors; lora_A is a packed panel [r, Vectors * lanes], lora_B its first row of [N, r].
+// `streaming`: `merged` is aligned to a vector in every row, and too large to be worth keeping in a cache.
 template <typename Acc, typename W, typename Out, typename Round, int Rows, int Vectors>
 inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W* weight, int64_t weight_stride,
-                       const uint32_t* mask, int64_t words, int64_t column, Out* merged, int64_t merged_stride) {
+                       const uint32_t* mask, int64_t words, int64_t column, Out* merged, int64_t merged_stride,
+                       bool streaming = false) {
   constexpr int panel = Vectors * kLanes<Acc>;
   Vector<Acc> sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) sum[i][u] = Vector<Acc>{};
+  // The weight is on its way from memory while the adapters are multiplied.
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int byte = 0; byte < int(panel * sizeof(W)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(weight + i * weight_stride) + byte);
   for (int64_t p = 0; p < r; ++p) {
     Vector<Acc> a[Vectors];
 #pragma GCC unroll 4
@@ -48,8 +59,6 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W*
       for (int u = 0; u < Vectors; ++u) sum[i][u] += b * a[u];
     }
   }
-  // All loads before the first store: rows a power of two apart share their low address bits with each other and with the
-  // output's rows, and a load behind such a store may wait for it (a guess, not yet confirmed by a measurement).
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -61,7 +70,10 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, const W*
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int u = 0; u < Vectors; ++u) store<Out, Round, Acc>(merged + i * merged_stride + u * kLanes<Acc>, sum[i][u]);
+    for (int u = 0; u < Vectors; ++u) {
+      Out* out = merged + i * merged_stride + u * kLanes<Acc>;
+      streaming ? store_streaming<Out, Round, Acc>(out, sum[i][u]) : store<Out, Round, Acc>(out, sum[i][u]);
+    }
 }
 
 // A row of a tile at the right edge: through buffers of a whole panel, so that nothing beyond column K is touched.
@@ -86,6 +98,8 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   const int64_t panels = (K + panel - 1) / panel;
   int64_t group = kMergeGroupBytes / (int64_t(sizeof(Acc)) * panel * (r > 0 ? r : 1));
   if (group < 1) group = 1;
+  const bool streaming = (end - begin) * K * int64_t(sizeof(Out)) >= kStreamingBytes && K % kLanes<Acc> == 0 &&
+                         reinterpret_cast<uintptr_t>(merged) % kVectorBytes == 0;
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t last = first + group < panels ? first + group : panels;
     for (int64_t n = begin; n < end;) {
@@ -102,14 +116,15 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
             merge_edge<Acc, W, Out, Round, kMergeVectors>(a, b + i * r, r, w + i * K, bits ? bits + i * words : nullptr, words,
                                                           k, K - k, out + i * K);
         } else if (rows == kMergeRows) {
-          merge_tile<Acc, W, Out, Round, kMergeRows, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K);
+          merge_tile<Acc, W, Out, Round, kMergeRows, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K, streaming);
         } else {
-          merge_tile<Acc, W, Out, Round, 1, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K);
+          merge_tile<Acc, W, Out, Round, 1, kMergeVectors>(a, b, r, w, K, bits, words, k, out, K, streaming);
         }
       }
       n += rows;
     }
   }
+  if (streaming) streaming_done();
 }
 
 template <typename W>

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -274,6 +274,24 @@ inline void store<float, float16, float>(float* p, Vector<float> v) {
   store_raw(p, _mm256_cvtph_ps(_mm256_cvtps_ph(v, kToNearest)));
 }
 #endif
+
+// As store, past the caches where the target has an instruction for it: for results larger than the caches, whose lines would
+// otherwise be read before they are overwritten. p is aligned to the vector. Ends with streaming_done() before the thread
+// hands its results over, because ordinary synchronisation does not order these stores.
+template <typename Out, typename Round, typename Acc>
+inline void store_streaming(Out* p, Vector<Acc> v) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  if constexpr (sizeof(Out) == 4 && sizeof(Round) == 4 && sizeof(Acc) == 4) return _mm512_stream_ps(p, v);
+#elif LORS_VECTOR_BYTES == 32 && defined(__AVX2__)
+  if constexpr (sizeof(Out) == 4 && sizeof(Round) == 4 && sizeof(Acc) == 4) return _mm256_stream_ps(p, v);
+#endif
+  store<Out, Round, Acc>(p, v);
+}
+inline void streaming_done() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // Calls f(T{}) with the element type that `dtype` names.
 template <typename F>
