@@ -40,7 +40,6 @@ void* allocate_from_torch(int64_t bytes, void** handle) {
 void release_to_torch(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
 
 constexpr CpuHost kTorch{run_on_torch_threads, allocate_from_torch, release_to_torch};
-Stream torch_host() { return const_cast<CpuHost*>(&kTorch); }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   const std::vector<int64_t> sizes(size);
@@ -118,7 +117,7 @@ struct AdaptedWeight {
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
                     : rounded == ScalarType::Half   ? DType::float16
                                                     : dtype_of(out);
-    check_status(lors::merge(args, Device{}, torch_host()));
+    check_status(lors::merge(args, &kTorch));
     return out;
   }
 
@@ -141,7 +140,7 @@ struct AdaptedWeight {
     args.round_to = dtype_of(activation);
     args.bias = addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr;
     args.output = static_cast<float*>(out.mutable_data_ptr());
-    check_status(fused_linear(args, Device{}, torch_host()));
+    check_status(fused_linear(args, &kTorch));
   }
 
   // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
@@ -166,7 +165,7 @@ struct AdaptedWeight {
     args.scaling = scaling;
     args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
     args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
-    check_status(masked_contract(args, Device{}, torch_host()));
+    check_status(masked_contract(args, &kTorch));
   }
 
   Tensor weight;
@@ -246,7 +245,7 @@ std::tuple<Tensor, Tensor> adapter_grad(const Tensor& grad_output, const Tensor&
   args.scaling = adapted.scaling;
   args.lora_A_grad = needs_lora_A_grad ? grad_lora_A.mutable_data_ptr() : nullptr;
   args.lora_B_grad = needs_lora_B_grad ? grad_lora_B.mutable_data_ptr() : nullptr;
-  check_status(adapter_grad_lors(args, Device{}, torch_host()));
+  check_status(adapter_grad_lors(args, &kTorch));
   return {grad_lora_A, grad_lora_B};
 }
 
@@ -301,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_ou
     args.grad_output_dtype = dtype_of(dY);
     args.bias_grad = grad_bias.mutable_data_ptr();
     args.bias_grad_dtype = dtype_of(grad_bias);
-    check_status(bias_grad(args, Device{}, torch_host()));
+    check_status(bias_grad(args, &kTorch));
   }
   return {to(grad_input, dtype), grad_lora_A, grad_lora_B, grad_bias};
 }
@@ -337,7 +336,7 @@ Tensor mask_pack(const Tensor& mask) {
   args.in_features = mask.size(1);
   args.mask = static_cast<const uint8_t*>(contiguous.const_data_ptr());
   args.bits = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  check_status(lors::mask_pack(args, Device{}, torch_host()));
+  check_status(lors::mask_pack(args, &kTorch));
   return packed;
 }
 
@@ -354,7 +353,7 @@ Tensor mask_unpack(const Tensor& packed, int64_t in_features) {
   args.in_features = in_features;
   args.bits = static_cast<const uint32_t*>(contiguous.const_data_ptr());
   args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  check_status(lors::mask_unpack(args, Device{}, torch_host()));
+  check_status(lors::mask_unpack(args, &kTorch));
   return mask;
 }
 

@@ -8,7 +8,8 @@
 
 namespace lors {
 
-namespace cpu {
+using namespace cpu;
+
 namespace {
 
 constexpr int64_t kGrainElements = 32768;  // elements of the big matrix below which a second thread does not pay
@@ -28,8 +29,8 @@ struct Factor {
 
 class PackedFactor {
  public:
-  PackedFactor(const Factor& factor, bool is_double, Stream stream)
-      : packed_(stream, factor.rows * thin_width(factor.r) * (is_double ? 8 : 4)) {
+  PackedFactor(const Factor& factor, bool is_double, const CpuHost* host)
+      : packed_(host, factor.rows * thin_width(factor.r) * (is_double ? 8 : 4)) {
     PackJob job;
     job.src = factor.src;
     job.src_dtype = factor.dtype;
@@ -40,7 +41,7 @@ class PackedFactor {
     job.scale = factor.scale;
     job.is_double = is_double;
     job.dst = packed_.data();
-    parallel_for(stream, factor.rows, grain(job.width), [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
+    parallel_for(host, factor.rows, grain(job.width), [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
   }
   const void* data() const { return packed_.data(); }
 
@@ -48,18 +49,18 @@ class PackedFactor {
   Workspace packed_;
 };
 
-void contract_rows(const ContractJob& job, Stream stream) {
-  parallel_for(stream, job.rows, grain(job.columns),
+void contract_rows(const ContractJob& job, const CpuHost* host) {
+  parallel_for(host, job.rows, grain(job.columns),
                [&](int64_t begin, int64_t end) { kernels().contract_rows(job, begin, end); });
 }
 
-void contract_columns(const ContractJob& job, Stream stream) {
-  parallel_for(stream, job.columns, grain(job.rows),
+void contract_columns(const ContractJob& job, const CpuHost* host) {
+  parallel_for(host, job.columns, grain(job.rows),
                [&](int64_t begin, int64_t end) { kernels().contract_columns(job, begin, end); });
 }
 
 void store(const void* src, bool is_double, int64_t rows, int64_t columns, void* dst, DType dtype, bool transpose,
-           Stream stream) {
+           const CpuHost* host) {
   StoreJob job;
   job.src = src;
   job.rows = rows;
@@ -69,7 +70,7 @@ void store(const void* src, bool is_double, int64_t rows, int64_t columns, void*
   job.dst = dst;
   job.dst_dtype = dtype;
   job.transpose = transpose;
-  parallel_for(stream, rows, grain(columns), [&](int64_t begin, int64_t end) { kernels().store(job, begin, end); });
+  parallel_for(host, rows, grain(columns), [&](int64_t begin, int64_t end) { kernels().store(job, begin, end); });
 }
 
 ContractJob unmasked(const void* matrix, DType dtype, int64_t rows, int64_t columns, int64_t r, bool is_double) {
@@ -85,42 +86,42 @@ ContractJob unmasked(const void* matrix, DType dtype, int64_t rows, int64_t colu
 
 }  // namespace
 
-Status adapter_grad_lors(const AdapterGradArgs& args, Stream stream) {
+Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host) {
   const int64_t T = args.tokens, N = args.out_features, K = args.in_features, r = args.r, width = thin_width(r);
   const bool is_double = args.grad_output_dtype == DType::float64;
   if (is_double != (args.input_dtype == DType::float64))
     return Status::error("adapter_grad needs input and grad_output both in float64 or neither.");
   const int64_t size = is_double ? 8 : 4;
   if (args.lora_B_grad) {  // dB = dY^T (s X A^T)
-    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
-    Workspace product(stream, T * width * size), sum(stream, N * width * size);
+    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, host);
+    Workspace product(host, T * width * size), sum(host, N * width * size);
     ContractJob job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
     job.factor = transposed_A.data();
     job.out = product.data();
-    contract_rows(job, stream);
+    contract_rows(job, host);
     job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
     job.factor = product.data();
     job.out = sum.data();
-    contract_columns(job, stream);
-    store(sum.data(), is_double, N, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
+    contract_columns(job, host);
+    store(sum.data(), is_double, N, r, args.lora_B_grad, args.lora_B_dtype, false, host);
   }
   if (args.lora_A_grad) {  // dA = (s dY B)^T X, computed as its transpose
-    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, stream);
-    Workspace product(stream, T * width * size), sum(stream, K * width * size);
+    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, host);
+    Workspace product(host, T * width * size), sum(host, K * width * size);
     ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
     job.factor = packed_B.data();
     job.out = product.data();
-    contract_rows(job, stream);
+    contract_rows(job, host);
     job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
     job.factor = product.data();
     job.out = sum.data();
-    contract_columns(job, stream);
-    store(sum.data(), is_double, K, r, args.lora_A_grad, args.lora_A_dtype, true, stream);
+    contract_columns(job, host);
+    store(sum.data(), is_double, K, r, args.lora_A_grad, args.lora_A_dtype, true, host);
   }
   return {};
 }
 
-Status masked_contract(const MaskedContractArgs& args, Stream stream) {
+Status masked_contract(const MaskedContractArgs& args, const CpuHost* host) {
   const int64_t rows = args.rows, K = args.in_features, r = args.r, width = thin_width(r);
   const bool is_double = args.grad_weight_dtype == DType::float64;
   const int64_t size = is_double ? 8 : 4;
@@ -129,19 +130,19 @@ Status masked_contract(const MaskedContractArgs& args, Stream stream) {
   job.kept_where = args.mask ? nullptr : args.weight;
   job.kept_where_size = dtype_size(args.weight_dtype);
   if (args.lora_B_grad) {
-    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, stream);
-    Workspace sum(stream, rows * width * size);
+    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, host);
+    Workspace sum(host, rows * width * size);
     job.factor = transposed_A.data();
     job.out = sum.data();
-    contract_rows(job, stream);
-    store(sum.data(), is_double, rows, r, args.lora_B_grad, args.lora_B_dtype, false, stream);
+    contract_rows(job, host);
+    store(sum.data(), is_double, rows, r, args.lora_B_grad, args.lora_B_dtype, false, host);
   }
   if (args.lora_A_sum) {
-    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, rows, r, false, args.scaling}, is_double, stream);
-    Workspace sum(stream, K * width * size);
+    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, rows, r, false, args.scaling}, is_double, host);
+    Workspace sum(host, K * width * size);
     job.factor = packed_B.data();
     job.out = sum.data();
-    contract_columns(job, stream);
+    contract_columns(job, host);
     const auto add = [&]<typename Acc>(Acc* total) {
       const Acc* panel = static_cast<const Acc*>(sum.data());
       for (int64_t k = 0; k < K; ++k)
@@ -152,12 +153,12 @@ Status masked_contract(const MaskedContractArgs& args, Stream stream) {
   return {};
 }
 
-Status bias_grad(const BiasGradArgs& args, Stream stream) {
+Status bias_grad(const BiasGradArgs& args, const CpuHost* host) {
   // A column sum is the thin product with a factor of ones in its first column.
   const int64_t T = args.tokens, N = args.out_features;
   const bool is_double = args.grad_output_dtype == DType::float64;
   const double one = 1.0;
-  Workspace ones(stream, T * kThinWidth * (is_double ? 8 : 4)), sum(stream, N * kThinWidth * (is_double ? 8 : 4));
+  Workspace ones(host, T * kThinWidth * (is_double ? 8 : 4)), sum(host, N * kThinWidth * (is_double ? 8 : 4));
   PackJob pack_ones;
   pack_ones.src = &one;
   pack_ones.src_dtype = DType::float64;
@@ -169,27 +170,9 @@ Status bias_grad(const BiasGradArgs& args, Stream stream) {
   ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, 1, is_double);
   job.factor = ones.data();
   job.out = sum.data();
-  contract_columns(job, stream);
-  store(sum.data(), is_double, N, 1, args.bias_grad, args.bias_grad_dtype, false, stream);
+  contract_columns(job, host);
+  store(sum.data(), is_double, N, 1, args.bias_grad, args.bias_grad_dtype, false, host);
   return {};
-}
-
-}  // namespace cpu
-
-namespace {
-Status no_cuda(const char* name) {
-  return Status::error(std::string("lors::") + name + " has no CUDA kernel in this build; move the tensors to the CPU.");
-}
-}  // namespace
-
-Status adapter_grad_lors(const AdapterGradArgs& args, Device device, Stream stream) {
-  return device.type == DeviceType::cpu ? cpu::adapter_grad_lors(args, stream) : no_cuda("adapter_grad");
-}
-Status masked_contract(const MaskedContractArgs& args, Device device, Stream stream) {
-  return device.type == DeviceType::cpu ? cpu::masked_contract(args, stream) : no_cuda("masked_contract");
-}
-Status bias_grad(const BiasGradArgs& args, Device device, Stream stream) {
-  return device.type == DeviceType::cpu ? cpu::bias_grad(args, stream) : no_cuda("bias_grad");
 }
 
 }  // namespace lors

@@ -9,9 +9,9 @@
 
 namespace lors {
 
-namespace cpu {
+using namespace cpu;
 
-Status fused_linear(const FusedLinearArgs& args, Stream stream) {
+Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   if (args.weight_dtype == DType::float64 || args.activation_dtype == DType::float64)
     return Status::error("fused_linear accumulates in float32; use merge and a float64 product for float64 tensors.");
   const KernelTable& table = kernels();
@@ -19,16 +19,16 @@ Status fused_linear(const FusedLinearArgs& args, Stream stream) {
   const int64_t depth = args.input_gradient ? args.out_features : args.in_features;
   if (args.tokens == 0 || columns == 0) return {};
 
-  const PackedAdapters adapters(args, table.fused_columns, false, stream);
+  const PackedAdapters adapters(args, table.fused_columns, false, host);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
-  const Workspace activation(stream, token_panels * table.fused_rows * depth * 4);
+  const Workspace activation(host, token_panels * table.fused_rows * depth * 4);
   PackActivationJob pack;
   pack.tokens = args.tokens;
   pack.depth = depth;
   pack.src = args.activation;
   pack.src_dtype = args.activation_dtype;
   pack.dst = static_cast<float*>(activation.data());
-  parallel_for(stream, token_panels, 1 + 8192 / depth,
+  parallel_for(host, token_panels, 1 + 8192 / depth,
                [&](int64_t begin, int64_t end) { table.pack_activation(pack, begin, end); });
 
   FusedJob job;
@@ -48,18 +48,11 @@ Status fused_linear(const FusedLinearArgs& args, Stream stream) {
   job.out = args.output;
   const int64_t panels = (columns + table.fused_columns - 1) / table.fused_columns;
   const int64_t work_per_panel = depth * table.fused_columns * (args.tokens + args.r);
-  parallel_for(stream, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(stream, table.fused_scratch * 4);
+  parallel_for(host, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(host, table.fused_scratch * 4);
     table.fused_product(job, begin, end, static_cast<float*>(scratch.data()));
   });
   return {};
-}
-
-}  // namespace cpu
-
-Status fused_linear(const FusedLinearArgs& args, Device device, Stream stream) {
-  if (device.type == DeviceType::cpu) return cpu::fused_linear(args, stream);
-  return Status::error("lors::fused_linear has no CUDA kernel in this build; move the tensors to the CPU.");
 }
 
 }  // namespace lors

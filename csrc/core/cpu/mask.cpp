@@ -6,11 +6,9 @@
 
 namespace lors {
 
-Status mask_pack(const MaskPackArgs& args, Device device, Stream stream) {
-  if (device.type != DeviceType::cpu)
-    return Status::error("lors::mask_pack has no CUDA kernel in this build; move the mask to the CPU.");
+Status mask_pack(const MaskPackArgs& args, const CpuHost* host) {
   const int64_t K = args.in_features, words = mask_words(K);
-  cpu::parallel_for(stream, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
+  cpu::parallel_for(host, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t w = 0; w < words; ++w) {
         const int64_t columns = K - w * 32 < 32 ? K - w * 32 : 32;
@@ -22,11 +20,9 @@ Status mask_pack(const MaskPackArgs& args, Device device, Stream stream) {
   return {};
 }
 
-Status mask_unpack(const MaskUnpackArgs& args, Device device, Stream stream) {
-  if (device.type != DeviceType::cpu)
-    return Status::error("lors::mask_unpack has no CUDA kernel in this build; move the mask to the CPU.");
+Status mask_unpack(const MaskUnpackArgs& args, const CpuHost* host) {
   const int64_t K = args.in_features, words = mask_words(K);
-  cpu::parallel_for(stream, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
+  cpu::parallel_for(host, args.out_features, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t k = 0; k < K; ++k) args.mask[n * K + k] = (args.bits[n * words + k / 32] >> (k % 32)) & 1;
   });

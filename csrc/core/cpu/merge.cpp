@@ -8,9 +8,9 @@
 
 namespace lors {
 
-namespace cpu {
+using namespace cpu;
 
-Status merge(const MergeArgs& args, Stream stream) {
+Status merge(const MergeArgs& args, const CpuHost* host) {
   const int64_t N = args.out_features, K = args.in_features;
   if (N == 0 || K == 0) return {};
   const bool is_double = args.weight_dtype == DType::float64;
@@ -19,7 +19,7 @@ Status merge(const MergeArgs& args, Stream stream) {
   if (args.merged_dtype != DType::float32 && args.round_to != args.merged_dtype)
     return Status::error("merge can round to another type than it writes only when it writes float32.");
   const KernelTable& table = kernels();
-  const PackedAdapters adapters(args, is_double ? table.merge_panel / 2 : table.merge_panel, is_double, stream);
+  const PackedAdapters adapters(args, is_double ? table.merge_panel / 2 : table.merge_panel, is_double, host);
   MergeJob job;
   job.in_features = K;
   job.r = args.r;
@@ -33,15 +33,8 @@ Status merge(const MergeArgs& args, Stream stream) {
   job.round_to = args.round_to;
   job.is_double = is_double;
   const int64_t grain = 1 + 65536 / K;  // below some ten microseconds of work a second thread does not pay
-  parallel_for(stream, N, grain, [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });
+  parallel_for(host, N, grain, [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });
   return {};
-}
-
-}  // namespace cpu
-
-Status merge(const MergeArgs& args, Device device, Stream stream) {
-  if (device.type == DeviceType::cpu) return cpu::merge(args, stream);
-  return Status::error("lors::merge has no CUDA kernel in this build; move the tensors to the CPU.");
 }
 
 }  // namespace lors

@@ -11,11 +11,11 @@ class PackedAdapters {
  public:
   // `args` is a MergeArgs or a FusedLinearArgs; `panel` the columns of one panel of lora_A.
   template <typename Args>
-  PackedAdapters(const Args& args, int64_t panel, bool is_double, Stream stream)
-      : lora_A_(stream, (args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
-        lora_B_(stream, args.out_features * args.r * (is_double ? 8 : 4)) {
+  PackedAdapters(const Args& args, int64_t panel, bool is_double, const CpuHost* host)
+      : lora_A_(host, (args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
+        lora_B_(host, args.out_features * args.r * (is_double ? 8 : 4)) {
     const int64_t K = args.in_features, r = args.r, size = is_double ? 8 : 4;
-    parallel_for(stream, (K + panel - 1) / panel, 1 + 16384 / (panel * r), [&](int64_t begin, int64_t end) {
+    parallel_for(host, (K + panel - 1) / panel, 1 + 16384 / (panel * r), [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
         PackJob job;
         job.src = static_cast<const char*>(args.lora_A) + q * panel * dtype_size(args.lora_A_dtype);
@@ -37,8 +37,7 @@ class PackedAdapters {
     job.scale = args.scaling;
     job.is_double = is_double;
     job.dst = lora_B_.data();
-    parallel_for(stream, args.out_features, 1 + 16384 / r,
-                 [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
+    parallel_for(host, args.out_features, 1 + 16384 / r, [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
   }
 
   const void* lora_A() const { return lora_A_.data(); }  // Acc [ceil(K/panel), r, panel], zero-padded

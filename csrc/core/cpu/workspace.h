@@ -11,7 +11,7 @@ namespace lors::cpu {
 
 class Workspace {
  public:
-  Workspace(Stream stream, int64_t bytes) : host_(static_cast<const CpuHost*>(stream)) {
+  Workspace(const CpuHost* host, int64_t bytes) : host_(host) {
     bytes = (bytes + 127) / 64 * 64;  // never zero, and a multiple of the alignment
     if (host_ && host_->allocate) {
       data_ = host_->allocate(bytes, &handle_);
@@ -33,9 +33,8 @@ class Workspace {
 
 // Runs body(begin, end) over [0, count) on the host's threads, or here if there are none.
 template <typename Body>
-void parallel_for(Stream stream, int64_t count, int64_t grain, const Body& body) {
+void parallel_for(const CpuHost* host, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
-  const auto* host = static_cast<const CpuHost*>(stream);
   if (!host || !host->run || count <= grain) return body(0, count);
   host->run(
       count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },

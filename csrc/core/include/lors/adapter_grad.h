@@ -28,7 +28,8 @@ struct AdapterGradArgs {
 };
 
 // The "lors" gradients. Deterministic: the result does not depend on the number of threads.
-Status adapter_grad_lors(const AdapterGradArgs& args, Device device, Stream stream);
+Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
+Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
 // One panel of rows of the weight's gradient, G = dY^T X or any other gradient of `merged`, contracted with the adapters:
 //   lora_B_grad[n, :] = s sum_k kept[n, k] G[n, k] lora_A[:, k]
@@ -53,7 +54,8 @@ struct MaskedContractArgs {
   void* lora_B_grad = nullptr;  // [rows, r] in lora_B_dtype, overwritten; null: not wanted
 };
 
-Status masked_contract(const MaskedContractArgs& args, Device device, Stream stream);
+Status masked_contract(const MaskedContractArgs& args, const CpuHost* host);
+Status masked_contract(const MaskedContractArgs& args, const CudaHost& host);
 
 // db[n] = sum_t dY[t, n], accumulated in float32 (float64 for float64), rounded once.
 struct BiasGradArgs {
@@ -65,6 +67,7 @@ struct BiasGradArgs {
   DType bias_grad_dtype = DType::float32;
 };
 
-Status bias_grad(const BiasGradArgs& args, Device device, Stream stream);
+Status bias_grad(const BiasGradArgs& args, const CpuHost* host);
+Status bias_grad(const BiasGradArgs& args, const CudaHost& host);
 
 }  // namespace lors

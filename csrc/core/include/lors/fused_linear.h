@@ -31,6 +31,7 @@ struct FusedLinearArgs {
   float* output = nullptr;      // [T, N], or [T, K] for the input gradient; overwritten
 };
 
-Status fused_linear(const FusedLinearArgs& args, Device device, Stream stream);
+Status fused_linear(const FusedLinearArgs& args, const CpuHost* host);
+Status fused_linear(const FusedLinearArgs& args, const CudaHost& host);
 
 }  // namespace lors

@@ -21,7 +21,9 @@ struct MaskUnpackArgs {
   uint8_t* mask = nullptr;         // [N, K]
 };
 
-Status mask_pack(const MaskPackArgs& args, Device device, Stream stream);
-Status mask_unpack(const MaskUnpackArgs& args, Device device, Stream stream);
+Status mask_pack(const MaskPackArgs& args, const CpuHost* host);
+Status mask_pack(const MaskPackArgs& args, const CudaHost& host);
+Status mask_unpack(const MaskUnpackArgs& args, const CpuHost* host);
+Status mask_unpack(const MaskUnpackArgs& args, const CudaHost& host);
 
 }  // namespace lors

@@ -27,6 +27,7 @@ struct MergeArgs {
   DType round_to = DType::float32;
 };
 
-Status merge(const MergeArgs& args, Device device, Stream stream);
+Status merge(const MergeArgs& args, const CpuHost* host);
+Status merge(const MergeArgs& args, const CudaHost& host);
 
 }  // namespace lors

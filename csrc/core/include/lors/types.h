@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words every kernel family shares: element types, where a call runs, and how it is queued.
+// The words every kernel family shares: element types, and what a call takes from its caller.
 // No torch header is included below csrc/core.
 #pragma once
 
@@ -10,13 +10,6 @@ namespace lors {
 enum class DType : uint8_t { float64, float32, bfloat16, float16 };
 
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-enum class DeviceType : uint8_t { cpu, cuda };
-
-struct Device {
-  DeviceType type = DeviceType::cpu;
-  int index = 0;
-};
 
 // What a CPU call takes from the program it runs in. A null member, or no host at all, means: the calling thread alone, and
 // memory from the C library.
@@ -30,8 +23,14 @@ struct CpuHost {
   void (*release)(void* handle) = nullptr;
 };
 
-// Where the work is queued. CUDA: the cudaStream_t. CPU: a `const CpuHost*` or null.
-using Stream = void*;
+// What a CUDA call takes from the program it runs in. The caller has made the device current.
+struct CudaHost {
+  void* stream = nullptr;  // the cudaStream_t everything is queued on
+  // Returns `bytes` (> 0) of device memory aligned to 256 bytes, and in *handle what `release` takes. `release` is called
+  // once all work that uses the memory is queued, not when it has run.
+  void* (*allocate)(int64_t bytes, void** handle) = nullptr;
+  void (*release)(void* handle) = nullptr;
+};
 
 // Number of 32-bit words in one row of a packed mask over `in_features` columns.
 constexpr int64_t mask_words(int64_t in_features) { return (in_features + 31) / 32; }

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one place that launches: raises the shared-memory limit, queues the kernel on the caller's stream, and turns CUDA's
+// answer into a sentence. Never synchronises. The simulator has its own body for each function (tests/sim/launch_sim.h).
+#pragma once
+
+#include <lors/status.h>
+#include <lors/types.h>
+
+#include <cstdint>
+
+namespace lors::cuda {
+
+// What configurations depend on.
+struct DeviceLimits {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // of one block, opted in
+};
+
+}  // namespace lors::cuda
+
+#ifdef LORS_SIM
+#include "launch_sim.h"
+#else
+#include <cuda_runtime.h>
+
+#include <string>
+
+namespace lors::cuda {
+
+// Of the current device.
+inline Status device_limits(DeviceLimits& limits) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // clears it: the caller's next launch must not find it
+  return Status::error(std::string("CUDA did not describe its device: ") + cudaGetErrorString(error) + ".");
+}
+
+// kernel<<<grid, block, shared_bytes, host.stream>>>(arguments...); `name` is for the error's sentence.
+template <typename... Parameters, typename... Arguments>
+Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, const CudaHost& host,
+              Arguments... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)  // more than this has to be asked for, per kernel and device
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(host.stream)> > >(arguments...);
+    error = cudaPeekAtLastError();
+  }
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();
+  return Status::error(std::string("lors_cuda could not launch ") + name + " with " + std::to_string(grid.x) + " x " +
+                       std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " + std::to_string(block.x) +
+                       " threads and " + std::to_string(shared_bytes) +
+                       " bytes of shared memory: " + cudaGetErrorString(error) + ".");
+}
+
+}  // namespace lors::cuda
+#endif

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every way a kernel reaches memory and every instruction that C++ cannot express. Kernels touch global and shared memory
+// through these functions only, so that the simulator (tests/sim/ptx_sim.h, used where LORS_SIM is set) sees each access.
+// The only inline assembly of the project. Instructions are those of sm_80; layouts follow the PTX ISA.
+#pragma once
+
+#ifdef LORS_SIM
+#include "ptx_sim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace lors::ptx {
+
+// The block's dynamic shared memory, aligned to 1024 bytes. Kernels use no static __shared__.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t lors_dynamic_shared[];
+  return lors_dynamic_shared;
+}
+
+// The 32-bit address that cp_async_16 and ldmatrix take.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// One access of sizeof(T) = 1, 2, 4, 8 or 16 bytes, aligned to its size.
+template <typename T>
+__device__ __forceinline__ T load_global(const T* p) {
+  return *p;
+}
+// For data that is read once and never written by this kernel: past the first-level cache.
+__device__ __forceinline__ uint4 load_global_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ void store_global(T* p, T v) {
+  *p = v;
+}
+template <typename T>
+__device__ __forceinline__ T load_shared(const T* p) {
+  return *p;
+}
+template <typename T>
+__device__ __forceinline__ void store_shared(T* p, T v) {
+  *p = v;
+}
+
+// 16 bytes from global to shared memory in the background; bytes from src_bytes (0 to 16) on are written as zero, and with
+// src_bytes = 0 nothing is read. src and dst are aligned to 16.
+__device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, int src_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits until at most `Pending` of this thread's groups are unfinished. Other threads' copies need a barrier as well.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and receives, of each matrix i,
+// elements [l / 4][2 (l % 4)] and [l / 4][2 (l % 4) + 1] in r[i]; _trans: of the transposed matrix.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8] in float32; T is __nv_bfloat16 or __half. With g = lane / 4 and t = lane % 4:
+//   a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    a[2] = A[g][2t+8, 2t+9]    a[3] = A[g+8][2t+8, 2t+9]
+//   b0 = B[2t, 2t+1][g]      b1 = B[2t+8, 2t+9][g]      c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1]
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+}  // namespace lors::ptx
+#endif
