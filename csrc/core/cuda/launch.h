@@ -47,7 +47,9 @@ Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 b
   if (shared_bytes > 48 * 1024)  // more than this has to be asked for, per kernel and device
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(host.stream)> > >(arguments...);
+    // clang-format off
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(host.stream)>>>(arguments...);
+    // clang-format on
     error = cudaPeekAtLastError();
   }
   if (error == cudaSuccess) return {};

@@ -31,6 +31,16 @@ struct AdapterGradArgs {
 Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
+// The "exact" gradients in one call: tiles of G = dY^T X are masked and contracted where they are computed, and G is never in
+// memory. Deterministic.
+struct AdapterGradExactArgs : AdapterGradArgs {
+  const void* weight = nullptr;  // [N, K]; read only where `mask` is null
+  DType weight_dtype = DType::float32;
+  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0
+};
+
+Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host);
+
 // One panel of rows of the weight's gradient, G = dY^T X or any other gradient of `merged`, contracted with the adapters:
 //   lora_B_grad[n, :] = s sum_k kept[n, k] G[n, k] lora_A[:, k]
 //   lora_A_sum[k, :] += s sum_n kept[n, k] G[n, k] lora_B[n, :]
@@ -68,6 +78,5 @@ struct BiasGradArgs {
 };
 
 Status bias_grad(const BiasGradArgs& args, const CpuHost* host);
-Status bias_grad(const BiasGradArgs& args, const CudaHost& host);
 
 }  // namespace lors

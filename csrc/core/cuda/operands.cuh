@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elements of any dtype as operands of 16-bit tensor-core products, without losing what float32 sums would keep: a value is
+// the sum of bfloat16 planes (bfloat16: 1, float16: 2, float32: 3, which hold its 8, 11 or 24 bits exactly), and a product of
+// two values is the sum of the products of planes i, j with i + j < 3; what is dropped is below 2^-24 of the product.
+#pragma once
+
+#include <lors/types.h>
+
+#include "ptx.h"
+
+namespace lors::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+constexpr int kMaxPlanes = 3;
+constexpr int kWarp = 32;
+
+constexpr int planes_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+
+template <typename T>
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, bfloat16>) return DType::bfloat16;
+  if constexpr (std::is_same_v<T, float16>) return DType::float16;
+  return DType::float32;
+}
+
+// A row-major matrix in global memory whose dtype is known at run time: the adapters, which are small.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t rows = 0, columns = 0;
+  DType dtype = DType::float32;
+  bool vectors = false;  // every eighth element of every row starts a 16-byte aligned address
+};
+
+// Whether rows of `columns` elements at `data` can be read and written 16 bytes at a time.
+inline bool has_vectors(const void* data, int64_t columns) {
+  return columns % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+inline Matrix matrix(const void* data, DType dtype, int64_t rows, int64_t columns) {
+  return {data, rows, columns, dtype, has_vectors(data, columns)};
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, float16>)
+    return __float2half_rn(x);
+  else
+    return x;
+}
+
+__device__ __forceinline__ uint32_t bits_of(bfloat16 x) { return __bfloat16_as_ushort(x); }
+__device__ __forceinline__ uint32_t bits_of(float16 x) { return __half_as_ushort(x); }
+
+// Two 16-bit elements in a register, `low` at the lower address.
+template <typename T>
+__device__ __forceinline__ uint32_t pair(T low, T high) {
+  return bits_of(low) | bits_of(high) << 16;
+}
+
+// Eight consecutive elements as they lie in memory: one 16-byte vector, or two for float32.
+template <typename T>
+struct Eight {
+  static constexpr int kVectors = sizeof(T) / 2;
+  uint4 vector[kVectors];
+
+  __device__ __forceinline__ void get(float (&values)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (std::is_same_v<T, float>)
+        values[i] = __uint_as_float(word_at(i));
+      else if constexpr (std::is_same_v<T, bfloat16>)
+        values[i] = to_float(__ushort_as_bfloat16(static_cast<unsigned short>(word_at(i / 2) >> (16 * (i % 2)))));
+      else
+        values[i] = to_float(__ushort_as_half(static_cast<unsigned short>(word_at(i / 2) >> (16 * (i % 2)))));
+    }
+  }
+  __device__ __forceinline__ void set(const float (&values)[8]) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (std::is_same_v<T, float>)
+          word[i] = __float_as_uint(values[4 * v + i]);
+        else
+          word[i] = pair(from_float<T>(values[2 * i]), from_float<T>(values[2 * i + 1]));
+      }
+      vector[v] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+
+ private:
+  // Spelled out, so that the index is known to the compiler and nothing goes to local memory.
+  __device__ __forceinline__ uint32_t word_at(int i) const {
+    const uint4& v = vector[i / 4];
+    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+};
+
+// Elements [column, column + 8) of a row of `columns` elements; zeros beyond its end. `column` is a multiple of 8. `vectors`:
+// see has_vectors. kOnce: nothing else will read these bytes soon.
+template <typename T, bool kOnce = false>
+__device__ __forceinline__ Eight<T> load_eight(const T* row, int64_t column, int64_t columns, bool vectors) {
+  Eight<T> eight{};
+  if (vectors) {
+    if (column < columns) {
+#pragma unroll
+      for (int v = 0; v < Eight<T>::kVectors; ++v) {
+        const uint4* p = reinterpret_cast<const uint4*>(row + column) + v;
+        if constexpr (kOnce)
+          eight.vector[v] = ptx::load_global_once(p);
+        else
+          eight.vector[v] = ptx::load_global(p);
+      }
+    }
+    return eight;
+  }
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = column + i < columns ? to_float(ptx::load_global(row + column + i)) : 0.f;
+  eight.set(values);  // exact: the values are T's own
+  return eight;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_eight(T* row, int64_t column, int64_t columns, bool vectors, const Eight<T>& eight) {
+  if (vectors) {
+    if (column < columns) {
+#pragma unroll
+      for (int v = 0; v < Eight<T>::kVectors; ++v)
+        ptx::store_global(reinterpret_cast<uint4*>(row + column) + v, eight.vector[v]);
+    }
+    return;
+  }
+  float values[8];
+  eight.get(values);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (column + i < columns) ptx::store_global(row + column + i, from_float<T>(values[i]));
+}
+
+// Elements [column, column + 8) of row `row` of a matrix as float32; zeros outside the matrix.
+__device__ __forceinline__ void load_eight(float (&values)[8], const Matrix& m, int64_t row, int64_t column) {
+  const int64_t columns = row < m.rows ? m.columns : 0;
+  if (m.dtype == DType::bfloat16)
+    load_eight(static_cast<const bfloat16*>(m.data) + row * m.columns, column, columns, m.vectors).get(values);
+  else if (m.dtype == DType::float16)
+    load_eight(static_cast<const float16*>(m.data) + row * m.columns, column, columns, m.vectors).get(values);
+  else
+    load_eight(static_cast<const float*>(m.data) + row * m.columns, column, columns, m.vectors).get(values);
+}
+
+// Takes the next plane off `rest`: its nearest bfloat16, and what is left.
+__device__ __forceinline__ bfloat16 next_plane(float& rest) {
+  const bfloat16 plane = __float2bfloat16_rn(rest);
+  rest -= __bfloat162float(plane);
+  return plane;
+}
+// The same for two neighbours, packed.
+__device__ __forceinline__ uint32_t next_plane_pair(float& low, float& high) {
+  const bfloat16 first = next_plane(low);
+  return pair(first, next_plane(high));
+}
+
+}  // namespace lors::cuda
