@@ -138,8 +138,8 @@ struct AdaptedWeight {
     args.activation = tokens.const_data_ptr();
     args.activation_dtype = dtype_of(tokens);
     args.round_to = dtype_of(activation);
-    args.bias = addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr;
-    args.output = static_cast<float*>(out.mutable_data_ptr());
+    args.bias = addend ? addend->const_data_ptr() : nullptr;
+    args.output = out.mutable_data_ptr();
     check_status(fused_linear(args, &kTorch));
   }
 

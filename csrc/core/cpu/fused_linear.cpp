@@ -14,6 +14,8 @@ using namespace cpu;
 Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   if (args.weight_dtype == DType::float64 || args.activation_dtype == DType::float64)
     return Status::error("fused_linear accumulates in float32; use merge and a float64 product for float64 tensors.");
+  if (args.output_dtype != DType::float32 || (args.bias && args.bias_dtype != DType::float32))
+    return Status::error("fused_linear takes its bias and writes its output in float32 on the CPU; convert them.");
   const KernelTable& table = kernels();
   const int64_t columns = args.input_gradient ? args.in_features : args.out_features;
   const int64_t depth = args.input_gradient ? args.out_features : args.in_features;
@@ -44,8 +46,8 @@ Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   job.lora_A = static_cast<const float*>(adapters.lora_A());
   job.lora_B = static_cast<const float*>(adapters.lora_B());
   job.round_to = args.round_to;
-  job.bias = args.bias;
-  job.out = args.output;
+  job.bias = static_cast<const float*>(args.bias);
+  job.out = static_cast<float*>(args.output);
   const int64_t panels = (columns + table.fused_columns - 1) / table.fused_columns;
   const int64_t work_per_panel = depth * table.fused_columns * (args.tokens + args.r);
   parallel_for(host, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {

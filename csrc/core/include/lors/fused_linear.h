@@ -3,6 +3,7 @@
 //   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
 //   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
 // merged as in merge.h: fp32 accumulation, each value rounded once to `round_to`. The products accumulate in float32.
+// On the CPU bias and output are float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
 #include <lors/status.h>
@@ -27,8 +28,10 @@ struct FusedLinearArgs {
   DType lora_B_dtype = DType::float32;
   double scaling = 1.0;
   DType round_to = DType::float32;
-  const float* bias = nullptr;  // [N], forward only; null: none
-  float* output = nullptr;      // [T, N], or [T, K] for the input gradient; overwritten
+  const void* bias = nullptr;  // [N], forward only; null: none
+  DType bias_dtype = DType::float32;
+  void* output = nullptr;  // [T, N], or [T, K] for the input gradient; overwritten
+  DType output_dtype = DType::float32;
 };
 
 Status fused_linear(const FusedLinearArgs& args, const CpuHost* host);
