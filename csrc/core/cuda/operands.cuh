@@ -16,7 +16,7 @@ using float16 = __half;
 constexpr int kMaxPlanes = 3;
 constexpr int kWarp = 32;
 
-constexpr int planes_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+__host__ __device__ constexpr int planes_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
 
 template <typename T>
 constexpr DType dtype_of() {

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// A mask between one byte and one bit per weight: bit k % 32 of word [n, k / 32] is mask[n, k]; bits beyond K are 0.
+// One thread per word. Launched by mask.cu.
+#pragma once
+
+#include "ptx.h"
+
+namespace lors::cuda {
+
+constexpr int kMaskThreads = 256;
+
+struct MaskProblem {
+  uint8_t* mask;         // [N, K] bytes, 0 or 1 (any nonzero byte packs as 1)
+  uint32_t* bits;        // [N, words]
+  int64_t out_features;  // N
+  int64_t in_features;   // K
+  int64_t words;         // ceil(K / 32)
+  bool vectors;          // every row of `mask` is aligned to 16 bytes
+};
+
+// One bit of each nonzero byte of a word, at bit i for byte i.
+__device__ __forceinline__ uint32_t nonzero_bytes(uint32_t word) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits |= uint32_t((word >> (8 * i) & 0xff) != 0) << i;
+  return bits;
+}
+// Four bytes of 0 or 1 from four bits.
+__device__ __forceinline__ uint32_t bytes_of(uint32_t bits) {
+  return (bits & 1) | (bits & 2) << 7 | (bits & 4) << 14 | (bits & 8) << 21;
+}
+
+__global__ void __launch_bounds__(kMaskThreads) mask_pack_kernel(const MaskProblem p) {
+  const int64_t index = int64_t{blockIdx.x} * kMaskThreads + threadIdx.x;
+  if (index >= p.out_features * p.words) return;
+  const int64_t n = index / p.words, k = index % p.words * 32;
+  const uint8_t* from = p.mask + n * p.in_features + k;
+  uint32_t bits = 0;
+  if (p.vectors && k + 32 <= p.in_features) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = ptx::load_global_once(reinterpret_cast<const uint4*>(from) + half);
+      const uint32_t sixteen =
+          nonzero_bytes(v.x) | nonzero_bytes(v.y) << 4 | nonzero_bytes(v.z) << 8 | nonzero_bytes(v.w) << 12;
+      bits |= sixteen << (16 * half);
+    }
+  } else {
+    for (int i = 0; i < 32 && k + i < p.in_features; ++i) bits |= uint32_t(ptx::load_global(from + i) != 0) << i;
+  }
+  ptx::store_global(p.bits + index, bits);
+}
+
+__global__ void __launch_bounds__(kMaskThreads) mask_unpack_kernel(const MaskProblem p) {
+  const int64_t index = int64_t{blockIdx.x} * kMaskThreads + threadIdx.x;
+  if (index >= p.out_features * p.words) return;
+  const int64_t n = index / p.words, k = index % p.words * 32;
+  uint8_t* to = p.mask + n * p.in_features + k;
+  const uint32_t bits = ptx::load_global(p.bits + index);
+  if (p.vectors && k + 32 <= p.in_features) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t sixteen = bits >> (16 * half);
+      ptx::store_global(reinterpret_cast<uint4*>(to) + half,
+                        make_uint4(bytes_of(sixteen), bytes_of(sixteen >> 4), bytes_of(sixteen >> 8), bytes_of(sixteen >> 12)));
+    }
+  } else {
+    for (int i = 0; i < 32 && k + i < p.in_features; ++i) ptx::store_global(to + i, uint8_t(bits >> i & 1));
+  }
+}
+
+}  // namespace lors::cuda

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// merged[n, k] = kept[n, k] ? weight[n, k] + scaling * sum_r lora_B[n, r] * lora_A[r, k] : +0    fp32 accumulate, one rounding
+// One pass: every weight is read once and every result written once, in 16-byte accesses; the low-rank product stays in
+// registers. Launched by merge.cu.
+#pragma once
+
+#include "merge_config.h"
+#include "operands.cuh"
+
+namespace lors::cuda {
+
+struct MergeProblem {
+  const void* weight;    // [N, K] row-major, of the kernel's type W
+  const uint8_t* mask;   // [N, ceil(K/32)] words of bits, read by the byte, 1 = kept; null: kept where weight != 0
+  int64_t mask_pitch;    // bytes from row to row of the mask
+  Matrix lora_A;         // [r, K]
+  Matrix lora_B;         // [N, r]
+  void* merged;          // [N, K] row-major, of the kernel's type Out
+  int64_t out_features;  // N
+  int64_t in_features;   // K
+  float scaling;
+  bool weight_vectors, merged_vectors;
+  int rows, chunk;
+  int64_t column_blocks;
+};
+
+// lora_A's ranks [rank, rank + chunk) of `columns` columns from `column` on, as planes [chunk][columns + pad]. Within each 32
+// columns, the pair at 8 q + 2 j goes to 8 j + 2 q: the mma of position j then leaves columns 8 q .. 8 q + 7 of a row with
+// the thread q of its quad, which is what a 16-byte access of the weight needs.
+__device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
+                                             int columns) {
+  const int pitch = columns + kMergePad, count = planes_of(lora_A.dtype);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int q = lane % 4, row = lane / 4;  // a warp stores 8 ranks of 32 columns: no two lanes in one bank
+  for (int task = warp; task < chunk / 8 * (columns / 32); task += warps) {
+    const int p = task / (columns / 32) * 8 + row, group = task % (columns / 32) * 32;
+    float values[8];
+    load_eight(values, lora_A, rank + p, column + group + 8 * q);
+    for (int plane = 0; plane < count; ++plane) {
+      uint16_t* to = planes + (plane * chunk + p) * pitch + group + 2 * q;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        ptx::store_shared(reinterpret_cast<uint32_t*>(to + 8 * j), next_plane_pair(values[2 * j], values[2 * j + 1]));
+    }
+  }
+}
+
+// `rows` rows of lora_B from `row` on, ranks [rank, rank + chunk), as planes [rows][chunk + pad].
+__device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lora_B, int64_t row, int64_t rank, int rows,
+                                             int chunk) {
+  const int pitch = chunk + kMergePad, count = planes_of(lora_B.dtype), eights = chunk / 8;
+  for (int task = threadIdx.x; task < rows * eights; task += blockDim.x) {
+    // Eight neighbouring lanes take eight rows: their pitch is an odd number of 16-byte units, so no two share a bank.
+    const int n = task / (8 * eights) * 8 + task % 8, p = task / 8 % eights * 8;
+    float values[8];
+    load_eight(values, lora_B, row + n, rank + p);
+    for (int plane = 0; plane < count; ++plane) {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
+      ptx::store_shared(reinterpret_cast<uint4*>(planes + (plane * rows + n) * pitch + p),
+                        make_uint4(word[0], word[1], word[2], word[3]));
+    }
+  }
+}
+
+// The warp's 16 rows x 64 columns of lora_B lora_A, added to `sum`, over one chunk of ranks.
+// sum[c][j][2 h + e]: row lane / 4 + 8 h, column 32 c + 8 (lane % 4) + 2 j + e.
+__device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const uint16_t* lora_A, const uint16_t* lora_B,
+                                                  int planes_A, int planes_B, int chunk, int columns, int rows, int row,
+                                                  int column) {
+  const int lane = threadIdx.x % kWarp, pitch_A = columns + kMergePad, pitch_B = chunk + kMergePad;
+  const uint32_t from_A = ptx::shared_address(lora_A + (lane % 16) * pitch_A + column + lane / 16 * 8);
+  const uint32_t from_B = ptx::shared_address(lora_B + (row + lane % 16) * pitch_B + lane / 16 * 8);
+  for (int p = 0; p < chunk; p += 16) {
+    uint32_t b[kMaxPlanes][4];
+#pragma unroll
+    for (int i = 0; i < kMaxPlanes; ++i)
+      if (i < planes_B) ptx::ldmatrix_x4(b[i], from_B + 2 * (i * rows * pitch_B + p));
+#pragma unroll
+    for (int i = 0; i < kMaxPlanes; ++i) {
+      if (i >= planes_A) break;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {  // two mma positions of 8 columns each
+        uint32_t a[4];
+        ptx::ldmatrix_x4_trans(a, from_A + 2 * ((i * chunk + p) * pitch_A + 16 * pair));
+#pragma unroll
+        for (int j = 0; j < kMaxPlanes; ++j) {
+          if (i + j >= kMaxPlanes || j >= planes_B) break;
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2], b[j], a[0], a[1]);
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2 + 1], b[j], a[2], a[3]);
+        }
+      }
+    }
+  }
+}
+
+// The weights of one thread in one step: rows lane / 4 + 8 h, eights of columns 32 c + 8 (lane % 4).
+template <typename W>
+struct MergeTile {
+  Eight<W> eight[2][2];  // [h][c]
+
+  __device__ __forceinline__ void load(const MergeProblem& p, int64_t row, int64_t column) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t n = row + 8 * h;
+        eight[h][c] = load_eight<W, true>(static_cast<const W*>(p.weight) + n * p.in_features, column + 32 * c,
+                                          n < p.out_features ? p.in_features : 0, p.weight_vectors);
+      }
+  }
+};
+
+template <typename W, typename Out>
+__global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
+  const int columns = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
+  const int64_t first_row = blockIdx.x / p.column_blocks * p.rows, first_column = blockIdx.x % p.column_blocks * columns;
+  const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 64;
+  const int64_t column = first_column + warp_column + lane % 4 * 8;
+  const int64_t left = p.out_features - first_row;
+  const int rows = left < p.rows ? static_cast<int>(left) : p.rows;
+  uint16_t* const lora_A = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
+  uint16_t* const lora_B = lora_A + planes_A * p.chunk * (columns + kMergePad);
+  const bool resident = p.chunk >= p.lora_A.rows;  // all ranks fit: the adapters are staged once for all steps
+
+  if (resident) {
+    stage_lora_A(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
+    stage_lora_B(lora_B, p.lora_B, first_row, 0, p.rows, p.chunk);
+    __syncthreads();
+  }
+  for (int step = 0; step < rows; step += kMergeStepRows) {
+    const int64_t row = first_row + step + warp_row + lane / 4;
+    MergeTile<W> tile;
+    tile.load(p, row, column);  // on its way while the adapters are multiplied
+    float sum[2][4][4] = {};
+    if (resident) {
+      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.rows, step + warp_row, warp_column);
+    } else {
+      for (int64_t rank = 0; rank < p.lora_A.rows; rank += p.chunk) {
+        __syncthreads();  // the last chunk has been read
+        stage_lora_A(lora_A, p.lora_A, rank, first_column, p.chunk, columns);
+        stage_lora_B(lora_B, p.lora_B, first_row + step, rank, kMergeStepRows, p.chunk);
+        __syncthreads();
+        multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, kMergeStepRows, warp_row, warp_column);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t n = row + 8 * h;
+      if (n >= p.out_features) continue;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t k = column + 32 * c;
+        float values[8];
+        tile.eight[h][c].get(values);
+        uint32_t kept = 0;
+        if (p.mask != nullptr) {
+          if (k < p.in_features) kept = ptx::load_global(p.mask + n * p.mask_pitch + k / 8);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) kept |= uint32_t(values[i] != 0.f) << i;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = kept >> i & 1 ? fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i]) : 0.f;
+        Eight<Out> out;
+        out.set(values);
+        store_eight(static_cast<Out*>(p.merged) + n * p.in_features, k, p.in_features, p.merged_vectors, out);
+      }
+    }
+  }
+}
+
+}  // namespace lors::cuda
