@@ -3,20 +3,11 @@
 // answer into a sentence. Never synchronises. The simulator has its own body for each function (tests/sim/launch_sim.h).
 #pragma once
 
+#include <lors/cuda_device.h>
 #include <lors/status.h>
 #include <lors/types.h>
 
 #include <cstdint>
-
-namespace lors::cuda {
-
-// What configurations depend on.
-struct DeviceLimits {
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // of one block, opted in
-};
-
-}  // namespace lors::cuda
 
 #ifdef LORS_SIM
 #include "launch_sim.h"

@@ -3,9 +3,8 @@
 // memory and walks down its rows in steps of 32, so the larger the block, the smaller the adapters' share of the traffic.
 #pragma once
 
+#include <lors/cuda_device.h>
 #include <lors/types.h>
-
-#include "launch.h"
 
 namespace lors::cuda {
 
