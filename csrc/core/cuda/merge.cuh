@@ -72,23 +72,22 @@ __device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const u
   const int lane = threadIdx.x % kWarp, pitch_A = columns + kMergePad, pitch_B = chunk + kMergePad;
   const uint32_t from_A = ptx::shared_address(lora_A + (lane % 16) * pitch_A + column + lane / 16 * 8);
   const uint32_t from_B = ptx::shared_address(lora_B + (row + lane % 16) * pitch_B + lane / 16 * 8);
-  for (int p = 0; p < chunk; p += 16) {
-    uint32_t b[kMaxPlanes][4];
+  // The products of small planes first: their sum is small, and so are the roundings on the way to it.
+  int order = planes_A + planes_B - 2;
+  for (order = order < kMaxPlanes ? order : kMaxPlanes - 1; order >= 0; --order) {
+    for (int i = 0; i <= order; ++i) {
+      const int j = order - i;
+      if (i >= planes_A || j >= planes_B) continue;
+#pragma unroll 1  // the weights wait in registers: there is no room for more operands at once
+      for (int p = 0; p < chunk; p += 16) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, from_B + 2 * (j * rows * pitch_B + p));
 #pragma unroll
-    for (int i = 0; i < kMaxPlanes; ++i)
-      if (i < planes_B) ptx::ldmatrix_x4(b[i], from_B + 2 * (i * rows * pitch_B + p));
-#pragma unroll
-    for (int i = 0; i < kMaxPlanes; ++i) {
-      if (i >= planes_A) break;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // two mma positions of 8 columns each
-        uint32_t a[4];
-        ptx::ldmatrix_x4_trans(a, from_A + 2 * ((i * chunk + p) * pitch_A + 16 * pair));
-#pragma unroll
-        for (int j = 0; j < kMaxPlanes; ++j) {
-          if (i + j >= kMaxPlanes || j >= planes_B) break;
-          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2], b[j], a[0], a[1]);
-          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2 + 1], b[j], a[2], a[3]);
+        for (int pair = 0; pair < 4; ++pair) {  // two mma positions of 8 columns each
+          uint32_t a[4];
+          ptx::ldmatrix_x4_trans(a, from_A + 2 * ((i * chunk + p) * pitch_A + 16 * pair));
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2], b, a[0], a[1]);
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2 + 1], b, a[2], a[3]);
         }
       }
     }
