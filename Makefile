@@ -1,20 +1,22 @@
-# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA_ARCHS, PYTEST_ARGS.
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
 TORCH_INDEX ?=
+# Whether the editable install has the CUDA half: without a GPU it could only be compiled, which `make kernels` and `make wheel` do.
+CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHS ?= 80;90a
 PYTEST_ARGS ?=
 
 # Threads that wait asleep: two that spin on a shared machine slow each other down by an order of magnitude.
-demo test-python: export OMP_WAIT_POLICY ?= passive
+demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp')
+SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-cpp lint format bench wheel test-wheel install clean
+.PHONY: demo test test-python test-sim test-cpp kernels lint format bench wheel test-wheel install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -27,12 +29,12 @@ $(VENV)/.ready: requirements-dev.txt
 # Editable: Python is read from the checkout, the binaries are rebuilt here where a source has changed.
 install: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
-		'--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+		'--config-settings=cmake.define.LORS_CUDA=$(CUDA)' '--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
 
 demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
-test: test-cpp test-python
+test: test-cpp test-sim test-python
 
 test-python: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -41,6 +43,16 @@ test-cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
+
+# The CUDA kernels, executed on the CPU.
+test-sim: $(VENV)/.ready
+	$(CMAKE) -S tests/sim -B build/sim -G Ninja
+	$(CMAKE) --build build/sim
+	LORS_SIM_BUILD=$(CURDIR)/build/sim $(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
+
+# The CUDA kernels, compiled and held to their budget of registers (needs nvcc, no GPU).
+kernels: $(VENV)/.ready
+	$(BIN)/python tests/kernels/compile_kernels.py --archs "$(CUDA_ARCHS)"
 
 lint: install
 	$(BIN)/ruff check .
