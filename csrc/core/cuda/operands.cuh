@@ -19,7 +19,7 @@ constexpr int kWarp = 32;
 __host__ __device__ constexpr int planes_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
 
 template <typename T>
-constexpr DType dtype_of() {
+__host__ __device__ constexpr DType dtype_of() {
   if constexpr (std::is_same_v<T, bfloat16>) return DType::bfloat16;
   if constexpr (std::is_same_v<T, float16>) return DType::float16;
   return DType::float32;
