@@ -82,7 +82,9 @@ def compile_source(nvcc: str, source: Path, archs: Sequence[str], directory: Pat
     start = perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise SystemExit(f"{source.relative_to(ROOT)} does not compile:\n{result.stdout}{result.stderr}")
+        lines = (result.stdout + result.stderr).splitlines()
+        words = "\n".join(line for line in lines if not line.startswith(("ptxas info", "    ")))
+        raise SystemExit(f"{source.relative_to(ROOT)} does not compile:\n{words}")
     return result.stdout + result.stderr, perf_counter() - start
 
 
