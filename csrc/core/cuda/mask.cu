@@ -16,12 +16,12 @@ Status launch_mask(const char* name, void (*kernel)(MaskProblem), const uint8_t*
   MaskProblem problem{};
   // Each kernel writes one of the two and only reads the other.
   problem.mask = const_cast<uint8_t*>(mask);
-  problem.bits = const_cast<uint32_t*>(bits);
+  problem.bits = reinterpret_cast<uint16_t*>(const_cast<uint32_t*>(bits));
   problem.out_features = N;
   problem.in_features = K;
-  problem.words = mask_words(K);
+  problem.halves = 2 * mask_words(K);
   problem.vectors = K % 16 == 0 && reinterpret_cast<uintptr_t>(mask) % 16 == 0;
-  const int64_t blocks = (N * problem.words + kMaskThreads - 1) / kMaskThreads;
+  const int64_t blocks = (N * problem.halves + kMaskThreads - 1) / kMaskThreads;
   if (blocks == 0) return {};
   if (blocks > 0x7fffffff)
     return Status::error(std::string(name) + " was given a mask of [" + std::to_string(N) + ", " + std::to_string(K) +

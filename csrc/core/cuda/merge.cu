@@ -41,8 +41,8 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   if (Status status = device_limits(limits); !status.ok()) return status;
   MergeProblem problem{};
   problem.weight = args.weight;
-  problem.mask = reinterpret_cast<const uint8_t*>(args.mask);
-  problem.mask_pitch = 4 * mask_words(K);
+  problem.mask = args.mask;
+  problem.mask_words = mask_words(K);
   problem.lora_A = matrix(args.lora_A, args.lora_A_dtype, args.r, K);
   problem.lora_B = matrix(args.lora_B, args.lora_B_dtype, N, args.r);
   problem.merged = args.merged;

@@ -11,8 +11,8 @@ namespace lors::cuda {
 
 struct MergeProblem {
   const void* weight;    // [N, K] row-major, of the kernel's type W
-  const uint8_t* mask;   // [N, ceil(K/32)] words of bits, read by the byte, 1 = kept; null: kept where weight != 0
-  int64_t mask_pitch;    // bytes from row to row of the mask
+  const uint32_t* mask;  // [N, mask_words] bits, 1 = kept; null: kept where weight != 0
+  int64_t mask_words;    // ceil(K / 32)
   Matrix lora_A;         // [r, K]
   Matrix lora_B;         // [N, r]
   void* merged;          // [N, K] row-major, of the kernel's type Out
@@ -24,23 +24,94 @@ struct MergeProblem {
   int64_t column_blocks;
 };
 
+// Which eight of 32 columns the lane q of a quad owns: 8 q .. 8 q + 7, one 16-byte access of a 16-bit type; or, split,
+// 4 q .. 4 q + 3 and 16 + 4 q .. 16 + 4 q + 3, two 16-byte accesses of float32 that each fill whole sectors.
+template <typename W, typename Out>
+constexpr bool kSplitColumns = std::is_same_v<W, float> || std::is_same_v<Out, float>;
+
+template <typename T, bool kSplit>
+__device__ __forceinline__ Eight<T> load_columns(const T* row, int64_t column, int64_t columns, bool vectors) {
+  if constexpr (!kSplit) return load_eight<T, true>(row, column, columns, vectors);
+  Eight<T> eight{};
+  if (vectors) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* from = row + column + 16 * half;
+      if (column + 16 * half >= columns) break;
+      if constexpr (std::is_same_v<T, float>) {
+        eight.vector[half] = ptx::load_global_once(reinterpret_cast<const uint4*>(from));
+      } else {
+        const uint2 v = ptx::load_global(reinterpret_cast<const uint2*>(from));
+        (half ? eight.vector[0].z : eight.vector[0].x) = v.x;
+        (half ? eight.vector[0].w : eight.vector[0].y) = v.y;
+      }
+    }
+    return eight;
+  }
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t k = column + i % 4 + i / 4 * 16;
+    values[i] = k < columns ? to_float(ptx::load_global(row + k)) : 0.f;
+  }
+  eight.set(values);
+  return eight;
+}
+
+template <typename T, bool kSplit>
+__device__ __forceinline__ void store_columns(T* row, int64_t column, int64_t columns, bool vectors, const Eight<T>& eight) {
+  if constexpr (!kSplit) return store_eight(row, column, columns, vectors, eight);
+  if (vectors) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* to = row + column + 16 * half;
+      if (column + 16 * half >= columns) break;
+      if constexpr (std::is_same_v<T, float>)
+        ptx::store_global(reinterpret_cast<uint4*>(to), eight.vector[half]);
+      else
+        ptx::store_global(reinterpret_cast<uint2*>(to), half ? make_uint2(eight.vector[0].z, eight.vector[0].w)
+                                                             : make_uint2(eight.vector[0].x, eight.vector[0].y));
+    }
+    return;
+  }
+  float values[8];
+  eight.get(values);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t k = column + i % 4 + i / 4 * 16;
+    if (k < columns) ptx::store_global(row + k, from_float<T>(values[i]));
+  }
+}
+
 // lora_A's ranks [rank, rank + chunk) of `columns` columns from `column` on, as planes [chunk][columns + pad]. Within each 32
-// columns, the pair at 8 q + 2 j goes to 8 j + 2 q: the mma of position j then leaves columns 8 q .. 8 q + 7 of a row with
-// the thread q of its quad, which is what a 16-byte access of the weight needs.
+// columns, pair j of the eight that lane q owns goes to 8 j + 2 q: the mma of position j then leaves it with that lane.
+template <bool kSplit>
 __device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
                                              int columns) {
   const int pitch = columns + kMergePad, count = planes_of(lora_A.dtype);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int q = lane % 4, row = lane / 4;  // a warp stores 8 ranks of 32 columns: no two lanes in one bank
+  const bool swap = kSplit && (row & 2);   // which takes another order of the pairs in half of the rows here
   for (int task = warp; task < chunk / 8 * (columns / 32); task += warps) {
     const int p = task / (columns / 32) * 8 + row, group = task % (columns / 32) * 32;
     float values[8];
     load_eight(values, lora_A, rank + p, column + group + 8 * q);
-    for (int plane = 0; plane < count; ++plane) {
-      uint16_t* to = planes + (plane * chunk + p) * pitch + group + 2 * q;
+    if constexpr (kSplit) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        ptx::store_shared(reinterpret_cast<uint32_t*>(to + 8 * j), next_plane_pair(values[2 * j], values[2 * j + 1]));
+      for (int i = 0; i < 4; ++i) {
+        const float low = values[i], high = values[i + 4];
+        values[i] = swap ? high : low;
+        values[i + 4] = swap ? low : high;
+      }
+    }
+    for (int plane = 0; plane < count; ++plane) {
+      uint16_t* to = planes + (plane * chunk + p) * pitch + group;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = swap ? i ^ 2 : i;  // the pair is columns 8 q + 2 j and the next
+        const int at = kSplit ? 16 * (q / 2) + 8 * (j % 2) + 4 * (q % 2) + 2 * (j / 2) : 8 * j + 2 * q;
+        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_plane_pair(values[2 * i], values[2 * i + 1]));
+      }
     }
   }
 }
@@ -65,7 +136,7 @@ __device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lor
 }
 
 // The warp's 16 rows x 64 columns of lora_B lora_A, added to `sum`, over one chunk of ranks.
-// sum[c][j][2 h + e]: row lane / 4 + 8 h, column 32 c + 8 (lane % 4) + 2 j + e.
+// sum[c][j][2 h + e]: row lane / 4 + 8 h, of the eight columns that the lane owns in the 32 from 32 c on, number 2 j + e.
 __device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const uint16_t* lora_A, const uint16_t* lora_B,
                                                   int planes_A, int planes_B, int chunk, int columns, int rows, int row,
                                                   int column) {
@@ -94,30 +165,14 @@ __device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const u
   }
 }
 
-// The weights of one thread in one step: rows lane / 4 + 8 h, eights of columns 32 c + 8 (lane % 4).
-template <typename W>
-struct MergeTile {
-  Eight<W> eight[2][2];  // [h][c]
-
-  __device__ __forceinline__ void load(const MergeProblem& p, int64_t row, int64_t column) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int64_t n = row + 8 * h;
-        eight[h][c] = load_eight<W, true>(static_cast<const W*>(p.weight) + n * p.in_features, column + 32 * c,
-                                          n < p.out_features ? p.in_features : 0, p.weight_vectors);
-      }
-  }
-};
-
 template <typename W, typename Out>
 __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   const int columns = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
   const int64_t first_row = blockIdx.x / p.column_blocks * p.rows, first_column = blockIdx.x % p.column_blocks * columns;
   const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 64;
-  const int64_t column = first_column + warp_column + lane % 4 * 8;
+  constexpr bool kSplit = kSplitColumns<W, Out>;
+  const int64_t group = first_column + warp_column, column = group + lane % 4 * (kSplit ? 4 : 8);
   const int64_t left = p.out_features - first_row;
   const int rows = left < p.rows ? static_cast<int>(left) : p.rows;
   uint16_t* const lora_A = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
@@ -125,21 +180,28 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   const bool resident = p.chunk >= p.lora_A.rows;  // all ranks fit: the adapters are staged once for all steps
 
   if (resident) {
-    stage_lora_A(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
+    stage_lora_A<kSplit>(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
     stage_lora_B(lora_B, p.lora_B, first_row, 0, p.rows, p.chunk);
     __syncthreads();
   }
   for (int step = 0; step < rows; step += kMergeStepRows) {
     const int64_t row = first_row + step + warp_row + lane / 4;
-    MergeTile<W> tile;
-    tile.load(p, row, column);  // on its way while the adapters are multiplied
+    Eight<W> tile[2][2];  // [h][c]: rows 8 h on, columns 32 c on; on its way while the adapters are multiplied
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t n = row + 8 * h;
+        tile[h][c] = load_columns<W, kSplit>(static_cast<const W*>(p.weight) + n * p.in_features, column + 32 * c,
+                                             n < p.out_features ? p.in_features : 0, p.weight_vectors);
+      }
     float sum[2][4][4] = {};
     if (resident) {
       multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.rows, step + warp_row, warp_column);
     } else {
       for (int64_t rank = 0; rank < p.lora_A.rows; rank += p.chunk) {
         __syncthreads();  // the last chunk has been read
-        stage_lora_A(lora_A, p.lora_A, rank, first_column, p.chunk, columns);
+        stage_lora_A<kSplit>(lora_A, p.lora_A, rank, first_column, p.chunk, columns);
         stage_lora_B(lora_B, p.lora_B, first_row + step, rank, kMergeStepRows, p.chunk);
         __syncthreads();
         multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, kMergeStepRows, warp_row, warp_column);
@@ -153,10 +215,12 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
       for (int c = 0; c < 2; ++c) {
         const int64_t k = column + 32 * c;
         float values[8];
-        tile.eight[h][c].get(values);
+        tile[h][c].get(values);
         uint32_t kept = 0;
         if (p.mask != nullptr) {
-          if (k < p.in_features) kept = ptx::load_global(p.mask + n * p.mask_pitch + k / 8);
+          const int q = lane % 4;
+          if (k < p.in_features) kept = ptx::load_global(p.mask + n * p.mask_words + (group + 32 * c) / 32);
+          kept = kSplit ? (kept >> (4 * q) & 0xf) | (kept >> (16 + 4 * q) & 0xf) << 4 : kept >> (8 * q);
         } else {
 #pragma unroll
           for (int i = 0; i < 8; ++i) kept |= uint32_t(values[i] != 0.f) << i;
@@ -165,7 +229,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
         for (int i = 0; i < 8; ++i) values[i] = kept >> i & 1 ? fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i]) : 0.f;
         Eight<Out> out;
         out.set(values);
-        store_eight(static_cast<Out*>(p.merged) + n * p.in_features, k, p.in_features, p.merged_vectors, out);
+        store_columns<Out, kSplit>(static_cast<Out*>(p.merged) + n * p.in_features, k, p.in_features, p.merged_vectors, out);
       }
     }
   }

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// For bind_<family>.cpp: how a function of the core is called from Python on a simulated device. See README.md.
+#pragma once
+
+#include <lors/status.h>
+#include <lors/types.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "runtime/device.h"
+
+namespace lors::sim {
+
+namespace py = pybind11;
+
+// A buffer of a device as Python holds it, or a place inside one.
+struct BufferHandle {
+  Device* device = nullptr;
+  int index = 0;
+  int64_t offset = 0;
+  py::dtype dtype;
+  std::vector<py::ssize_t> shape;
+
+  const Buffer& buffer() const { return device->memory.buffers()[static_cast<size_t>(index)]; }
+  uint64_t address() const { return buffer().address + static_cast<uint64_t>(offset); }
+};
+
+// The keyword arguments of a call, read field by field; a field that is not given keeps its value.
+class Arguments {
+ public:
+  explicit Arguments(const py::kwargs& given) : left_(py::dict(given.attr("copy")())) {}
+
+  void read(const char* name, int64_t& field) { take(name, field); }
+  void read(const char* name, double& field) { take(name, field); }
+  void read(const char* name, bool& field) { take(name, field); }
+  void read(const char* name, DType& field);
+  // A buffer, or None for null.
+  template <typename T>
+  void read(const char* name, T*& field) {
+    uint64_t address = 0;
+    if (read_address(name, address)) field = reinterpret_cast<T*>(address);
+  }
+  // Refuses what no field has read.
+  void finish() const;
+
+ private:
+  template <typename T>
+  void take(const char* name, T& field) {
+    if (left_.contains(name)) field = left_.attr("pop")(name).cast<T>();
+  }
+  bool read_address(const char* name, uint64_t& address);
+
+  py::dict left_;
+};
+
+// The caller's side of a call: its memory comes from the current device and has to be given back.
+CudaHost host_of(Device& device);
+// Raises StatusError unless the status is success, and Error if the call kept memory.
+void check(Device& device, const Status& status);
+
+// Calls function(host) with the device made current.
+template <typename Function>
+void call(Device& device, Function function) {
+  const UseDevice in_use(device);
+  check(device, function(host_of(device)));
+}
+
+// Bindings register themselves: LORS_SIM_BINDING(family) { m.def("name", ...); }
+using Binding = void (*)(py::module_& m);
+std::vector<Binding>& bindings();
+struct Registration {
+  explicit Registration(Binding binding) { bindings().push_back(binding); }
+};
+#define LORS_SIM_BINDING(family)                                                   \
+  static void bind_##family(pybind11::module_& m);                                 \
+  static const ::lors::sim::Registration registration_of_##family(&bind_##family); \
+  static void bind_##family(pybind11::module_& m)
+
+}  // namespace lors::sim

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of csrc/core/cuda/ptx.h on the simulator; what each does is said there.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda_words.h"
+
+namespace lors::ptx {
+
+inline uint8_t* dynamic_shared() { return sim::dynamic_shared(); }
+inline uint32_t shared_address(const void* p, sim::Site site = sim::Site::current()) { return sim::shared_address(p, site); }
+
+template <typename T>
+constexpr bool is_accessible = std::is_trivially_copyable_v<T> &&
+                               (sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+
+template <typename T>
+inline std::remove_cv_t<T> load_global(const T* p, sim::Site site = sim::Site::current()) {
+  static_assert(is_accessible<T>);
+  std::remove_cv_t<T> v;
+  sim::load_global(&v, p, sizeof(T), false, site);
+  return v;
+}
+inline uint4 load_global_once(const uint4* p, sim::Site site = sim::Site::current()) {
+  uint4 v;
+  sim::load_global(&v, p, sizeof(v), true, site);
+  return v;
+}
+template <typename T>
+inline void store_global(T* p, T v, sim::Site site = sim::Site::current()) {
+  static_assert(is_accessible<T>);
+  sim::store_global(p, &v, sizeof(T), site);
+}
+template <typename T>
+inline std::remove_cv_t<T> load_shared(const T* p, sim::Site site = sim::Site::current()) {
+  static_assert(is_accessible<T>);
+  std::remove_cv_t<T> v;
+  sim::load_shared(&v, p, sizeof(T), site);
+  return v;
+}
+template <typename T>
+inline void store_shared(T* p, T v, sim::Site site = sim::Site::current()) {
+  static_assert(is_accessible<T>);
+  sim::store_shared(p, &v, sizeof(T), site);
+}
+
+inline void cp_async_16(uint32_t dst, const void* src, int src_bytes, sim::Site site = sim::Site::current()) {
+  sim::copy_async(dst, src, src_bytes, site);
+}
+inline void cp_async_commit() { sim::commit_copies(); }
+template <int Pending>
+inline void cp_async_wait() {
+  static_assert(Pending >= 0);
+  sim::wait_for_copies(Pending);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, sim::Site site = sim::Site::current()) {
+  sim::load_matrices(r, row, false, site);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row, sim::Site site = sim::Site::current()) {
+  sim::load_matrices(r, row, true, site);
+}
+
+template <typename T>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         sim::Site site = sim::Site::current()) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  const uint32_t b[2] = {b0, b1};
+  sim::multiply(c, a, b, std::is_same_v<T, __nv_bfloat16>, site);
+}
+
+}  // namespace lors::ptx

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// A simulated GPU: its memory, how it is to behave, and what its launches did.
+#pragma once
+
+#include <set>
+#include <string>
+
+#include "counters.h"
+#include "memory.h"
+#include "random.h"
+#include "shadow.h"
+
+namespace lors::sim {
+
+enum class Landing : uint8_t { early, late, random };  // of asynchronous copies
+
+struct Options {
+  uint64_t seed = 1;
+  double preempt = 0;  // probability of another thread's turn at each access
+  Landing copies = Landing::random;
+  bool race = false;
+  bool count = true;
+  int multiprocessors = 4;
+  int shared_bytes = 227 * 1024;
+  int sample_blocks = 0;  // > 0: run only the first, the last and so many random blocks of each launch
+};
+
+class Device {
+ public:
+  explicit Device(const Options& options);
+
+  Options options;
+  Memory memory;
+  Random random;
+  Shadow global_shadow;
+  Shadow shared_shadow;
+  std::vector<LaunchRecord> launches;  // the last one is running or has run
+  uint32_t first_serial = 0;           // of the running launch's blocks
+
+  // Of CudaHost.allocate.
+  int scratch_buffers = 0;
+  std::set<int> scratch_in_use;
+  std::string scratch_misuse;  // to be reported when the call is over
+
+  Window& shared_window() { return shared_window_; }
+
+  static Device* current;  // what launches and device_limits refer to
+
+ private:
+  Window shared_window_;
+};
+
+// Makes a device the current one for a scope.
+class UseDevice {
+ public:
+  explicit UseDevice(Device& device) : before_(Device::current) { Device::current = &device; }
+  ~UseDevice() { Device::current = before_; }
+  UseDevice(const UseDevice&) = delete;
+  UseDevice& operator=(const UseDevice&) = delete;
+
+ private:
+  Device* before_;
+};
+
+}  // namespace lors::sim

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// The race detector: for every byte, who wrote it last and who has read it since. Two accesses of which one writes must be
+// ordered by a barrier of the block, by a __syncwarp of the warp, or by being one thread's; between blocks nothing orders.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "sim.h"
+
+namespace lors::sim {
+
+enum class Access : uint8_t {
+  read,
+  read_once,  // not coherent: nobody, not even this thread, may write the bytes during the launch
+  write,
+  atomic,
+};
+
+// The moment and the thread of an access.
+struct Stamp {
+  uint32_t serial = 0;  // of the block, unique in the process
+  uint32_t epoch = 0;   // barriers the block has passed
+  uint32_t clock = 0;   // the thread's count of warp synchronisations
+  uint16_t thread = 0;  // in the block
+  Access kind = Access::read;
+  Site site;
+};
+
+// The running thread, as the detector sees it.
+struct Now {
+  Stamp stamp;
+  uint32_t valid_from = 0;         // stamps of earlier blocks are of no concern
+  const uint32_t* seen = nullptr;  // clock up to which each lane of the warp is known
+};
+
+class Shadow {
+ public:
+  // The sentence of a conflict, or empty. `needs_value`: bytes that nothing has written are a conflict too.
+  std::string access(uint64_t address, int bytes, const Now& now, bool needs_value);
+  // An asynchronous copy is a write at its issue, forbids every access while it is in flight, and is a write at its wait.
+  std::string begin_copy(uint64_t address, int bytes, const Now& now);
+  void end_copy(uint64_t address, int bytes, const Now& now);
+
+ private:
+  struct Cell {
+    Stamp write, reader, other;  // `other`: a second reader that no single writer can be ordered after both of
+    uint32_t reader_lanes = 0;   // all that read at reader's moment; 0: nobody
+    bool has_other = false;
+    bool in_flight = false;
+  };
+  // Cells are as fine as the smallest access of the page so far.
+  struct Page {
+    int shift = 4;  // of bytes per cell
+    std::vector<Cell> cells;
+  };
+  static constexpr int kPageShift = 10;
+
+  // Calls visit(cell) for every cell of the range until it returns a sentence.
+  template <typename Visit>
+  std::string for_cells(uint64_t address, int bytes, Visit visit);
+  static std::string check(const Cell& cell, const Now& now, bool needs_value);
+  static void note(Cell& cell, const Now& now);
+
+  std::unordered_map<uint64_t, Page> pages_;
+  uint64_t last_key_ = ~uint64_t{0};
+  Page* last_page_ = nullptr;
+};
+
+}  // namespace lors::sim
