@@ -3,12 +3,14 @@
 """Forward + backward of one sparse linear with a live adapter, against its peers; `--merge` adds merge.py's rows.
 
 python bench/linear.py --output linear.json        the numbers of performance: 2048 x 2048, r = 16, 128/512/2048 tokens
+python bench/linear.py --device cuda               on a GPU: 4096 x 4096, bfloat16, 512/2048/8192 tokens
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ import report
 from peers import DEFAULT_PEERS, PEERS, LinearFunction, Peer, Problem, forward_backward, make_problem, truth
 from protocol import (
     AGAIN,
+    CPU,
+    last_level_cache_bytes,
     measure,
     peak_bytes,
     poisoned_memory,
@@ -50,7 +54,7 @@ def memory(function: LinearFunction, problem: Problem) -> dict[str, int | None]:
     output, sizes = saved_bytes(lambda: function(*problem.arguments()), tensors)
     del output
 
-    return {**sizes, **peak_bytes(lambda: forward_backward(function, problem))}
+    return {**sizes, **peak_bytes(lambda: forward_backward(function, problem), problem.weight.device)}
 
 
 def gemm_flop(tokens: int, shape: tuple[int, int]) -> int:
@@ -81,22 +85,34 @@ def bench_case(problem: Problem, names: Sequence[str], protocol: Any, common: di
     if BASELINE not in functions:
         raise SystemExit(f"the baseline failed: {rows[BASELINE]['failed']}")
 
-    cases = {name: (lambda f=function: forward_backward(f, problem)) for name, function in functions.items()}
+    # A GPU's L2 holds a whole weight. In training it was last used a model ago: take turns over copies of everything.
+    device = problem.weight.device
+    copies = 1 if device == CPU else -(-3 * last_level_cache_bytes(device) // problem.bytes())
+    problems = [problem] + [problem.copy() for _ in range(copies - 1)]
+    cases = {}
+    for name, function in functions.items():
+        turns = itertools.cycle(problems)
+        cases[name] = lambda f=function, t=turns: forward_backward(f, next(t))
     prefix = f"{common['dtype']} T={common['tokens']} "
-    timings = measure(cases, protocol, baseline=BASELINE, progress=lambda text: report.progress(prefix + text))
+    timings = measure(
+        cases, protocol, baseline=BASELINE, device=device, progress=lambda text: report.progress(prefix + text)
+    )
     report.progress("")
     rows[BASELINE + AGAIN] = {**rows[BASELINE], "peer": BASELINE + AGAIN, "note": "the baseline again: the noise"}
     for name, timing in timings.items():
-        rows[name].update(timing.row())
+        rows[name].update(timing.row(), rotated_problems=copies)
         rows[name]["gflop_per_second"] = rows[name]["gemm_flop"] / rows[name]["seconds"]["median"] / 1e9
     return list(rows.values())
 
 
 def target(row: dict[str, Any]) -> float | None:
-    on_target = (row["out_features"], row["in_features"]) == report.TARGET_SHAPE and row["rank"] == report.TARGET_RANK
+    cuda = row["device"] == "cuda"
+    shape = report.CUDA_TARGET_SHAPE if cuda else report.TARGET_SHAPE
+    on_target = (row["out_features"], row["in_features"]) == shape and row["rank"] == report.TARGET_RANK
     if row["peer"] != "lors_cuda" or not on_target:
         return None
-    return report.LINEAR_TARGETS.get((row["dtype"], row["tokens"]))
+    targets = report.CUDA_LINEAR_TARGETS if cuda else report.LINEAR_TARGETS
+    return targets.get((row["dtype"], row["tokens"]))
 
 
 def print_case(rows: Sequence[dict[str, Any]]) -> None:
@@ -158,8 +174,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--merge", action="store_true", help="also the merge alone")
     arguments = parser.parse_args(argv)
-    arguments.shape = tuple(arguments.shape or ((64, 96) if arguments.quick else report.TARGET_SHAPE))
-    arguments.tokens = arguments.tokens or ([8, 32] if arguments.quick else [128, 512, 2048])
+    cuda = arguments.device.type == "cuda"
+    shape, tokens = (report.CUDA_TARGET_SHAPE, [512, 2048, 8192]) if cuda else (report.TARGET_SHAPE, [128, 512, 2048])
+    arguments.shape = tuple(arguments.shape or ((64, 96) if arguments.quick else shape))
+    arguments.tokens = arguments.tokens or ([8, 32] if arguments.quick else tokens)
+    arguments.dtype = arguments.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
     if arguments.rank > min(arguments.shape):
         parser.error(f"--rank {arguments.rank} is larger than the smaller side of --shape")
     return arguments
@@ -171,14 +190,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     names = choose_peers(arguments.peers, arguments.max_autotune)
     protocol = report.protocol_from(arguments)
-    where = report.environment()
+    where = report.environment(arguments.device)
     print(report.describe(where))
+    before = report.rows_before(arguments)
     rows: list[dict[str, Any]] = []
 
     def save() -> None:  # after every case: an hour of measurement must survive an interrupt
         if arguments.output:
-            report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol))
+            report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol), before)
 
+    on_cpu = arguments.device == CPU  # products in 16 bits are slow on some processors, on no GPU
     for dtype in arguments.dtype:
         for tokens in arguments.tokens:
             problem = make_problem(
@@ -188,9 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.DTYPES[dtype],
                 density=arguments.density,
                 seed=arguments.seed,
+                device=arguments.device,
             )
             common = {
                 "benchmark": "linear",
+                "device": arguments.device.type,
                 "dtype": dtype,
                 "tokens": tokens,
                 "out_features": arguments.shape[0],
@@ -199,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "density": arguments.density,
                 "gemm_flop": gemm_flop(tokens, arguments.shape),
             }
-            wanted = [name for name in names if dtype != "float32" or not PEERS[name].only_16_bit]
+            wanted = [name for name in names if not PEERS[name].only_16_bit or (dtype != "float32" and on_cpu)]
             case = bench_case(problem, wanted, protocol, common)
             print_case(case)
             rows += case
@@ -207,7 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.merge:
         ranks = [arguments.rank] if arguments.quick else sorted({arguments.rank, *report.MERGE_TARGETS})
         rows += merge.bench(
-            arguments.shape, ranks, arguments.dtype, protocol, density=arguments.density, seed=arguments.seed
+            arguments.shape,
+            ranks,
+            arguments.dtype,
+            protocol,
+            density=arguments.density,
+            seed=arguments.seed,
+            device=arguments.device,
         )
         save()
     note = report.target_note(where)

@@ -44,6 +44,15 @@ class Problem:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         return self.input, self.weight, self.lora_A, self.lora_B, self.scaling
 
+    def bytes(self) -> int:
+        tensors = (self.input, self.weight, self.lora_A, self.lora_B, self.grad_output)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def copy(self) -> Problem:
+        """The same values in memory of their own."""
+        held = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in vars(self).items() if k != "scaling"}
+        return Problem(**held, scaling=self.scaling)
+
 
 def make_problem(
     tokens: int,
@@ -54,15 +63,16 @@ def make_problem(
     density: float = 0.5,
     scaling: float = 2.0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """Random tensors with a random mask of the given density; `scaling` is not 1, so that forgetting it shows."""
     out_features, in_features = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator) * std
+        return torch.randn(*size, generator=generator, device=device) * std
 
-    mask = torch.rand(out_features, in_features, generator=generator) < density
+    mask = torch.rand(out_features, in_features, generator=generator, device=device) < density
     weight = (normal(out_features, in_features, std=in_features**-0.5) * mask).to(dtype)
     return Problem(
         input=normal(tokens, in_features).to(dtype).requires_grad_(),
@@ -288,7 +298,11 @@ PEERS: dict[str, Peer] = {
     "lors_cuda_exact": Peer(lambda: lors_cuda_linear("exact"), "exact", 'this package, gradient="exact"'),
     "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),
     "compiled_max_autotune": Peer(
-        lambda: compiled("max-autotune"), "lors", "torch.compile of the LoRS formulas, max-autotune", compiled=True
+        # Without CUDA graphs, which would copy each of the rotated weights into a fixed place.
+        lambda: compiled("max-autotune-no-cudagraphs"),
+        "lors",
+        "torch.compile of the LoRS formulas, max-autotune",
+        compiled=True,
     ),
     "sqft": Peer(lambda: sqft, "exact", "masked LoRA under autograd"),
     "sqft_checkpointed": Peer(lambda: checkpointed(sqft), "exact", "masked LoRA, checkpointed"),

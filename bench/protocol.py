@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a peer is timed and its memory counted: warm-ups, shuffled interleaved rounds, per-round ratios, an A/A pair.
 
-Knows nothing of what runs: a case is a name and a callable. README.md says in words what each number counts.
+Knows nothing of what runs: a case is a name and a callable, and the device whose time counts. README.md says in words
+what each number counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+CPU = torch.device("cpu")
 AGAIN = "_again"  # suffix of the baseline's twin, whose ratio is the noise of the run
 
 
@@ -99,24 +102,41 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _seconds(run: Callable[[], object], repetitions: int) -> float:
+def call_seconds(run: Callable[[], object], repetitions: int, device: torch.device = CPU) -> float:
+    """Mean seconds of one call: by the clock, or on a GPU between two events of its own, queued around all of them.
+
+    Calls are queued one after another without waiting, so where Python is slower than the GPU, Python's time counts.
+    """
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repetitions):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repetitions
     start = perf_counter()
     for _ in range(repetitions):
         run()
     return (perf_counter() - start) / repetitions
 
 
-def _warm_up(run: Callable[[], object], protocol: Protocol) -> tuple[int, int]:
+def _warm_up(run: Callable[[], object], protocol: Protocol, device: torch.device = CPU) -> tuple[int, int]:
     """Calls made, and repetitions that fill `min_seconds`; slow peers get fewer warm-ups, never none."""
     spent, fastest, calls = 0.0, math.inf, 0
     while calls < max(protocol.warmups, 1):
-        seconds = _seconds(run, 1)
+        seconds = call_seconds(run, 1, device)
         calls += 1
         spent += seconds
         fastest = min(fastest, seconds)
         if spent > protocol.budget_seconds / 5:
             break
-    return calls, max(1, math.ceil(protocol.min_seconds / fastest))
+    repetitions = max(1, math.ceil(protocol.min_seconds / fastest))
+    if device.type == "cuda" and repetitions > 1:
+        # A call by itself also waits for the GPU to take it up; in a row they are faster, and more of them are needed.
+        calls += repetitions
+        repetitions = max(1, math.ceil(protocol.min_seconds / call_seconds(run, repetitions, device)))
+    return calls, repetitions
 
 
 def measure(
@@ -124,6 +144,7 @@ def measure(
     protocol: Protocol,
     *,
     baseline: str,
+    device: torch.device = CPU,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the cases in shuffled, interleaved rounds, with ratios to `baseline` taken round by round.
@@ -138,7 +159,7 @@ def measure(
         for name, run in runs.items():
             if progress:
                 progress(f"warm-up {name}")
-            calls, repetitions = _warm_up(run, protocol)
+            calls, repetitions = _warm_up(run, protocol, device)
             timings[name] = Timing(repetitions=repetitions, warmups=calls, rounds_wanted=protocol.rounds)
         # The twin must be timed exactly like the baseline.
         timings[baseline + AGAIN].repetitions = timings[baseline].repetitions
@@ -150,7 +171,7 @@ def measure(
                 if progress:
                     progress(f"round {index + 1}/{protocol.rounds} {name}")
                 timing = timings[name]
-                seconds = _seconds(runs[name], timing.repetitions)
+                seconds = call_seconds(runs[name], timing.repetitions, device)
                 timing.seconds.append(seconds)
                 spent[name] += seconds * timing.repetitions
     for timing in timings.values():
@@ -183,13 +204,22 @@ def saved_bytes(forward: Callable[[], Tensor], arguments: Sequence[Tensor]) -> t
     return output, {"saved": sum(kept.values()), "saved_beyond_arguments": beyond}
 
 
-def peak_bytes(run: Callable[[], object]) -> dict[str, int | None]:
+def peak_bytes(run: Callable[[], object], device: torch.device = CPU) -> dict[str, int | None]:
     """The memory peaks of one `run`, counted in two ways that should agree.
 
     `peak`: the most bytes alive at once of tensors allocated during the run, from the profiler's memory events. Sees
     every allocation through torch's CPU allocator, those of C++ ops included; not what a library takes from malloc.
     `peak_resident`: how far the process's resident memory rose, whoever allocated; None where the system does not tell.
+    On a GPU `peak` comes from torch's caching allocator, which serves the ops of C++ too, and there is no other count.
     """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return {"peak": torch.cuda.max_memory_allocated(device) - before, "peak_resident": None}
     # Kineto prints a line on stderr at every start and stop; the level is read when the first profile starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as directory:
@@ -239,10 +269,13 @@ def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # To warn is enough for the fill. To insist would refuse cuBLAS unless set up otherwise than when it is timed.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
@@ -256,8 +289,10 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected).norm() / norm) if norm else float(value.double().norm())
 
 
-def last_level_cache_bytes() -> int:
-    """The largest cache of the first core, as Linux reports it; 32 MiB where it does not."""
+def last_level_cache_bytes(device: torch.device = CPU) -> int:
+    """The GPU's L2, or the largest cache of the first core, as Linux reports it; 32 MiB where it does not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from protocol import Protocol, load_average
+from protocol import CPU, Protocol, load_average
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -28,6 +28,9 @@ TARGET_SHAPE, TARGET_RANK = (2048, 2048), 16
 # How many times faster than the official formula, on two cores with AVX-512: (dtype, tokens) and (rank,).
 LINEAR_TARGETS = {("float32", 128): 2.0, ("float32", 512): 1.3, ("float32", 2048): 1.05, ("bfloat16", 512): 1.6}
 MERGE_TARGETS = {16: 5.0, 64: 2.5}
+# On a GPU, the same for one linear.
+CUDA_TARGET_SHAPE = (4096, 4096)
+CUDA_LINEAR_TARGETS = {("bfloat16", 512): 2.0, ("bfloat16", 2048): 1.45, ("bfloat16", 8192): 1.2}
 
 
 # --- where it was measured --------------------------------------------------------------------------------------------
@@ -69,15 +72,45 @@ def have_lors_cuda() -> bool:
     return True
 
 
-def environment() -> dict[str, Any]:
-    """Commit, processor, threads, versions and date: everything a row needs to be read a year later."""
+def _lors_cuda_version() -> str | None:
+    """Of the installed package, or of one that is read from a folder and has no metadata."""
+    if not have_lors_cuda():
+        return None
+    import lors_cuda
+
+    return _version("lors-cuda") or lors_cuda.__version__
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What a row needs of a GPU; its clocks are left as they are found."""
+    properties = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver,
+        "torch_cuda": torch.version.cuda,
+        "lors_cuda_fused": os.environ.get("LORS_CUDA_FUSED"),
+    }
+
+
+def environment(device: torch.device = CPU) -> dict[str, Any]:
+    """Commit, processor, GPU, threads, versions and date: everything a row needs to be read a year later."""
     model, features = _cpu()
     changes = _git("status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--verify", "--quiet", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
-        "device": "cpu",
+        "device": device.type,
+        "gpu": _gpu(device) if device.type == "cuda" else None,
         "cpu_model": model,
         "cpu_features": features,
         "cpu_count": os.cpu_count(),
@@ -89,7 +122,7 @@ def environment() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl": torch.backends.mkl.is_available(),
         "mkldnn": torch.backends.mkldnn.is_available(),
-        "lors_cuda": _version("lors-cuda"),
+        "lors_cuda": _lors_cuda_version(),
         "lors_cuda_build": json.loads(torch.ops.lors.build_info()) if have_lors_cuda() else None,
     }
 
@@ -97,20 +130,28 @@ def environment() -> dict[str, Any]:
 def describe(where: dict[str, Any]) -> str:
     commit = (where["commit"] or "no commit")[:12] + (" + changes" if where["uncommitted_changes"] else "")
     load = where["load_average_at_start"]
+    gpu = where["gpu"]
+    on = f"{gpu['name']}, driver {gpu['driver'] or '?'}, CUDA {gpu['torch_cuda']}; beside it " if gpu else ""
     return (
-        f"{where['cpu_model']} ({', '.join(where['cpu_features']) or 'no AVX2'}), {where['threads']} threads of "
+        f"{on}{where['cpu_model']} ({', '.join(where['cpu_features']) or 'no AVX2'}), {where['threads']} threads of "
         f"{where['cpu_count']} cores, load {'?' if load is None else f'{load:.1f}'}; torch {where['torch']}, "
         f"lors_cuda {where['lors_cuda'] or 'not installed'}, {commit}, {where['date']}"
     )
 
 
-def write_json(path: Path, rows: Sequence[dict[str, Any]], where: dict[str, Any], protocol: dict[str, Any]) -> None:
+def write_json(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    where: dict[str, Any],
+    protocol: dict[str, Any],
+    append_to: Sequence[dict[str, Any]] = (),
+) -> None:
     """One document per run, written to a temporary name and renamed: an interrupted run leaves the old file."""
     document = {
         "format": 1,
         "environment": {**where, "load_average_at_end": load_average()},
         "protocol": protocol,
-        "rows": list(rows),
+        "rows": [*append_to, *rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -140,7 +181,7 @@ def _finite(value: Any) -> Any:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs=2, type=positive, metavar=("N", "K"), help="out_features, in_features")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="float32 bfloat16; on a GPU bfloat16")
     parser.add_argument("--density", type=float, default=0.5, help="share of nonzero weights")
     parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--min-rounds", type=positive, default=3, help="measured even by a peer beyond its budget")
@@ -148,7 +189,25 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds already")
+    parser.add_argument("--device", type=usable_device, default=CPU, help="cpu (the default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
+
+
+def usable_device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is not a device to measure on; it must be cpu or cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} finds no CUDA device here")
+    return torch.device(text, 0) if text == "cuda" else CPU
+
+
+def rows_before(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that --append keeps."""
+    if not (arguments.append and arguments.output and arguments.output.exists()):
+        return []
+    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text())["rows"]
+    return rows
 
 
 def positive(text: str) -> int:
@@ -212,6 +271,9 @@ def verdict(target: float | None, stats: dict[str, float] | None) -> str:
 
 def target_note(where: dict[str, Any]) -> str | None:
     """Why a met or missed target may mean little here: the targets are stated for one kind of machine."""
+    if where["device"] == "cuda":
+        name = where["gpu"]["name"]
+        return None if "H200" in name else f"The targets are stated for an H200; this run is on: {name}."
     if where["threads"] == 2 and "avx512f" in where["cpu_features"]:
         return None
     return "The targets are stated for 2 threads on a processor with AVX-512; this run is on another kind."

@@ -65,6 +65,13 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
   check_storage(op, name, t);
 }
 
+// float64 is for checking gradients, on the CPU.
+inline void check_served(const char* op, const char* name, const Tensor& t) {
+  check(t.scalar_type() != ScalarType::Double || t.device().is_cpu(), "lors::", op, ": ", name,
+        " is float64, which is computed on the CPU only; convert it to float32, bfloat16 or float16, or move all tensors of"
+        " the call to the CPU.");
+}
+
 // weight [N, K], mask int32 [N, ceil(K/32)], lora_A [r, K], lora_B [N, r].
 inline void check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
                                  const Tensor& lora_B) {
@@ -82,6 +89,9 @@ inline void check_adapted_weight(const char* op, const Tensor& weight, const std
   check_floating(op, "lora_B", lora_B);
   check_same_device(op, "lora_A", lora_A, weight);
   check_same_device(op, "lora_B", lora_B, weight);
+  check_served(op, "weight", weight);
+  check_served(op, "lora_A", lora_A);
+  check_served(op, "lora_B", lora_B);
   if (mask) {
     check(mask->scalar_type() == ScalarType::Int && mask->dim() == 2 && mask->size(0) == N && mask->size(1) == mask_words(K),
           "lors::", op, ": mask has shape ", shape(*mask), "; it must be int32 [", N, ", ", mask_words(K),
@@ -97,6 +107,7 @@ inline void check_bias(const char* op, const Tensor& bias, const Tensor& weight)
         weight.size(0), "] for a weight of shape ", shape(weight), ".");
   check_floating(op, "bias", bias);
   check_same_device(op, "bias", bias, weight);
+  check_served(op, "bias", bias);
 }
 
 // A [T, features] activation or gradient that belongs to `weight`. float64 goes with float64 alone.

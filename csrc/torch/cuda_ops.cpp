@@ -1,16 +1,123 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA half of the operators: a library of its own (_ops_cuda.so), loaded only beside a CUDA torch of the same CUDA major.
+// The operators on CUDA (operators.h): a library of its own (_ops_cuda.so), loaded only beside a CUDA torch of the same CUDA
+// major. Everything is queued on torch's current stream, with memory of torch's allocator; nothing waits for the device and no
+// value is read, so that a CUDA graph can capture it. Products run below the dispatcher, as on the CPU.
+#include <cuda_runtime_api.h>
 #include <lors/cuda_device.h>
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
 
-#include <string>
+#include <cstdlib>
+
+#include "cuda/fused_linear_config.h"
+#include "operators.h"
 
 namespace lors::binding {
 namespace {
 
+// Tensors of bytes on the current device. Giving one back as soon as the work is queued is safe: torch's allocator hands
+// memory that was allocated under a stream to later work of the same stream only, and all of a call runs on one stream.
+void* allocate_from_torch(int64_t bytes, void** handle) {
+  const int64_t stride = 1;
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                         aoti_torch_device_type_cuda(),
+                                                         torch::stable::accelerator::getCurrentDeviceIndex(), &tensor));
+  void* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  *handle = tensor;
+  return data;
+}
+
+void release_to_torch(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
+
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the next launch must not find it
+  check(false, "lors_cuda could not ask CUDA for its device: ", cudaGetErrorString(error), ".");
+}
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// What LORS_CUDA_FUSED says: whether products run with the merge inside them always, never, or by shape (nothing).
+std::optional<bool> forced_fused_linear() {
+  static const std::string wanted = [] {
+    const char* value = std::getenv("LORS_CUDA_FUSED");
+    return std::string(value ? value : "");
+  }();
+  check(wanted.empty() || wanted == "always" || wanted == "never", "LORS_CUDA_FUSED is '", wanted,
+        "'; set it to always or never, or leave it unset.");
+  return wanted.empty() ? std::nullopt : std::optional(wanted == "always");
+}
+
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& tensor)
+      : device_(tensor.get_device_index()),
+        guard_(device_),
+        host_{current_stream(device_), allocate_from_torch, release_to_torch} {
+    // The CUDA runtime in this library is a copy of its own, linked statically: it is told what torch's is told by guard_.
+    check_cuda(cudaSetDevice(device_));
+  }
+
+  const CudaHost& host() const { return host_; }
+
+  static ScalarType product_dtype(ScalarType activation) { return activation; }
+
+  static void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+    if (bias) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    }
+  }
+
+  bool prefers_fused_linear(const Tensor& activation, const Tensor& weight, ScalarType) const {
+    if (const std::optional<bool> forced = forced_fused_linear()) return *forced;
+    cuda::DeviceLimits limits;
+    check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return cuda::prefers_fused_linear(activation.size(0), weight.size(0), weight.size(1), dtype_of(activation),
+                                      dtype_of(weight), limits);
+  }
+
+  static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
+
+  static constexpr bool kMixedActivations = false;
+
+  static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
+                                 const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
+    const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
+    AdapterGradExactArgs args;
+    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
+    args.weight = adapted.weight.const_data_ptr();
+    args.weight_dtype = dtype_of(adapted.weight);
+    args.mask = bits(adapted.mask);
+    check_status(lors::adapter_grad_exact(args, adapted.backend.host()));
+  }
+
+  // torch's own sum, which has no entry below the dispatcher. It is told its type, so autocast has nothing to choose, and
+  // autograd is off inside an operator. Summed in float32 and rounded once; the same bits every time.
+  void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {
+    const std::vector<int64_t> tokens{0};
+    torch::stable::copy_(grad_bias, torch::stable::sum(grad_output, tokens, false, ScalarType::Float));
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  CudaHost host_;
+};
+
 std::string cuda_device_problem(int64_t index) { return cuda_device_supported(static_cast<int>(index)).message(); }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty if it can

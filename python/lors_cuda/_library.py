@@ -36,31 +36,54 @@ lors = torch.ops.lors
 BUILD: dict[str, str] = json.loads(lors.build_info())
 
 
-@functools.cache
-def _cuda_reason() -> str | None:
-    """Why CUDA tensors cannot be used here, as a sentence; None if they can."""
+def _load_cuda_half() -> str | None:
+    """Register the CUDA kernels, which touches no device; why there are none, as a sentence without its full stop."""
     built, running = BUILD["cuda_version"], torch.version.cuda
     if not built:
         return "this build of lors_cuda has no CUDA half (it was built without nvcc)"
     if running is None:
-        return f"the installed torch {torch.__version__} is a CPU build"
+        return f"the installed torch {torch.__version__} was built without CUDA"
     # NOTE: a library of another CUDA major may well load (its runtime is linked statically); that proves nothing.
     if built.split(".")[0] != running.split(".")[0]:
         return (
             f"this build of lors_cuda is for CUDA {built} and the installed torch {torch.__version__} for CUDA "
             f"{running}: install the wheel for CUDA {running.split('.')[0]}, or build from source beside that toolkit"
         )
-    if not _load("_ops_cuda"):
-        return "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device (torch.cuda.is_available() is False)"
-    problem: str = lors.cuda_device_problem(torch.cuda.current_device())
-    return problem.removesuffix(".") or "the CUDA kernels are not part of this version; the CPU backend is complete"
+    try:
+        if not _load("_ops_cuda"):
+            return "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
+    except OSError as error:  # the loader's: the CPU must go on working
+        return f"the CUDA half of lors_cuda did not load beside torch {torch.__version__}: {error.__cause__ or error}"
+    return None
+
+
+_CUDA_MISSING = _load_cuda_half()
+
+
+@functools.cache
+def _cuda_device_problem(index: int) -> str | None:
+    """Why this build cannot use CUDA device ``index``, or None. By device: one machine may hold several kinds."""
+    with torch.cuda.device(index):  # so that asking about one device does not wake another
+        problem: str = lors.cuda_device_problem(index)
+    return problem.removesuffix(".") or None
+
+
+def _cuda_reason(index: int | None = None) -> str | None:
+    """Why tensors on CUDA device ``index`` (None: torch's current one) cannot be used here; None if they can."""
+    if _CUDA_MISSING is not None:
+        return _CUDA_MISSING
+    if torch.compiler.is_compiling():
+        return None  # asking is no part of a graph; a kernel that cannot run on its device says so itself
+    if index is None:
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device (torch.cuda.is_available() is False)"
+        index = torch.cuda.current_device()
+    return _cuda_device_problem(index)
 
 
 def build_info() -> dict[str, Any]:
     """What this build is and what it found: version, compiler, cpu_capability, cpu_product, cuda_version, cuda_archs,
-    cuda_available, cuda_reason (a sentence, or None)."""
+    cuda_available, cuda_reason (a sentence, or None): of torch's current device."""
     reason = _cuda_reason()
     return {
         "version": BUILD["version"],
@@ -78,7 +101,7 @@ def check_device(device: torch.device) -> None:
     """Refuse a device that no kernel of this build serves."""
     if device.type in ("cpu", "meta"):
         return
-    reason = _cuda_reason() if device.type == "cuda" else f"there are no kernels for {device.type} devices"
+    reason = _cuda_reason(device.index) if device.type == "cuda" else f"there are no kernels for {device.type} devices"
     if reason is not None:
         raise RuntimeError(
             f"lors_cuda was given tensors on {device}, but {reason}. Move the model to the CPU, or install a build "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,18 @@ from lors_cuda import reference
 lors = torch.ops.lors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floats(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes that the kernels of a device compute in: float64 is the CPU's."""
+    return tuple(d for d in FLOATS if device.type == "cpu" or d != torch.float64)
+
+
+def skip_unserved(device: torch.device, *dtypes: torch.dtype) -> None:
+    """Skip a case whose dtypes no kernel of its device takes."""
+    if not {*dtypes} <= {*floats(device)}:
+        pytest.skip(f"{device.type}: float64 is computed on the CPU only")
+
 
 # (dtype of lora_A, dtype of lora_B); None: the weight's.
 ADAPTER_DTYPES = (
@@ -123,6 +136,9 @@ def make_case(
     `scaling` should be a float32 number. One that is not is rounded on its way to the float32 kernels, by one relative
     error that is common to all elements: that leans, within rounding, and the signed-bias test would say so.
     """
+    dtype_A, dtype_B = (dtype if d is None else d for d in adapter_dtypes)
+    activation_dtype = dtype if activation_dtype is None else activation_dtype
+    skip_unserved(torch.device(device), dtype, dtype_A, dtype_B, activation_dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -138,8 +154,6 @@ def make_case(
         weight = torch.where(kept, torch.where((odd > 0.45) & (odd < 0.55), zeros, weight), 3 * weight)
     else:
         weight = torch.where(kept, weight, zeros)
-    dtype_A, dtype_B = (dtype if d is None else d for d in adapter_dtypes)
-    activation_dtype = dtype if activation_dtype is None else activation_dtype
     return Case(
         input=normal(T, K).to(device, activation_dtype),
         weight=weight.to(device, dtype),

@@ -224,14 +224,14 @@ CONVERSIONS = [
     (lambda m: m.double(), torch.float64),
     (lambda m: m.float(), torch.float32),
     (lambda m: m.to(torch.float16), torch.float16),
-    (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+    (lambda m: m.to(next(m.parameters()).device, torch.bfloat16), torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize(("convert", "dtype"), CONVERSIONS)
-def test_conversions_keep_the_mask(seed, convert, dtype, explicit):
-    case = make_case(seed, 9, 31, 70, 5, explicit_mask=explicit, bias=True)
+def test_conversions_keep_the_mask(device, seed, convert, dtype, explicit):
+    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=explicit, bias=True)
     row, column = case.kept.nonzero()[3].tolist()
     case.weight[row, column] = 1e-9  # zero in float16
     layer = layer_of(case)
@@ -256,13 +256,13 @@ def test_conversions_keep_the_mask(seed, convert, dtype, explicit):
     assert merged[row, column] != 0  # still kept, and its delta is not lost
 
 
-def test_moving_to_the_meta_device_and_back(seed):
-    case = make_case(seed, 9, 31, 70, 5, explicit_mask=True)
+def test_moving_to_the_meta_device_and_back(device, seed):
+    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=True)
     layer = layer_of(case)
     shell = copy.deepcopy(layer).to("meta")
     assert shell.weight.is_meta
     assert shell(case.input.to("meta")).shape == (9, 31)
-    shell = shell.to_empty(device="cpu")
+    shell = shell.to_empty(device=device)
     shell.load_state_dict(layer.state_dict())
     same(shell, layer, case.input)
 

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from cases import ADAPTER_DTYPES, FLOATS, SHAPES, make_case
+from cases import ADAPTER_DTYPES, FLOATS, SHAPES, floats, make_case
 from expectations import check_adapter_grads, check_grad_bias, check_grad_input, check_linear, check_linear_backward
 from lors_cuda import reference
 from tolerance import relative_error
@@ -97,7 +97,7 @@ def test_no_tokens_give_zero_gradients(device, seed, gradient):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_empty_and_full_masks(device, seed, density, gradient):
-    for dtype in FLOATS:
+    for dtype in floats(device):
         case = make_case(seed, 17, 12, 70, 16, dtype, device=device, bias=True, density=density)
         check_linear(case.linear(), case)
         check_linear_backward(case.linear_backward(gradient), case, gradient)

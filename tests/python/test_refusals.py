@@ -158,7 +158,9 @@ def test_nothing_was_changed_by_a_refusal():
 def test_other_devices_are_refused_by_name(monkeypatch):
     from lors_cuda import _library
 
-    monkeypatch.setattr(_library, "_cuda_reason", lambda: "this build of lors_cuda has no CUDA kernels", raising=False)
+    monkeypatch.setattr(
+        _library, "_cuda_reason", lambda index: "this build of lors_cuda has no CUDA kernels", raising=False
+    )
     with pytest.raises(RuntimeError, match=r"tensors on cuda:0, but .*Move the model to the CPU"):
         _library.check_device(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match=r"tensors on mps, but there are no kernels for mps devices"):

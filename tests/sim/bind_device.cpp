@@ -226,12 +226,10 @@ LORS_SIM_BINDING(device) {
           },
           py::arg("name"), py::arg("nbytes"), py::arg("misalign") = 0, py::arg("sparse") = false, py::keep_alive<0, 1>())
       .def("download", [](Device&, const BufferHandle& handle) { return download(handle); })
-      .def("write", [](Device&, const BufferHandle& handle, int64_t offset, const py::array& array) {
-        write_bytes(handle, offset, array);
-      })
-      .def("read", [](Device&, const BufferHandle& handle, int64_t offset, int64_t nbytes) {
-        return read_bytes(handle, offset, nbytes);
-      })
+      .def("write", [](Device&, const BufferHandle& handle, int64_t offset,
+                       const py::array& array) { write_bytes(handle, offset, array); })
+      .def("read", [](Device&, const BufferHandle& handle, int64_t offset,
+                      int64_t nbytes) { return read_bytes(handle, offset, nbytes); })
       .def("stats", &stats)
       .def("launches", &launches)
       .def("reset_stats", [](Device& device) { device.launches.clear(); });

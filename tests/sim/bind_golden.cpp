@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The probes of tests/golden on the simulator.
-#include "../golden/probes.h"
+#include "../golden/probes.cuh"
 
 #include "bind.h"
 
 LORS_SIM_BINDING(golden) {
   using namespace lors;
+  m.attr("golden_shape") = pybind11::make_tuple(golden::kLanes, golden::kInputs, golden::kOutputs);
   m.def("golden_probes", [] {
-    pybind11::list all;
-    for (int i = 0; i < golden::probe_count(); ++i)
-      all.append(pybind11::make_tuple(golden::probe_info(i).name, golden::probe_info(i).is_sum));
+    pybind11::list all;  // of (name, whether it is a sum)
+    for (int i = 0; i < golden::kProbes; ++i) all.append(pybind11::make_tuple(golden::kNames[i], golden::kSums[i]));
     return all;
   });
   m.def("golden_input", [](int probe, uint32_t seed) {
-    pybind11::array_t<uint32_t> words(static_cast<pybind11::ssize_t>(golden::kInputWords));
-    golden::probe_input(probe, seed, words.mutable_data());
+    pybind11::array_t<uint32_t> words(static_cast<pybind11::ssize_t>(golden::kLanes * golden::kInputs));
+    golden::make_inputs(probe, seed, words.mutable_data());
     return words;
   });
   m.def("golden_run", [](sim::Device& device, int probe, const pybind11::kwargs& kwargs) {

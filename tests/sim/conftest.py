@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +10,22 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).resolve().parent
-BUILD = Path(os.environ.get("LORS_SIM_BUILD", HERE.parents[1] / "build" / "sim"))
-sys.path[:0] = [str(BUILD), str(HERE), str(HERE.parent / "python")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
+
+import lors_sim  # noqa: E402
+
+
+def simulator() -> ModuleType:
+    """The plain module. That it has been built is the caller's business: `make test-sim`."""
+    return lors_sim.module("plain")
 
 
 @pytest.fixture(scope="session")
 def sim() -> ModuleType:
-    """The plain module. That it has been built is the caller's business: `make test-sim`."""
-    return importlib.import_module("lors_sim_plain")
+    return simulator()
+
+
+@pytest.fixture(scope="session")
+def race_sim() -> lors_sim.Simulator:
+    """The same with the race detector on, and threads taking turns at random accesses."""
+    return lors_sim.load("race")

@@ -74,9 +74,10 @@ __global__ void shared_at(Words, Out out, int n) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared(p));
 }
 
-// ---- asynchronous copies ------------------------------------------------------------------------------------------------------
-// 16 bytes per thread. n = 0: right; 1: no wait; 2: a wait that lets the last group go on; 3: no barrier after the wait;
-// 4: no commit, the wait waits for nothing.
+// ---- asynchronous copies
+// ------------------------------------------------------------------------------------------------------ 16 bytes per thread. n
+// = 0: right; 1: no wait; 2: a wait that lets the last group go on; 3: no barrier after the wait; 4: no commit, the wait waits
+// for nothing.
 __global__ void copies(Words in, Out out, int n) {
   const uint32_t to = ptx::shared_address(shared_words() + 4 * threadIdx.x);
   ptx::cp_async_16(to, in + 4 * threadIdx.x, 16);
@@ -100,7 +101,8 @@ __global__ void copy_over_readers(Words in, Out out, int) {
   ptx::store_global(out + threadIdx.x, v);
 }
 
-// ---- global memory --------------------------------------------------------------------------------------------------------------
+// ---- global memory
+// --------------------------------------------------------------------------------------------------------------
 __global__ void read_at(Words in, Out out, int n) {
   ptx::store_global(out + threadIdx.x, ptx::load_global(in + static_cast<int>(threadIdx.x) + n));
 }
@@ -130,7 +132,8 @@ __global__ void once_and_written(Words, Out out, int) {
   ptx::store_global(out + 4 * threadIdx.x, v.x + 1);
 }
 
-// ---- what must not pass unseen ----------------------------------------------------------------------------------------------------
+// ---- what must not pass unseen
+// ----------------------------------------------------------------------------------------------------
 __global__ void raw_global_read(Words in, Out out, int) { ptx::store_global(out + threadIdx.x, in[threadIdx.x]); }
 __global__ void raw_global_write(Words, Out out, int) { out[threadIdx.x] = 1; }
 __global__ void raw_shared_write(Words, Out, int) { shared_words()[threadIdx.x] = 1; }
@@ -141,8 +144,9 @@ __global__ void raw_struct_copy(Words in, Out out, int) {
 }
 __global__ void deep_recursion(Words in, Out out, int n) {
   volatile char frame[4096];
-  frame[0] = static_cast<char>(n);
-  if (n > 0) deep_recursion(in, out, n - frame[0] / frame[0]);
+  frame[n] = 1;
+  if (n > 0) deep_recursion(in, out, n - 1);
+  ptx::store_global(out + n, static_cast<uint32_t>(frame[n]));  // the frame is in use until here
 }
 // n is an index into four registers.
 __global__ void local_array(Words, Out out, int n) {
@@ -152,7 +156,8 @@ __global__ void local_array(Words, Out out, int n) {
 }
 __global__ void shift_too_far(Words, Out out, int n) { ptx::store_global(out + threadIdx.x, 1u << n); }
 
-// ---- for the counters ---------------------------------------------------------------------------------------------------------------
+// ---- for the counters
+// ---------------------------------------------------------------------------------------------------------------
 __global__ void copy_vectors(Words in, Out out, int) {
   const uint4 v = ptx::load_global(reinterpret_cast<const uint4*>(in) + global_index());
   ptx::store_global(reinterpret_cast<uint4*>(out) + global_index(), v);
@@ -190,28 +195,67 @@ __global__ void uneven_loop(Words in, Out out, int) {
   ptx::store_global(out + threadIdx.x, sum + ptx::load_global(in + threadIdx.x));
 }
 
+// Each thread follows a script of n words: op | width << 4 | offset << 8; see test_race_detector.py.
+template <typename T>
+__device__ void scripted_access(uint32_t op, uint8_t* shared, uint8_t* global) {
+  if (op == 1) ptx::load_shared(reinterpret_cast<T*>(shared));
+  if (op == 2) ptx::store_shared(reinterpret_cast<T*>(shared), T(1));
+  if (op == 3) ptx::load_global(reinterpret_cast<T*>(global));
+  if (op == 4) ptx::store_global(reinterpret_cast<T*>(global), T(1));
+  if (op == 5) atomicAdd(reinterpret_cast<T*>(global), T(1));
+}
+__global__ void scripted(Words in, Out out, int n) {
+  for (uint32_t i = threadIdx.x; i < 16; i += blockDim.x) ptx::store_shared(shared_words() + i, 0u);
+  __syncthreads();
+  for (int i = 0; i < n; ++i) {
+    const uint32_t word = ptx::load_global(in + n * global_index() + i), op = word & 15, width = word >> 4 & 15;
+    uint8_t* const shared = ptx::dynamic_shared() + (word >> 8);
+    uint8_t* const global = reinterpret_cast<uint8_t*>(out) + (word >> 8);
+    if (op == 6) __syncthreads();
+    if (op == 7) __syncwarp();
+    if (width == 1) scripted_access<uint8_t>(op, shared, global);
+    if (width == 2) scripted_access<uint16_t>(op, shared, global);
+    if (width == 4) scripted_access<uint32_t>(op, shared, global);
+  }
+}
+
 struct Named {
   const char* name;
   void (*kernel)(Words, Out, int);
 };
 #define LORS_SIM_KERNEL(name) {#name, name}
 constexpr Named kKernels[] = {
-    LORS_SIM_KERNEL(divergent_collective), LORS_SIM_KERNEL(collective_in_branch),
-    LORS_SIM_KERNEL(barrier_in_branch),    LORS_SIM_KERNEL(two_barriers),
-    LORS_SIM_KERNEL(reduce),               LORS_SIM_KERNEL(neighbour),
-    LORS_SIM_KERNEL(reuse),                LORS_SIM_KERNEL(uninitialised),
-    LORS_SIM_KERNEL(shared_at),            LORS_SIM_KERNEL(copies),
-    LORS_SIM_KERNEL(copy_over_readers),    LORS_SIM_KERNEL(read_at),
-    LORS_SIM_KERNEL(write_at),             LORS_SIM_KERNEL(read_vector_at),
-    LORS_SIM_KERNEL(same_words),           LORS_SIM_KERNEL(read_what_another_writes),
-    LORS_SIM_KERNEL(bytes),                LORS_SIM_KERNEL(once_and_written),
-    LORS_SIM_KERNEL(raw_global_read),      LORS_SIM_KERNEL(raw_global_write),
-    LORS_SIM_KERNEL(raw_shared_write),     LORS_SIM_KERNEL(raw_struct_copy),
-    LORS_SIM_KERNEL(deep_recursion),       LORS_SIM_KERNEL(local_array),
-    LORS_SIM_KERNEL(shift_too_far),        LORS_SIM_KERNEL(copy_vectors),
-    LORS_SIM_KERNEL(copy_strided),         LORS_SIM_KERNEL(shared_strided),
-    LORS_SIM_KERNEL(shared_vectors),       LORS_SIM_KERNEL(matrix_rows),
-    LORS_SIM_KERNEL(uneven_loop),
+    LORS_SIM_KERNEL(divergent_collective),
+    LORS_SIM_KERNEL(collective_in_branch),
+    LORS_SIM_KERNEL(barrier_in_branch),
+    LORS_SIM_KERNEL(two_barriers),
+    LORS_SIM_KERNEL(reduce),
+    LORS_SIM_KERNEL(neighbour),
+    LORS_SIM_KERNEL(reuse),
+    LORS_SIM_KERNEL(uninitialised),
+    LORS_SIM_KERNEL(shared_at),
+    LORS_SIM_KERNEL(copies),
+    LORS_SIM_KERNEL(copy_over_readers),
+    LORS_SIM_KERNEL(read_at),
+    LORS_SIM_KERNEL(write_at),
+    LORS_SIM_KERNEL(read_vector_at),
+    LORS_SIM_KERNEL(same_words),
+    LORS_SIM_KERNEL(read_what_another_writes),
+    LORS_SIM_KERNEL(bytes),
+    LORS_SIM_KERNEL(once_and_written),
+    LORS_SIM_KERNEL(raw_global_read),
+    LORS_SIM_KERNEL(raw_global_write),
+    LORS_SIM_KERNEL(raw_shared_write),
+    LORS_SIM_KERNEL(raw_struct_copy),
+    LORS_SIM_KERNEL(deep_recursion),
+    LORS_SIM_KERNEL(local_array),
+    LORS_SIM_KERNEL(shift_too_far),
+    LORS_SIM_KERNEL(copy_vectors),
+    LORS_SIM_KERNEL(copy_strided),
+    LORS_SIM_KERNEL(shared_strided),
+    LORS_SIM_KERNEL(shared_vectors),
+    LORS_SIM_KERNEL(matrix_rows),
+    LORS_SIM_KERNEL(uneven_loop),          LORS_SIM_KERNEL(scripted),
 };
 
 }  // namespace

@@ -49,7 +49,8 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap(lors::sim::Site site = lors::sim::Site::current()) { lors::sim::fail(site, "__trap"); }
 
-// ---- warp collectives ---------------------------------------------------------------------------------------------------------
+// ---- warp collectives
+// ---------------------------------------------------------------------------------------------------------
 namespace lors::sim {
 template <typename T>
 T shuffled(const char* name, uint32_t mask, T value, int source, Site site) {
@@ -80,15 +81,13 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, lors::sim::S
   return lors::sim::shuffled("__shfl_xor_sync", mask, value, inside ? source : lane, site);
 }
 template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32,
-                   lors::sim::Site site = lors::sim::Site::current()) {
+T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, lors::sim::Site site = lors::sim::Site::current()) {
   const int lane = lors::sim::lane(), source = lane + static_cast<int>(delta);
   const bool inside = source < lors::sim::segment(width) + width;
   return lors::sim::shuffled("__shfl_down_sync", mask, value, inside ? source : lane, site);
 }
 template <typename T>
-T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32,
-                 lors::sim::Site site = lors::sim::Site::current()) {
+T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, lors::sim::Site site = lors::sim::Site::current()) {
   const int lane = lors::sim::lane(), source = lane - static_cast<int>(delta);
   return lors::sim::shuffled("__shfl_up_sync", mask, value, source >= lors::sim::segment(width) ? source : lane, site);
 }
@@ -102,7 +101,8 @@ inline int __all_sync(uint32_t mask, int vote, lors::sim::Site site = lors::sim:
   return lors::sim::voted("__all_sync", mask, vote != 0, site) == mask;
 }
 
-// ---- atomics ------------------------------------------------------------------------------------------------------------------
+// ---- atomics
+// ------------------------------------------------------------------------------------------------------------------
 namespace lors::sim {
 // One atomic per operation `op`, a stateless function object of (before, operand).
 template <typename T, typename Op>
@@ -145,7 +145,8 @@ T atomicExch(T* at, std::type_identity_t<T> v, lors::sim::Site site = lors::sim:
   return lors::sim::atomically(at, v, [](T, T y) { return y; }, site);
 }
 
-// ---- integers and floats ------------------------------------------------------------------------------------------------------
+// ---- integers and floats
+// ------------------------------------------------------------------------------------------------------
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __popcll(uint64_t x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
@@ -192,9 +193,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-// ---- 16-bit arithmetic that the host headers lack -------------------------------------------------------------------------------
-// The product of two 16-bit numbers is exact in double, and a sum rounded there first cannot change the 16-bit rounding's
-// side except on ties that need more than double's 53 bits.
+// ---- 16-bit arithmetic that the host headers lack
+// ------------------------------------------------------------------------------- The product of two 16-bit numbers is exact in
+// double, and a sum rounded there first cannot change the 16-bit rounding's side except on ties that need more than double's 53
+// bits.
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   const double product = static_cast<double>(__bfloat162float(a)) * static_cast<double>(__bfloat162float(b));
   return __double2bfloat16(product + static_cast<double>(__bfloat162float(c)));
@@ -206,6 +208,4 @@ inline __half __hfma(__half a, __half b, __half c) {
 inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
   return __nv_bfloat162(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y));
 }
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-  return __half2(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y));
-}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return __half2(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)); }

@@ -51,8 +51,7 @@ uint8_t* global(const Here& here, uint64_t address, int bytes, Access kind, cons
   if (*buffer < 0) fail(site, std::string(what) + " of " + std::to_string(bytes) + " bytes: " + problem);
   if (here.device.options.race) {
     problem = here.device.global_shadow.access(address, bytes, now(here, kind, false, site), false);
-    if (!problem.empty())
-      fail(site, problem + " ('" + here.device.memory.buffers()[static_cast<size_t>(*buffer)].name + "')");
+    if (!problem.empty()) fail(site, problem + " ('" + here.device.memory.buffers()[static_cast<size_t>(*buffer)].name + "')");
   }
   return here.device.memory.backing(address);
 }
@@ -200,8 +199,7 @@ void wait_for_copies(int pending) {
   while (here.thread.groups.size() > static_cast<size_t>(pending)) {
     for (AsyncCopy& copy : here.thread.groups.front()) {
       land(here, copy);
-      if (here.device.options.race)
-        here.device.shared_shadow.end_copy(copy.to, 16, now(here, Access::write, true, copy.site));
+      if (here.device.options.race) here.device.shared_shadow.end_copy(copy.to, 16, now(here, Access::write, true, copy.site));
     }
     here.thread.groups.pop_front();
   }

@@ -23,9 +23,7 @@ std::string describe_site(Site site) {
 }
 
 std::string describe_thread(const Coordinates& c) {
-  auto triple = [](auto v) {
-    return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
-  };
+  auto triple = [](auto v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; };
   const unsigned index = (c.thread.z * c.block_size.y + c.thread.y) * c.block_size.x + c.thread.x;
   return "block " + triple(c.block) + " thread " + triple(c.thread) + " = lane " + std::to_string(index % 32) + " of warp " +
          std::to_string(index / 32);
@@ -38,8 +36,7 @@ bool same_place(Site a, Site b) {
 
 void fail(Site site, const std::string& message) { throw Error(describe_site(site) + ": " + message); }
 
-Block::Block(Device& device_, const Launch& launch_)
-    : device(device_), launch(launch_), shared_(device_.shared_window()) {
+Block::Block(Device& device_, const Launch& launch_) : device(device_), launch(launch_), shared_(device_.shared_window()) {
   const size_t count = size_t{launch.block.x} * launch.block.y * launch.block.z;
   threads_ = std::vector<Thread>(count);
   warps_ = std::vector<Warp>((count + 31) / 32);
@@ -116,9 +113,7 @@ void Block::thread_main() {
   me.fiber.leave(true);
 }
 
-std::string Block::describe(const Thread& t) const {
-  return std::string(launch.name) + ", " + describe_thread(t.coordinates);
-}
+std::string Block::describe(const Thread& t) const { return std::string(launch.name) + ", " + describe_thread(t.coordinates); }
 
 void Block::schedule() {
   while (!ready_.empty()) {
@@ -131,8 +126,8 @@ void Block::schedule() {
     thread = nullptr;
     if (!failure_.empty()) throw Error(failure_);
   }
-  const bool all_done = std::all_of(threads_.begin(), threads_.end(),
-                                    [](const Thread& t) { return t.state == Thread::State::done; });
+  const bool all_done =
+      std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == Thread::State::done; });
   if (!all_done)
     throw Error("deadlock: some threads wait for others that never come [" + std::string(launch.name) + ", block (" +
                 std::to_string(threads_[0].coordinates.block.x) + "," + std::to_string(threads_[0].coordinates.block.y) + "," +
@@ -215,7 +210,8 @@ void Block::meet(const char* name, uint32_t mask, void* operand, CollectiveBody 
   me.site = site;
   if ((mask >> me.lane & 1) == 0) fail(site, std::string(name) + " with a mask that does not name the calling lane");
   if ((mask & ~warp.lanes) != 0) fail(site, std::string(name) + " with a mask that names lanes the warp does not have");
-  auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
+  auto meeting =
+      std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
   if (meeting == warp.meetings.end()) {
     Rendezvous fresh;
     fresh.mask = mask;

@@ -77,8 +77,8 @@ class Block {
   // Called by threads.
   void barrier(Site site);
   void meet(const char* name, uint32_t mask, void* operand, CollectiveBody body, Site site);
-  void pause();            // another thread may run
-  void pause_sometimes();  // with the probability that the device asks for
+  void pause();                                           // another thread may run
+  void pause_sometimes();                                 // with the probability that the device asks for
   [[noreturn]] void abandon(const std::string& message);  // from a thread that cannot go on, without unwinding it
   bool is_shared(uint64_t address) const { return shared_.contains(address); }
   uint8_t* shared_backing(uint32_t offset) const { return shared_.backing(shared_.begin() + offset); }

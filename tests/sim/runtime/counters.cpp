@@ -112,15 +112,9 @@ void RequestLog::process(Space space, const Request& request) {
     return static_cast<uint64_t>(bank_conflicts(request.address.data(), request.lanes, request.width));
   };
   switch (space) {
-    case Space::global_load:
-      ++c.global_load_requests;
-      return process_global(false, request);
-    case Space::global_store:
-      ++c.global_store_requests;
-      return process_global(true, request);
-    case Space::copy_source:
-      c.copy_bytes += request.bytes;
-      return process_global(false, request);
+    case Space::global_load: ++c.global_load_requests; return process_global(false, request);
+    case Space::global_store: ++c.global_store_requests; return process_global(true, request);
+    case Space::copy_source: c.copy_bytes += request.bytes; return process_global(false, request);
     case Space::shared_load:
       ++c.shared_load_requests;
       c.shared_bytes_read += request.bytes;

@@ -77,7 +77,7 @@ class CatchFaults {
     own.ss_sp = stack_.data();
     own.ss_size = stack_.size();
     sigaltstack(&own, &stack_before_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &segv_before_);
@@ -94,8 +94,8 @@ class CatchFaults {
  private:
   std::vector<char> stack_;
   stack_t stack_before_{};
-  struct sigaction segv_before_ {};
-  struct sigaction bus_before_ {};
+  struct sigaction segv_before_{};
+  struct sigaction bus_before_{};
 };
 
 // ---- grids ----------------------------------------------------------------------------------------------------------------

@@ -58,11 +58,13 @@ void Memory::release(int index) {
 
 int Memory::find(uint64_t address, int64_t bytes, std::string* problem) const {
   auto inside = [&](const Buffer& b) {
-    return !b.released && address >= b.address && address + static_cast<uint64_t>(bytes) <= b.address + static_cast<uint64_t>(b.bytes);
+    return !b.released && address >= b.address &&
+           address + static_cast<uint64_t>(bytes) <= b.address + static_cast<uint64_t>(b.bytes);
   };
-  if (static_cast<size_t>(last_found_) < buffers_.size() && inside(buffers_[static_cast<size_t>(last_found_)])) return last_found_;
-  const auto next = std::upper_bound(buffers_.begin(), buffers_.end(), address,
-                                     [](uint64_t a, const Buffer& b) { return a < b.address; });
+  if (static_cast<size_t>(last_found_) < buffers_.size() && inside(buffers_[static_cast<size_t>(last_found_)]))
+    return last_found_;
+  const auto next =
+      std::upper_bound(buffers_.begin(), buffers_.end(), address, [](uint64_t a, const Buffer& b) { return a < b.address; });
   if (next != buffers_.begin() && inside(next[-1])) return last_found_ = static_cast<int>(next - buffers_.begin()) - 1;
 
   if (!contains(address)) {
@@ -71,7 +73,8 @@ int Memory::find(uint64_t address, int64_t bytes, std::string* problem) const {
   }
   const Buffer* nearest = nullptr;
   if (next != buffers_.begin()) nearest = &next[-1];
-  const bool nearer_to_next = next != buffers_.end() && (nearest == nullptr || next->address - address < static_cast<uint64_t>(kRedZone) / 2);
+  const bool nearer_to_next =
+      next != buffers_.end() && (nearest == nullptr || next->address - address < static_cast<uint64_t>(kRedZone) / 2);
   if (nearer_to_next) nearest = &*next;
   if (nearest == nullptr) {
     *problem = "the address is in no buffer";

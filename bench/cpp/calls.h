@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is benchmarked: every kernel of the core as a list of operands, a floor (bytes, operations) and a function that calls
+// it. The same list serves both devices; only the host's type differs. Knows nothing of time.
+#pragma once
+
+#include <lors/adapter_grad.h>
+#include <lors/fused_linear.h>
+#include <lors/mask.h>
+#include <lors/merge.h>
+
+#include <functional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace lors::bench {
+
+struct Problem {
+  int64_t tokens = 0;        // T
+  int64_t out_features = 0;  // N
+  int64_t in_features = 0;   // K
+  int64_t r = 0;
+  DType dtype = DType::float32;  // of every floating-point operand
+};
+
+inline const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return "float64";
+    case DType::float32: return "float32";
+    case DType::bfloat16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
+// What an operand holds before the first call.
+enum class Fill {
+  normal,      // random, of the problem's dtype
+  sparse,      // the same, half of it zeros
+  mask_bytes,  // 0 or 1
+  poison,      // an output: every bit set, which is NaN in every floating-point type
+  bits,        // an output of bits, where no value can be told from an unwritten one
+  sum          // float32 zeros that the call adds to
+};
+
+struct Operand {
+  int64_t count = 0;
+  DType dtype = DType::float32;
+  Fill fill = Fill::normal;
+  int64_t element_bytes = 0;  // 0: the dtype's
+
+  int64_t element_size() const { return element_bytes ? element_bytes : dtype_size(dtype); }
+  int64_t bytes() const { return count * element_size(); }
+};
+
+// `Host` is `const CpuHost*` or `CudaHost`.
+template <typename Host>
+struct Call {
+  std::string name;
+  std::vector<Operand> operands;
+  double flop = 0;                                              // the least the formula takes
+  std::function<Status(void* const* operands, Host host)> run;  // queues one call on one set of operands
+
+  // The floor: each operand read or written once; a sum is read and written.
+  int64_t floor_bytes() const {
+    int64_t bytes = 0;
+    for (const Operand& operand : operands) bytes += operand.bytes() * (operand.fill == Fill::sum ? 2 : 1);
+    return bytes;
+  }
+};
+
+namespace detail {
+
+inline Operand floats(int64_t count, const Problem& p, Fill fill = Fill::normal) { return {count, p.dtype, fill, 0}; }
+
+// Fills in what MergeArgs and FusedLinearArgs have in common.
+template <typename Args>
+void describe(Args& args, const Problem& p, const void* weight, const void* lora_A, const void* lora_B) {
+  args.out_features = p.out_features;
+  args.in_features = p.in_features;
+  args.r = p.r;
+  args.weight = weight;
+  args.lora_A = lora_A;
+  args.lora_B = lora_B;
+  args.weight_dtype = args.lora_A_dtype = args.lora_B_dtype = args.round_to = p.dtype;
+  args.scaling = 0.75;
+}
+
+inline void describe(AdapterGradArgs& args, const Problem& p, void* const* o) {
+  args.tokens = p.tokens;
+  args.out_features = p.out_features;
+  args.in_features = p.in_features;
+  args.r = p.r;
+  args.grad_output = o[0];
+  args.input = o[1];
+  args.lora_A = o[2];
+  args.lora_B = o[3];
+  args.lora_A_grad = o[4];
+  args.lora_B_grad = o[5];
+  args.grad_output_dtype = args.input_dtype = args.lora_A_dtype = args.lora_B_dtype = p.dtype;
+  args.scaling = 0.75;
+}
+
+inline std::vector<Operand> adapter_grad_operands(const Problem& p) {
+  const int64_t T = p.tokens, N = p.out_features, K = p.in_features, r = p.r;
+  return {floats(T * N, p),
+          floats(T * K, p),
+          floats(r * K, p),
+          floats(N * r, p),
+          floats(r * K, p, Fill::poison),
+          floats(N * r, p, Fill::poison)};
+}
+
+}  // namespace detail
+
+template <typename Host>
+Call<Host> merge_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features, r = p.r;
+  Call<Host> call;
+  call.name = "merge";
+  call.operands = {detail::floats(N * K, p, Fill::sparse), detail::floats(r * K, p), detail::floats(N * r, p),
+                   detail::floats(N * K, p, Fill::poison)};
+  call.flop = 2.0 * N * K * r;
+  call.run = [p](void* const* o, Host host) {
+    MergeArgs args;
+    detail::describe(args, p, o[0], o[1], o[2]);
+    args.merged = o[3];
+    args.merged_dtype = p.dtype;
+    return merge(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> mask_pack_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features;
+  Call<Host> call;
+  call.name = "mask_pack";
+  call.operands = {{N * K, p.dtype, Fill::mask_bytes, 1}, {N * mask_words(K), p.dtype, Fill::bits, 4}};
+  call.run = [p](void* const* o, Host host) {
+    MaskPackArgs args;
+    args.out_features = p.out_features;
+    args.in_features = p.in_features;
+    args.mask = static_cast<const uint8_t*>(o[0]);
+    args.bits = static_cast<uint32_t*>(o[1]);
+    return mask_pack(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> adapter_grad_lors_call(const Problem& p) {
+  Call<Host> call;
+  call.name = "adapter_grad_lors";
+  call.operands = detail::adapter_grad_operands(p);
+  call.flop = 4.0 * p.tokens * p.r * (p.out_features + p.in_features);
+  call.run = [p](void* const* o, Host host) {
+    AdapterGradArgs args;
+    detail::describe(args, p, o);
+    return adapter_grad_lors(args, host);
+  };
+  return call;
+}
+
+// On CUDA alone: on the CPU the caller forms panels of dY^T X and calls masked_contract.
+inline Call<CudaHost> adapter_grad_exact_call(const Problem& p) {
+  const double T = static_cast<double>(p.tokens), N = static_cast<double>(p.out_features),
+               K = static_cast<double>(p.in_features);
+  Call<CudaHost> call;
+  call.name = "adapter_grad_exact";
+  call.operands = detail::adapter_grad_operands(p);
+  call.operands.push_back(detail::floats(p.out_features * p.in_features, p, Fill::sparse));
+  call.flop = 2 * T * N * K + 4 * N * K * static_cast<double>(p.r);
+  call.run = [p](void* const* o, CudaHost host) {
+    AdapterGradExactArgs args;
+    detail::describe(args, p, o);
+    args.weight = o[6];
+    args.weight_dtype = p.dtype;
+    return adapter_grad_exact(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> masked_contract_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features, r = p.r;
+  Call<Host> call;
+  call.name = "masked_contract";
+  call.operands = {{N * K, DType::float32, Fill::normal, 0},
+                   detail::floats(N * K, p, Fill::sparse),
+                   detail::floats(r * K, p),
+                   detail::floats(N * r, p),
+                   {K * r, DType::float32, Fill::sum, 0},
+                   detail::floats(N * r, p, Fill::poison)};
+  call.flop = 4.0 * N * K * r;
+  call.run = [p](void* const* o, Host host) {
+    MaskedContractArgs args;
+    args.rows = p.out_features;
+    args.in_features = p.in_features;
+    args.r = p.r;
+    args.grad_weight = o[0];
+    args.weight = o[1];
+    args.lora_A = o[2];
+    args.lora_B = o[3];
+    args.weight_dtype = args.lora_A_dtype = args.lora_B_dtype = p.dtype;
+    args.scaling = 0.75;
+    args.lora_A_sum = o[4];
+    args.lora_B_grad = o[5];
+    return masked_contract(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> fused_linear_call(const Problem& p, bool input_gradient) {
+  const int64_t T = p.tokens, N = p.out_features, K = p.in_features, r = p.r;
+  // As its header says: the CPU writes float32, CUDA the activation's dtype.
+  const DType output = std::is_same_v<Host, CudaHost> ? p.dtype : DType::float32;
+  Call<Host> call;
+  call.name = input_gradient ? "fused_linear_input_gradient" : "fused_linear";
+  call.operands = {detail::floats(T * (input_gradient ? N : K), p),
+                   detail::floats(N * K, p, Fill::sparse),
+                   detail::floats(r * K, p),
+                   detail::floats(N * r, p),
+                   {T * (input_gradient ? K : N), output, Fill::poison, 0}};
+  call.flop = 2.0 * T * N * K + 2.0 * N * K * r;
+  call.run = [p, input_gradient, output](void* const* o, Host host) {
+    FusedLinearArgs args;
+    detail::describe(args, p, o[1], o[2], o[3]);
+    args.tokens = p.tokens;
+    args.input_gradient = input_gradient;
+    args.activation = o[0];
+    args.activation_dtype = p.dtype;
+    args.output = o[4];
+    args.output_dtype = output;
+    return fused_linear(args, host);
+  };
+  return call;
+}
+
+// Every call of one problem. Those that do not depend on the tokens come with the first of several token counts alone.
+template <typename Host>
+std::vector<Call<Host>> calls_of(const Problem& p, bool first_tokens) {
+  std::vector<Call<Host>> calls;
+  if (first_tokens) {
+    calls = {merge_call<Host>(p), masked_contract_call<Host>(p)};
+    if (p.dtype == DType::float32) calls.push_back(mask_pack_call<Host>(p));
+  }
+  calls.push_back(adapter_grad_lors_call<Host>(p));
+  if constexpr (std::is_same_v<Host, CudaHost>) calls.push_back(adapter_grad_exact_call(p));
+  for (const bool input_gradient : {false, true}) calls.push_back(fused_linear_call<Host>(p, input_gradient));
+  return calls;
+}
+
+}  // namespace lors::bench

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// A frozen weight with its live adapter, and what the operators do with it on every device. `Backend` is what differs between
+// devices: cpu_ops.cpp and cuda_ops.cpp each have one, operators.h lists what it must offer.
+#pragma once
+
+#include <lors/adapter_grad.h>
+#include <lors/fused_linear.h>
+#include <lors/mask.h>
+#include <lors/merge.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+
+namespace lors::binding {
+
+inline void check_status(const Status& status) { check(status.ok(), status.message()); }
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  const std::vector<int64_t> sizes(size);
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline Tensor to(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+// A temporary in `dtype` with the values of `t`, row-major.
+inline Tensor row_major(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::contiguous(dtype ? to(t, *dtype) : t);
+}
+
+inline std::optional<Tensor> row_major(const std::optional<Tensor>& mask) {
+  return mask ? std::optional(torch::stable::contiguous(*mask)) : std::nullopt;
+}
+
+inline const uint32_t* bits(const std::optional<Tensor>& mask) {
+  return mask ? static_cast<const uint32_t*>(mask->const_data_ptr()) : nullptr;
+}
+
+// What sums of products of `weight` run in.
+inline ScalarType accumulation_dtype(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
+template <typename Backend>
+struct AdaptedWeight {
+  AdaptedWeight(const Backend& backend, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
+                const Tensor& lora_B, double scaling)
+      : backend(backend),
+        weight(row_major(weight)),
+        mask(row_major(mask)),
+        lora_A(row_major(lora_A)),
+        lora_B(row_major(lora_B)),
+        scaling(scaling) {}
+
+  int64_t out_features() const { return weight.size(0); }
+  int64_t in_features() const { return weight.size(1); }
+  int64_t r() const { return lora_A.size(0); }
+
+  // Fills in what MergeArgs and FusedLinearArgs have in common.
+  template <typename Args>
+  void describe(Args& args) const {
+    args.out_features = out_features();
+    args.in_features = in_features();
+    args.r = r();
+    args.weight = weight.const_data_ptr();
+    args.weight_dtype = dtype_of(weight);
+    args.mask = bits(mask);
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = lora_B.const_data_ptr();
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+  }
+
+  // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
+  Tensor merged(ScalarType stored, ScalarType rounded) const {
+    Tensor out = empty(weight, {out_features(), in_features()}, stored);
+    MergeArgs args;
+    describe(args);
+    args.merged = out.mutable_data_ptr();
+    args.merged_dtype = dtype_of(out);
+    args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
+                    : rounded == ScalarType::Half   ? DType::float16
+                                                    : dtype_of(out);
+    check_status(lors::merge(args, backend.host()));
+    return out;
+  }
+
+  // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
+  // activation's dtype. `out` [T, N or K] is in the backend's product_dtype.
+  void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient) const {
+    const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
+    const bool fused = backend.prefers_fused_linear(activation, weight, compute);
+    std::optional<Tensor> addend;
+    if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
+    if (!fused) {
+      const Tensor merged = this->merged(compute, dtype);
+      return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
+                              addend);
+    }
+    const Tensor tokens = row_major(activation);
+    FusedLinearArgs args;
+    describe(args);
+    args.tokens = tokens.size(0);
+    args.input_gradient = input_gradient;
+    args.activation = tokens.const_data_ptr();
+    args.activation_dtype = dtype_of(tokens);
+    args.round_to = dtype_of(activation);
+    args.bias = addend ? addend->const_data_ptr() : nullptr;
+    args.bias_dtype = addend ? dtype_of(*addend) : DType::float32;
+    args.output = out.mutable_data_ptr();
+    args.output_dtype = dtype_of(out);
+    check_status(lors::fused_linear(args, backend.host()));
+  }
+
+  // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not wanted.
+  void describe_gradients(AdapterGradArgs& args, const Tensor& dY, const Tensor& X, Tensor* lora_A_grad,
+                          Tensor* lora_B_grad) const {
+    args.tokens = X.size(0);
+    args.out_features = out_features();
+    args.in_features = in_features();
+    args.r = r();
+    args.grad_output = dY.const_data_ptr();
+    args.grad_output_dtype = dtype_of(dY);
+    args.input = X.const_data_ptr();
+    args.input_dtype = dtype_of(X);
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = lora_B.const_data_ptr();
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+    args.lora_A_grad = lora_A_grad ? lora_A_grad->mutable_data_ptr() : nullptr;
+    args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
+  }
+
+  // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
+  // those rows of lora_B_grad [N, r]; null: not wanted.
+  void contract(const Tensor& G, int64_t begin, Tensor* lora_A_sum, Tensor* lora_B_grad) const {
+    const auto row = [&](const Tensor& t) {
+      return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + begin * t.size(1) * dtype_size(dtype_of(t));
+    };
+    MaskedContractArgs args;
+    args.rows = G.size(0);
+    args.in_features = in_features();
+    args.r = r();
+    args.grad_weight = G.const_data_ptr();
+    args.grad_weight_dtype = dtype_of(G);
+    args.weight = row(weight);
+    args.weight_dtype = dtype_of(weight);
+    args.mask = mask ? bits(mask) + begin * mask_words(in_features()) : nullptr;
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = row(lora_B);
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+    args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
+    args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
+    check_status(masked_contract(args, backend.host()));
+  }
+
+  const Backend& backend;
+  Tensor weight;
+  std::optional<Tensor> mask;
+  Tensor lora_A, lora_B;
+  double scaling;
+};
+
+}  // namespace lors::binding

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Says what went wrong inside torch. Below torch 2.13 its stable ABI reports a failed call (out of memory, say) by the name of
+// the call alone, and writes the reason to stderr; from 2.13 on it keeps the reason where this asks for it.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+// In torch >= 2.13. Weak: null in an older one, which this binary serves too.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+
+namespace lors::binding {
+
+[[noreturn]] inline void rethrow_explained(const std::runtime_error& error) {
+  const std::string message = error.what();
+  // The text of STABLE_TORCH_ERROR_CODE_CHECK; sentences of our own never hold it.
+  if (message.find(" API call failed at ") == std::string::npos) throw std::runtime_error(message);
+  const char* reason = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  if (reason == nullptr || *reason == '\0')
+    throw std::runtime_error("torch failed inside an operator of lors_cuda; its reason stands on stderr. (" + message + ")");
+  throw std::runtime_error(std::string("torch failed inside an operator of lors_cuda: ") + reason);
+}
+
+template <auto op, typename Function = decltype(op)>
+struct Explained;
+
+template <auto op, typename Result, typename... Arguments>
+struct Explained<op, Result (*)(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    try {
+      return op(arguments...);
+    } catch (const std::runtime_error& error) {
+      rethrow_explained(error);
+    }
+  }
+};
+
+// `op` itself, but for what its errors say.
+template <auto op>
+inline constexpr auto& explained = Explained<op>::call;
+
+}  // namespace lors::binding

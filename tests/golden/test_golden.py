@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probes on the simulator: against what a GPU answered (record-*.json), and against the tables of the PTX ISA.
+
+The second is written by element, from the ISA's formulas for row and column of element i of a fragment, and shares
+no code with the simulator, which deals with registers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sim"))
+
+import lors_sim  # noqa: E402
+
+RECORDS = sorted(HERE.glob("record-*.json"))
+SEEDS = range(1, 17)
+NAMES = (
+    "ldmatrix_x4",
+    "ldmatrix_x4_trans",
+    "mma_m16n8k16_bfloat16",
+    "mma_m16n8k16_float16",
+    "cp_async_16",
+    "load_global_once",
+    "shuffles",
+    "votes",
+    "roundings",
+)
+
+
+@pytest.fixture(scope="module")
+def sim() -> lors_sim.Simulator:
+    return lors_sim.load("race")
+
+
+def run(sim: Any, probe: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(input [32, 16], the simulator's output [32, 8])"""
+    lanes, inputs, outputs = sim.golden_shape
+    device = sim.Device(seed=seed)
+    words = sim.golden_input(probe, seed)
+    out = device.empty("out", 4 * lanes * outputs)
+    sim.golden_run(device, probe, input=device.upload("in", words), output=out)
+    return words.reshape(lanes, inputs), device.download(out).view(np.uint32).reshape(lanes, outputs)
+
+
+def as_floats(words: np.ndarray) -> np.ndarray:
+    return words.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def sixteen_bit_elements(words: np.ndarray, name: str) -> np.ndarray:
+    """[32, n] registers as [32, 2 n] numbers, the lower half first."""
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(words.shape[0], -1)
+    if name.endswith("bfloat16"):
+        return as_floats(halves << 16)
+    return halves.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def matrices_of(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A [16, 16], B [16, 8] and C [16, 8] of an mma probe's input (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
+    a, b, c = sixteen_bit_elements(x[:, :4], name), sixteen_bit_elements(x[:, 4:6], name), as_floats(x[:, 8:12])
+    A, B, C = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for lane in range(32):
+        group, in_group = lane >> 2, lane % 4
+        for i in range(8):
+            row = group if i < 2 or 4 <= i < 6 else group + 8
+            A[row, in_group * 2 + (i & 1) + (8 if i >= 4 else 0)] = a[lane, i]
+        for i in range(4):
+            B[in_group * 2 + (i & 1) + (8 if i >= 2 else 0), group] = b[lane, i]
+            C[group + (8 if i >= 2 else 0), in_group * 2 + (i & 1)] = c[lane, i]
+    return A, B, C
+
+
+def fragments_of(D: np.ndarray) -> np.ndarray:
+    """[16, 8] as the four accumulators of each lane."""
+    d = np.zeros((32, 4))
+    for lane in range(32):
+        for i in range(4):
+            d[lane, i] = D[(lane >> 2) + (8 if i >= 2 else 0), lane % 4 * 2 + (i & 1)]
+    return d
+
+
+def rounding_of_sum(x: np.ndarray, name: str) -> np.ndarray:
+    """What 17 terms may lose in float32, rounded or truncated, in any order."""
+    A, B, C = matrices_of(x, name)
+    return 17 * 2.0**-23 * fragments_of(np.abs(A) @ np.abs(B) + np.abs(C))
+
+
+# ---- what the ISA's tables say --------------------------------------------------------------------------------------
+
+
+def expect_ldmatrix(x: np.ndarray, transposed: bool) -> np.ndarray:
+    rows = x.reshape(128, 4).copy().view(np.uint16).reshape(128, 8)
+    named = [rows[(lane * 37 + 11) % 128] for lane in range(32)]
+    y = np.zeros((32, 8), dtype=np.uint32)
+    for i in range(4):
+        matrix = np.stack(named[8 * i : 8 * i + 8])
+        matrix = matrix.T if transposed else matrix
+        for lane in range(32):
+            pair = matrix[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2].astype(np.uint32)
+            y[lane, i] = pair[0] | pair[1] << np.uint32(16)
+    return y
+
+
+def expect_copy(x: np.ndarray) -> np.ndarray:
+    y = np.zeros((32, 8), dtype=np.uint32)
+    for lane in range(32):
+        source = (lane + 1) % 32
+        copied = x[source, :4].copy().view(np.uint8)
+        copied[source % 17 :] = 0
+        y[lane, :4] = copied.view(np.uint32)
+    return y
+
+
+def expect_shuffles(x: np.ndarray) -> np.ndarray:
+    lane = np.arange(32)
+    y = np.zeros((32, 8), dtype=np.uint32)
+    y[:, 0] = x[lane ^ 5, 0]
+    y[:, 1] = x[x[:, 2] % 32, 1]
+    y[:, 2] = x[np.where(lane + 3 < 32, lane + 3, lane), 3]
+    y[:, 3] = x[np.where(lane >= 7, lane - 7, lane), 4]
+    y[:, 4] = x[lane ^ 3, 5]
+    return y
+
+
+def expect_votes(x: np.ndarray) -> np.ndarray:
+    y = np.zeros((32, 8), dtype=np.uint32)
+    y[:, 0] = sum(int(x[lane, 0] & 1) << lane for lane in range(32))
+    y[:, 1] = 1
+    y[:, 3] = [int(word).bit_count() for word in x[:, 1]]
+    return y
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("probe", range(len(NAMES)), ids=NAMES)
+def test_simulator_follows_the_isa(sim, probe, seed):
+    name, is_sum = sim.golden_probes()[probe]
+    assert name == NAMES[probe]
+    x, y = run(sim, probe, seed)
+    if is_sum:
+        A, B, C = matrices_of(x, name)
+        # The simulator rounds once; float64 holds the sum of such numbers to far below a float32's last bit.
+        np.testing.assert_allclose(as_floats(y[:, :4]), fragments_of(A @ B + C), rtol=2.0**-23)
+        assert (y[:, 4:] == 0).all()
+    elif name.startswith("ldmatrix"):
+        np.testing.assert_array_equal(y, expect_ldmatrix(x, name.endswith("trans")))
+    elif name == "cp_async_16":
+        np.testing.assert_array_equal(y, expect_copy(x))
+    elif name == "load_global_once":
+        np.testing.assert_array_equal(y[:, :4], x[::-1, 4:8])
+    elif name == "shuffles":
+        np.testing.assert_array_equal(y, expect_shuffles(x))
+    elif name == "votes":
+        np.testing.assert_array_equal(y, expect_votes(x))
+    else:
+        value = x.astype(np.uint32).view(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            halves = value[:, :3].astype(np.float16)
+            fused = as_floats(x[:, 8]) * as_floats(x[:, 9]) + as_floats(x[:, 10])
+        number = ~np.isnan(value)
+        np.testing.assert_array_equal(y[number[:, 0], 1], halves.view(np.uint16)[number[:, 0], 0])
+        np.testing.assert_array_equal(y[number[:, 1], 3], halves.view(np.uint16)[number[:, 1], 1])
+        np.testing.assert_array_equal(y[number[:, 2], 4], halves[number[:, 2], 2].astype(np.float32).view(np.uint32))
+        np.testing.assert_array_equal(y[:, 5], fused.astype(np.float32).view(np.uint32))
+        # bfloat16 to nearest, ties to even, from the bits.
+        for i in range(2):
+            nearest = ((x[:, i].astype(np.uint64) + 0x7FFF + (x[:, i] >> 16 & 1)) >> 16).astype(np.uint32)
+            np.testing.assert_array_equal(y[number[:, i], 2 * i], nearest[number[:, i]])
+
+
+def test_every_probe_is_expected(sim):
+    assert tuple(name for name, _ in sim.golden_probes()) == NAMES
+
+
+# ---- what a GPU answered --------------------------------------------------------------------------------------------
+
+
+def compare(sim: Any, answers: dict[str, Any]) -> None:
+    for probe, (name, is_sum) in enumerate(sim.golden_probes()):
+        for seed, text in answers["probes"][name].items():
+            x, y = run(sim, probe, int(seed))
+            words = np.frombuffer(bytes.fromhex(text), dtype=">u4").astype(np.uint32).reshape(y.shape)
+            where = f"{name}, seed {seed}, on {answers['device']}"
+            if is_sum:
+                difference = np.abs(as_floats(y[:, :4]) - as_floats(words[:, :4]))
+                assert (difference <= rounding_of_sum(x, name)).all(), where
+            else:
+                np.testing.assert_array_equal(y, words, err_msg=where)
+
+
+@pytest.mark.skipif(not RECORDS, reason="not yet confirmed on hardware: there is no tests/golden/record-*.json")
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_simulator_agrees_with_hardware(sim, record):
+    answers = json.loads(record.read_text())
+    assert answers["device"]
+    assert answers["date"]
+    assert set(answers["probes"]) == set(NAMES)
+    compare(sim, answers)
+
+
+@pytest.mark.parametrize("probe", range(len(NAMES)), ids=NAMES)
+def test_comparison_notices(sim, probe):
+    """No record of anything: the simulator's own answers, and then with one lane's words taken for its neighbour's."""
+    answers: dict[str, Any] = {"device": "the simulator", "probes": {name: {} for name in NAMES}}
+    _, y = run(sim, probe, 1)
+    answers["probes"][NAMES[probe]]["1"] = y.astype(">u4").tobytes().hex()
+    compare(sim, answers)
+    if NAMES[probe] == "votes":  # every lane has the same; spoil a bit
+        y[0, 0] ^= 4
+    else:
+        y[[4, 5]] = y[[5, 4]]
+    answers["probes"][NAMES[probe]]["1"] = y.astype(">u4").tobytes().hex()
+    with pytest.raises(AssertionError):
+        compare(sim, answers)

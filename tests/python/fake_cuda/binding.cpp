@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+// csrc/torch/cuda_ops.cpp on a machine without a GPU: its operators, registered as lors_on_cpu:: for CPU tensors, over a core
+// of plain loops that insists on what the CUDA core is promised (stream, guard, dtypes, aligned scratch that comes back).
+// Tests the binding: which pointer, size, dtype and flag goes where. The kernels themselves are tested by the simulator.
+
+// torch's entry points that a CPU build of torch has not, or refuses, become functions of this file.
+#define aoti_torch_empty_strided fake_empty_strided
+#define aoti_torch_delete_tensor_object fake_delete_tensor_object
+#define aoti_torch_create_device_guard fake_create_device_guard
+#define aoti_torch_delete_device_guard fake_delete_device_guard
+#define aoti_torch_get_current_device_index fake_get_current_device_index
+#define aoti_torch_get_current_cuda_stream fake_get_current_cuda_stream
+#define aoti_torch_cuda_mm_out fake_cuda_mm_out
+#define aoti_torch_cuda_addmm_out fake_cuda_addmm_out
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+#undef aoti_torch_empty_strided
+#undef aoti_torch_delete_tensor_object
+extern "C" AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                                   AtenTensorHandle*);
+extern "C" AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle);
+constexpr auto real_empty_strided = aoti_torch_empty_strided;
+constexpr auto real_delete_tensor_object = aoti_torch_delete_tensor_object;
+#define aoti_torch_empty_strided fake_empty_strided
+#define aoti_torch_delete_tensor_object fake_delete_tensor_object
+
+#define lors lors_on_cpu  // namespace and library alike: the real operators stay what they are
+#define CUDA CPU          // the dispatch key
+#include "../../../csrc/torch/cuda_ops.cpp"
+#include "../../../csrc/torch/library.cpp"
+#undef CUDA
+
+namespace {
+
+constexpr int kDevice = 3;  // what torch's current device is inside the guard
+char stream_object;
+int guards = 0, scratch = 0, launches = 0;
+
+}  // namespace
+
+cudaError_t cudaSetDevice(int) { return guards == 1 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "the device was set outside the guard"; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // Little shared memory: 16-bit products of more than 64 tokens are then torch's.
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 100 * 1024;
+  return cudaSuccess;
+}
+
+extern "C" {
+AOTITorchError fake_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  ++guards;
+  *guard = reinterpret_cast<DeviceGuardHandle>(&guards);
+  return 0;
+}
+AOTITorchError fake_delete_device_guard(DeviceGuardHandle) {
+  --guards;
+  return 0;
+}
+AOTITorchError fake_get_current_device_index(int32_t* index) {
+  *index = kDevice;
+  return 0;
+}
+AOTITorchError fake_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = &stream_object;
+  return 0;
+}
+AOTITorchError fake_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t type,
+                                  int32_t index, AtenTensorHandle* tensor) {
+  if (type != aoti_torch_device_type_cuda() || index != kDevice) return 1;
+  ++scratch;
+  return real_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, tensor);
+}
+AOTITorchError fake_delete_tensor_object(AtenTensorHandle tensor) {
+  int32_t dtype = 0;
+  int64_t dims = 0;
+  aoti_torch_get_dtype(tensor, &dtype);
+  aoti_torch_get_dim(tensor, &dims);
+  if (dtype == aoti_torch_dtype_uint8() && dims == 1) --scratch;  // nothing else of the binding is bytes in one dimension
+  return real_delete_tensor_object(tensor);
+}
+AOTITorchError fake_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
+  ++launches;
+  return aoti_torch_cpu_mm_out(out, a, b);
+}
+AOTITorchError fake_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle a, AtenTensorHandle b,
+                                   double beta, double alpha) {
+  int32_t types[3] = {};
+  aoti_torch_get_dtype(out, &types[0]);
+  aoti_torch_get_dtype(bias, &types[1]);
+  aoti_torch_get_dtype(a, &types[2]);
+  if (types[0] != types[1] || types[0] != types[2]) return 1;  // as cuBLAS would
+  ++launches;
+  return aoti_torch_cpu_addmm_out(out, bias, a, b, beta, alpha);
+}
+}
+
+namespace lors {
+namespace {
+
+double load(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::float64: return static_cast<const double*>(data)[i];
+    case DType::bfloat16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
+    case DType::float16: return static_cast<const torch::headeronly::Half*>(data)[i];
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+void store(void* data, DType dtype, int64_t i, double value) {
+  const float f = static_cast<float>(value);
+  switch (dtype) {
+    case DType::float64: static_cast<double*>(data)[i] = value; break;
+    case DType::bfloat16: static_cast<torch::headeronly::BFloat16*>(data)[i] = f; break;
+    case DType::float16: static_cast<torch::headeronly::Half*>(data)[i] = f; break;
+    default: static_cast<float*>(data)[i] = f;
+  }
+}
+
+double rounded(DType dtype, double value) {
+  double out[1];
+  store(out, dtype, 0, value);
+  return load(out, dtype, 0);
+}
+
+// What every call of the CUDA core is promised; each also takes scratch and gives it back.
+Status promised(const CudaHost& host, std::initializer_list<DType> dtypes) {
+  ++launches;
+  if (guards != 1) return Status::error("the core was called outside the device guard.");
+  if (host.stream != &stream_object) return Status::error("the core was given another stream than torch's current one.");
+  for (const DType dtype : dtypes)
+    if (dtype == DType::float64) return Status::error("the core was given float64.");
+  const int before = scratch;
+  void* handle = nullptr;
+  std::memset(host.allocate(1000, &handle), 0xff, 1000);
+  if (scratch != before + 1) return Status::error("scratch did not come from torch.");
+  host.release(handle);
+  return scratch == before ? Status() : Status::error("scratch did not go back to torch.");
+}
+
+bool kept(const void* weight, DType dtype, const uint32_t* mask, int64_t n, int64_t k, int64_t K) {
+  return mask ? mask[n * mask_words(K) + k / 32] >> (k % 32) & 1 : load(weight, dtype, n * K + k) != 0;
+}
+
+template <typename Args>
+double merged(const Args& a, int64_t n, int64_t k) {
+  if (!kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features)) return 0;
+  double sum = 0;
+  for (int64_t j = 0; j < a.r; ++j)
+    sum += load(a.lora_B, a.lora_B_dtype, n * a.r + j) * load(a.lora_A, a.lora_A_dtype, j * a.in_features + k);
+  return rounded(a.round_to, load(a.weight, a.weight_dtype, n * a.in_features + k) + a.scaling * sum);
+}
+
+// dA, dB of G [N, K] (masked already).
+template <typename Args>
+void contract(const Args& a, int64_t N, const std::vector<double>& G, void* lora_A_grad, DType lora_A_dtype, bool transposed,
+              void* lora_B_grad) {
+  const int64_t K = a.in_features, r = a.r;
+  for (int64_t j = 0; lora_A_grad && j < r; ++j)
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0;
+      for (int64_t n = 0; n < N; ++n) sum += G[n * K + k] * load(a.lora_B, a.lora_B_dtype, n * r + j);
+      const int64_t at = transposed ? k * r + j : j * K + k;
+      store(lora_A_grad, lora_A_dtype, at, a.scaling * sum + (transposed ? load(lora_A_grad, lora_A_dtype, at) : 0));
+    }
+  for (int64_t n = 0; lora_B_grad && n < N; ++n)
+    for (int64_t j = 0; j < r; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += G[n * K + k] * load(a.lora_A, a.lora_A_dtype, j * K + k);
+      store(lora_B_grad, a.lora_B_dtype, n * r + j, a.scaling * sum);
+    }
+}
+
+}  // namespace
+
+Status merge(const MergeArgs& a, const CudaHost& host) {
+  if (a.round_to != a.merged_dtype) return Status::error("merge was asked for another round_to than merged_dtype.");
+  if (Status s = promised(host, {a.weight_dtype, a.merged_dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
+  for (int64_t n = 0; n < a.out_features; ++n)
+    for (int64_t k = 0; k < a.in_features; ++k) store(a.merged, a.merged_dtype, n * a.in_features + k, merged(a, n, k));
+  return {};
+}
+
+Status fused_linear(const FusedLinearArgs& a, const CudaHost& host) {
+  if (a.round_to != a.activation_dtype || a.output_dtype != a.activation_dtype)
+    return Status::error("fused_linear was asked for another round_to or output_dtype than the activation's.");
+  if (Status s = promised(host, {a.weight_dtype, a.activation_dtype, a.lora_A_dtype, a.lora_B_dtype, a.bias_dtype}); !s.ok())
+    return s;
+  const int64_t N = a.out_features, K = a.in_features;
+  std::vector<double> W(N * K);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < K; ++k) W[n * K + k] = merged(a, n, k);
+  const int64_t columns = a.input_gradient ? K : N, depth = a.input_gradient ? N : K;
+  for (int64_t t = 0; t < a.tokens; ++t)
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = a.bias ? load(a.bias, a.bias_dtype, c) : 0;
+      for (int64_t d = 0; d < depth; ++d)
+        sum += load(a.activation, a.activation_dtype, t * depth + d) * W[a.input_gradient ? d * K + c : c * K + d];
+      store(a.output, a.output_dtype, t * columns + c, sum);
+    }
+  return {};
+}
+
+namespace {
+
+// G = dY^T X, masked or not.
+template <typename Kept>
+std::vector<double> weight_gradient(const AdapterGradArgs& a, const Kept& is_kept) {
+  const int64_t N = a.out_features, K = a.in_features;
+  std::vector<double> G(N * K, 0.0);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t t = 0; t < a.tokens && is_kept(n, k); ++t)
+        G[n * K + k] += load(a.grad_output, a.grad_output_dtype, t * N + n) * load(a.input, a.input_dtype, t * K + k);
+  return G;
+}
+
+Status promised_gradients(const AdapterGradArgs& a, const CudaHost& host) {
+  if (a.grad_output_dtype != a.input_dtype) return Status::error("the adapter gradients were given dY and X of two dtypes.");
+  return promised(host, {a.grad_output_dtype, a.input_dtype, a.lora_A_dtype, a.lora_B_dtype});
+}
+
+}  // namespace
+
+Status adapter_grad_lors(const AdapterGradArgs& a, const CudaHost& host) {
+  if (Status s = promised_gradients(a, host); !s.ok()) return s;
+  const auto all = [](int64_t, int64_t) { return true; };
+  contract(a, a.out_features, weight_gradient(a, all), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
+  return {};
+}
+
+Status adapter_grad_exact(const AdapterGradExactArgs& a, const CudaHost& host) {
+  if (Status s = promised_gradients(a, host); !s.ok()) return s;
+  const auto is_kept = [&](int64_t n, int64_t k) { return kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features); };
+  contract(a, a.out_features, weight_gradient(a, is_kept), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
+  return {};
+}
+
+Status masked_contract(const MaskedContractArgs& a, const CudaHost& host) {
+  if (Status s = promised(host, {a.grad_weight_dtype, a.weight_dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
+  const int64_t K = a.in_features;
+  std::vector<double> G(a.rows * K);
+  for (int64_t n = 0; n < a.rows; ++n)
+    for (int64_t k = 0; k < K; ++k)
+      G[n * K + k] = kept(a.weight, a.weight_dtype, a.mask, n, k, K) ? load(a.grad_weight, a.grad_weight_dtype, n * K + k) : 0;
+  contract(a, a.rows, G, a.lora_A_sum, DType::float32, true, a.lora_B_grad);
+  return {};
+}
+
+Status mask_pack(const MaskPackArgs& a, const CudaHost& host) {
+  if (Status s = promised(host, {}); !s.ok()) return s;
+  const int64_t words = mask_words(a.in_features);
+  for (int64_t n = 0; n < a.out_features; ++n)
+    for (int64_t w = 0; w < words; ++w) {
+      uint32_t word = 0;
+      for (int64_t k = 32 * w; k < std::min(32 * w + 32, a.in_features); ++k)
+        word |= static_cast<uint32_t>(a.mask[n * a.in_features + k]) << (k % 32);
+      a.bits[n * words + w] = word;
+    }
+  return {};
+}
+
+Status mask_unpack(const MaskUnpackArgs& a, const CudaHost& host) {
+  if (Status s = promised(host, {}); !s.ok()) return s;
+  for (int64_t n = 0; n < a.out_features; ++n)
+    for (int64_t k = 0; k < a.in_features; ++k)
+      a.mask[n * a.in_features + k] = a.bits[n * mask_words(a.in_features) + k / 32] >> (k % 32) & 1;
+  return {};
+}
+
+Status cuda_device_supported(int index) { return index == 0 ? Status() : Status::error("Device 1 is of another kind."); }
+
+namespace {
+// Guards and scratch still held (none, between calls) and calls of the core or of a product so far.
+std::string fake_state() { return std::to_string(guards) + " " + std::to_string(scratch) + " " + std::to_string(launches); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) { m.def("fake_state() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("fake_state", TORCH_BOX(&fake_state)); }
+
+}  // namespace lors

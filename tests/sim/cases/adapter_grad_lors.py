@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small calls of adapter_grad_lors for the mutants: see merge.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bits import Operands
+
+# (tokens, out_features, in_features, r), and the dtype.
+CALLS = [
+    ((160, 128, 192, 16), "bfloat16"),
+    ((100, 72, 40, 5), "bfloat16"),
+    ((96, 64, 128, 40), "float32"),
+]
+
+
+def check(sim: Any) -> None:
+    for seed, ((T, N, K, r), dtype) in enumerate(CALLS):
+        o = Operands(sim.Device(seed=seed, multiprocessors=2), seed, dtype)
+        o.add("grad_output", T, N)
+        o.add("input", T, K)
+        o.add("lora_A", r, K)
+        o.add("lora_B", N, r)
+        o.result("lora_A_grad", r, K)
+        o.result("lora_B_grad", N, r)
+        fields = {name: value for name, value in o.fields.items() if not name.endswith("_grad_dtype")}
+        sim.adapter_grad_lors(o.device, tokens=T, out_features=N, in_features=K, r=r, scaling=0.5, **fields)
+        v = o.values
+        o.check("lora_A_grad", 0.5 * (v["grad_output"] @ v["lora_B"]).T @ v["input"])
+        o.check("lora_B_grad", 0.5 * v["grad_output"].T @ (v["input"] @ v["lora_A"].T))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small calls of fused_linear for the mutants: see merge.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from bits import Operands, loaded, stored
+
+# (tokens, out_features, in_features, r), and the dtype; each forward and backward.
+CALLS = [
+    ((64, 256, 320, 16), "bfloat16"),
+    ((7, 72, 200, 5), "bfloat16"),
+    ((33, 128, 192, 300), "bfloat16"),
+    ((16, 64, 192, 8), "float32"),
+    ((520, 128, 128, 16), "bfloat16"),  # the wide token tile
+]
+
+
+def check(sim: Any) -> None:
+    for seed, (((T, N, K, r), dtype), backward) in enumerate((c, b) for c in CALLS for b in (False, True)):
+        o = Operands(sim.Device(seed=seed, multiprocessors=2), seed, dtype)
+        o.add("activation", T, N if backward else K)
+        o.add("weight", N, K, density=0.5)
+        o.add("lora_A", r, K)
+        o.add("lora_B", N, r)
+        o.result("output", T, K if backward else N)
+        sizes = {"tokens": T, "out_features": N, "in_features": K, "r": r}
+        sim.fused_linear(o.device, input_gradient=backward, scaling=0.125, round_to=dtype, **sizes, **o.fields)
+        v = o.values
+        merged = np.where(v["weight"] != 0, v["weight"] + 0.125 * v["lora_B"] @ v["lora_A"], 0)
+        merged = loaded(stored(merged, dtype), dtype).reshape(N, K).astype(np.float64)
+        o.check("output", v["activation"] @ (merged if backward else merged.T))
