@@ -2,6 +2,9 @@
 // How the CUDA kernels cut their work: pure functions, so they are tested here, without CUDA.
 #include <gtest/gtest.h>
 
+#include "cuda/adapter_grad_exact_config.h"
+#include "cuda/adapter_grad_lors_config.h"
+#include "cuda/fused_linear_config.h"
 #include "cuda/merge_config.h"
 
 namespace lors::cuda {
@@ -49,6 +52,60 @@ TEST(MergeConfig, SaysSoWhereNothingFits) { EXPECT_EQ(merge_config(64, 64, 16, 3
 TEST(MergeConfig, CountsBeyond31Bits) {
   const MergeConfig c = merge_config(int64_t{1} << 22, int64_t{1} << 16, 16, 1, 1, kHopper);
   EXPECT_EQ(c.blocks, (int64_t{1} << 22) / c.rows * ((int64_t{1} << 16) / c.columns));
+}
+
+TEST(TokenConfig, CoversTokensAndFeaturesAndFitsTheDevice) {
+  for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
+    for (const int64_t tokens : {1, 17, 512, 8192, 1 << 20})
+      for (const int64_t features : {1, 129, 4096, 128256})
+        for (const int width : {4, 16, 20, 64})
+          for (const int planes : {1, 2, 3})
+            for (const int passes : {1, 2, 3}) {
+              const TokenTile tile = token_tile(tile_ranks(width), planes);
+              const TokenProblem problem{tokens, features, width, (passes & 1) != 0, (passes & 2) != 0, 1};
+              const TokenConfig c = token_config(problem, tile, limits);
+              ASSERT_GE(c.warps, tile.min_warps);
+              ASSERT_LE(c.shared.total, limits.shared_bytes);
+              ASSERT_EQ(c.features, tile.features(c.warps));
+              ASSERT_GE(c.tiles * c.features, features);
+              ASSERT_LT((c.tiles - 1) * c.features, features);
+              ASSERT_GE(c.ranges * c.range_tokens, c.panel_tokens);
+              ASSERT_LT((c.ranges - 1) * c.range_tokens, c.panel_tokens);
+            }
+}
+
+TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
+  for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
+    for (const int64_t rows : {1, 129, 4096})
+      for (const int64_t columns : {1, 257, 14336})
+        for (const int64_t r : {1, 16, 64, 256})
+          for (const int planes : {0, 1, 3})
+            for (const int adapter : {1, 2, 3}) {
+              ExactShape shape;
+              shape.tokens = 2048;
+              shape.rows = rows;
+              shape.columns = columns;
+              shape.r = r;
+              shape.planes = planes;
+              shape.planes_A = shape.planes_B = adapter;
+              const ExactConfig c = exact_config(shape, limits);
+              ASSERT_GT(c.columns, 0);
+              ASSERT_LE(c.shared_bytes, limits.shared_bytes);
+              ASSERT_GE(c.row_tiles * kExactRows, rows);
+              ASSERT_GE(c.column_tiles * c.columns, columns);
+              ASSERT_LT((c.column_tiles - 1) * c.columns, columns);
+              ASSERT_GE(c.width, r);
+              ASSERT_GE(c.panel_tiles, 1);
+            }
+}
+
+TEST(FusedConfig, ServesFewTokensOnly) {
+  const auto serves = [](int64_t tokens, DType activation) {
+    return prefers_fused_linear(tokens, 4096, 4096, activation, activation, kHopper);
+  };
+  EXPECT_TRUE(serves(1, DType::bfloat16));
+  EXPECT_TRUE(serves(16, DType::float16));
+  EXPECT_FALSE(serves(257, DType::bfloat16));
 }
 
 }  // namespace

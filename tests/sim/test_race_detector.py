@@ -97,10 +97,10 @@ def complains(sim: Any, script: np.ndarray, blocks: int, seed: int) -> bool:
 
 
 # As many accesses as make about every second program race.
-@pytest.mark.parametrize(("blocks", "threads", "accesses"), [(1, 32, 12), (1, 64, 10), (1, 96, 14), (3, 32, 9)])
+@pytest.mark.parametrize(("blocks", "threads", "accesses"), [(1, 32, 24), (1, 64, 16), (1, 96, 14), (3, 32, 12)])
 def test_detector_agrees_with_the_oracle(race_sim, blocks, threads, accesses):
     verdicts = []
-    for seed in range(60):
+    for seed in range(100):
         script, found = program(seed, blocks, threads, 10, accesses)
         want = has_race(found)
         verdicts.append(want)

@@ -85,7 +85,7 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
   const Scratch sum_A(host, sum_panels ? K * c.width : 0);
   char* const out_B = static_cast<char*>(grad_B.out);
   problem.shared = exact_shared(c.columns, shape.planes, shape.planes_A, shape.planes_B);
-  problem.column_tiles = c.column_tiles;
+  problem.column_tiles = static_cast<int>(c.column_tiles);
   problem.range_tokens = c.range_tokens;
   problem.width = grad_A.width = grad_B.width = c.width;
   problem.partial_A = partials_A.data();
@@ -95,7 +95,7 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
   for (int64_t row = 0; row < N; row += c.panel_rows()) {
     problem.first_row = row;
     problem.rows = N - row < c.panel_rows() ? N : row + c.panel_rows();
-    problem.row_tiles = exact_parts(problem.rows - row, kExactRows);
+    problem.row_tiles = static_cast<int>(exact_parts(problem.rows - row, kExactRows));
     const int64_t blocks = problem.row_tiles * c.column_tiles * c.splits;
     if (Status status = launch_of(dtype, c.columns)(problem, c, blocks, host); !status.ok()) return status;
     if (shape.want_B) {

@@ -23,7 +23,8 @@ struct ExactProblem {
   int64_t tokens, columns;  // columns: K
   int64_t all_rows;         // N
   int64_t first_row, rows;  // this launch has the rows [first_row, rows)
-  int64_t row_tiles, column_tiles, range_tokens, width;
+  int64_t range_tokens, width;
+  int row_tiles, column_tiles;
   ExactShared shared;
   DType weight_dtype;
   bool grad_output_vectors, input_vectors, weight_vectors, mask_vectors;
@@ -74,38 +75,39 @@ struct ExactBlock {
   static constexpr int kRankPitch = kExactRanks + kExactPad;
   static constexpr int kKeptPitch = exact_kept_pitch(kColumns);
   static constexpr int kKeptTasks = kExactRows * kColumns / 8 / kExactThreads;
-  static constexpr bool kHalves = kGiven && sizeof(T) == 4;                     // which of the orders of positions
+  static constexpr bool kHalves = kGiven && sizeof(T) == 4;  // which of the orders of positions
   using Sum = float[4][kTiles][4];
 
   const ExactProblem& p;
   int thread, lane, warp_row, warp_column;  // rows and columns of the tile
-  int64_t row, column;                      // first of the tile
-  int64_t row_tile, column_tile, range;
-  uint8_t* shared;
-  uint16_t *stages, *lora_A, *lora_B;
-  uint32_t* kept;
+  int row_tile, column_tile, range;
 
-  __device__ __forceinline__ explicit ExactBlock(const ExactProblem& problem) : p(problem) {
-    thread = static_cast<int>(threadIdx.x);
+  __device__ __forceinline__ ExactBlock(const ExactProblem& problem, unsigned thread_index)
+      : p(problem), thread(static_cast<int>(thread_index)) {
     lane = thread % kWarp;
     warp_row = thread / kWarp % 2 * 64;
     warp_column = thread / kWarp / 2 * kWarpColumns;
     // Blocks that run together take a band of 16 tiles of columns: they share what they read of dY and X.
-    constexpr int64_t kBand = 16;
-    const int64_t tiles = p.row_tiles * p.column_tiles, tile = blockIdx.x % tiles;
-    const int64_t band = tile / (kBand * p.row_tiles), left = p.column_tiles - band * kBand;
-    const int64_t place = tile % (kBand * p.row_tiles), across = left < kBand ? left : kBand;
-    range = blockIdx.x / tiles;
+    constexpr int kBand = 16;
+    const int tiles = p.row_tiles * p.column_tiles, tile = static_cast<int>(blockIdx.x) % tiles;
+    range = static_cast<int>(blockIdx.x) / tiles;
+    const int band = tile / p.row_tiles / kBand, place = tile - band * kBand * p.row_tiles;
+    const int left = p.column_tiles - band * kBand, across = left < kBand ? left : kBand;
     row_tile = place / across;
     column_tile = band * kBand + place % across;
-    row = p.first_row + row_tile * kExactRows;
-    column = column_tile * kColumns;
-    shared = ptx::dynamic_shared();
-    stages = reinterpret_cast<uint16_t*>(shared);
-    lora_A = reinterpret_cast<uint16_t*>(shared + p.shared.lora_A);
-    lora_B = reinterpret_cast<uint16_t*>(shared + p.shared.lora_B);
-    kept = reinterpret_cast<uint32_t*>(shared + p.shared.kept);
   }
+
+  // First of the tile. These, and the places in shared memory, are worked out where they are used: registers are few.
+  __device__ __forceinline__ int64_t row() const { return p.first_row + int64_t{row_tile} * kExactRows; }
+  __device__ __forceinline__ int64_t column() const { return int64_t{column_tile} * kColumns; }
+  template <typename Element>
+  static __device__ __forceinline__ Element* shared(int at) {
+    return reinterpret_cast<Element*>(ptx::dynamic_shared() + at);
+  }
+  static __device__ __forceinline__ uint16_t* stages() { return shared<uint16_t>(0); }
+  __device__ __forceinline__ uint16_t* lora_A() const { return shared<uint16_t>(p.shared.lora_A); }
+  __device__ __forceinline__ uint16_t* lora_B() const { return shared<uint16_t>(p.shared.lora_B); }
+  __device__ __forceinline__ uint32_t* kept() const { return shared<uint32_t>(p.shared.kept); }
 
   // ---- which weights are kept --------------------------------------------------------------------------------------------
 
@@ -127,13 +129,13 @@ struct ExactBlock {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int eight = first + 16 * half + lane / 2;
-          const int64_t n = row + eight / kEights, k = column + eight % kEights * 8 + lane % 2 * 4;
+          const int64_t n = row() + eight / kEights, k = column() + eight % kEights * 8 + lane % 2 * 4;
           w.vector[i][half] = load_four<true>(static_cast<const float*>(p.weight) + n * p.columns, k,
                                               n < p.rows ? p.columns : 0, p.weight_vectors);
         }
       } else {  // bits are bits
         const int eight = first + lane;
-        const int64_t n = row + eight / kEights, k = column + eight % kEights * 8;
+        const int64_t n = row() + eight / kEights, k = column() + eight % kEights * 8;
         w.vector[i][0] = load_eight<bfloat16, true>(static_cast<const bfloat16*>(p.weight) + n * p.columns, k,
                                                     n < p.rows ? p.columns : 0, p.weight_vectors)
                              .vector[0];
@@ -156,7 +158,7 @@ struct ExactBlock {
       } else {
         bits = nonzero_bits<2>(w.vector[i][0]);
       }
-      uint8_t* to = reinterpret_cast<uint8_t*>(kept) + eight / kEights * 4 * kKeptPitch + eight % kEights;
+      uint8_t* to = reinterpret_cast<uint8_t*>(kept()) + eight / kEights * 4 * kKeptPitch + eight % kEights;
       ptx::store_shared(to, static_cast<uint8_t>(bits));
     }
   }
@@ -176,17 +178,17 @@ struct ExactBlock {
       constexpr int kVectors = kColumns / 128;
       if (thread >= kExactRows * kVectors) return;
       const int at = thread / (8 * kVectors) * 8 + thread % 8, v = thread / 8 % kVectors * 4;  // eight rows: no bank twice
-      const int64_t n = row + at, word = column / 32 + v;
+      const int64_t n = row() + at, word = column() / 32 + v;
       uint4 bits = make_uint4(0, 0, 0, 0);
       if (n < p.rows && word < p.mask_pitch)
         bits = ptx::load_global_once(reinterpret_cast<const uint4*>(p.mask + n * p.mask_pitch + word));
-      ptx::store_shared(reinterpret_cast<uint4*>(kept + at * kKeptPitch + v), bits);
+      ptx::store_shared(reinterpret_cast<uint4*>(kept() + at * kKeptPitch + v), bits);
     } else {
       constexpr int kWords = kColumns / 32;
       for (int task = thread; task < kExactRows * kWords; task += kExactThreads) {
-        const int64_t n = row + task / kWords, word = column / 32 + task % kWords;
+        const int64_t n = row() + task / kWords, word = column() / 32 + task % kWords;
         const bool inside = n < p.rows && word < p.mask_pitch;
-        ptx::store_shared(kept + task / kWords * kKeptPitch + task % kWords,
+        ptx::store_shared(kept() + task / kWords * kKeptPitch + task % kWords,
                           inside ? ptx::load_global(p.mask + n * p.mask_pitch + word) : 0u);
       }
     }
@@ -199,7 +201,7 @@ struct ExactBlock {
     float v[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t* word = kept + (warp_row + 16 * m + 8 * h + lane / 4) * kKeptPitch + (warp_column + 16 * c) / 32;
+      const uint32_t* word = kept() + (warp_row + 16 * m + 8 * h + lane / 4) * kKeptPitch + (warp_column + 16 * c) / 32;
       const uint32_t bits = ptx::load_shared(word) >> (!kGiven   ? 16 * (c % 2) + 2 * q
                                                        : kHalves ? 16 * (c % 2) + 4 * q
                                                                  : 4 * (c % 2) + 8 * q);
@@ -225,8 +227,8 @@ struct ExactBlock {
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int group = 0; group < kTiles / 4; ++group) {
-          const int64_t n = row + warp_row + 16 * m + 8 * h + g;
-          const int64_t k = column + warp_column + 32 * group, columns = n < p.rows ? p.columns : 0;
+          const int64_t n = row() + warp_row + 16 * m + 8 * h + g;
+          const int64_t k = column() + warp_column + 32 * group, columns = n < p.rows ? p.columns : 0;
           const T* const from = static_cast<const T*>(p.grad_output) + n * p.columns;
           float values[8];
           if constexpr (kHalves)
@@ -238,6 +240,17 @@ struct ExactBlock {
 #pragma unroll
           for (int i = 0; i < 8; ++i) sum[m][4 * group + i / 2][2 * h + i % 2] = values[i];
         }
+  }
+
+  // The given G, which rows of the weight are kept, and the first ranks of the adapters.
+  __device__ __forceinline__ void load(Sum& sum) const {
+    if (p.mask != nullptr)
+      stage_mask();
+    else
+      find_weights(0);
+    stage_adapters(0);
+    load_given(sum);
+    __syncthreads();
   }
 
   __device__ __forceinline__ int64_t first_token() const { return range * p.range_tokens; }
@@ -271,9 +284,9 @@ struct ExactBlock {
   __device__ __forceinline__ void copy_stage(int step) const {
     const int64_t token = first_token() + int64_t{step} * kStep;
     if (token < end_token()) {
-      uint16_t* const to = stages + step % kStages * kStage;
-      copy_step<kExactRows>(to, p.grad_output, token, row, p.all_rows, p.grad_output_vectors);
-      copy_step<kColumns>(to + kInputAt, p.input, token, column, p.columns, p.input_vectors);
+      uint16_t* const to = stages() + step % kStages * kStage;
+      copy_step<kExactRows>(to, p.grad_output, token, row(), p.all_rows, p.grad_output_vectors);
+      copy_step<kColumns>(to + kInputAt, p.input, token, column(), p.columns, p.input_vectors);
     }
     ptx::cp_async_commit();
   }
@@ -288,9 +301,9 @@ struct ExactBlock {
     for (int i = 0; i < 2; ++i) {
       const int64_t token = first_token() + int64_t{step} * kStep + 8 * i + thread / kWarp;
       const bool inside = token < end_token();
-      ahead.grad_output[i] = load_four<false>(static_cast<const float*>(p.grad_output) + token * p.all_rows, row + 4 * lane,
+      ahead.grad_output[i] = load_four<false>(static_cast<const float*>(p.grad_output) + token * p.all_rows, row() + 4 * lane,
                                               inside ? p.all_rows : 0, p.grad_output_vectors);
-      ahead.input[i] = load_four<false>(static_cast<const float*>(p.input) + token * p.columns, column + 4 * lane,
+      ahead.input[i] = load_four<false>(static_cast<const float*>(p.input) + token * p.columns, column() + 4 * lane,
                                         inside ? p.columns : 0, p.input_vectors);
     }
   }
@@ -305,14 +318,14 @@ struct ExactBlock {
   __device__ __forceinline__ void put_stage(const Ahead& ahead, int step) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint16_t* const to = stages + step % kStages * kStage + (8 * i + thread / kWarp) * kRowPitch + 4 * lane;
+      uint16_t* const to = stages() + step % kStages * kStage + (8 * i + thread / kWarp) * kRowPitch + 4 * lane;
       put_planes(to, ahead.grad_output[i]);
       put_planes(to + kInputAt, ahead.input[i]);
     }
   }
 
   __device__ __forceinline__ void multiply(Sum& sum, int step) const {
-    const uint16_t* const stage = stages + step % kStages * kStage;
+    const uint16_t* const stage = stages() + step % kStages * kStage;
     const uint32_t from_rows =
         ptx::shared_address(stage + (lane % 8 + lane / 16 * 8) * kRowPitch + warp_row + lane / 8 % 2 * 8);
     const uint32_t from_columns =
@@ -411,7 +424,7 @@ struct ExactBlock {
         const int block = task / kWarp, r = kGiven ? block % 2 * 8 + lane / 4 : task / (kColumns / 8), x = lane % 4;
         const int k = kGiven ? block / 2 * 32 + 8 * x : task % (kColumns / 8) * 8;
         float values[8];
-        load_eight(values, p.lora_A, rank + r, column + k);
+        load_eight(values, p.lora_A, rank + r, column() + k);
         const bool swap = kHalves && (r & 2);  // the pairs in another order: so that half of the rows meet other banks
         if constexpr (kHalves) {
 #pragma unroll
@@ -421,7 +434,7 @@ struct ExactBlock {
             values[i + 4] = swap ? low : high;
           }
         }
-        uint16_t* to = lora_A + r * kColumnPitch + (kGiven ? k - 8 * x : k);
+        uint16_t* to = lora_A() + r * kColumnPitch + (kGiven ? k - 8 * x : k);
         for (int plane = 0; plane < count; ++plane, to += kExactRanks * kColumnPitch) {
           uint32_t word[4];
 #pragma unroll
@@ -443,8 +456,8 @@ struct ExactBlock {
       static_assert(kExactRows * kExactRanks / 8 == kExactThreads);
       const int count = planes_of(p.lora_B.dtype), n = thread / 16 * 8 + thread % 8, r = thread / 8 % 2 * 8;
       float values[8];
-      load_eight(values, p.lora_B, row + n, rank + r);
-      uint16_t* to = lora_B + n * kRankPitch + r;
+      load_eight(values, p.lora_B, row() + n, rank + r);
+      uint16_t* to = lora_B() + n * kRankPitch + r;
       for (int plane = 0; plane < count; ++plane, to += kExactRows * kRankPitch) {
         uint32_t word[4];
 #pragma unroll
@@ -454,17 +467,21 @@ struct ExactBlock {
     }
   }
 
-  // part[16 x 16] += a b, for planes a of G and b of an adapter; the products of small planes first.
-  static __device__ __forceinline__ void multiply_planes(float (&part)[2][4], const uint32_t (&a)[3][4],
-                                                         const uint32_t (&b)[3][4], int planes) {
+  // part[16 x 16] += a b, for planes a of G and those of an adapter, which load_b(plane, b) brings; from small ones to large.
+  template <typename Load>
+  static __device__ __forceinline__ void multiply_planes(float (&part)[2][4], const uint32_t (&a)[3][4], int planes,
+                                                         Load load_b) {
 #pragma unroll
-    for (int order = 2; order >= 0; --order)
+    for (int j = 2; j >= 0; --j) {
+      if (j >= planes) continue;
+      uint32_t b[4];
+      load_b(j, b);
 #pragma unroll
-      for (int j = 0; j <= order; ++j) {
-        if (j >= planes) break;
-        ptx::mma_m16n8k16<bfloat16>(part[0], a[order - j], b[j][0], b[j][1]);
-        ptx::mma_m16n8k16<bfloat16>(part[1], a[order - j], b[j][2], b[j][3]);
+      for (int i = 2 - j; i >= 0; --i) {
+        ptx::mma_m16n8k16<bfloat16>(part[0], a[i], b[0], b[1]);
+        ptx::mma_m16n8k16<bfloat16>(part[1], a[i], b[2], b[3]);
       }
+    }
   }
 
   // The column of a position of the tile.
@@ -502,109 +519,104 @@ struct ExactBlock {
     }
   }
 
-  // Both contractions of the masked tile, kExactRanks ranks at a time. The first ranks' adapters have been staged.
-  __device__ __forceinline__ void contract(const Sum& sum) const {
+  // Both contractions of the masked tile with the ranks from `rank` on. Those from 0 on have been staged.
+  __device__ __forceinline__ void contract(const Sum& sum, int64_t rank) const {
     const int warp = thread / kWarp, planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
     const bool want_A = p.partial_A != nullptr, want_B = p.partial_B != nullptr;
-    uint16_t* const slab = stages + warp * kExactGradientPlanes * kSlab;  // this warp's own
-    float* const sums_A = reinterpret_cast<float*>(shared + p.shared.sums_A);
-    float* const sums_B = reinterpret_cast<float*>(shared + p.shared.sums_B);
+    uint16_t* const slab = stages() + warp * kExactGradientPlanes * kSlab;  // this warp's own
+    float* const sums_A = shared<float>(p.shared.sums_A);
+    float* const sums_B = shared<float>(p.shared.sums_B);
     const int trans = lane % 8 + lane / 16 * 8, other = lane / 8 % 2 * 8;
     const uint32_t from_slab = ptx::shared_address(slab + trans * kSlabPitch + other);
-    const uint32_t from_A = ptx::shared_address(lora_A + trans * kColumnPitch + warp_column + other);
-    const uint32_t from_B = ptx::shared_address(lora_B + (warp_row + lane % 16) * kRankPitch + lane / 16 * 8);
+    const uint32_t from_A = ptx::shared_address(lora_A() + trans * kColumnPitch + warp_column + other);
+    const uint32_t from_B = ptx::shared_address(lora_B() + (warp_row + lane % 16) * kRankPitch + lane / 16 * 8);
     uint32_t* const to_slab = reinterpret_cast<uint32_t*>(slab + lane / 4 * kSlabPitch + lane % 4 * 2);
 
-#pragma unroll 1
-    for (int64_t rank = 0; rank < p.width; rank += kExactRanks) {
-      if (rank > 0) {
-        stage_adapters(rank);
-        __syncthreads();  // also: the last ranks' sums have been read
-      }
-      float grad_A[kTiles / 2][2][4] = {};
+    if (rank > 0) {
+      stage_adapters(rank);
+      __syncthreads();  // also: the last ranks' sums have been read
+    }
+    float grad_A[kTiles / 2][2][4] = {};
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        float grad_B[2][4] = {};
+    for (int m = 0; m < 4; ++m) {
+      float grad_B[2][4] = {};
+#pragma unroll
+      for (int c = 0; c < kTiles / 2; ++c) {
+        uint32_t g[3][4];
+        split(g, sum, m, c);
+        if (want_B)
+          multiply_planes(grad_B, g, planes_A, [&](int plane, uint32_t (&b)[4]) {
+            ptx::ldmatrix_x4(b, from_A + 2 * (plane * kExactRanks * kColumnPitch + 16 * c));
+          });
+        if (want_A) {
+#pragma unroll
+          for (int plane = 0; plane < 3; ++plane)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              ptx::store_shared(to_slab + (plane * kSlab + i % 2 * 8 * kSlabPitch + 16 * c + i / 2 * 8) / 2, g[plane][i]);
+        }
+      }
+      if (want_B) store_sums(sums_B + warp_column / kWarpColumns * kExactRows * kExactRanks, warp_row + 16 * m, grad_B);
+      if (want_A) {
+        __syncwarp();
 #pragma unroll
         for (int c = 0; c < kTiles / 2; ++c) {
           uint32_t g[3][4];
-          split(g, sum, m, c);
-          if (want_B) {
-            uint32_t a[3][4];
 #pragma unroll
-            for (int plane = 0; plane < 3; ++plane)
-              if (plane < planes_A) ptx::ldmatrix_x4(a[plane], from_A + 2 * (plane * kExactRanks * kColumnPitch + 16 * c));
-            multiply_planes(grad_B, g, a, planes_A);
-          }
-          if (want_A) {
-#pragma unroll
-            for (int plane = 0; plane < 3; ++plane)
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                ptx::store_shared(to_slab + (plane * kSlab + i % 2 * 8 * kSlabPitch + 16 * c + i / 2 * 8) / 2, g[plane][i]);
-          }
+          for (int plane = 0; plane < 3; ++plane) ptx::ldmatrix_x4_trans(g[plane], from_slab + 2 * (plane * kSlab + 16 * c));
+          multiply_planes(grad_A[c], g, planes_B, [&](int plane, uint32_t (&b)[4]) {
+            ptx::ldmatrix_x4_trans(b, from_B + 2 * (plane * kExactRows + 16 * m) * kRankPitch);
+          });
         }
-        if (want_B) store_sums(sums_B + warp_column / kWarpColumns * kExactRows * kExactRanks, warp_row + 16 * m, grad_B);
-        if (want_A) {
-          __syncwarp();
-          uint32_t b[3][4];
-#pragma unroll
-          for (int plane = 0; plane < 3; ++plane)
-            if (plane < planes_B)
-              ptx::ldmatrix_x4_trans(b[plane], from_B + 2 * (plane * kExactRows * kRankPitch + 16 * m * kRankPitch));
-#pragma unroll
-          for (int c = 0; c < kTiles / 2; ++c) {
-            uint32_t g[3][4];
-#pragma unroll
-            for (int plane = 0; plane < 3; ++plane) ptx::ldmatrix_x4_trans(g[plane], from_slab + 2 * (plane * kSlab + 16 * c));
-            multiply_planes(grad_A[c], g, b, planes_B);
-          }
-          __syncwarp();  // before the next rows take the slab
-        }
+        __syncwarp();  // before the next rows take the slab
       }
-      __syncthreads();  // every slab has been read
-      if (want_A) {
-#pragma unroll
-        for (int c = 0; c < kTiles / 2; ++c)
-          store_sums(sums_A + warp_row / 64 * kColumns * kExactRanks, warp_column + 16 * c, grad_A[c]);
-      }
-      __syncthreads();
-      if (want_A)
-        write_sums<2, kColumns>(sums_A, rank, [&](int at) -> float* {
-          const int64_t k = column + column_of(at);
-          if (k >= p.columns) return nullptr;
-          return p.partial_A + ((range * p.row_tiles + row_tile) * p.columns + k) * p.width;
-        });
-      if (want_B)
-        write_sums<4, kExactRows>(sums_B, rank, [&](int at) -> float* {
-          const int64_t n = row + at, rows = p.rows - p.first_row;
-          if (n >= p.rows) return nullptr;
-          return p.partial_B + ((range * p.column_tiles + column_tile) * rows + n - p.first_row) * p.width;
-        });
     }
+    __syncthreads();  // every slab has been read
+    if (want_A) {
+#pragma unroll
+      for (int c = 0; c < kTiles / 2; ++c)
+        store_sums(sums_A + warp_row / 64 * kColumns * kExactRanks, warp_column + 16 * c, grad_A[c]);
+    }
+    __syncthreads();
+    if (want_A)
+      write_sums<2, kColumns>(sums_A, rank, [&](int at) -> float* {
+        const int64_t k = column() + column_of(at);
+        if (k >= p.columns) return nullptr;
+        return p.partial_A + ((int64_t{range} * p.row_tiles + row_tile) * p.columns + k) * p.width;
+      });
+    if (want_B)
+      write_sums<4, kExactRows>(sums_B, rank, [&](int at) -> float* {
+        const int64_t n = row() + at, rows = p.rows - p.first_row;
+        if (n >= p.rows) return nullptr;
+        return p.partial_B + ((int64_t{range} * p.column_tiles + column_tile) * rows + n - p.first_row) * p.width;
+      });
   }
 };
 
+// All ranks, kExactRanks at a time. Each turn works out anew where its thread stands, from a shuffle that the compiler cannot
+// see through: else it keeps the addresses of all turns in registers, of which the sums leave too few.
+template <typename Block>
+__device__ __forceinline__ void contract_all(const ExactProblem& p, const typename Block::Sum& sum) {
+#pragma unroll 1
+  for (int64_t rank = 0; rank < p.width; rank += kExactRanks)
+    Block(p, __shfl_sync(0xffffffffu, threadIdx.x, static_cast<int>(threadIdx.x % kWarp))).contract(sum, rank);
+}
+
 template <typename T, int kWarpColumns>
-__global__ void __launch_bounds__(kExactThreads, 1) adapter_grad_exact_kernel(const ExactProblem p) {
-  const ExactBlock<T, kWarpColumns, false> block(p);
-  float sum[4][kWarpColumns / 8][4] = {};
-  block.product(sum);
-  block.contract(sum);
+__global__ void __launch_bounds__(kExactThreads, kWarpColumns == 32 && sizeof(T) == 2 ? 2 : 1)
+    adapter_grad_exact_kernel(const ExactProblem p) {
+  using Block = ExactBlock<T, kWarpColumns, false>;
+  typename Block::Sum sum = {};
+  Block(p, threadIdx.x).product(sum);
+  contract_all<Block>(p, sum);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kExactThreads, 1) masked_contract_kernel(const ExactProblem p) {
-  const ExactBlock<T, kExactNarrow / 4, true> block(p);
-  if (p.mask != nullptr)
-    block.stage_mask();
-  else
-    block.find_weights(0);
-  block.stage_adapters(0);
-  float sum[4][kExactNarrow / 32][4];
-  block.load_given(sum);
-  __syncthreads();
-  block.contract(sum);
+__global__ void __launch_bounds__(kExactThreads, 2) masked_contract_kernel(const ExactProblem p) {
+  using Block = ExactBlock<T, kExactNarrow / 4, true>;
+  typename Block::Sum sum;
+  Block(p, threadIdx.x).load(sum);
+  contract_all<Block>(p, sum);
 }
 
 }  // namespace lors::cuda

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "adapter_grad_lors_config.h"
-#include "operands.cuh"
+#include "adapter_grad_lors_operands.cuh"
 
 namespace lors::cuda {
 
@@ -15,7 +15,7 @@ struct TokenFeatures {
   int64_t tokens = 0;
   int64_t features = 0;
   Matrix factor;                   // lora_B [features, r], or lora_A [r, features] where `factor_by_rank`
-  bool factor_by_rank = false;     //
+  bool factor_by_rank = false;     // which of the two layouts
   int64_t rank = 0;                // the first rank of this pass
   int64_t width = 0;               // ranks of this pass rounded up to a multiple of 4: the pitch of the three below
   const float* product = nullptr;  // [tokens, width]
@@ -24,68 +24,10 @@ struct TokenFeatures {
   int64_t tiles = 0;               // of features, one per block
   int64_t range_tokens = 0;        // per block
   int teams = 0, team_warps = 0;   // of a block
-  int tile_features = 0;           // TokenTile::features and feature_groups of a team's warps
-  int feature_groups = 0;          //
+  int tile_features = 0;           // of a team: TokenTile::features and feature_groups
+  int feature_groups = 0;          // (see there)
   TokenShared shared;
 };
-
-template <typename Z>
-constexpr int kVectorElements = 16 / static_cast<int>(sizeof(Z));
-
-// 16 bytes of a row of `columns` elements from `column` on, at any address; zeros beyond the row's end.
-template <typename Z>
-__device__ __forceinline__ uint4 gather_vector(const Z* row, int64_t column, int64_t columns) {
-  uint32_t word[4] = {};
-#pragma unroll
-  for (int i = 0; i < kVectorElements<Z>; ++i) {
-    if (column + i >= columns) continue;
-    if constexpr (sizeof(Z) == 4)
-      word[i] = ptx::load_global(reinterpret_cast<const uint32_t*>(row + column + i));
-    else
-      word[i / 2] |= uint32_t{ptx::load_global(reinterpret_cast<const uint16_t*>(row + column + i))} << (16 * (i % 2));
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
-
-// The planes of a vector's elements, `plane_size` elements apart.
-template <typename Z>
-__device__ __forceinline__ void store_planes(uint16_t* to, int plane_size, const uint4& vector) {
-  if constexpr (std::is_same_v<Z, bfloat16>) {
-    ptx::store_shared(reinterpret_cast<uint4*>(to), vector);
-  } else if constexpr (std::is_same_v<Z, float16>) {
-    const Eight<float16> eight{{vector}};
-    float rest[8];
-    eight.get(rest);
-#pragma unroll
-    for (int plane = 0; plane < 2; ++plane) {
-      uint32_t word[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = next_plane_pair(rest[2 * i], rest[2 * i + 1]);
-      ptx::store_shared(reinterpret_cast<uint4*>(to + plane * plane_size), make_uint4(word[0], word[1], word[2], word[3]));
-    }
-  } else {
-    float rest[4] = {__uint_as_float(vector.x), __uint_as_float(vector.y), __uint_as_float(vector.z),
-                     __uint_as_float(vector.w)};
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane) {
-      const uint32_t low = next_plane_pair(rest[0], rest[1]);
-      ptx::store_shared(reinterpret_cast<uint2*>(to + plane * plane_size), make_uint2(low, next_plane_pair(rest[2], rest[3])));
-    }
-  }
-}
-
-// Where element [row, column] of a tile of rows of kRanks 16-bit elements lies: the 16-byte units of a row change places, so
-// that eight rows' same unit lies in eight different groups of banks.
-template <int kRanks>
-__device__ __forceinline__ int swizzled(int row, int column) {
-  return row * kRanks + ((column / 8) ^ (row / (64 / kRanks) % (kRanks / 8))) * 8 + column % 8;
-}
-
-// The same for rows of kRanks floats, stored and read in pairs and fours.
-template <int kRanks>
-__device__ __forceinline__ int swizzled_floats(int row, int column) {
-  return row * kRanks + (column ^ (kRanks == 16 ? row / 2 % 2 : row % 4) * 8);
-}
 
 // One block's work. Its teams of warps have the same features and take turns at the steps. kRanks, and from it and Z everything
 // in `kTile`, say what a warp does; the number of warps says how many features a team has.

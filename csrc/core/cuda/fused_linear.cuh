@@ -18,11 +18,14 @@ struct FusedSteps {
   const FusedProblem& p;
   const FusedThread& t;
   uint8_t* shared;
-  int64_t token, column, first_depth;
+  int token_block, column_block, split;  // 32 bits while they fit: registers are short
   int count;
 
+  __device__ __forceinline__ int64_t token() const { return int64_t{token_block} * kTokens; }
+  __device__ __forceinline__ int64_t column() const { return int64_t{column_block} * p.config.columns; }
+
   __device__ __forceinline__ int64_t depth(int step) const {
-    return first_depth + static_cast<int64_t>(step / p.config.rank_chunks) * p.config.depth_step;
+    return (split * p.config.split_steps + step / p.config.rank_chunks) << p.config.depth_log2;
   }
   __device__ __forceinline__ int rank(int step) const { return step % p.config.rank_chunks * p.config.ranks; }
   __device__ __forceinline__ bool last(int step) const { return (step + 1) % p.config.rank_chunks == 0; }
@@ -47,15 +50,16 @@ struct FusedSteps {
       const int threads = p.config.threads, size = p.weight_dtype == DType::float32 ? 4 : 2, vectors = size / 2;
       const int vector = vectors == 2 ? threadIdx.x % 2 : 0;
       const int64_t rows = kGradient ? p.depth : p.columns;
+      constexpr int kPerTurn = 4 / Part::kEights;
 #pragma unroll 1
       for (int index = 0; index < kUnits; ++index) {
         uint8_t* slot = slots(step, index);
-#pragma unroll 1
+#pragma unroll
         for (int e = 0; e < Part::kEights; ++e, slot += threads * 16 * vectors) {
           for (int x = 0; x < vectors; ++x) {
             const int turn = vectors == 2 ? x - vector : 0;
             int64_t row, first;
-            Part::where(row, first, t, t.q + turn, t.first_unit + index, e, column, depth(step));
+            Part::where(row, first, t, t.q + turn, t.first_unit + index, e, column(), depth(step));
             copy_vector(slot + slot_of(threadIdx.x + turn, vector, threads), p.weight, size, row, p.in_features,
                         first + 4 * vector, row < rows ? p.in_features : 0, p.weight_vectors);
           }
@@ -66,7 +70,7 @@ struct FusedSteps {
       for (int task = threadIdx.x; task < kTokens << log2; task += threads) {
         const int row = task >> log2, v = task - (row << log2);
         copy_vector(activation_vector<T>(stage(step) + p.config.activation_at, row, v, p.config.depth_log2), p.activation,
-                    sizeof(T), token + row, p.depth, depth(step) + kElements * v, token + row < p.tokens ? p.depth : 0,
+                    sizeof(T), token() + row, p.depth, depth(step) + kElements * v, token() + row < p.tokens ? p.depth : 0,
                     p.activation_vectors);
       }
     }
@@ -80,12 +84,17 @@ struct FusedSteps {
     uint64_t bits = 0;
     if (p.mask == nullptr || step < 0 || !last(step)) return bits;
     const int64_t rows = kGradient ? p.depth : p.columns;
+    constexpr int kPerTurn = 4 / Part::kEights;
+#pragma unroll 1  // four loads on their way will do; eight addresses would not fit the registers
+    for (int index = 0; index < kUnits; index += kPerTurn) {
 #pragma unroll
-    for (int i = 0; i < kUnits * Part::kEights; ++i) {
-      int64_t row, first;
-      Part::where(row, first, t, t.q, t.first_unit + i / Part::kEights, i % Part::kEights, column, depth(step));
-      if (row < rows && first < p.in_features)
-        bits |= static_cast<uint64_t>(ptx::load_global(p.mask + row * p.mask_pitch + first / 8)) << (8 * i);
+      for (int i = 0; i < kPerTurn * Part::kEights; ++i) {
+        int64_t row, first;
+        Part::where(row, first, t, t.q, t.first_unit + index + i / Part::kEights, i % Part::kEights, column(), depth(step));
+        if (row < rows && first < p.in_features)
+          bits |= static_cast<uint64_t>(ptx::load_global(p.mask + row * p.mask_pitch + first / 8))
+                  << (8 * (index * Part::kEights + i));
+      }
     }
     return bits;
   }
@@ -115,12 +124,17 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
   uint8_t* const shared = ptx::dynamic_shared();
   uint8_t* const own = shared + c.own_at;
 
-  const int64_t block = blockIdx.x / c.token_blocks, split = block % c.splits;
-  const int64_t token = blockIdx.x % c.token_blocks * kTokens, column = block / c.splits * c.columns;
-  const int64_t all = (p.depth + c.depth_step - 1) >> c.depth_log2, first = split * c.split_steps;
-  const int64_t parts = all - first < c.split_steps ? all - first : c.split_steps;
+  const unsigned token_blocks = static_cast<unsigned>(c.token_blocks), splits = static_cast<unsigned>(c.splits);
+  const unsigned block = blockIdx.x / token_blocks, split = block % splits;
+  const int64_t left = ((p.depth + c.depth_step - 1) >> c.depth_log2) - split * c.split_steps;
   const FusedSteps<T, kTokens, kGradient, kUnits> steps{
-      p, t, shared, token, column, first << c.depth_log2, static_cast<int>(parts) * c.rank_chunks};
+      p,
+      t,
+      shared,
+      static_cast<int>(blockIdx.x % token_blocks),
+      static_cast<int>(block / splits),
+      static_cast<int>(split),
+      static_cast<int>(left < c.split_steps ? left : c.split_steps) * c.rank_chunks};
 
   float acc[4][kEights][4] = {};
   // Steps below 0 fill the pipeline.
@@ -130,7 +144,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
     steps.copy(step + c.stages - 1);
     const uint64_t kept = steps.kept(step);
     steps.split_adapter(step + 1);
-    if (c.resident ? step == -1 : step >= 0) stage_own<kGradient>(own, p, column, c.resident ? 0 : steps.rank(step));
+    if (c.resident ? step == -1 : step >= 0) stage_own<kGradient>(own, p, steps.column(), c.resident ? 0 : steps.rank(step));
     if (step < 0) continue;
     if (!c.resident) __syncthreads();
 
@@ -173,7 +187,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
                           make_vector(tiles[0][i]));
       }
       __syncthreads();
-      if (token + tokens < p.tokens) {
+      if (steps.token() + tokens < p.tokens) {
         for (int d = 0; d < c.depth_warps; ++d) {
           uint32_t whole[1][8][4];
 #pragma unroll
@@ -189,7 +203,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
 
   ptx::cp_async_wait<0>();
   int group = t.column_group;
-  int64_t row = token;
+  int64_t row = steps.token();
   if constexpr (kWide) {
     group = threadIdx.x / kWarp % c.column_warps;
     row += threadIdx.x / kWarp / c.column_warps * 64;
@@ -216,7 +230,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
     }
   }
 
-  const int64_t at = column + 64 * group + 8 * t.g;
+  const int64_t at = steps.column() + 64 * group + 8 * t.g;
   float bias[8];
   load_eight(bias, p.bias, 0, at);
 #pragma unroll
@@ -231,7 +245,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
       if (p.partial != nullptr) {
         Eight<float> out;
         out.set(values);
-        store_eight(p.partial + (split * p.tokens + m) * p.partial_pitch, at, p.partial_pitch, true, out);
+        store_eight(p.partial + (int64_t{steps.split} * p.tokens + m) * p.partial_pitch, at, p.partial_pitch, true, out);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] += bias[i];

@@ -2,6 +2,7 @@
 #include "shadow.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "block.h"
 
@@ -63,83 +64,75 @@ std::string Shadow::for_cells(uint64_t address, int bytes, Visit visit) {
   return {};
 }
 
-std::string Shadow::check(const Cell& cell, const Now& now, bool needs_value) {
-  const Access kind = now.stamp.kind;
-  if (cell.in_flight && current(cell.write, now))
-    return std::string(writes(kind) ? "write of" : "read of") + " bytes that the cp.async of thread " +
-           std::to_string(cell.write.thread) + " at " + describe_site(cell.write.site) +
-           " may still be writing: it has not been waited for";
-  const bool written = current(cell.write, now);
-  if (needs_value && !written) return "read of shared memory that this block has not written";
-  if (written) {
-    if (kind == Access::read_once) return conflict("wrote; load_global_once needs bytes nobody writes,", cell.write, now);
-    const bool both_atomic = kind == Access::atomic && cell.write.kind == Access::atomic;
-    if (!both_atomic && !ordered(cell.write, now)) return conflict("wrote", cell.write, now);
-  }
-  if (writes(kind) && cell.reader_lanes != 0 && current(cell.reader, now)) {
-    for (const Stamp* reader : {&cell.reader, &cell.other}) {
-      if (reader == &cell.other && !cell.has_other) break;
-      if (reader->kind == Access::read_once) return conflict("reads by load_global_once", *reader, now);
-      if (reader->serial != now.stamp.serial) return conflict("read", *reader, now);
-      if (reader == &cell.reader && reader->thread / 32 == now.stamp.thread / 32 && reader->epoch == now.stamp.epoch) {
-        Stamp each = *reader;  // every lane that read at that moment
-        for (uint32_t lane = 0; lane < 32; ++lane) {
-          each.thread = static_cast<uint16_t>(reader->thread / 32 * 32 + lane);
-          if ((cell.reader_lanes >> lane & 1) && !ordered(each, now)) return conflict("read", each, now);
-        }
-      } else if (!ordered(*reader, now)) {
-        return conflict("read", *reader, now);
-      }
-    }
+std::string Shadow::check_group(const Group& group, const char* what, const Now& now) {
+  if (group.lanes == 0 || !current(group.first, now)) return {};
+  if (group.first.kind == Access::read_once) return conflict("reads by load_global_once", group.first, now);
+  if (group.has_other && group.other.kind == Access::read_once) return conflict("reads by load_global_once", group.other, now);
+  if (group.has_other && !ordered(group.other, now)) return conflict(what, group.other, now);
+  Stamp each = group.first;
+  for (uint32_t lanes = group.lanes; lanes != 0; lanes &= lanes - 1) {
+    each.thread = static_cast<uint16_t>(group.first.thread / 32 * 32 + std::countr_zero(lanes));
+    if (!ordered(each, now)) return conflict(what, each, now);
   }
   return {};
 }
 
-void Shadow::note(Cell& cell, const Now& now) {
+void Shadow::join_group(Group& group, const Now& now) {
   const Stamp& stamp = now.stamp;
-  if (writes(stamp.kind)) {
-    cell.write = stamp;
-    cell.reader_lanes = 0;
-    cell.has_other = false;
-    cell.in_flight = false;
+  const uint32_t lane = 1u << (stamp.thread % 32);
+  const auto start_again = [&] {
+    group.first = stamp;
+    group.lanes = lane;
+    group.has_other = false;
+  };
+  if (group.lanes == 0 || !current(group.first, now)) return start_again();
+  if (group.has_other && group.other.serial != group.first.serial) return;  // of two blocks: nothing is ordered after both
+  if (group.first.serial != stamp.serial) {
+    group.other = stamp;
+    group.has_other = true;
     return;
   }
-  const uint32_t lane = 1u << (stamp.thread % 32);
-  const bool none = cell.reader_lanes == 0 || !current(cell.reader, now);
-  if (!none) {
-    const bool sticky = cell.reader.kind == Access::read_once;  // the strictest kind of reader stays on record
-    if (cell.reader.serial != stamp.serial) {
-      // Readers of two blocks: whoever writes conflicts with one of them.
-      if (!cell.has_other || cell.other.serial == cell.reader.serial) cell.other = stamp;
-      cell.has_other = true;
-      return;
-    }
-    if (cell.has_other && cell.other.serial != stamp.serial) {
-      if (!sticky && ordered(cell.reader, now)) {
-        cell.reader = stamp;
-        cell.reader_lanes = lane;
-      }
-      return;
-    }
-    if (cell.reader.epoch == stamp.epoch) {
-      if (cell.has_other) return;  // two warps of one epoch: whoever writes in it conflicts with one of them
-      const bool same_warp = cell.reader.thread / 32 == stamp.thread / 32;
-      if (same_warp && cell.reader.clock == stamp.clock) {
-        cell.reader_lanes |= lane;
-        if (stamp.kind == Access::read_once) cell.reader.kind = stamp.kind;
-        return;
-      }
-      if (!same_warp || !ordered(cell.reader, now)) {
-        cell.other = stamp;
-        cell.has_other = true;
-        return;
-      }
-    }
-    if (sticky) return;
+  if (group.first.kind == Access::read_once) return;  // the strictest kind stays on record
+  if (group.first.epoch != stamp.epoch) return start_again();
+  if (group.has_other) return;  // of two warps, one epoch: nothing in it is ordered after both
+  const bool same_warp = group.first.thread / 32 == stamp.thread / 32;
+  if (same_warp && group.first.clock == stamp.clock) {
+    group.lanes |= lane;
+    if (stamp.kind == Access::read_once) group.first.kind = stamp.kind;
+  } else if (same_warp && ordered(group.first, now)) {
+    start_again();  // a full __syncwarp lies between
+  } else {
+    group.other = stamp;
+    group.has_other = true;
   }
-  cell.reader = stamp;
-  cell.reader_lanes = lane;
-  cell.has_other = false;
+}
+
+std::string Shadow::check(const Cell& cell, const Now& now, bool needs_value) {
+  const Access kind = now.stamp.kind;
+  const bool written = current(cell.write, now);
+  if (cell.in_flight && written)
+    return std::string(writes(kind) ? "write of" : "read of") + " bytes that the cp.async of thread " +
+           std::to_string(cell.write.thread) + " at " + describe_site(cell.write.site) +
+           " may still be writing: it has not been waited for";
+  if (needs_value && !written) return "read of shared memory that this block has not written";
+  if (kind == Access::read_once) {
+    const bool by_atomic = !written && cell.atomics.lanes != 0 && current(cell.atomics.first, now);
+    if (written || by_atomic)
+      return conflict("wrote (load_global_once needs bytes that nobody writes)", written ? cell.write : cell.atomics.first,
+                      now);
+  }
+  if (written && !ordered(cell.write, now)) return conflict("wrote", cell.write, now);
+  if (writes(kind))
+    if (std::string problem = check_group(cell.reads, "read", now); !problem.empty()) return problem;
+  return kind == Access::atomic ? std::string() : check_group(cell.atomics, "changed atomically", now);
+}
+
+void Shadow::note(Cell& cell, const Now& now) {
+  if (now.stamp.kind == Access::atomic) return join_group(cell.atomics, now);
+  if (now.stamp.kind != Access::write) return join_group(cell.reads, now);
+  // Whatever is ordered after this write is ordered after everything before it.
+  cell = Cell();
+  cell.write = now.stamp;
 }
 
 std::string Shadow::access(uint64_t address, int bytes, const Now& now, bool needs_value) {

@@ -45,10 +45,16 @@ class Shadow {
   void end_copy(uint64_t address, int bytes, const Now& now);
 
  private:
-  struct Cell {
-    Stamp write, reader, other;  // `other`: a second reader that no single writer can be ordered after both of
-    uint32_t reader_lanes = 0;   // all that read at reader's moment; 0: nobody
+  // Accesses that do not conflict with each other: reads, or atomics. Not all are kept, but enough for everything that would
+  // conflict with one of them to conflict with one that is.
+  struct Group {
+    Stamp first, other;
+    uint32_t lanes = 0;  // all of the warp that came at first's moment; 0: nobody
     bool has_other = false;
+  };
+  struct Cell {
+    Stamp write;  // the last one, not atomic
+    Group reads, atomics;
     bool in_flight = false;
   };
   // Cells are as fine as the smallest access of the page so far.
@@ -61,6 +67,8 @@ class Shadow {
   // Calls visit(cell) for every cell of the range until it returns a sentence.
   template <typename Visit>
   std::string for_cells(uint64_t address, int bytes, Visit visit);
+  static std::string check_group(const Group& group, const char* what, const Now& now);
+  static void join_group(Group& group, const Now& now);
   static std::string check(const Cell& cell, const Now& now, bool needs_value);
   static void note(Cell& cell, const Now& now);
 
