@@ -46,7 +46,7 @@ test-cpp: $(VENV)/.ready
 
 # The CUDA kernels, executed on the CPU.
 test-sim: $(VENV)/.ready
-	$(CMAKE) -S tests/sim -B build/sim -G Ninja
+	$(CMAKE) -S tests/sim -B build/sim -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DLORS_WERROR=ON
 	$(CMAKE) --build build/sim
 	LORS_SIM_BUILD=$(CURDIR)/build/sim $(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
 

@@ -53,6 +53,8 @@ def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
 def words_of(log: str, name: str) -> list[str]:
     """The last lines a part wrote."""
     begin, end = log.find(f"\n==== {name}: "), log.rfind(f"\n==== {name}: ")
+    if begin < 0:
+        return []
     return [line[:200] for line in log[begin:end].strip().splitlines()[1:][-SHOWN_LINES:]]
 
 
@@ -66,8 +68,8 @@ def main() -> int:
         print("\nForward + backward, ms (x official)", *layers, sep="\n")
     bad = [part for part in parts if part["status"] not in ("ok", "skipped")]
     for part in parts:
-        if part["status"] != "ok":
-            print(f"\n{part['part']}, {part['status']}:", *words_of(log, part["part"]), sep="\n  ")
+        if part["status"] != "ok" and (words := words_of(log, part["part"])):
+            print(f"\n{part['part']}, {part['status']}:", *words, sep="\n  ")
     print("\npart        status        seconds")
     for part in parts:
         print(f"{part['part']:<12}{part['status']:<14}{part['seconds']:>7}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+import lors_sim
 import mutants
 
 # What may go and leave the kernel right, by the mutant's name, and why it stays.
@@ -18,6 +19,12 @@ HARMLESS = {
 }
 
 ALL = [mutant for family in mutants.families() for mutant in mutants.all_of(family)]
+
+
+@pytest.mark.parametrize("flavour", lors_sim.FLAVOURS)
+@pytest.mark.parametrize("family", mutants.families())
+def test_kernels_are_right_in_every_flavour(family, flavour):
+    mutants.require_right(family, flavour)
 
 
 @pytest.fixture(scope="module")

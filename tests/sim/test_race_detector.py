@@ -89,7 +89,9 @@ def complains(sim: Any, script: np.ndarray, blocks: int, seed: int) -> bool:
     device = sim.Device(seed=seed)
     arguments = {"n": script.shape[1], "blocks": blocks, "threads": len(script) // blocks, "shared_bytes": BYTES}
     try:
-        sim.selftest(device, "scripted", input=device.upload("in", script), output=device.empty("out", BYTES), **arguments)
+        sim.selftest(
+            device, "scripted", input=device.upload("in", script), output=device.empty("out", BYTES), **arguments
+        )
     except sim.SimError as error:
         assert "race: " in str(error)
         return True
@@ -107,3 +109,10 @@ def test_detector_agrees_with_the_oracle(race_sim, blocks, threads, accesses):
         for order in range(4):
             assert complains(race_sim, script, blocks, order) == want, (seed, order)
     assert 0.2 < np.mean(verdicts) < 0.8  # both kinds were tried
+
+
+def test_an_atomic_does_not_hide_a_read(race_sim):
+    # Found by a longer search: a read, an atomic ordered after it, and another block's atomic.
+    script, found = program(1646, 3, 32, 10, 16)
+    assert has_race(found)
+    assert complains(race_sim, script, 3, 0)

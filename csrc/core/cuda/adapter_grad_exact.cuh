@@ -82,15 +82,15 @@ struct ExactBlock {
   int thread, lane, warp_row, warp_column;  // rows and columns of the tile
   int row_tile, column_tile, range;
 
-  __device__ __forceinline__ ExactBlock(const ExactProblem& problem, unsigned thread_index)
+  __device__ __forceinline__ ExactBlock(const ExactProblem& problem, unsigned block_index, unsigned thread_index)
       : p(problem), thread(static_cast<int>(thread_index)) {
     lane = thread % kWarp;
     warp_row = thread / kWarp % 2 * 64;
     warp_column = thread / kWarp / 2 * kWarpColumns;
     // Blocks that run together take a band of 16 tiles of columns: they share what they read of dY and X.
     constexpr int kBand = 16;
-    const int tiles = p.row_tiles * p.column_tiles, tile = static_cast<int>(blockIdx.x) % tiles;
-    range = static_cast<int>(blockIdx.x) / tiles;
+    const int tiles = p.row_tiles * p.column_tiles, tile = static_cast<int>(block_index) % tiles;
+    range = static_cast<int>(block_index) / tiles;
     const int band = tile / p.row_tiles / kBand, place = tile - band * kBand * p.row_tiles;
     const int left = p.column_tiles - band * kBand, across = left < kBand ? left : kBand;
     row_tile = place / across;
@@ -198,23 +198,20 @@ struct ExactBlock {
   // ranks, because the compiler would else keep all planes of the tile from one turn to the next, in local memory.
   __device__ __forceinline__ void split(uint32_t (&g)[3][4], const Sum& sum, int m, int c) const {
     const int q = lane % 4;
-    float v[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t* word = kept() + (warp_row + 16 * m + 8 * h + lane / 4) * kKeptPitch + (warp_column + 16 * c) / 32;
-      const uint32_t bits = ptx::load_shared(word) >> (!kGiven   ? 16 * (c % 2) + 2 * q
-                                                       : kHalves ? 16 * (c % 2) + 4 * q
-                                                                 : 4 * (c % 2) + 8 * q);
+      const int first = !kGiven ? 16 * (c % 2) + 2 * q : kHalves ? 16 * (c % 2) + 4 * q : 4 * (c % 2) + 8 * q;
+      const uint32_t bits = ptx::load_shared(word) >> first;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float s = sum[m][2 * c + i / 2][2 * h + i % 2];
-        v[i / 2][2 * h + i % 2] = bits >> ((kGiven ? 2 : 8) * (i / 2) + i % 2) & 1 ? s : 0.f;  // also where s is infinite
+      for (int i = 0; i < 2; ++i) {
+        constexpr int kNext = kGiven ? 2 : 8;
+        float low = bits >> (kNext * i) & 1 ? sum[m][2 * c + i][2 * h] : 0.f;  // also where the sum is infinite
+        float high = bits >> (kNext * i + 1) & 1 ? sum[m][2 * c + i][2 * h + 1] : 0.f;
+#pragma unroll
+        for (int plane = 0; plane < 3; ++plane) g[plane][2 * i + h] = next_plane_pair(low, high);
       }
     }
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) g[plane][i] = next_plane_pair(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]);
   }
 
   // ---- the tile of G -----------------------------------------------------------------------------------------------------
@@ -416,7 +413,7 @@ struct ExactBlock {
   // ---- the contractions --------------------------------------------------------------------------------------------------
 
   // Ranks [rank, rank + kExactRanks) of both adapters, as planes.
-  __device__ __forceinline__ void stage_adapters(int64_t rank) const {
+  __device__ __forceinline__ void stage_adapters(int rank) const {
     if (p.partial_B != nullptr) {
       const int count = planes_of(p.lora_A.dtype);
       for (int task = thread; task < kExactRanks * kColumns / 8; task += kExactThreads) {
@@ -503,7 +500,7 @@ struct ExactBlock {
 
   // Adds up what `kParts` warps have of `kAt` rows, and writes it to global memory.
   template <int kParts, int kAt, typename Where>
-  __device__ __forceinline__ void write_sums(const float* from, int64_t rank, Where where) const {
+  __device__ __forceinline__ void write_sums(const float* from, int rank, Where where) const {
 #pragma unroll 1  // the addresses of all turns, kept from one chunk of ranks to the next, would not fit
     for (int task = 0; task < kAt * kExactRanks / 4; task += kExactThreads) {
       const int at = (task + thread) / 4, i = (task + thread) % 4;
@@ -520,7 +517,7 @@ struct ExactBlock {
   }
 
   // Both contractions of the masked tile with the ranks from `rank` on. Those from 0 on have been staged.
-  __device__ __forceinline__ void contract(const Sum& sum, int64_t rank) const {
+  __device__ __forceinline__ void contract(const Sum& sum, int rank) const {
     const int warp = thread / kWarp, planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
     const bool want_A = p.partial_A != nullptr, want_B = p.partial_B != nullptr;
     uint16_t* const slab = stages() + warp * kExactGradientPlanes * kSlab;  // this warp's own
@@ -593,13 +590,16 @@ struct ExactBlock {
   }
 };
 
-// All ranks, kExactRanks at a time. Each turn works out anew where its thread stands, from a shuffle that the compiler cannot
-// see through: else it keeps the addresses of all turns in registers, of which the sums leave too few.
+// All ranks, kExactRanks at a time. Each turn works out anew where its thread stands, from shuffles that the compiler cannot
+// see through: else it keeps the addresses of every turn in registers, of which the sums leave too few.
 template <typename Block>
 __device__ __forceinline__ void contract_all(const ExactProblem& p, const typename Block::Sum& sum) {
+  const int ranks = static_cast<int>(p.width);
 #pragma unroll 1
-  for (int64_t rank = 0; rank < p.width; rank += kExactRanks)
-    Block(p, __shfl_sync(0xffffffffu, threadIdx.x, static_cast<int>(threadIdx.x % kWarp))).contract(sum, rank);
+  for (int rank = 0; rank < ranks; rank += kExactRanks) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    Block(p, __shfl_sync(0xffffffffu, blockIdx.x, lane), __shfl_sync(0xffffffffu, threadIdx.x, lane)).contract(sum, rank);
+  }
 }
 
 template <typename T, int kWarpColumns>
@@ -607,7 +607,7 @@ __global__ void __launch_bounds__(kExactThreads, kWarpColumns == 32 && sizeof(T)
     adapter_grad_exact_kernel(const ExactProblem p) {
   using Block = ExactBlock<T, kWarpColumns, false>;
   typename Block::Sum sum = {};
-  Block(p, threadIdx.x).product(sum);
+  Block(p, blockIdx.x, threadIdx.x).product(sum);
   contract_all<Block>(p, sum);
 }
 
@@ -615,7 +615,7 @@ template <typename T>
 __global__ void __launch_bounds__(kExactThreads, 2) masked_contract_kernel(const ExactProblem p) {
   using Block = ExactBlock<T, kExactNarrow / 4, true>;
   typename Block::Sum sum;
-  Block(p, threadIdx.x).load(sum);
+  Block(p, blockIdx.x, threadIdx.x).load(sum);
   contract_all<Block>(p, sum);
 }
 

@@ -50,7 +50,6 @@ struct FusedSteps {
       const int threads = p.config.threads, size = p.weight_dtype == DType::float32 ? 4 : 2, vectors = size / 2;
       const int vector = vectors == 2 ? threadIdx.x % 2 : 0;
       const int64_t rows = kGradient ? p.depth : p.columns;
-      constexpr int kPerTurn = 4 / Part::kEights;
 #pragma unroll 1
       for (int index = 0; index < kUnits; ++index) {
         uint8_t* slot = slots(step, index);
