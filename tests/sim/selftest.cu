@@ -255,7 +255,8 @@ constexpr Named kKernels[] = {
     LORS_SIM_KERNEL(shared_strided),
     LORS_SIM_KERNEL(shared_vectors),
     LORS_SIM_KERNEL(matrix_rows),
-    LORS_SIM_KERNEL(uneven_loop),          LORS_SIM_KERNEL(scripted),
+    LORS_SIM_KERNEL(uneven_loop),
+    LORS_SIM_KERNEL(scripted),
 };
 
 }  // namespace

@@ -49,7 +49,7 @@ def kept_of(given: dict[str, Tensor], explicit: bool) -> Tensor:
 def run(
     sim: Any, device: Any, given: dict[str, Tensor], *, explicit: bool = False, want: str = "AB", misalign: int = 0
 ) -> Result:
-    """adapter_grad_exact's gradients, or masked_contract's where grad_weight is given: A's is then [K, r], added to ones.
+    """adapter_grad_exact's gradients, or masked_contract's where grad_weight is given: A's then [K, r], added to ones.
 
     `misalign`: elements that every pointer lies past an aligned place.
     """

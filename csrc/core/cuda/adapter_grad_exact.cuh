@@ -603,8 +603,7 @@ __device__ __forceinline__ void contract_all(const ExactProblem& p, const typena
 }
 
 template <typename T, int kWarpColumns>
-__global__ void __launch_bounds__(kExactThreads, kWarpColumns == 32 && sizeof(T) == 2 ? 2 : 1)
-    adapter_grad_exact_kernel(const ExactProblem p) {
+__global__ void __launch_bounds__(kExactThreads, 1) adapter_grad_exact_kernel(const ExactProblem p) {
   using Block = ExactBlock<T, kWarpColumns, false>;
   typename Block::Sum sum = {};
   Block(p, blockIdx.x, threadIdx.x).product(sum);
@@ -612,7 +611,7 @@ __global__ void __launch_bounds__(kExactThreads, kWarpColumns == 32 && sizeof(T)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kExactThreads, 2) masked_contract_kernel(const ExactProblem p) {
+__global__ void __launch_bounds__(kExactThreads, 1) masked_contract_kernel(const ExactProblem p) {
   using Block = ExactBlock<T, kExactNarrow / 4, true>;
   typename Block::Sum sum;
   Block(p, blockIdx.x, threadIdx.x).load(sum);

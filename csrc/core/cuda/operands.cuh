@@ -16,7 +16,9 @@ using float16 = __half;
 constexpr int kMaxPlanes = 3;
 constexpr int kWarp = 32;
 
-__host__ __device__ constexpr int planes_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+__host__ __device__ constexpr int planes_of(DType dtype) {
+  return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3;
+}
 
 template <typename T>
 __host__ __device__ constexpr DType dtype_of() {
