@@ -42,12 +42,13 @@ def kernel_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines: dict[str, list[str]] = {}
+    lines: list[str] = []
     for row in rows:
-        key = f"{row['out_features']}x{row['in_features']} T={row['tokens']}"
         cell = "failed" if row["failed"] else f"{row['seconds']['median'] * 1e3:.3f} ({row['ratio']['median']:.2f})"
-        lines.setdefault(key, []).append(f"{row['peer']} {cell}")
-    return [f"{key}: {', '.join(cells)}" for key, cells in lines.items()]
+        if row["peer"] == row["baseline"]:  # the first of its case
+            lines.append(f"{row['out_features']}x{row['in_features']} T={row['tokens']}: ms")
+        lines[-1] += f" {row['peer']} {cell}"
+    return lines
 
 
 def words_of(log: str, name: str) -> list[str]:
@@ -65,7 +66,7 @@ def main() -> int:
     if kernels := kernel_lines(rows_of(directory / "kernels.json")):
         print("Operators, device time", *kernels, sep="\n")
     if layers := layer_lines(rows_of(directory / "linear.json")):
-        print("\nForward + backward, ms (x official)", *layers, sep="\n")
+        print("\nForward + backward (x official)", *layers, sep="\n")
     bad = [part for part in parts if part["status"] not in ("ok", "skipped")]
     for part in parts:
         if part["status"] != "ok" and (words := words_of(log, part["part"])):

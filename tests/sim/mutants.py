@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lors_sim
@@ -31,10 +31,9 @@ CASES = Path(__file__).resolve().parent / "cases"
 class Mutant:
     family: str
     file: str  # in csrc/core/cuda
-    start: int  # what is replaced: text[start:end]
-    end: int
-    replacement: str
     name: str  # stable under edits elsewhere in the file, unlike a line number
+    before: str = field(repr=False)  # the file's text
+    after: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,15 @@ def removals(family: str) -> list[Mutant]:
     """One mutant per barrier, __syncwarp and wait of the family: the first two removed, the last made too weak."""
     found = []
     for file in sources(family):
-        text = without_comments((SOURCES / file).read_text())
+        text = (SOURCES / file).read_text()
         for kind, pattern, weaker in (
             ("__syncthreads", r"__syncthreads\(\);", "(void)0;"),
             ("__syncwarp", r"__syncwarp\([^;]*\);", "(void)0;"),
             ("cp_async_wait", r"cp_async_wait<([^;]*)>\(\);", r"cp_async_wait<(\1) + 1>();"),
         ):
-            for i, match in enumerate(re.finditer(pattern, text)):
-                found.append(
-                    Mutant(family, file, match.start(), match.end(), match.expand(weaker), f"{file}: {kind} {i + 1}")
-                )
+            for i, match in enumerate(re.finditer(pattern, without_comments(text))):
+                mutated = text[: match.start()] + match.expand(weaker) + text[match.end() :]
+                found.append(Mutant(family, file, f"{file}: {kind} {i + 1}", text, mutated))
     return found
 
 
@@ -80,8 +78,7 @@ def replacement(family: str, file: str, old: str, new: str) -> Mutant:
     text = (SOURCES / file).read_text()
     if text.count(old) != 1:
         raise ValueError(f"{old!r} occurs {text.count(old)} times in {file}; it has to occur once")
-    start = text.index(old)
-    return Mutant(family, file, start, start + len(old), new, f"{file}: {old} -> {new}")
+    return Mutant(family, file, f"{file}: {old} -> {new}", text, text.replace(old, new))
 
 
 def planted(family: str) -> list[Mutant]:
@@ -107,8 +104,9 @@ def build(mutant: Mutant, flavour: str, directory: Path) -> None:
     given = lors_sim.settings(flavour)
     copy = directory / "cuda"
     shutil.copytree(SOURCES, copy)
-    text = (copy / mutant.file).read_text()
-    (copy / mutant.file).write_text(text[: mutant.start] + mutant.replacement + text[mutant.end :])
+    if (copy / mutant.file).read_text() != mutant.before:
+        raise RuntimeError(f"{mutant.file} has changed since its mutants were listed")
+    (copy / mutant.file).write_text(mutant.after)
     fresh = directory / f"{mutant.family}.o"
     # Unoptimised: the compiler is what takes the time.
     compile_command = [

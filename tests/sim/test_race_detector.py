@@ -87,11 +87,9 @@ def has_race(accesses: list[Access]) -> bool:
 
 def complains(sim: Any, script: np.ndarray, blocks: int, seed: int) -> bool:
     device = sim.Device(seed=seed)
-    arguments = {"n": script.shape[1], "blocks": blocks, "threads": len(script) // blocks, "shared_bytes": BYTES}
+    given = {"input": device.upload("in", script), "output": device.empty("out", BYTES), "n": script.shape[1]}
     try:
-        sim.selftest(
-            device, "scripted", input=device.upload("in", script), output=device.empty("out", BYTES), **arguments
-        )
+        sim.selftest(device, "scripted", blocks=blocks, threads=len(script) // blocks, shared_bytes=BYTES, **given)
     except sim.SimError as error:
         if "race: " not in str(error):
             raise
