@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp kernels lint format bench wheel test-wheel install clean
+.PHONY: demo test test-python test-sim test-cpp kernels lint format bench bench-cpp wheel test-wheel install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -59,6 +59,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	bash -n bench/gpu/run.sh
+	bash -n bench/gpu/build.sh
 	! grep -rnE '#include <(torch|ATen|c10)/' csrc/core
 
 format: $(VENV)/.ready
@@ -66,11 +68,17 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: install
+bench: install bench-cpp
 	mkdir -p build/bench
 	$(BIN)/python bench/merge.py --output build/bench/merge.json
 	$(BIN)/python bench/linear.py --dtype float32 --output build/bench/linear.json
 	$(BIN)/python bench/plot.py build/bench/linear.json
+
+# The CPU kernels by themselves (needs Google Benchmark: libbenchmark-dev).
+bench-cpp: $(VENV)/.ready
+	$(CMAKE) -S . -B build/bench-cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_BENCH=ON -DLORS_WERROR=ON
+	$(CMAKE) --build build/bench-cpp
+	build/bench-cpp/bench/cpp/bench_cpu
 
 wheel: $(VENV)/.ready
 	rm -rf dist

@@ -39,7 +39,10 @@ sanitize() {
   local filter=()
   # Only our kernels: instrumenting torch's would take most of the time. The option's name has changed over the years.
   for option in --kernel-regex --kernel-name; do
-    if compute-sanitizer --help 2>&1 | grep -q -- "$option"; then filter=("$option" kns=lors) && break; fi
+    if grep -q -- "$option" <<<"$(compute-sanitizer --help 2>&1)"; then
+      filter=("$option" kns=lors)
+      break
+    fi
   done
   # torch's caching allocator would hide what lies beyond a tensor; the fused product is the choice with the most kernels.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 LORS_CUDA_FUSED=always on_site compute-sanitizer --tool "$1" --error-exitcode 9 \

@@ -113,7 +113,7 @@ def test_every_dtype(sim: Any, dtype: str, contract: bool) -> None:
             check(run(sim, sim.Device(seed=seed), given, explicit=explicit), given, explicit)
 
 
-@pytest.mark.parametrize("r", [1, 3, 16, 17, 64])
+@pytest.mark.parametrize("r", [1, 3, 17, 64])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 129, 17), (129, 1, 257), (33, 17, 40)])
 def test_awkward_shapes(sim: Any, shape: Shape, r: int) -> None:
     for seed, dtypes in enumerate((BF16, MIXED)):
@@ -131,7 +131,7 @@ def test_large_ranks(sim: Any) -> None:
         check(run(sim, sim.Device(), given), given)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize("multiprocessors", [1, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_cut_into_blocks(sim: Any, dtype: str, multiprocessors: int) -> None:
     """One multiprocessor takes wide tiles, many take narrow ones and ranges of tokens."""
@@ -139,14 +139,13 @@ def test_every_cut_into_blocks(sim: Any, dtype: str, multiprocessors: int) -> No
     device = sim.Device(multiprocessors=multiprocessors)
     check(run(sim, device, given), given)
     tiles = {1: 2 * (4 if dtype == "float32" else 2), 40: 2 * 4 * 2}
-    blocks = device.launches()[0]["grid"][0]
-    assert blocks == tiles.get(multiprocessors, blocks)
+    assert device.launches()[0]["grid"][0] == tiles[multiprocessors]
 
 
 @pytest.mark.parametrize("contract", [False, True])
 def test_partial_sums_are_bounded(sim: Any, contract: bool) -> None:
     """Rows are taken in panels where the partial sums of all would exceed 1 MiB per multiprocessor."""
-    given = panel(300, 264, 256, BF16) if contract else operands((16, 300, 264), 256, BF16)
+    given = panel(140, 264, 256, BF16) if contract else operands((16, 260, 264), 256, BF16)
     device = sim.Device(multiprocessors=1)
     check(run(sim, device, given), given)
     assert device.stats()["masked_contract" if contract else "adapter_grad_exact"]["launches"] > 1
