@@ -7,30 +7,12 @@
 
 #include "launch.h"
 #include "reduce.cuh"
+#include "scratch.h"
 
 namespace lors {
 namespace {
 
 using namespace cuda;
-
-// Memory of the host, given back once the work that uses it is queued.
-class Scratch {
- public:
-  Scratch(const CudaHost& host, int64_t floats) : host_(host) {
-    if (floats > 0) data_ = static_cast<float*>(host.allocate(4 * floats, &handle_));
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (data_) host_.release(handle_);
-  }
-  float* data() const { return data_; }
-
- private:
-  const CudaHost& host_;
-  float* data_ = nullptr;
-  void* handle_ = nullptr;
-};
 
 template <typename Z, int kRanks>
 Status launch_pass(const TokenFeatures& pass, bool project, bool reduce, const TokenConfig& config, int64_t blocks,
