@@ -80,10 +80,11 @@ bench-cpp: $(VENV)/.ready
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu
 
+# With the CUDA half wherever there is nvcc, whatever the editable install beside it has.
 wheel: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . \
-		'--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+		'--config-settings=cmake.define.LORS_CUDA=AUTO' '--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
 	ls -l dist
 
 # The wheel by itself: an environment that borrows .venv's torch, but not the editable install beside it.
