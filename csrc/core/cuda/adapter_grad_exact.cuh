@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// With G = dY^T X [N, K], or a given G, masked where the weight is zero and never in memory:
-//   partial_B[n, p] = sum over a tile's k of G[n, k] lora_A[p, k]      partial_A[k, p] = sum over a tile's n of G[n, k]
-//   lora_B[n, p]
+// Of G = dY^T X [N, K], or a given G, masked where the weight is zero and never in memory, a tile's part of both gradients:
+//   partial_B[n, p] = sum_k G[n, k] lora_A[p, k]        partial_A[k, p] = sum_n G[n, k] lora_B[n, p]
 // The masked sums stay fp32: both contractions take them as three bfloat16 planes, from the registers they were summed in.
 #pragma once
 
