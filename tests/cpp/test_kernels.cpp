@@ -125,6 +125,28 @@ TEST_P(Kernels, Merge) {
   }
 }
 
+// Large enough to be stored past the caches, from an aligned row on and, one element further, in the ordinary way.
+TEST_P(Kernels, MergeOfALargeResult) {
+  const int64_t N = 9, K = 65616, r = 3;
+  const auto weight = random(N * K, 0.5), lora_A = random(r * K), lora_B = random(N * r);
+  const Adapters packed = pack_adapters(table(), lora_A, lora_B, N, K, r, table().merge_panel, 0.75);
+  for (const int64_t shift : {0, 1}) {
+    std::vector<float> memory(N * K + 17 + shift, NAN);
+    float* const merged = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4 % 16 + shift;
+    MergeJob job;
+    job.in_features = K;
+    job.r = r;
+    job.weight = weight.data();
+    job.lora_A = packed.panels.data();
+    job.lora_B = packed.lora_B.data();
+    job.merged = merged;
+    table().merge(job, 0, N);
+    EXPECT_TRUE(std::isnan(merged[N * K])) << "wrote beyond the end";
+    for (int64_t i = 0; i < N * K; ++i)
+      ASSERT_NEAR(merged[i], merged_value(weight, lora_A, lora_B, 0.75, i / K, i % K, K, r), 3e-6) << "at " << i;
+  }
+}
+
 TEST_P(Kernels, FusedProduct) {
   for (const bool input_gradient : {false, true})
     for (const auto& [T, N, K, r] : kShapes) {

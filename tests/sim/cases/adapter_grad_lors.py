@@ -13,6 +13,15 @@ CALLS = [
     ((100, 72, 40, 5), "bfloat16"),
     ((96, 64, 128, 40), "float32"),
 ]
+PLANTED = [
+    (
+        "adapter_grad_lors.cu",
+        "grad_A.scale = grad_B.scale = static_cast<float>(args.scaling);",
+        "grad_A.scale = grad_B.scale = 1.f;",
+    ),
+    ("adapter_grad_lors.cuh", "a[m][i], b[2], b[3]);", "a[m][i], b[3], b[2]);"),
+    ("adapter_grad_lors.cuh", "i * kRowsPerLoad < left;", "i * kRowsPerLoad <= left;"),
+]
 
 
 def check(sim: Any) -> None:

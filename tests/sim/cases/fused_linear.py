@@ -16,6 +16,11 @@ CALLS = [
     ((16, 64, 192, 8), "float32"),
     ((520, 128, 128, 16), "bfloat16"),  # the wide token tile
 ]
+PLANTED = [
+    ("fused_linear_tiles.cuh", "fmaf(p.scaling, low_rank, v)", "low_rank + v"),
+    ("fused_linear_tiles.cuh", "v != 0.f;", "v == v;"),
+    ("fused_linear_tiles.cuh", "sum[2 * half + 1], a[j], b[2], b[3]);", "sum[2 * half + 1], a[j], b[3], b[2]);"),
+]
 
 
 def check(sim: Any) -> None:

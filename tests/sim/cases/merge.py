@@ -18,6 +18,12 @@ PLANTED = [
     ("merge.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
     ("merge.cuh", "if (n >= p.out_features) continue;", "if (n > p.out_features) continue;"),
     ("merge.cuh", "n < p.out_features ? p.in_features : 0", "n <= p.out_features ? p.in_features : 0"),
+    (
+        "merge.cuh",
+        "fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i])",
+        "sum[c][i / 2][2 * h + i % 2] + values[i]",
+    ),
+    ("merge.cuh", "kept >> i & 1 ?", "kept >> (i ^ 1) & 1 ?"),
 ]
 
 
