@@ -77,23 +77,18 @@ struct FusedSteps {
     ptx::cp_async_commit();
   }
 
-  // The mask's bits of this thread's weights, a byte for each eight. Read one step at a time: the copies that are under way
-  // cover the wait.
-  __device__ __forceinline__ uint64_t kept(int step) const {
-    uint64_t bits = 0;
-    if (p.mask == nullptr || step < 0 || !last(step)) return bits;
+  // The mask's bits of this thread's weights of one unit, a byte for each eight. Read when the unit is merged, and no earlier:
+  // they would not fit the registers beside its low-rank product.
+  __device__ __forceinline__ uint32_t kept(int step, int index) const {
+    uint32_t bits = 0;
+    if (p.mask == nullptr || !last(step)) return bits;
     const int64_t rows = kGradient ? p.depth : p.columns;
-    constexpr int kPerTurn = 4 / Part::kEights;
-#pragma unroll 1  // four loads on their way will do; eight addresses would not fit the registers
-    for (int index = 0; index < kUnits; index += kPerTurn) {
-#pragma unroll
-      for (int i = 0; i < kPerTurn * Part::kEights; ++i) {
-        int64_t row, first;
-        Part::where(row, first, t, t.q, t.first_unit + index + i / Part::kEights, i % Part::kEights, column(), depth(step));
-        if (row < rows && first < p.in_features)
-          bits |= static_cast<uint64_t>(ptx::load_global(p.mask + row * p.mask_pitch + first / 8))
-                  << (8 * (index * Part::kEights + i));
-      }
+#pragma unroll 1  // as many addresses would not fit either
+    for (int i = 0; i < Part::kEights; ++i) {
+      int64_t row, first;
+      Part::where(row, first, t, t.q, t.first_unit + index, i, column(), depth(step));
+      if (row < rows && first < p.in_features)
+        bits |= static_cast<uint32_t>(ptx::load_global(p.mask + row * p.mask_pitch + first / 8)) << (8 * i);
     }
     return bits;
   }
@@ -141,7 +136,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
     wait_for_copies(c.stages - 2);
     __syncthreads();  // this step's copies and planes are there, and the last step's have been read
     steps.copy(step + c.stages - 1);
-    const uint64_t kept = steps.kept(step);
     steps.split_adapter(step + 1);
     if (c.resident ? step == -1 : step >= 0) stage_own<kGradient>(own, p, steps.column(), c.resident ? 0 : steps.rank(step));
     if (step < 0) continue;
@@ -162,7 +156,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
       }
       Part::multiply(sum, p, t, t.first_unit + index, own, c.resident ? steps.rank(step) : 0, steps.planes(step));
       if (steps.last(step)) {
-        Part::template merge<Op>(tiles, sum, p, index, steps.slots(step, index), kept, 8 * index * Part::kEights);
+        Part::template merge<Op>(tiles, sum, p, index, steps.slots(step, index), steps.kept(step, index));
       } else {
 #pragma unroll
         for (int i = 0; i < Part::kSums; ++i)

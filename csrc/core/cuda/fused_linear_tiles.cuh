@@ -285,18 +285,17 @@ struct Unit {
     first = kGradient ? c : d;
   }
 
-  // Merges the unit's weights, of which kept bits are in `kept` from bit `shift` on, into the operands [tile][slice] of the
-  // warp. Where there is no mask, a weight is kept if it is not zero.
+  // Merges the unit's weights, a byte of `kept` for each eight, into the operands [tile][slice] of the warp. Where there is no
+  // mask, a weight is kept if it is not zero.
   template <typename Op, int kPlanes, int kTotal>
   static __device__ __forceinline__ void merge(uint32_t (&tiles)[kPlanes][kTotal][4], const float (&sum)[kSums][4],
-                                               const FusedProblem& p, int index, const uint8_t* slots, uint64_t kept,
-                                               int shift) {
+                                               const FusedProblem& p, int index, const uint8_t* slots, uint32_t kept) {
     const int vectors = p.weight_dtype == DType::float32 ? 2 : 1, step = p.config.threads * 16;
     float values[2][8];
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       read_eight(values[e % 2], p.weight_dtype, slots + e * vectors * step, p.config.threads);
-      const uint32_t bits = static_cast<uint32_t>(kept >> (shift + 8 * e));
+      const uint32_t bits = kept >> (8 * e);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& v = values[e % 2][i];
