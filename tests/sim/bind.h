@@ -56,6 +56,24 @@ class Arguments {
   py::dict left_;
 };
 
+// What the argument structs of several families have in common.
+template <typename Args>
+void read_adapters(Arguments& given, Args& args) {
+  given.read("in_features", args.in_features);
+  given.read("r", args.r);
+  given.read("lora_A", args.lora_A);
+  given.read("lora_A_dtype", args.lora_A_dtype);
+  given.read("lora_B", args.lora_B);
+  given.read("lora_B_dtype", args.lora_B_dtype);
+  given.read("scaling", args.scaling);
+}
+template <typename Args>
+void read_weight(Arguments& given, Args& args) {
+  given.read("weight", args.weight);
+  given.read("weight_dtype", args.weight_dtype);
+  given.read("mask", args.mask);
+}
+
 // The caller's side of a call: its memory comes from the current device and has to be given back.
 CudaHost host_of(Device& device);
 // Raises StatusError unless the status is success, and Error if the call kept memory.

@@ -9,16 +9,8 @@ LORS_SIM_BINDING(merge) {
     sim::Arguments given(kwargs);
     MergeArgs args;
     given.read("out_features", args.out_features);
-    given.read("in_features", args.in_features);
-    given.read("r", args.r);
-    given.read("weight", args.weight);
-    given.read("weight_dtype", args.weight_dtype);
-    given.read("mask", args.mask);
-    given.read("lora_A", args.lora_A);
-    given.read("lora_A_dtype", args.lora_A_dtype);
-    given.read("lora_B", args.lora_B);
-    given.read("lora_B_dtype", args.lora_B_dtype);
-    given.read("scaling", args.scaling);
+    sim::read_adapters(given, args);
+    sim::read_weight(given, args);
     given.read("merged", args.merged);
     given.read("merged_dtype", args.merged_dtype);
     given.read("round_to", args.round_to);
