@@ -21,9 +21,20 @@ struct MaskUnpackArgs {
   uint8_t* mask = nullptr;         // [N, K]
 };
 
+// The mask of a weight that has none of its own: kept where it is not zero (-0.0 is zero, a NaN is not).
+struct MaskNonzeroArgs {
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  const void* weight = nullptr;  // [N, K] row-major
+  DType dtype = DType::float32;
+  uint32_t* bits = nullptr;  // [N, ceil(K/32)]
+};
+
 Status mask_pack(const MaskPackArgs& args, const CpuHost* host);
 Status mask_pack(const MaskPackArgs& args, const CudaHost& host);
 Status mask_unpack(const MaskUnpackArgs& args, const CpuHost* host);
 Status mask_unpack(const MaskUnpackArgs& args, const CudaHost& host);
+Status mask_nonzero(const MaskNonzeroArgs& args, const CpuHost* host);
+Status mask_nonzero(const MaskNonzeroArgs& args, const CudaHost& host);
 
 }  // namespace lors

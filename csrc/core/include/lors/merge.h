@@ -12,10 +12,14 @@ struct MergeArgs {
   int64_t out_features = 0;  // N
   int64_t in_features = 0;   // K
   int64_t r = 0;
-  const void* weight = nullptr;  // [N, K] row-major, frozen
+  Layout weight_layout = Layout::dense;
+  const void* weight = nullptr;  // frozen; dense: [N, K] row-major; 2:4: values [N, K/2]; bitmap: values [row_offsets[N]]
   DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0 (-0.0 counts as zero)
-  const void* lora_A = nullptr;    // [r, K] row-major
+  // [N, ceil(K/32)] bits, 1 = kept; dense: null: kept where weight != 0 (-0.0 counts as zero); 2:4: null; bitmap: its bits
+  const uint32_t* mask = nullptr;
+  const uint8_t* metadata = nullptr;     // 2:4: [N, ceil(K/8)], valid; else null
+  const int64_t* row_offsets = nullptr;  // bitmap: [N + 1], valid; else null
+  const void* lora_A = nullptr;          // [r, K] row-major
   DType lora_A_dtype = DType::float32;
   const void* lora_B = nullptr;  // [N, r] row-major
   DType lora_B_dtype = DType::float32;

@@ -11,6 +11,9 @@ enum class DType : uint8_t { float64, float32, bfloat16, float16 };
 
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
+// How a frozen weight is stored: sparse24.h and bitmap.h describe the compressed ones.
+enum class Layout : uint8_t { dense, sparse24, bitmap };
+
 // What a CPU call takes from the program it runs in. A null member, or no host at all, means: the calling thread alone, and
 // memory from the C library.
 struct CpuHost {
@@ -34,5 +37,8 @@ struct CudaHost {
 
 // Number of 32-bit words in one row of a packed mask over `in_features` columns.
 constexpr int64_t mask_words(int64_t in_features) { return (in_features + 31) / 32; }
+
+// Number of bytes in one row of 2:4 metadata over `in_features` columns.
+constexpr int64_t sparse24_metadata_bytes(int64_t in_features) { return (in_features + 7) / 8; }
 
 }  // namespace lors
