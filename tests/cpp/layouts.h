@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the tests of the compressed layouts share: weights as bit patterns of any dtype, random masks, outputs between red
+// zones, and a pool of threads.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <lors/types.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+namespace lors::test {
+
+constexpr DType kDTypes[] = {DType::float64, DType::float32, DType::bfloat16, DType::float16};
+
+// `count` elements of one dtype, exactly sized, so that a sanitizer sees the first byte read beyond them.
+struct Elements {
+  Elements(DType dtype, int64_t count) : dtype(dtype), bytes(size_t(count * dtype_size(dtype))) {}
+  int64_t size() const { return int64_t(bytes.size()) / dtype_size(dtype); }
+  uint64_t get(int64_t i) const {
+    uint64_t out = 0;
+    std::memcpy(&out, bytes.data() + i * dtype_size(dtype), size_t(dtype_size(dtype)));
+    return out;
+  }
+  void set(int64_t i, uint64_t bits) { std::memcpy(bytes.data() + i * dtype_size(dtype), &bits, size_t(dtype_size(dtype))); }
+  uint64_t sign() const { return uint64_t{1} << (8 * dtype_size(dtype) - 1); }
+  bool is_zero(int64_t i) const { return (get(i) & ~sign()) == 0; }
+  // Kept values as every layout stores them.
+  uint64_t stored(int64_t i) const { return is_zero(i) ? 0 : get(i); }
+
+  DType dtype;
+  std::vector<unsigned char> bytes;
+};
+
+inline int fraction_bits(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return 52;
+    case DType::float32: return 23;
+    case DType::bfloat16: return 7;
+    default: return 10;
+  }
+}
+
+// Random numbers between 1/4 and 4 of either sign, and now and then an infinity or a NaN if `special`.
+inline Elements random_elements(DType dtype, int64_t count, std::mt19937_64& rng, bool special) {
+  Elements out(dtype, count);
+  const int fraction = fraction_bits(dtype), exponent_bits = int(dtype_size(dtype)) * 8 - 1 - fraction;
+  const uint64_t bias = (uint64_t{1} << (exponent_bits - 1)) - 1, all_ones = (uint64_t{1} << exponent_bits) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t draw = rng();
+    uint64_t bits = (bias - 2 + draw % 4) << fraction | (rng() & ((uint64_t{1} << fraction) - 1));
+    if (special && draw % 41 == 0) bits = all_ones << fraction | (draw % 2) << (fraction - 1);
+    out.set(i, bits | (draw >> 40 & 1 ? out.sign() : 0));
+  }
+  return out;
+}
+
+// A mask as one bool per weight, and as the bits the core takes.
+struct Mask {
+  int64_t out_features, in_features;
+  std::vector<bool> kept;  // [N, K]
+  bool at(int64_t n, int64_t k) const { return kept[size_t(n * in_features + k)]; }
+  std::vector<uint32_t> bits() const {
+    const int64_t words = mask_words(in_features);
+    std::vector<uint32_t> out(size_t(out_features * words));
+    for (int64_t n = 0; n < out_features; ++n)
+      for (int64_t k = 0; k < in_features; ++k)
+        if (at(n, k)) out[size_t(n * words + k / 32)] |= uint32_t{1} << (k % 32);
+    return out;
+  }
+};
+
+// Of every group of four along K as many kept as a die says, at most `most`.
+inline Mask random_groups(int64_t N, int64_t K, int most, std::mt19937_64& rng) {
+  Mask mask{N, K, std::vector<bool>(size_t(N * K))};
+  for (int64_t group = 0; group < N * K; group += 4) {
+    int positions[4] = {0, 1, 2, 3};
+    std::shuffle(positions, positions + 4, rng);
+    const int count = int(rng() % unsigned(most + 1));
+    for (int j = 0; j < count; ++j) mask.kept[size_t(group + positions[j])] = true;
+  }
+  return mask;
+}
+
+// An output between two red zones, overwritten with a pattern beforehand; `shift` moves it off its alignment, by whole
+// elements.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t count, int64_t shift = 0)
+      : count_(count), shift_(shift), memory_(size_t(count + 2 * kZone + shift) * sizeof(T), kPattern) {}
+  T* data() { return reinterpret_cast<T*>(memory_.data()) + kZone + shift_; }
+  std::vector<T> values() { return {data(), data() + count_}; }
+  bool intact() const {
+    const auto untouched = [](unsigned char byte) { return byte == kPattern; };
+    const auto begin = memory_.begin() + int64_t(sizeof(T)) * (kZone + shift_);
+    return std::all_of(memory_.begin(), begin, untouched) &&
+           std::all_of(begin + int64_t(sizeof(T)) * count_, memory_.end(), untouched);
+  }
+
+ private:
+  static constexpr int64_t kZone = 128;
+  static constexpr unsigned char kPattern = 0xa5;
+  int64_t count_, shift_;
+  std::vector<unsigned char> memory_;
+};
+using GuardedBytes = Guarded<unsigned char>;
+
+// A pool that cuts the work into as many pieces as the grain allows, each on a thread of its own.
+inline void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < count; begin += grain)
+    threads.emplace_back(body, context, begin, std::min(begin + grain, count));
+  for (std::thread& thread : threads) thread.join();
+}
+inline constexpr CpuHost kPieces{run_in_pieces, nullptr, nullptr};
+
+}  // namespace lors::test
