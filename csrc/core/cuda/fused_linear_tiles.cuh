@@ -227,23 +227,23 @@ struct Unit {
                             2 * ((32 * t.depth_group + 16 * unit + t.lane / 16 * 8 + t.lane % 8) * pitch + t.lane / 8 % 2 * 8);
       const uint4* tiles = reinterpret_cast<const uint4*>(own) + 4 * kWarp * t.column_group + t.lane;
       for (int r = 0; r < c.ranks; r += 16) {
-        uint32_t b[kMaxPlanes][4];
+        // One plane of this operand at a time: all of them beside `sum` and the products' accumulators do not fit the
+        // registers.
 #pragma unroll
-        for (int i = 0; i < kMaxPlanes; ++i)
-          if (i < planes_other) ptx::ldmatrix_x4(b[i], from + 2 * (i * plane + r));
+        for (int j = 0; j < kMaxPlanes; ++j) {
+          if (j >= planes_other) break;
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, from + 2 * (j * plane + r));
 #pragma unroll
-        for (int i = 0; i < kMaxPlanes; ++i) {
-          if (i >= planes_own) break;
-          const uint4* at = tiles + (i * (c.own_ranks / 16) + (own_rank + r) / 16) * 4 * kWarp * c.column_warps;
+          for (int i = 0; i + j < kMaxPlanes; ++i) {
+            if (i >= planes_own) break;
+            const uint4* at = tiles + (i * (c.own_ranks / 16) + (own_rank + r) / 16) * 4 * kWarp * c.column_warps;
 #pragma unroll
-          for (int tile = 0; tile < 4; ++tile) {
-            const uint4 v = ptx::load_shared(at + tile * kWarp);
-            const uint32_t a[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int j = 0; j < kMaxPlanes; ++j) {
-              if (i + j >= kMaxPlanes || j >= planes_other) break;
-              ptx::mma_m16n8k16<bfloat16>(sum[2 * tile], a, b[j][0], b[j][1]);
-              ptx::mma_m16n8k16<bfloat16>(sum[2 * tile + 1], a, b[j][2], b[j][3]);
+            for (int tile = 0; tile < 4; ++tile) {
+              const uint4 v = ptx::load_shared(at + tile * kWarp);
+              const uint32_t a[4] = {v.x, v.y, v.z, v.w};
+              ptx::mma_m16n8k16<bfloat16>(sum[2 * tile], a, b[0], b[1]);
+              ptx::mma_m16n8k16<bfloat16>(sum[2 * tile + 1], a, b[2], b[3]);
             }
           }
         }
