@@ -8,28 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "tables.h"
 
 namespace lors::cpu {
-
-extern const KernelTable table_baseline;
-extern const KernelTable table_wide;
-#if defined(__x86_64__)
-extern const KernelTable table_avx2;
-extern const KernelTable table_avx512;
-#endif
-
 namespace {
 
 class Kernels : public testing::TestWithParam<const KernelTable*> {
  protected:
-  void SetUp() override {
-#if defined(__x86_64__)
-    if (GetParam() == &table_avx2 && !__builtin_cpu_supports("avx2")) GTEST_SKIP() << "this processor has no AVX2";
-    if (GetParam() == &table_avx512 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")))
-      GTEST_SKIP() << "this processor has no AVX-512; the table `wide` runs the same code in baseline instructions";
-#endif
-  }
+  void SetUp() override { LORS_SKIP_UNSUPPORTED(GetParam()); }
   const KernelTable& table() const { return *GetParam(); }
 
   std::vector<float> random(int64_t count, double zeros = 0.0) {
@@ -285,15 +271,7 @@ TEST_P(Kernels, SixteenBitConversions) {
   }
 }
 
-std::string table_name(const testing::TestParamInfo<const KernelTable*>& info) { return info.param->name; }
-INSTANTIATE_TEST_SUITE_P(Tables, Kernels,
-                         testing::Values(&table_baseline, &table_wide
-#if defined(__x86_64__)
-                                         ,
-                                         &table_avx2, &table_avx512
-#endif
-                                         ),
-                         table_name);
+INSTANTIATE_TEST_SUITE_P(Tables, Kernels, testing::ValuesIn(kTables), table_name);
 
 }  // namespace
 }  // namespace lors::cpu

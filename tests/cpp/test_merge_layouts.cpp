@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// The merge from and into the compressed layouts, bit for bit against the dense merge with the same mask, by every table of
+// kernels. What the dense merge computes is test_kernels.cpp's business.
+#include <lors/bitmap.h>
+#include <lors/sparse24.h>
+
+#include <cmath>
+
+#include "layouts.h"
+#include "merge.h"
+#include "tables.h"
+
+namespace lors::test {
+namespace {
+
+struct Problem {
+  int64_t N, K, r;
+  DType dtype, merged_dtype, round_to;
+};
+
+// One weight in every layout, and its adapters.
+struct Operands {
+  Operands(const Problem& p, const Mask& mask, std::mt19937_64& rng)
+      : bits(mask.bits()), dense(p.dtype, p.N * p.K), slots(p.dtype, p.N * p.K / 2), packed(p.dtype, 0) {
+    Elements weight = random_elements(p.dtype, p.N * p.K, rng, true);
+    for (int64_t i = 0; i < p.N * p.K; ++i)
+      if (rng() % 7 == 0) weight.set(i, rng() % 2 ? weight.sign() : 0);
+    metadata.resize(size_t(p.N * sparse24_metadata_bytes(p.K)));
+    row_offsets.resize(size_t(p.N + 1));
+    EXPECT_TRUE(bitmap_offsets({p.N, p.K, bits.data(), row_offsets.data()}, nullptr).ok());
+    packed = Elements(p.dtype, row_offsets.back());
+    const void* from = weight.bytes.data();
+    EXPECT_TRUE(bitmap_compress({p.N, p.K, from, p.dtype, bits.data(), row_offsets.data(), packed.bytes.data()}, nullptr).ok());
+    EXPECT_TRUE(sparse24_compress({p.N, p.K, from, p.dtype, bits.data(), slots.bytes.data(), metadata.data()}, nullptr).ok());
+    for (int64_t i = 0; i < p.N * p.K; ++i) dense.set(i, mask.kept[size_t(i)] ? weight.stored(i) : 0);
+    // In some places sums so small that a 16-bit type rounds them to zeros of either sign.
+    std::normal_distribution<float> normal;
+    lora_A.resize(size_t(p.r * p.K));
+    lora_B.resize(size_t(p.N * p.r));
+    for (size_t i = 0; i < lora_A.size(); ++i) lora_A[i] = normal(rng) * (i % size_t(p.K) % 5 ? 1.0f : 0x1p-65f);
+    for (size_t i = 0; i < lora_B.size(); ++i) lora_B[i] = normal(rng) * (i / size_t(p.r) % 2 ? 1.0f : 0x1p-70f);
+  }
+
+  template <typename Args>
+  Args args(const Problem& p) const {
+    Args out;
+    out.out_features = p.N;
+    out.in_features = p.K;
+    out.r = p.r;
+    out.lora_A = lora_A.data();
+    out.lora_B = lora_B.data();
+    out.scaling = 0.75;
+    return out;
+  }
+  MergeArgs merge_args(const Problem& p, Layout layout, void* merged) const {
+    MergeArgs out = args<MergeArgs>(p);
+    out.weight_layout = layout;
+    out.weight_dtype = p.dtype;
+    out.merged_dtype = p.merged_dtype;
+    out.round_to = p.round_to;
+    out.merged = merged;
+    out.weight = layout == Layout::dense      ? dense.bytes.data()
+                 : layout == Layout::sparse24 ? slots.bytes.data()
+                                              : packed.bytes.data();
+    if (layout != Layout::sparse24) out.mask = bits.data();
+    if (layout == Layout::sparse24) out.metadata = metadata.data();
+    if (layout == Layout::bitmap) out.row_offsets = row_offsets.data();
+    return out;
+  }
+
+  std::vector<uint32_t> bits;
+  Elements dense, slots, packed;
+  std::vector<uint8_t> metadata;
+  std::vector<int64_t> row_offsets;
+  std::vector<float> lora_A, lora_B;
+};
+
+class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
+ protected:
+  void SetUp() override {
+    using cpu::unsupported;
+    LORS_SKIP_UNSUPPORTED(GetParam());
+  }
+
+  void expect_same(const Problem& p, const Operands& o, Layout layout, const CpuHost* host, int64_t shift) {
+    const int64_t size = dtype_size(p.merged_dtype);
+    GuardedBytes want(p.N * p.K * size), got(p.N * p.K * size, shift * size);
+    ASSERT_TRUE(merge_with(*GetParam(), o.merge_args(p, Layout::dense, want.data()), host).ok());
+    ASSERT_TRUE(merge_with(*GetParam(), o.merge_args(p, layout, got.data()), host).ok());
+    EXPECT_EQ(want.values(), got.values());
+    EXPECT_TRUE(want.intact() && got.intact());
+  }
+
+  void expect_same_slots(const Problem& p, const Operands& o, const CpuHost* host) {
+    std::vector<unsigned char> dense(size_t(p.N * p.K * dtype_size(p.dtype))), want(o.slots.bytes.size());
+    ASSERT_TRUE(merge_with(*GetParam(), o.merge_args(p, Layout::dense, dense.data()), host).ok());
+    ASSERT_TRUE(sparse24_compress({p.N, p.K, dense.data(), p.dtype, o.bits.data(), want.data(), nullptr}, host).ok());
+    GuardedBytes apart(int64_t(want.size())), in_place(int64_t(want.size()));
+    Sparse24MergeArgs args = o.args<Sparse24MergeArgs>(p);
+    args.dtype = p.dtype;
+    args.metadata = o.metadata.data();
+    args.values = o.slots.bytes.data();
+    args.merged_values = apart.data();
+    ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, host).ok());
+    EXPECT_EQ(apart.values(), want);
+    std::copy(o.slots.bytes.begin(), o.slots.bytes.end(), in_place.data());
+    args.values = args.merged_values = in_place.data();
+    ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, host).ok());
+    EXPECT_EQ(in_place.values(), want);
+    EXPECT_TRUE(apart.intact() && in_place.intact());
+  }
+};
+
+Mask random_mask(int64_t N, int64_t K, std::mt19937_64& rng) {
+  Mask mask{N, K, std::vector<bool>(size_t(N * K))};
+  const unsigned percent = unsigned(rng() % 101);
+  for (int64_t i = 0; i < N * K; ++i) mask.kept[size_t(i)] = rng() % 100 < percent;
+  return mask;
+}
+
+std::vector<Problem> problems(int64_t N, int64_t K, int64_t r) {
+  std::vector<Problem> out = {{N, K, r, DType::float64, DType::float64, DType::float64}};
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    for (const DType round_to : {DType::float32, DType::bfloat16, DType::float16}) {
+      out.push_back({N, K, r, dtype, DType::float32, round_to});
+      if (round_to != DType::float32) out.push_back({N, K, r, dtype, round_to, round_to});
+    }
+  return out;
+}
+
+TEST_P(MergeLayouts, EveryShapeAndType) {
+  std::mt19937_64 rng(1);
+  for (const int64_t r : {1, 3, 16, 64})
+    for (const int64_t N : {1, 3, 7, 13})
+      for (const int64_t K : {4, 8, 12, 36, 60, 68, 128, 132, 196, 1028})
+        for (const Problem& p : problems(N, K, r)) {
+          SCOPED_TRACE(testing::Message() << N << "x" << K << " r=" << r << " " << int(p.dtype) << " to " << int(p.merged_dtype)
+                                          << " rounded to " << int(p.round_to));
+          const Operands groups(p, random_groups(N, K, 2, rng), rng), any(p, random_mask(N, K, rng), rng);
+          expect_same(p, groups, Layout::sparse24, nullptr, 0);
+          expect_same(p, groups, Layout::bitmap, nullptr, 1);
+          expect_same(p, any, Layout::bitmap, nullptr, 0);
+          if (p.merged_dtype == p.dtype && p.round_to == p.dtype) expect_same_slots(p, groups, nullptr);
+          if (HasFailure()) return;
+        }
+}
+
+TEST_P(MergeLayouts, ColumnsThatNoGroupDivides) {
+  std::mt19937_64 rng(2);
+  for (const int64_t K : {1, 3, 31, 33, 65, 127, 1027})
+    for (const Problem& p : problems(9, K, 5)) {
+      SCOPED_TRACE(testing::Message() << "K=" << K << " " << int(p.dtype) << " to " << int(p.merged_dtype));
+      Mask mask = random_mask(9, K, rng);
+      Operands o(Problem{9, 4, 5, p.dtype, p.merged_dtype, p.round_to}, random_mask(9, 4, rng), rng);
+      // 2:4 has no such shape: the operands by hand.
+      o.bits = mask.bits();
+      o.dense = random_elements(p.dtype, 9 * K, rng, true);
+      ASSERT_TRUE(bitmap_offsets({9, K, o.bits.data(), o.row_offsets.data()}, nullptr).ok());
+      o.packed = Elements(p.dtype, o.row_offsets.back());
+      ASSERT_TRUE(
+          bitmap_compress({9, K, o.dense.bytes.data(), p.dtype, o.bits.data(), o.row_offsets.data(), o.packed.bytes.data()},
+                          nullptr)
+              .ok());
+      o.lora_A.assign(size_t(5 * K), 0.5f);
+      expect_same(p, o, Layout::bitmap, nullptr, 0);
+      if (HasFailure()) return;
+    }
+}
+
+// Several pieces, several groups of panels, and results large enough to leave past the caches.
+TEST_P(MergeLayouts, LargeAndOnThreads) {
+  std::mt19937_64 rng(3);
+  for (const Problem& p : {Problem{9, 65616, 3, DType::float32, DType::float32, DType::float32},
+                           Problem{75, 4140, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16},
+                           Problem{75, 4160, 40, DType::float64, DType::float64, DType::float64},
+                           Problem{75, 4160, 40, DType::bfloat16, DType::float32, DType::bfloat16}}) {
+    const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng), any(p, random_mask(p.N, p.K, rng), rng);
+    for (const CpuHost* host : {static_cast<const CpuHost*>(nullptr), &kPieces})
+      for (const int64_t shift : {0, 1}) {
+        expect_same(p, groups, Layout::sparse24, host, shift);
+        expect_same(p, groups, Layout::bitmap, host, shift);
+        expect_same(p, any, Layout::bitmap, host, shift);
+      }
+    if (p.merged_dtype == p.dtype) {
+      expect_same_slots(p, groups, nullptr);
+      expect_same_slots(p, groups, &kPieces);
+    }
+  }
+}
+
+// Slots never hold -0.0, also where the dense merge rounds to it.
+TEST_P(MergeLayouts, ZerosInSlotsHaveNoSign) {
+  const float lora_A[4] = {1, 1, 1, 1}, lora_B = -0x1p-30f;
+  const uint16_t values[2] = {0, 0};
+  const uint8_t metadata = 0 | 1 << 2;
+  uint16_t merged[2] = {7, 7};
+  Sparse24MergeArgs args;
+  args.out_features = args.r = 1;
+  args.in_features = 4;
+  args.values = values;
+  args.dtype = DType::float16;
+  args.metadata = &metadata;
+  args.lora_A = lora_A;
+  args.lora_B = &lora_B;
+  args.merged_values = merged;
+  ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, nullptr).ok());
+  EXPECT_EQ(merged[0], 0);
+  EXPECT_EQ(merged[1], 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tables, MergeLayouts, testing::ValuesIn(cpu::kTables), cpu::table_name);
+
+}  // namespace
+}  // namespace lors::test
