@@ -7,6 +7,7 @@
 #include <lors/fused_linear.h>
 #include <lors/mask.h>
 #include <lors/merge.h>
+#include <lors/sparse24.h>
 
 #include <functional>
 #include <string>
@@ -40,7 +41,10 @@ enum class Fill {
   mask_bytes,  // 0 or 1
   poison,      // an output: every bit set, which is NaN in every floating-point type
   bits,        // an output of bits, where no value can be told from an unwritten one
-  sum          // float32 zeros that the call adds to
+  sum,         // float32 zeros that the call adds to
+  codes,       // bytes of 2:4 metadata, two kept in every group
+  half_bits,   // 32-bit words of a mask, half of each kept
+  offsets      // int64, multiples of `step`
 };
 
 struct Operand {
@@ -48,6 +52,7 @@ struct Operand {
   DType dtype = DType::float32;
   Fill fill = Fill::normal;
   int64_t element_bytes = 0;  // 0: the dtype's
+  int64_t step = 0;           // of offsets
 
   int64_t element_size() const { return element_bytes ? element_bytes : dtype_size(dtype); }
   int64_t bytes() const { return count * element_size(); }
@@ -71,7 +76,10 @@ struct Call {
 
 namespace detail {
 
-inline Operand floats(int64_t count, const Problem& p, Fill fill = Fill::normal) { return {count, p.dtype, fill, 0}; }
+inline Operand floats(int64_t count, const Problem& p, Fill fill = Fill::normal) { return {count, p.dtype, fill}; }
+inline Operand codes(const Problem& p) {
+  return {p.out_features * sparse24_metadata_bytes(p.in_features), p.dtype, Fill::codes, 1};
+}
 
 // Fills in what MergeArgs and FusedLinearArgs have in common.
 template <typename Args>
@@ -127,6 +135,77 @@ Call<Host> merge_call(const Problem& p) {
     args.merged = o[3];
     args.merged_dtype = p.dtype;
     return merge(args, host);
+  };
+  return call;
+}
+
+// The compressed layouts keep half of the weights. K is a multiple of 32.
+template <typename Host>
+Call<Host> merge_from_sparse24_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features, r = p.r;
+  Call<Host> call;
+  call.name = "merge_from_sparse24";
+  call.operands = {detail::floats(N * K / 2, p), detail::codes(p), detail::floats(r * K, p), detail::floats(N * r, p),
+                   detail::floats(N * K, p, Fill::poison)};
+  call.flop = 2.0 * N * K * r;
+  call.run = [p](void* const* o, Host host) {
+    MergeArgs args;
+    detail::describe(args, p, o[0], o[2], o[3]);
+    args.weight_layout = Layout::sparse24;
+    args.metadata = static_cast<const uint8_t*>(o[1]);
+    args.merged = o[4];
+    args.merged_dtype = p.dtype;
+    return merge(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> merge_from_bitmap_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features, r = p.r;
+  Call<Host> call;
+  call.name = "merge_from_bitmap";
+  call.operands = {detail::floats(N * K / 2, p),
+                   {N * mask_words(K), p.dtype, Fill::half_bits, 4},
+                   {N + 1, p.dtype, Fill::offsets, 8, K / 2},
+                   detail::floats(r * K, p),
+                   detail::floats(N * r, p),
+                   detail::floats(N * K, p, Fill::poison)};
+  call.flop = 2.0 * N * K * r;
+  call.run = [p](void* const* o, Host host) {
+    MergeArgs args;
+    detail::describe(args, p, o[0], o[3], o[4]);
+    args.weight_layout = Layout::bitmap;
+    args.mask = static_cast<const uint32_t*>(o[1]);
+    args.row_offsets = static_cast<const int64_t*>(o[2]);
+    args.merged = o[5];
+    args.merged_dtype = p.dtype;
+    return merge(args, host);
+  };
+  return call;
+}
+
+template <typename Host>
+Call<Host> sparse24_merge_call(const Problem& p) {
+  const int64_t N = p.out_features, K = p.in_features, r = p.r;
+  Call<Host> call;
+  call.name = "sparse24_merge";
+  call.operands = {detail::floats(N * K / 2, p), detail::codes(p), detail::floats(r * K, p), detail::floats(N * r, p),
+                   detail::floats(N * K / 2, p, Fill::poison)};
+  call.flop = 1.0 * N * K * r;  // the kept half; the vectors of the kernel compute all
+  call.run = [p](void* const* o, Host host) {
+    Sparse24MergeArgs args;
+    args.out_features = p.out_features;
+    args.in_features = p.in_features;
+    args.r = p.r;
+    args.values = o[0];
+    args.metadata = static_cast<const uint8_t*>(o[1]);
+    args.lora_A = o[2];
+    args.lora_B = o[3];
+    args.dtype = args.lora_A_dtype = args.lora_B_dtype = p.dtype;
+    args.scaling = 0.75;
+    args.merged_values = o[4];
+    return sparse24_merge(args, host);
   };
   return call;
 }
@@ -244,6 +323,9 @@ std::vector<Call<Host>> calls_of(const Problem& p, bool first_tokens) {
   std::vector<Call<Host>> calls;
   if (first_tokens) {
     calls = {merge_call<Host>(p), masked_contract_call<Host>(p)};
+    if constexpr (!std::is_same_v<Host, CudaHost>)
+      for (const auto& call : {merge_from_sparse24_call<Host>, merge_from_bitmap_call<Host>, sparse24_merge_call<Host>})
+        calls.push_back(call(p));
     if (p.dtype == DType::float32) calls.push_back(mask_pack_call<Host>(p));
   }
   calls.push_back(adapter_grad_lors_call<Host>(p));

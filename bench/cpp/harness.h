@@ -6,6 +6,7 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -35,7 +36,24 @@ inline uint16_t bfloat16_bits(float value) {
 // of random values would take longer than measuring with them. `stream` tells the operands of a call apart.
 constexpr int64_t kPeriod = 1048583;  // a prime: no row, tile or power of two lines up with it
 
+inline std::vector<unsigned char> pattern_of_layout(const Operand& operand, size_t stream) {
+  std::mt19937_64 engine(stream);
+  const size_t count = std::min(operand.count, kPeriod), size = operand.element_size();
+  std::vector<unsigned char> bytes(count * size);
+  for (size_t i = 0; i < count; ++i) {
+    constexpr unsigned char pairs[] = {0x4, 0x8, 0xc, 0x9, 0xd, 0xe};  // the six codes with two kept
+    uint64_t element = pairs[engine() % 6] | pairs[engine() % 6] << 4;
+    if (operand.fill == Fill::offsets) element = i * operand.step;
+    if (operand.fill == Fill::half_bits)
+      for (element = 0; std::popcount(element) < 16;) element |= uint64_t{1} << engine() % 32;
+    std::memcpy(&bytes[i * size], &element, size);
+  }
+  return bytes;
+}
+
 inline std::vector<unsigned char> pattern_of(const Operand& operand, size_t stream) {
+  if (operand.fill == Fill::codes || operand.fill == Fill::half_bits || operand.fill == Fill::offsets)
+    return pattern_of_layout(operand, stream);
   static const auto random = [] {
     std::mt19937 engine(1);
     std::normal_distribution<float> normal;
