@@ -18,7 +18,17 @@ import torch
 
 import merge
 import report
-from peers import DEFAULT_PEERS, PEERS, LinearFunction, Peer, Problem, forward_backward, make_problem, truth
+from peers import (
+    DEFAULT_PEERS,
+    PEERS,
+    LinearFunction,
+    Peer,
+    Problem,
+    forward_backward,
+    make_problem,
+    stored_tensors,
+    truth,
+)
 from protocol import (
     AGAIN,
     CPU,
@@ -49,10 +59,13 @@ def errors(peer: Peer, function: LinearFunction, problem: Problem) -> dict[str, 
 
 
 def memory(function: LinearFunction, problem: Problem) -> dict[str, int | None]:
-    """Bytes kept for backward, and the peaks of one forward + backward."""
-    tensors = [problem.input, problem.weight, problem.lora_A, problem.lora_B]
-    output, sizes = saved_bytes(lambda: function(*problem.arguments()), tensors)
+    """Bytes of the stored weight, bytes kept for backward, and the peaks of one forward + backward."""
+    stored = stored_tensors(function, problem.weight)
+    output, sizes = saved_bytes(
+        lambda: function(*problem.arguments()), [problem.input, *stored, problem.lora_A, problem.lora_B]
+    )
     del output
+    sizes = {"weight": sum(t.nbytes for t in stored), **sizes}
 
     return {**sizes, **peak_bytes(lambda: forward_backward(function, problem), problem.weight.device)}
 
@@ -137,6 +150,7 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
                 str(row["rounds"]),
                 f"{row['error']['output']:.1e}",
                 f"{max(gradients):.1e}",
+                report.megabytes(sizes["weight"]),
                 report.megabytes(sizes["saved"]),
                 report.megabytes(sizes["saved_beyond_arguments"]),
                 report.megabytes(sizes["peak"]),
@@ -144,7 +158,7 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
             ]
         )
     header = ["peer", "ms [p20, p80]", f"x {BASELINE} [p20, p80]", "target", "rounds", "error Y", "error grads"]
-    header += ["saved MB", "of it new", "peak MB", "resident MB"]
+    header += ["weight MB", "saved MB", "of it new", "peak MB", "resident MB"]
     print(report.table(header, lines))
     for failure in failures:
         print(failure)
@@ -219,10 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "out_features": arguments.shape[0],
                 "in_features": arguments.shape[1],
                 "rank": arguments.rank,
-                "density": arguments.density,
+                "density": 0.5 if arguments.density is None else arguments.density,
+                "pattern": "2:4" if arguments.density is None else "random",
                 "gemm_flop": gemm_flop(tokens, arguments.shape),
             }
+            random = arguments.density is not None
             wanted = [name for name in names if not PEERS[name].only_16_bit or (dtype != "float32" and on_cpu)]
+            wanted = [name for name in wanted if not (PEERS[name].only_sparse24 and random)]
             case = bench_case(problem, wanted, protocol, common)
             print_case(case)
             rows += case

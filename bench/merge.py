@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,38 +22,61 @@ from peers import make_problem, official_merge
 from protocol import AGAIN, CPU, Protocol, last_level_cache_bytes, measure, poisoned_memory, relative_error
 
 BASELINE = "official"
-MergeFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 NOTES = {
     "official": "three passes in eager torch: compare, addmm, multiply",
     "lors_cuda": "lors_cuda.merge",
+    "lors_cuda_24": "lors_cuda.merge from a 2:4 weight to a dense one",
+    "lors_cuda_24_values": "SparseWeight.merge, 2:4 to 2:4",
+    "lors_cuda_bitmap": "lors_cuda.merge from a bitmap weight to a dense one",
     "clone": "weight.clone(): as many bytes read and written as the merge must, allocation included",
     "copy": "the same into memory allocated once: no merge that allocates its result can be faster",
 }
 
 
-def _functions(weight: Tensor) -> dict[str, MergeFunction]:
+@dataclass(frozen=True)
+class Merge:
+    """One way to merge; `stored` makes what `run` takes from a dense weight and is not timed."""
+
+    run: Callable[[Any, Tensor, Tensor, float], Any]
+    stored: Callable[[Tensor], Any] = lambda weight: weight
+    written: Callable[[Any, Tensor], int] = lambda stored, weight: weight.nbytes  # bytes of the result
+
+
+def _merges(weight: Tensor, sparse24: bool) -> dict[str, Merge]:
     target = torch.empty_like(weight)
-    functions: dict[str, MergeFunction] = {
-        "official": official_merge,
-        "clone": lambda weight, *_: weight.clone(),
-        "copy": lambda weight, *_: target.copy_(weight),
+    merges = {
+        "official": Merge(official_merge),
+        "clone": Merge(lambda weight, *_: weight.clone()),
+        "copy": Merge(lambda weight, *_: target.copy_(weight)),
     }
     if report.have_lors_cuda():
         import lors_cuda
 
-        functions["lors_cuda"] = lors_cuda.merge
-    return functions
+        def layout(name: str) -> Callable[[Tensor], Any]:
+            return lambda weight: lors_cuda.SparseWeight.from_dense(weight, name)
+
+        merges["lors_cuda"] = Merge(lors_cuda.merge)
+        if sparse24:
+            merges["lors_cuda_24"] = Merge(lors_cuda.merge, layout("2:4"))
+            merges["lors_cuda_24_values"] = Merge(
+                lambda stored, *adapter: stored.merge(*adapter), layout("2:4"), lambda stored, _: stored.values.nbytes
+            )
+        merges["lors_cuda_bitmap"] = Merge(lors_cuda.merge, layout("bitmap"))
+    return merges
 
 
-def floor_bytes(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> int:
-    """The bytes a perfect merge moves: the weight read once, the result written once, the adapters read once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (weight, weight, lora_A, lora_B))
+def floor_bytes(merge: Merge, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> int:
+    """The bytes a perfect merge moves: the stored weight and the adapters read once, the result written once."""
+    stored = merge.stored(weight)
+    return stored.nbytes + merge.written(stored, weight) + lora_A.nbytes + lora_B.nbytes
 
 
-def check(function: MergeFunction, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Any]:
+def check(merge: Merge, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Any]:
     """Relative L2 error against float64, and whether every masked element is +0 bit for bit."""
+    stored = merge.stored(weight)
     with poisoned_memory():
-        merged = function(weight, lora_A, lora_B, scaling)
+        merged = merge.run(stored, lora_A, lora_B, scaling)
+    merged = merged if isinstance(merged, Tensor) else merged.to_dense()
     mask = weight != 0
     expected = weight.double() + scaling * mask * (lora_B.double() @ lora_A.double())
     masked = merged[~mask]
@@ -66,7 +90,7 @@ def bench_case(
     rank: int,
     dtype: str,
     protocol: Protocol,
-    density: float,
+    density: float | None,
     seed: int,
     warm: bool,
     device: torch.device = CPU,
@@ -77,10 +101,9 @@ def bench_case(
     size = weight.numel() * weight.element_size()
     copies = 1 if warm else max(1, -(-3 * last_level_cache_bytes(device) // size))
     weights = [weight] + [weight.clone() for _ in range(copies - 1)]
-    floor = floor_bytes(weight, lora_A, lora_B)
     rows: dict[str, dict[str, Any]] = {}
     cases: dict[str, Callable[[], object]] = {}
-    for name, function in _functions(weight).items():
+    for name, merge in _merges(weight, density is None).items():
         rows[name] = {
             "benchmark": "merge",
             "device": device.type,
@@ -92,14 +115,15 @@ def bench_case(
             "out_features": shape[0],
             "in_features": shape[1],
             "rank": rank,
-            "density": density,
+            "density": 0.5 if density is None else density,
+            "pattern": "2:4" if density is None else "random",
             "rotated_weights": copies,
-            "floor_bytes": floor,
+            "floor_bytes": floor_bytes(merge, weight, lora_A, lora_B),
         }
         if name not in ("clone", "copy"):
-            rows[name].update(check(function, weight, lora_A, lora_B, problem.scaling))
-        turns = itertools.cycle(weights)
-        cases[name] = lambda f=function, t=turns: f(next(t), lora_A, lora_B, problem.scaling)
+            rows[name].update(check(merge, weight, lora_A, lora_B, problem.scaling))
+        turns = itertools.cycle([merge.stored(weight) for weight in weights])
+        cases[name] = lambda f=merge.run, t=turns: f(next(t), lora_A, lora_B, problem.scaling)
     prefix = f"merge {dtype} r={rank} "
     timings = measure(
         cases, protocol, baseline=BASELINE, device=device, progress=lambda text: report.progress(prefix + text)
@@ -108,8 +132,9 @@ def bench_case(
     rows[BASELINE + AGAIN] = {**rows[BASELINE], "peer": BASELINE + AGAIN, "note": "the baseline again: the noise"}
     for name, timing in timings.items():
         rows[name].update(timing.row())
-        rows[name]["floor_gb_per_second"] = floor / rows[name]["seconds"]["median"] / 1e9
-        rows[name]["fraction_of_copy"] = timings["copy"].row()["seconds"]["median"] / rows[name]["seconds"]["median"]
+        rows[name]["floor_gb_per_second"] = rows[name]["floor_bytes"] / rows[name]["seconds"]["median"] / 1e9
+    for row in rows.values():  # of the rate, not of the time: the layouts move different bytes
+        row["fraction_of_copy"] = row["floor_gb_per_second"] / rows["copy"]["floor_gb_per_second"]
     return list(rows.values())
 
 
@@ -164,7 +189,7 @@ def bench(
     dtypes: Sequence[str],
     protocol: Protocol,
     *,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     warm: bool = False,
     device: torch.device = CPU,

@@ -28,6 +28,7 @@ class Peer:
     note: str
     compiled: bool = False
     only_16_bit: bool = False  # in float32 it would be another peer under a second name
+    only_sparse24: bool = False  # takes a 2:4 weight only
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,26 @@ def make_problem(
     rank: int,
     dtype: torch.dtype,
     *,
-    density: float = 0.5,
+    density: float | None = None,
     scaling: float = 2.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """Random tensors with a random mask of the given density; `scaling` is not 1, so that forgetting it shows."""
+    """Random tensors; the mask has the given density at random places, or, without one, two at random of each four.
+
+    `scaling` is not 1, so that forgetting it shows.
+    """
     out_features, in_features = shape
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=generator, device=device) * std
 
-    mask = torch.rand(out_features, in_features, generator=generator, device=device) < density
+    chances = torch.rand(out_features, in_features, generator=generator, device=device)
+    if density is None:
+        mask = (chances.view(-1, 4).argsort(-1).argsort(-1) < 2).view(out_features, in_features)
+    else:
+        mask = chances < density
     weight = (normal(out_features, in_features, std=in_features**-0.5) * mask).to(dtype)
     return Problem(
         input=normal(tokens, in_features).to(dtype).requires_grad_(),
@@ -280,13 +288,33 @@ def compiled(mode: str | None = None) -> LinearFunction:
     return torch.compile(_reference, mode=mode, fullgraph=True, dynamic=False)
 
 
-def lors_cuda_linear(gradient: str) -> LinearFunction:
-    import lors_cuda  # here, so that the other peers run (and are tested) where the package is not built
+class LorsCudaLinear:
+    """This package. A compressed layout is made from each dense weight at its first call, which is never timed."""
 
-    def run(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        return lors_cuda.lors_linear(input, weight, lora_A, lora_B, scaling, gradient=gradient)
+    def __init__(self, gradient: str, layout: str = "dense") -> None:
+        self.gradient, self.layout = gradient, layout
+        self.compressed: dict[int, tuple[Tensor, Any]] = {}  # by the dense weight's id, which it keeps alive
 
-    return run
+    def stored(self, weight: Tensor) -> Any:
+        """The weight as lors_linear is given it."""
+        import lors_cuda  # here, so that the other peers run (and are tested) where the package is not built
+
+        if self.layout == "dense":
+            return weight
+        if id(weight) not in self.compressed:
+            self.compressed[id(weight)] = weight, lors_cuda.SparseWeight.from_dense(weight, self.layout)
+        return self.compressed[id(weight)][1]
+
+    def __call__(self, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        import lors_cuda
+
+        return lors_cuda.lors_linear(input, self.stored(weight), lora_A, lora_B, scaling, gradient=self.gradient)
+
+
+def stored_tensors(function: LinearFunction, weight: Tensor) -> list[Tensor]:
+    """What `function` holds of a weight between steps."""
+    stored = function.stored(weight) if isinstance(function, LorsCudaLinear) else weight
+    return [t for t in ([stored] if isinstance(stored, Tensor) else vars(stored).values()) if isinstance(t, Tensor)]
 
 
 PEERS: dict[str, Peer] = {
@@ -294,8 +322,12 @@ PEERS: dict[str, Peer] = {
     "official_upcast": Peer(
         lambda: official_upcast, "lors", "LoRS in eager torch, its products in float32", only_16_bit=True
     ),
-    "lors_cuda": Peer(lambda: lors_cuda_linear("lors"), "lors", 'this package, gradient="lors"'),
-    "lors_cuda_exact": Peer(lambda: lors_cuda_linear("exact"), "exact", 'this package, gradient="exact"'),
+    "lors_cuda": Peer(lambda: LorsCudaLinear("lors"), "lors", 'this package, gradient="lors", dense weight'),
+    "lors_cuda_24": Peer(
+        lambda: LorsCudaLinear("lors", "2:4"), "lors", "the same on a 2:4 weight stored compressed", only_sparse24=True
+    ),
+    "lors_cuda_bitmap": Peer(lambda: LorsCudaLinear("lors", "bitmap"), "lors", "the same on a bitmap weight"),
+    "lors_cuda_exact": Peer(lambda: LorsCudaLinear("exact"), "exact", 'this package, gradient="exact"'),
     "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),
     "compiled_max_autotune": Peer(
         # Without CUDA graphs, which would copy each of the rotated weights into a fixed place.

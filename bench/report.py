@@ -182,7 +182,7 @@ def _finite(value: Any) -> Any:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs=2, type=positive, metavar=("N", "K"), help="out_features, in_features")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="float32 bfloat16; on a GPU bfloat16")
-    parser.add_argument("--density", type=float, default=0.5, help="share of nonzero weights")
+    parser.add_argument("--density", type=float, help="share of nonzero weights, at random places; default: 2:4")
     parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--min-rounds", type=positive, default=3, help="measured even by a peer beyond its budget")
     parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="timed work per peer and case")

@@ -55,7 +55,7 @@ def checks(case: Case) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any],
     """(operator, the call, what its result must satisfy)."""
     yield "merge", case.merge, lambda merged: check_merge(merged, case)
     grad = case.weight.flip(0) + 1
-    adapted = (case.weight, case.bits, case.lora_A, case.lora_B, case.scaling)
+    adapted = (*case.adapted, case.scaling)
     yield (
         "merge_backward",
         lambda: lors.merge_backward(grad, *adapted),

@@ -78,7 +78,7 @@ def group_of(name: str, problem: Problem) -> Group:
 
     if name == "merge":
         return Group(
-            lambda p: lors.merge(p.weight, None, p.lora_A, p.lora_B, s),
+            lambda p: lors.merge(p.weight, None, None, p.lora_A, p.lora_B, s),
             lambda p: official_merge(p.weight, p.lora_A, p.lora_B, s),
             "three passes: compare, addmm, multiply",
             lambda p: [reference.merge(p.weight, p.lora_A, p.lora_B, s)],
@@ -90,7 +90,7 @@ def group_of(name: str, problem: Problem) -> Group:
         exact = name == "exact"
         return Group(
             lambda p: lors.adapter_grad(
-                p.grad_output, p.input, p.weight, None, p.lora_A, p.lora_B, s, name, True, True
+                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, s, name, True, True
             ),
             _dense_exact if exact else _four_products,
             "dY^T X in memory, masked, two products" if exact else "four matrix products",
@@ -102,7 +102,7 @@ def group_of(name: str, problem: Problem) -> Group:
     moved = size * (T * (N + K) + N * K + adapters)
     if name == "forward":
         return Group(
-            lambda p: lors.linear(p.input, p.weight, None, p.lora_A, p.lora_B, None, s, "lors"),
+            lambda p: lors.linear(p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, "lors"),
             lambda p: p.input @ official_merge(p.weight, p.lora_A, p.lora_B, s).T,
             "merged in three passes, one product",
             lambda p: [reference.linear(p.input, p.weight, p.lora_A, p.lora_B, s)],
@@ -112,7 +112,7 @@ def group_of(name: str, problem: Problem) -> Group:
         )
     backward = (None, s, "lors", True, False, False)  # no bias; the input's gradient alone
     return Group(
-        lambda p: lors.linear_backward(p.grad_output, None, p.weight, None, p.lora_A, p.lora_B, *backward)[:1],
+        lambda p: lors.linear_backward(p.grad_output, None, p.weight, None, None, p.lora_A, p.lora_B, *backward)[:1],
         lambda p: p.grad_output @ official_merge(p.weight, p.lora_A, p.lora_B, s),
         "merged in three passes, one product",
         lambda p: truth(p, "lors")[:1],
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "out_features": shape[0],
                     "in_features": shape[1],
                     "rank": arguments.rank,
-                    "density": arguments.density,
+                    "density": 0.5 if arguments.density is None else arguments.density,
                     "cuda_fused": os.environ.get("LORS_CUDA_FUSED"),
                     "baseline": PEER,
                     **dataclasses.asdict(ceilings),

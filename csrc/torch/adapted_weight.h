@@ -4,9 +4,11 @@
 #pragma once
 
 #include <lors/adapter_grad.h>
+#include <lors/bitmap.h>
 #include <lors/fused_linear.h>
 #include <lors/mask.h>
 #include <lors/merge.h>
+#include <lors/sparse24.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <initializer_list>
@@ -35,29 +37,55 @@ inline std::optional<Tensor> row_major(const std::optional<Tensor>& mask) {
   return mask ? std::optional(torch::stable::contiguous(*mask)) : std::nullopt;
 }
 
-inline const uint32_t* bits(const std::optional<Tensor>& mask) {
-  return mask ? static_cast<const uint32_t*>(mask->const_data_ptr()) : nullptr;
-}
+inline const uint32_t* bits(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
+
+inline const uint32_t* bits(const std::optional<Tensor>& mask) { return mask ? bits(*mask) : nullptr; }
 
 // What sums of products of `weight` run in.
 inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Refuses row offsets that lead outside the values, where asking does not wait for a device; elsewhere the tensors are what
+// lors::bitmap_validate has passed.
+template <typename Backend>
+void check_offsets(const char* op, const Backend& backend, int64_t count, const Tensor& mask, const Tensor& row_offsets,
+                   int64_t in_features) {
+  if constexpr (Backend::kReadsMemory) {
+    int64_t report[2] = {};
+    BitmapValidateArgs args;
+    args.out_features = row_offsets.size(0) - 1;
+    args.in_features = in_features;
+    args.count = count;
+    args.bits = bits(mask);
+    args.row_offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());
+    args.report = report;
+    check_status(bitmap_validate(args, backend.host()));
+    check(report[0] == 0, "lors::", op, ": row_offsets disagrees with the bits in ", report[0], " rows, first in row ",
+          report[1], " (", count, " values); pass the tensors of one SparseWeight.");
+  }
+}
+
 // The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
 template <typename Backend>
 struct AdaptedWeight {
-  AdaptedWeight(const Backend& backend, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
-                const Tensor& lora_B, double scaling)
+  AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
+                double scaling)
       : backend(backend),
-        weight(row_major(weight)),
-        mask(row_major(mask)),
+        layout(stored.layout),
+        N(stored.out_features),
+        K(stored.in_features),
+        weight(row_major(stored.values)),
+        mask(row_major(stored.mask)),
+        index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling) {}
+        scaling(scaling) {
+    if (layout == Layout::bitmap) check_offsets(op, backend, weight.size(0), *mask, *index, K);
+  }
 
-  int64_t out_features() const { return weight.size(0); }
-  int64_t in_features() const { return weight.size(1); }
+  int64_t out_features() const { return N; }
+  int64_t in_features() const { return K; }
   int64_t r() const { return lora_A.size(0); }
 
   // Fills in what MergeArgs and FusedLinearArgs have in common.
@@ -81,6 +109,9 @@ struct AdaptedWeight {
     Tensor out = empty(weight, {out_features(), in_features()}, stored);
     MergeArgs args;
     describe(args);
+    args.weight_layout = layout;
+    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
@@ -90,11 +121,32 @@ struct AdaptedWeight {
     return out;
   }
 
+  // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
+  Tensor merged_values() const {
+    Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
+    Sparse24MergeArgs args;
+    args.out_features = N;
+    args.in_features = K;
+    args.r = r();
+    args.values = weight.const_data_ptr();
+    args.dtype = dtype_of(weight);
+    args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_A_dtype = dtype_of(lora_A);
+    args.lora_B = lora_B.const_data_ptr();
+    args.lora_B_dtype = dtype_of(lora_B);
+    args.scaling = scaling;
+    args.merged_values = out.mutable_data_ptr();
+    check_status(lors::sparse24_merge(args, backend.host()));
+    return out;
+  }
+
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
   // activation's dtype. `out` [T, N or K] is in the backend's product_dtype.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
-    const bool fused = backend.prefers_fused_linear(activation, weight, compute);
+    // The products with the merge inside read dense weights only.
+    const bool fused = layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
@@ -137,9 +189,24 @@ struct AdaptedWeight {
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
+  // The mask that the exact gradients read: bits [N, ceil(K/32)], or nothing for a dense weight that is its own mask. 2:4
+  // metadata is spelled out into a temporary of one bit per weight.
+  std::optional<Tensor> kept() const {
+    if (layout != Layout::sparse24) return mask;
+    Tensor bits = empty(weight, {N, mask_words(K)}, ScalarType::Int);
+    Sparse24MaskArgs args;
+    args.out_features = N;
+    args.in_features = K;
+    args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    args.mask = static_cast<uint32_t*>(bits.mutable_data_ptr());
+    check_status(sparse24_mask(args, backend.host()));
+    return bits;
+  }
+
   // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
-  // those rows of lora_B_grad [N, r]; null: not wanted.
-  void contract(const Tensor& G, int64_t begin, Tensor* lora_A_sum, Tensor* lora_B_grad) const {
+  // those rows of lora_B_grad [N, r]; null: not wanted. `kept` is kept()'s.
+  void contract(const Tensor& G, int64_t begin, const std::optional<Tensor>& kept, Tensor* lora_A_sum,
+                Tensor* lora_B_grad) const {
     const auto row = [&](const Tensor& t) {
       return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + begin * t.size(1) * dtype_size(dtype_of(t));
     };
@@ -149,9 +216,9 @@ struct AdaptedWeight {
     args.r = r();
     args.grad_weight = G.const_data_ptr();
     args.grad_weight_dtype = dtype_of(G);
-    args.weight = row(weight);
+    args.weight = kept ? nullptr : row(weight);
     args.weight_dtype = dtype_of(weight);
-    args.mask = mask ? bits(mask) + begin * mask_words(in_features()) : nullptr;
+    args.mask = kept ? bits(kept) + begin * mask_words(in_features()) : nullptr;
     args.lora_A = lora_A.const_data_ptr();
     args.lora_A_dtype = dtype_of(lora_A);
     args.lora_B = row(lora_B);
@@ -163,8 +230,10 @@ struct AdaptedWeight {
   }
 
   const Backend& backend;
+  Layout layout;
+  int64_t N, K;
   Tensor weight;
-  std::optional<Tensor> mask;
+  std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
 };

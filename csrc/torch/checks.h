@@ -72,52 +72,126 @@ inline void check_served(const char* op, const char* name, const Tensor& t) {
         " the call to the CPU.");
 }
 
-// weight [N, K], mask int32 [N, ceil(K/32)], lora_A [r, K], lora_B [N, r].
-inline void check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
-                                 const Tensor& lora_B) {
-  check(weight.dim() == 2, "lors::", op, ": weight has shape ", shape(weight), "; it must be [out_features, in_features].");
-  const int64_t N = weight.size(0), K = weight.size(1);
-  check(N > 0 && K > 0, "lors::", op, ": weight has shape ", shape(weight), "; both sides must be at least 1.");
+// A frozen weight as an operator is given it. `index` tells the layout: none: dense; uint8 metadata: 2:4 (sparse24.h); int64
+// row offsets: bitmap (bitmap.h).
+struct StoredWeight {
+  Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]
+  std::optional<Tensor> mask;  // int32 [N, ceil(K/32)]; bitmap: always
+  std::optional<Tensor> index;
+  Layout layout = Layout::dense;
+  int64_t out_features = 0, in_features = 0;  // N, K
+
+  std::string shape() const {
+    std::ostringstream out;
+    out << "[" << out_features << ", " << in_features << "]";
+    return out.str();
+  }
+};
+
+inline void check_bits(const char* op, const char* name, const Tensor& bits, int64_t N, int64_t K) {
+  check(bits.scalar_type() == ScalarType::Int && bits.dim() == 2 && bits.size(0) == N && bits.size(1) == mask_words(K),
+        "lors::", op, ": ", name, " has shape ", shape(bits), "; it must be int32 [", N, ", ", mask_words(K),
+        "], the bits that lors::mask_pack makes of a bool mask of shape [", N, ", ", K, "].");
+  check_storage(op, name, bits);
+}
+
+// values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. What the bytes say is checked where they come in
+// (lors::sparse24_validate), because a value cannot be read here without waiting for the device.
+inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata) {
+  check(values.dim() == 2 && values.size(1) % 2 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
+        "; they must be [out_features, in_features / 2], an even number in each row.");
+  const int64_t N = values.size(0), bytes = sparse24_metadata_bytes(2 * values.size(1));
+  check(metadata.scalar_type() == ScalarType::Byte && metadata.dim() == 2 && metadata.size(0) == N && metadata.size(1) == bytes,
+        "lors::", op, ": the 2:4 metadata has shape ", shape(metadata), "; it must be uint8 [", N, ", ", bytes,
+        "] for values of shape ", shape(values), ".");
+  check_floating(op, "values", values);
+  check_storage(op, "metadata", metadata);
+  check_same_device(op, "metadata", metadata, values);
+}
+
+// values [count], bits int32 [N, ceil(K/32)], row_offsets int64 [N + 1]: shapes only, as check_sparse24.
+inline void check_bitmap(const char* op, const Tensor& values, const Tensor& bits, const Tensor& row_offsets,
+                         int64_t in_features) {
+  check(values.dim() == 1, "lors::", op, ": the bitmap values have shape ", shape(values), "; they must be one-dimensional.");
+  check(row_offsets.scalar_type() == ScalarType::Long && row_offsets.dim() == 1 && row_offsets.size(0) >= 1, "lors::", op,
+        ": row_offsets has shape ", shape(row_offsets), "; it must be int64 [out_features + 1].");
+  check_bits(op, "bits", bits, row_offsets.size(0) - 1, in_features);
+  check_floating(op, "values", values);
+  check_storage(op, "row_offsets", row_offsets);
+  check_same_device(op, "bits", bits, values);
+  check_same_device(op, "row_offsets", row_offsets, values);
+}
+
+// The weight with its sizes; lora_A gives K where the values do not (bitmap).
+inline StoredWeight stored_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& index, const Tensor& lora_A) {
+  StoredWeight stored{weight, mask, index};
+  if (!index) {
+    check(weight.dim() == 2, "lors::", op, ": weight has shape ", shape(weight), "; it must be [out_features, in_features].");
+    stored.out_features = weight.size(0);
+    stored.in_features = weight.size(1);
+    check_floating(op, "weight", weight);
+    if (mask && weight.numel() > 0) {
+      check_bits(op, "mask", *mask, stored.out_features, stored.in_features);
+      check_same_device(op, "mask", *mask, weight);
+    }
+  } else if (index->scalar_type() == ScalarType::Byte) {
+    check(!mask, "lors::", op, ": a 2:4 weight was given with a mask; its metadata is its mask, leave the other out.");
+    check_sparse24(op, weight, *index);
+    stored.layout = Layout::sparse24;
+    stored.out_features = weight.size(0);
+    stored.in_features = 2 * weight.size(1);
+  } else {
+    check(mask.has_value(), "lors::", op, ": a bitmap weight was given without its bits; pass them as mask.");
+    check(lora_A.dim() == 2, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, in_features].");
+    check_bitmap(op, weight, *mask, *index, lora_A.size(1));
+    stored.layout = Layout::bitmap;
+    stored.out_features = index->size(0) - 1;
+    stored.in_features = lora_A.size(1);
+  }
+  check(stored.out_features > 0 && stored.in_features > 0, "lors::", op, ": weight has shape ", stored.shape(),
+        "; both sides must be at least 1.");
+  check_served(op, "weight", weight);
+  return stored;
+}
+
+// The same with its adapter: lora_A [r, K], lora_B [N, r].
+inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
+                                         const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B) {
+  const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A);
+  const int64_t N = stored.out_features, K = stored.in_features;
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
-        "] for a weight of shape ", shape(weight), ".");
+        "] for a weight of shape ", stored.shape(), ".");
   const int64_t r = lora_A.size(0);
   check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
   check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
-        "; it must be [", N, ", ", r, "] for a weight of shape ", shape(weight), " and lora_A of shape ", shape(lora_A), ".");
-  check_floating(op, "weight", weight);
+        "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);
   check_floating(op, "lora_B", lora_B);
   check_same_device(op, "lora_A", lora_A, weight);
   check_same_device(op, "lora_B", lora_B, weight);
-  check_served(op, "weight", weight);
   check_served(op, "lora_A", lora_A);
   check_served(op, "lora_B", lora_B);
-  if (mask) {
-    check(mask->scalar_type() == ScalarType::Int && mask->dim() == 2 && mask->size(0) == N && mask->size(1) == mask_words(K),
-          "lors::", op, ": mask has shape ", shape(*mask), "; it must be int32 [", N, ", ", mask_words(K),
-          "], the bits that lors::mask_pack makes of a bool mask of shape ", shape(weight), ".");
-    check_same_device(op, "mask", *mask, weight);
-    check_storage(op, "mask", *mask);
-  }
+  return stored;
 }
 
 // bias [N]
-inline void check_bias(const char* op, const Tensor& bias, const Tensor& weight) {
-  check(bias.dim() == 1 && bias.size(0) == weight.size(0), "lors::", op, ": bias has shape ", shape(bias), "; it must be [",
-        weight.size(0), "] for a weight of shape ", shape(weight), ".");
+inline void check_bias(const char* op, const Tensor& bias, const StoredWeight& weight) {
+  check(bias.dim() == 1 && bias.size(0) == weight.out_features, "lors::", op, ": bias has shape ", shape(bias),
+        "; it must be [", weight.out_features, "] for a weight of shape ", weight.shape(), ".");
   check_floating(op, "bias", bias);
-  check_same_device(op, "bias", bias, weight);
+  check_same_device(op, "bias", bias, weight.values);
   check_served(op, "bias", bias);
 }
 
 // A [T, features] activation or gradient that belongs to `weight`. float64 goes with float64 alone.
-inline void check_tokens(const char* op, const char* name, const Tensor& t, const Tensor& weight, int64_t features) {
+inline void check_tokens(const char* op, const char* name, const Tensor& t, const StoredWeight& weight, int64_t features) {
   check(t.dim() == 2 && t.size(1) == features, "lors::", op, ": ", name, " has shape ", shape(t), "; it must be [tokens, ",
-        features, "] for a weight of shape ", shape(weight), ".");
+        features, "] for a weight of shape ", weight.shape(), ".");
   check_floating(op, name, t);
-  check((t.scalar_type() == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double), "lors::", op, ": ", name,
-        " and weight must both be float64, or neither.");
-  check_same_device(op, name, t, weight);
+  check((t.scalar_type() == ScalarType::Double) == (weight.values.scalar_type() == ScalarType::Double), "lors::", op, ": ",
+        name, " and weight must both be float64, or neither.");
+  check_same_device(op, name, t, weight.values);
 }
 
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".

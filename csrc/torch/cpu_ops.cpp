@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "build_info.h"
+#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
@@ -59,6 +60,7 @@ struct Cpu {
 
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
+  static constexpr bool kReadsMemory = true;
   static constexpr bool kMixedActivations = true;
 
   // The weight's gradient is formed by panels of rows, masked and contracted, and dropped.
@@ -72,11 +74,12 @@ struct Cpu {
     const Tensor dY = to(grad_output, acc), X = to(input, acc);
     Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
     Tensor panel = empty(X, {panel_rows, K}, acc);
+    const std::optional<Tensor> kept = adapted.kept();
     for (int64_t begin = 0; begin < N; begin += panel_rows) {
       const int64_t rows = std::min(panel_rows, N - begin);
       Tensor grad_weight = torch::stable::narrow(panel, 0, 0, rows);
       product(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
-      adapted.contract(grad_weight, begin, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
+      adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
     }
     if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   }
@@ -105,7 +108,10 @@ std::string build_info() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CPU, m) { Operators<Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CPU, m) {
+  Operators<Cpu>::implement(m);
+  Formats<Cpu>::implement(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "cuda/fused_linear_config.h"
+#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
@@ -87,6 +88,7 @@ class Cuda {
 
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
 
+  static constexpr bool kReadsMemory = false;
   static constexpr bool kMixedActivations = false;
 
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
@@ -94,9 +96,10 @@ class Cuda {
     const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
     AdapterGradExactArgs args;
     adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
-    args.weight = adapted.weight.const_data_ptr();
+    const std::optional<Tensor> kept = adapted.kept();
+    args.weight = kept ? nullptr : adapted.weight.const_data_ptr();
     args.weight_dtype = dtype_of(adapted.weight);
-    args.mask = bits(adapted.mask);
+    args.mask = bits(kept);
     check_status(lors::adapter_grad_exact(args, adapted.backend.host()));
   }
 
@@ -117,7 +120,10 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
+  Operators<Cuda>::implement(m);
+  Formats<Cuda>::implement(m);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty if it can

@@ -6,6 +6,7 @@
 //   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
 //   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
+//   kReadsMemory                         whether values of tensors can be read at once, without waiting for a device
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once
@@ -24,55 +25,56 @@ template <typename Backend>
 struct Operators {
   using Adapted = AdaptedWeight<Backend>;
 
-  static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A, const Tensor& lora_B,
-                      double scaling) {
-    check_adapted_weight("merge", weight, mask, lora_A, lora_B);
+  static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
+                      const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B);
     const Backend backend(weight);
-    return Adapted(backend, weight, mask, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
+    return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
   }
 
-  static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask, const Tensor& lora_A,
-                       const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling, const std::string& gradient) {
-    check_adapted_weight("linear", weight, mask, lora_A, lora_B);
-    check_tokens("linear", "input", input, weight, weight.size(1));
+  static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
+                       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
+                       const std::optional<Tensor>& bias, double scaling, const std::string& gradient) {
+    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B);
+    check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
-    if (bias) check_bias("linear", *bias, weight);
+    if (bias) check_bias("linear", *bias, stored);
     const Backend backend(weight);
     const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
-    Tensor output = empty(input, {input.size(0), weight.size(0)}, compute);
+    Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
     if (input.size(0) == 0) return to(output, dtype);
-    Adapted(backend, weight, mask, lora_A, lora_B, scaling).multiply(output, input, bias, false);
+    Adapted("linear", backend, stored, lora_A, lora_B, scaling).multiply(output, input, bias, false);
     return to(output, dtype);
   }
 
   static std::tuple<Tensor, Tensor> adapter_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                 const std::optional<Tensor>& mask, const Tensor& lora_A, const Tensor& lora_B,
-                                                 double scaling, const std::string& gradient, bool needs_lora_A_grad,
-                                                 bool needs_lora_B_grad) {
-    check_adapted_weight("adapter_grad", weight, mask, lora_A, lora_B);
-    check_tokens("adapter_grad", "grad_output", grad_output, weight, weight.size(0));
-    check_gradients("adapter_grad", grad_output, input, weight);
+                                                 const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
+                                                 const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                 const std::string& gradient, bool needs_lora_A_grad, bool needs_lora_B_grad) {
+    const StoredWeight stored = check_adapted_weight("adapter_grad", weight, mask, index, lora_A, lora_B);
+    check_tokens("adapter_grad", "grad_output", grad_output, stored, stored.out_features);
+    check_gradients("adapter_grad", grad_output, input, stored);
     const bool exact = is_exact("adapter_grad", gradient);
     const Backend backend(weight);
-    return adapter_grads(grad_output, input, Adapted(backend, weight, mask, lora_A, lora_B, scaling), exact, needs_lora_A_grad,
-                         needs_lora_B_grad);
+    return adapter_grads(grad_output, input, Adapted("adapter_grad", backend, stored, lora_A, lora_B, scaling), exact,
+                         needs_lora_A_grad, needs_lora_B_grad);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
       const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& weight, const std::optional<Tensor>& mask,
-      const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling,
-      const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad) {
-    check_adapted_weight("linear_backward", weight, mask, lora_A, lora_B);
-    check_tokens("linear_backward", "grad_output", grad_output, weight, weight.size(0));
+      const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
+      double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad) {
+    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B);
+    check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
     check(input || (!needs_lora_A_grad && !needs_lora_B_grad),
           "lors::linear_backward: input is None; it is needed for the gradients of lora_A and lora_B.");
-    if (input) check_gradients("linear_backward", grad_output, *input, weight);
-    if (bias) check_bias("linear_backward", *bias, weight);
+    if (input) check_gradients("linear_backward", grad_output, *input, stored);
+    if (bias) check_bias("linear_backward", *bias, stored);
 
     const Backend backend(weight);
-    const Adapted adapted(backend, weight, mask, lora_A, lora_B, scaling);
-    const int64_t T = grad_output.size(0), N = weight.size(0), K = weight.size(1);
+    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
+    const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
     const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
 
     Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);
@@ -87,58 +89,24 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tensor& weight,
-                                                   const std::optional<Tensor>& mask, const Tensor& lora_A,
-                                                   const Tensor& lora_B, double scaling) {
-    check_adapted_weight("merge_backward", weight, mask, lora_A, lora_B);
-    check(grad_merged.dim() == 2 && grad_merged.size(0) == weight.size(0) && grad_merged.size(1) == weight.size(1),
-          "lors::merge_backward: grad_merged has shape ", shape(grad_merged), "; it must be ", shape(weight), ".");
+                                                   const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
+                                                   const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+    const StoredWeight stored = check_adapted_weight("merge_backward", weight, mask, index, lora_A, lora_B);
+    check(grad_merged.dim() == 2 && grad_merged.size(0) == stored.out_features && grad_merged.size(1) == stored.in_features,
+          "lors::merge_backward: grad_merged has shape ", shape(grad_merged), "; it must be ", stored.shape(), ".");
     check(grad_merged.scalar_type() == weight.scalar_type(), "lors::merge_backward: grad_merged must have the weight's dtype.");
     check_same_device("merge_backward", "grad_merged", grad_merged, weight);
     check_storage("merge_backward", "grad_merged", grad_merged);
     const Backend backend(weight);
-    const Adapted adapted(backend, weight, mask, lora_A, lora_B, scaling);
-    const int64_t N = weight.size(0), K = weight.size(1), r = adapted.r();
+    const Adapted adapted("merge_backward", backend, stored, lora_A, lora_B, scaling);
+    const int64_t N = stored.out_features, K = stored.in_features, r = adapted.r();
     const Tensor G = row_major(grad_merged);
     Tensor grad_lora_A = empty(lora_A, {r, K}, lora_A.scalar_type());
     Tensor grad_lora_B = empty(lora_B, {N, r}, lora_B.scalar_type());
     Tensor lora_A_sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, r}, accumulation_dtype(weight));
-    adapted.contract(G, 0, &lora_A_sum, &grad_lora_B);
+    adapted.contract(G, 0, adapted.kept(), &lora_A_sum, &grad_lora_B);
     torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
     return {grad_lora_A, grad_lora_B};
-  }
-
-  static Tensor mask_pack(const Tensor& mask) {
-    check(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "lors::mask_pack: mask has shape ", shape(mask),
-          "; it must be a bool tensor [out_features, in_features].");
-    check_storage("mask_pack", "mask", mask);
-    const Backend backend(mask);
-    const Tensor contiguous = row_major(mask);
-    Tensor packed = empty(mask, {mask.size(0), mask_words(mask.size(1))}, ScalarType::Int);
-    MaskPackArgs args;
-    args.out_features = mask.size(0);
-    args.in_features = mask.size(1);
-    args.mask = static_cast<const uint8_t*>(contiguous.const_data_ptr());
-    args.bits = static_cast<uint32_t*>(packed.mutable_data_ptr());
-    check_status(lors::mask_pack(args, backend.host()));
-    return packed;
-  }
-
-  static Tensor mask_unpack(const Tensor& packed, int64_t in_features) {
-    check(packed.dim() == 2 && packed.scalar_type() == ScalarType::Int && in_features >= 0 &&
-              packed.size(1) == mask_words(in_features),
-          "lors::mask_unpack: bits has shape ", shape(packed), "; it must be int32 [out_features, ", mask_words(in_features),
-          "] for in_features = ", in_features, ".");
-    check_storage("mask_unpack", "bits", packed);
-    const Backend backend(packed);
-    const Tensor contiguous = row_major(packed);
-    Tensor mask = empty(packed, {packed.size(0), in_features}, ScalarType::Bool);
-    MaskUnpackArgs args;
-    args.out_features = packed.size(0);
-    args.in_features = in_features;
-    args.bits = static_cast<const uint32_t*>(contiguous.const_data_ptr());
-    args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
-    check_status(lors::mask_unpack(args, backend.host()));
-    return mask;
   }
 
   // Gives `library` the kernels of one device.
@@ -148,13 +116,11 @@ struct Operators {
     library.impl("linear", TORCH_BOX(&explained<&Operators::linear>));
     library.impl("linear_backward", TORCH_BOX(&explained<&Operators::linear_backward>));
     library.impl("adapter_grad", TORCH_BOX(&explained<&Operators::adapter_grad>));
-    library.impl("mask_pack", TORCH_BOX(&explained<&Operators::mask_pack>));
-    library.impl("mask_unpack", TORCH_BOX(&explained<&Operators::mask_unpack>));
   }
 
  private:
-  static void check_gradients(const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
-    check_tokens(op, "input", input, weight, weight.size(1));
+  static void check_gradients(const char* op, const Tensor& grad_output, const Tensor& input, const StoredWeight& stored) {
+    check_tokens(op, "input", input, stored, stored.in_features);
     check(grad_output.size(0) == input.size(0), "lors::", op, ": grad_output has ", grad_output.size(0), " tokens and input ",
           input.size(0), "; they must be the same.");
   }

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ._library import check_device
+
+if TYPE_CHECKING:
+    from .sparse import SparseWeight
 
 GRADIENTS = ("lors", "exact")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,7 +62,7 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask is on {mask.device} and weight on {weight.device}; move them to the same device.")
 
 
-def check_adapters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_adapters(weight: Tensor | SparseWeight, lora_A: Tensor, lora_B: Tensor) -> None:
     """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device."""
     check_tensor("lora_A", lora_A)
     check_tensor("lora_B", lora_B)

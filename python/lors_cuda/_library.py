@@ -113,13 +113,21 @@ def check_device(device: torch.device) -> None:
 
 
 @torch.library.register_fake("lors::merge")
-def _(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return weight.new_empty(weight.shape)
+def _(
+    weight: Tensor, mask: Tensor | None, index: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]))
 
 
 @torch.library.register_fake("lors::merge_backward")
 def _(
-    grad_merged: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    grad_merged: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
@@ -129,13 +137,14 @@ def _(
     input: Tensor,
     weight: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float,
     gradient: str,
 ) -> Tensor:
-    return input.new_empty((input.shape[0], weight.shape[0]))
+    return input.new_empty((input.shape[0], lora_B.shape[0]))
 
 
 def _fake_adapter_grads(
@@ -152,6 +161,7 @@ def _(
     input: Tensor,
     weight: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -168,6 +178,7 @@ def _(
     input: Tensor | None,
     weight: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -177,7 +188,7 @@ def _(
     needs_lora_A_grad: bool,
     needs_lora_B_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, K = weight.shape
+    N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))
     grad_lora_A, grad_lora_B = _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
     grad_bias = grad_output.new_empty((0,)) if bias is None else bias.new_empty((N,))
@@ -194,20 +205,77 @@ def _(bits: Tensor, in_features: int) -> Tensor:
     return bits.new_empty((bits.shape[0], in_features), dtype=torch.bool)
 
 
+@torch.library.register_fake("lors::mask_nonzero")
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty((weight.shape[0], (weight.shape[1] + 31) // 32), dtype=torch.int32)
+
+
+@torch.library.register_fake("lors::sparse24_inspect")
+def _(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight.new_empty((3,), dtype=torch.int64)
+
+
+@torch.library.register_fake("lors::sparse24_compress")
+def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    return weight.new_empty((N, K // 2)), weight.new_empty((N, (K + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("lors::sparse24_decompress")
+def _(values: Tensor, metadata: Tensor) -> Tensor:
+    return values.new_empty((values.shape[0], 2 * values.shape[1]))
+
+
+@torch.library.register_fake("lors::sparse24_mask")
+def _(metadata: Tensor, in_features: int) -> Tensor:
+    return metadata.new_empty((metadata.shape[0], (in_features + 31) // 32), dtype=torch.int32)
+
+
+@torch.library.register_fake("lors::sparse24_validate")
+def _(values: Tensor, metadata: Tensor) -> Tensor:
+    return values.new_empty((2,), dtype=torch.int64)
+
+
+@torch.library.register_fake("lors::sparse24_merge")
+def _(values: Tensor, metadata: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+@torch.library.register_fake("lors::bitmap_offsets")
+def _(bits: Tensor, in_features: int) -> Tensor:
+    return bits.new_empty((bits.shape[0] + 1,), dtype=torch.int64)
+
+
+@torch.library.register_fake("lors::bitmap_compress")
+def _(weight: Tensor, bits: Tensor, row_offsets: Tensor, count: int) -> Tensor:
+    return weight.new_empty((count,))
+
+
+@torch.library.register_fake("lors::bitmap_decompress")
+def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
+    return values.new_empty((bits.shape[0], in_features))
+
+
+@torch.library.register_fake("lors::bitmap_validate")
+def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
+    return values.new_empty((2,), dtype=torch.int64)
+
+
 # ---- autograd halves ------------------------------------------------------------------------------------------------
 # Saved for backward: the input, and references to the parameters. The merged weight never is.
 
-_LORA_A, _LORA_B, _BIAS = 3, 4, 5  # positions among the arguments of lors::linear
+_LORA_A, _LORA_B, _BIAS = 4, 5, 6  # positions among the arguments of lors::linear
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, lora_A, lora_B, bias, scaling, gradient = inputs
+    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient = inputs
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
         input if needs[_LORA_A] or needs[_LORA_B] else None,
         weight,
         mask,
+        index,
         lora_A,
         lora_B,
         bias if needs[_BIAS] else None,
@@ -216,13 +284,14 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, lora_A, lora_B, bias = ctx.saved_tensors
+    input, weight, mask, index, lora_A, lora_B, bias = ctx.saved_tensors
     needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = (ctx.needs_input_grad[i] for i in (0, _LORA_A, _LORA_B))
     grad_input, grad_lora_A, grad_lora_B, grad_bias = lors.linear_backward(
         grad_output,
         input,
         weight,
         mask,
+        index,
         lora_A,
         lora_B,
         bias,
@@ -236,6 +305,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         grad_input if needs_input_grad else None,
         None,
         None,
+        None,
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
@@ -245,15 +315,15 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, mask, lora_A, lora_B, scaling = inputs
-    ctx.save_for_backward(weight, mask, lora_A, lora_B)
+    weight, mask, index, lora_A, lora_B, scaling = inputs
+    ctx.save_for_backward(weight, mask, index, lora_A, lora_B)
     ctx.scaling = scaling
 
 
 def _merge_backward(ctx: Any, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
-    weight, mask, lora_A, lora_B = ctx.saved_tensors
-    grad_lora_A, grad_lora_B = lors.merge_backward(grad_merged, weight, mask, lora_A, lora_B, ctx.scaling)
-    return None, None, grad_lora_A, grad_lora_B, None
+    weight, mask, index, lora_A, lora_B = ctx.saved_tensors
+    grad_lora_A, grad_lora_B = lors.merge_backward(grad_merged, weight, mask, index, lora_A, lora_B, ctx.scaling)
+    return None, None, None, grad_lora_A, grad_lora_B, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:

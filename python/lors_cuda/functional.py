@@ -30,8 +30,8 @@ def lors_linear(
     Args:
         input: [..., K] activations in the weight's dtype; under ``torch.autocast`` any floating dtype, cast to
             autocast's. Any strides, any number of leading dimensions, zero tokens included.
-        weight: [N, K] frozen sparse weight with zeros, or a :class:`SparseWeight`. float32, bfloat16, float16, or
-            float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
+        weight: [N, K] frozen sparse weight with zeros, or a :class:`SparseWeight` of any layout. float32, bfloat16,
+            float16, or float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
         lora_A: [r, K] adapter in any of these dtypes; its gradient has its dtype.
         lora_B: [N, r] adapter in any of these dtypes; its gradient has its dtype.
         scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float and gets no gradient.
@@ -48,41 +48,51 @@ def lors_linear(
         ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
         RuntimeError: no kernel of this build serves the device; or, in a second backward, that it is not supported.
     """
-    values, mask_bits = _stored(weight, mask)
-    check_adapters(values, lora_A, lora_B)
+    stored = _stored(weight, mask)
+    check_adapters(stored, lora_A, lora_B)
     check_gradient(gradient)
     check_tensor("input", input)
-    device_type = values.device.type
+    device_type = stored.device.type
     # As torch does, autocast leaves float64 alone; it knows no meta device.
-    if values.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if stored.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         wanted = torch.get_autocast_dtype(device_type) if input.is_floating_point() else None
     else:
-        wanted = values.dtype if input.dtype == values.dtype else None
+        wanted = stored.dtype if input.dtype == stored.dtype else None
     if wanted is None:
         raise ValueError(
-            f"input has dtype {input.dtype} and weight {values.dtype}; convert one to the other, or run floating-point "
+            f"input has dtype {input.dtype} and weight {stored.dtype}; convert one to the other, or run floating-point "
             "input under torch.autocast."
         )
     input = input.to(wanted)
-    if input.dim() == 0 or input.shape[-1] != values.shape[1]:
+    if input.dim() == 0 or input.shape[-1] != stored.shape[1]:
         raise ValueError(
-            f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {values.shape[1]} for a "
-            f"weight of shape {tuple(values.shape)}."
+            f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {stored.shape[1]} for a "
+            f"weight of shape {tuple(stored.shape)}."
         )
-    if input.device != values.device:
-        raise ValueError(f"input is on {input.device} and weight on {values.device}; move them to the same device.")
+    if input.device != stored.device:
+        raise ValueError(f"input is on {input.device} and weight on {stored.device}; move them to the same device.")
     if bias is not None:
         check_tensor("bias", bias)
-        if bias.shape != values.shape[:1]:
+        if bias.shape != stored.shape[:1]:
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; it must be ({values.shape[0]},) for a weight of shape "
-                f"{tuple(values.shape)}."
+                f"bias has shape {tuple(bias.shape)}; it must be ({stored.shape[0]},) for a weight of shape "
+                f"{tuple(stored.shape)}."
             )
-        if bias.device != values.device:
-            raise ValueError(f"bias is on {bias.device} and weight on {values.device}; move them to the same device.")
-    tokens = input.reshape(-1, values.shape[1])
-    output = lors.linear(tokens, values, mask_bits, lora_A, lora_B, bias, _as_float(scaling), gradient)
-    return output.view(*input.shape[:-1], values.shape[0])
+        if bias.device != stored.device:
+            raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
+    tokens = input.reshape(-1, stored.shape[1])
+    output = lors.linear(
+        tokens,
+        stored.values,
+        stored.mask_bits,
+        stored.index,
+        lora_A,
+        lora_B,
+        bias,
+        _as_float(scaling),
+        gradient,
+    )
+    return output.view(*input.shape[:-1], stored.shape[0])
 
 
 def merge(
@@ -101,9 +111,9 @@ def merge(
     Returns:
         [N, K] in the weight's dtype.
     """
-    values, mask_bits = _stored(weight, mask)
-    check_adapters(values, lora_A, lora_B)
-    return lors.merge(values, mask_bits, lora_A, lora_B, _as_float(scaling))
+    stored = _stored(weight, mask)
+    check_adapters(stored, lora_A, lora_B)
+    return lors.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
 
 
 def _as_float(scaling: float | Tensor) -> float:
@@ -116,14 +126,14 @@ def _as_float(scaling: float | Tensor) -> float:
     return float(scaling)
 
 
-def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The tensors a kernel reads for ``weight``: its values [N, K] and, if explicit, its packed mask."""
+def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
+    """``weight`` as it is stored; a dense tensor is not looked at, only referenced."""
     if isinstance(weight, SparseWeight):
         if mask is not None:
             raise ValueError("mask was given together with a SparseWeight, which has its own; leave mask out.")
-        return weight.values, weight.mask_bits
+        return weight
     check_weight(weight)
     if mask is None:
-        return weight, None
+        return SparseWeight(weight)
     check_mask(mask, weight)
-    return weight, lors.mask_pack(mask)
+    return SparseWeight(weight, lors.mask_pack(mask))

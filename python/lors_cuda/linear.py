@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._checks import check_gradient
-from .functional import lors_linear
+from .functional import lors_linear, merge
 from .sparse import SparseWeight
 
 
@@ -46,6 +46,7 @@ class LoRSLinear(nn.Module):
     lora_B: nn.Parameter
     weight_values: Tensor
     weight_mask: Tensor | None
+    weight_index: Tensor | None
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class LoRSLinear(nn.Module):
         self.adapter_enabled = True
         self.register_buffer("weight_values", sparse_weight.values)
         self.register_buffer("weight_mask", sparse_weight.mask_bits)
+        self.register_buffer("weight_index", sparse_weight.index)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
@@ -131,15 +133,15 @@ class LoRSLinear(nn.Module):
 
     @property
     def sparse_weight(self) -> SparseWeight:
-        return SparseWeight(self.weight_values, self.weight_mask)
+        return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_values
+        return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.adapter_enabled:
-            return F.linear(input, self.weight_values, self.bias)
+            return F.linear(input, self.weight, self.bias)
         return lors_linear(
             input, self.sparse_weight, self.lora_A, self.lora_B, self.scaling, self.bias, gradient=self.gradient
         )
@@ -152,7 +154,8 @@ class LoRSLinear(nn.Module):
         """
         self.check_finite()
         with torch.no_grad():
-            merged = self.sparse_weight.merge(self.lora_A, self.lora_B, self.scaling).to_dense()
+            merged = merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
         linear = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
@@ -169,8 +172,9 @@ class LoRSLinear(nn.Module):
     def check_finite(self, name: str = "") -> None:
         """Refuse a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-            finite = torch.isfinite(tensor)
-            if not finite.all():
+            if not torch.isfinite(tensor).all():
+                tensor = self.weight if which == "weight" else tensor
+                finite = torch.isfinite(tensor)
                 row, column = (~finite).nonzero()[0].tolist()
                 where = f" of layer {name!r}" if name else ""
                 raise ValueError(
@@ -182,25 +186,62 @@ class LoRSLinear(nn.Module):
         before = self.weight_values
         super()._apply(fn, recurse)
         # A conversion to a smaller type may round a kept weight to zero; the mask must not lose it.
-        if self.weight_mask is None and self.weight_values.dtype != before.dtype and before.device.type != "meta":
+        implicit = self.weight_index is None and self.weight_mask is None
+        if implicit and self.weight_values.dtype != before.dtype and before.device.type != "meta":
             self.weight_mask = SparseWeight(before).to(self.weight_values.dtype).mask_bits
             if self.weight_mask is not None:
                 self.weight_mask = self.weight_mask.to(self.weight_values.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Whether the mask is explicit is a property of the stored weight, so the stored weight decides it; but only
-        # where that weight fits, because a refused state must leave the layer as it was.
-        values, bits = state_dict.get(prefix + "weight_values"), state_dict.get(prefix + "weight_mask")
-        if values is not None and values.shape == self.weight_values.shape:
-            needed = (self.out_features, (self.in_features + 31) // 32)
-            if bits is not None and (bits.dtype != torch.int32 or bits.shape != needed):
-                errors: list[str] = args[-1]
-                given = f"{bits.dtype} with shape {tuple(bits.shape)}"
-                errors.append(f"{prefix}weight_mask is {given}; it must be torch.int32 with shape {needed}.")
+        # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
+        # shapes of the buffers. But only where it fits, because a refused state must leave the layer as it was.
+        errors: list[str] = args[-1]
+        names = ("weight_values", "weight_mask", "weight_index")
+        values, bits, index = (state_dict.get(prefix + name) for name in names)
+        if values is not None:
+            problem = self._weight_problem(values, bits, index)
+            if problem is not None:
+                errors.append(f"{prefix[:-1] or 'LoRSLinear'}: {problem}")
                 return
-            self.weight_mask = None if bits is None else torch.empty_like(bits, device=self.weight_values.device)
+            for name, tensor in zip(names, (values, bits, index), strict=True):
+                own = getattr(self, name)
+                if tensor is None or own is None or own.shape != tensor.shape:
+                    dtype = self.weight_values.dtype if name == "weight_values" else getattr(tensor, "dtype", None)
+                    device = self.weight_values.device
+                    setattr(
+                        self, name, None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)
+                    )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _weight_problem(self, values: Tensor, bits: Tensor | None, index: Tensor | None) -> str | None:
+        """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can."""
+        layout = "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
+        own = self.sparse_weight.layout
+        if layout != own:
+            return (
+                f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
+                f"with layout='{layout}' before loading it."
+            )
+        needed, shape = (self.out_features, self.in_features), values.shape
+        try:
+            if index is not None and layout == "2:4":
+                if bits is not None:
+                    return "the state has a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong."
+                shape = SparseWeight.from_sparse24(values, index).shape
+            elif index is not None:
+                if bits is None:
+                    return "the state has row offsets of a bitmap (weight_index) but no bits (weight_mask)."
+                shape = SparseWeight.from_bitmap(values, bits, index, self.in_features).shape
+        except ValueError as error:
+            return str(error)
+        if shape != needed:
+            return f"size mismatch for weight_values: the stored weight has shape {tuple(shape)}, not {needed}."
+        words = (self.out_features, (self.in_features + 31) // 32)
+        if bits is not None and (bits.dtype != torch.int32 or bits.shape != words):
+            given = f"{bits.dtype} with shape {tuple(bits.shape)}"
+            return f"weight_mask is {given}; it must be torch.int32 with shape {words}."
+        return None
 
     def extra_repr(self) -> str:
         return (

@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
-from .sparse import SparseWeight
+from .sparse import check_fits
 
 _PROBLEMS_SHOWN = 5
 
@@ -21,6 +21,7 @@ _PROBLEMS_SHOWN = 5
 def get_lors_model(model: nn.Module, config: LoRSConfig | None = None) -> nn.Module:
     """Replace the linears that `config` selects by LoRSLinear, in place, and freeze everything else.
 
+    Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
     soon as its replacement stands, so no second copy of the model exists. The configuration used is kept as
     `model.lors_config`. Source: LoRS, arXiv 2501.08582.
@@ -146,13 +147,11 @@ def check_targets(targets: list[Target], config: LoRSConfig) -> None:
     Raises:
         ValueError: a rank is too large or a weight does not fit the layout; every module concerned is named.
     """
-    # "auto" falls back to "dense", so what "dense" takes, "auto" takes. The probe is dropped at once.
-    layout = "dense" if config.layout == "auto" else config.layout
     problems = []
     for target in targets:
         try:
             check_rank(target.r, target.module.out_features, target.module.in_features)
-            SparseWeight.from_dense(target.module.weight.detach(), layout)
+            check_fits(target.module.weight.detach(), config.layout)
         except ValueError as error:
             problems.append(f"'{target.name}': {error}")
     if problems:

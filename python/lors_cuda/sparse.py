@@ -8,65 +8,141 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_weight
+from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight
 from ._library import check_device, lors
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
-_AVAILABLE = ("auto", "dense")
 
 
 def check_layout(layout: str) -> None:
-    """Refuse a layout that is unknown, or known but not in this version."""
+    """Refuse a layout that is unknown."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}.")
-    if layout not in _AVAILABLE:
-        raise ValueError(
-            f"layout {layout!r} is not available in this version of lors_cuda: weights are stored dense. Use "
-            "layout='auto' or layout='dense'; the zeros are kept either way."
-        )
 
 
 class SparseWeight:
-    """A frozen weight [N, K] and its mask, as stored.
+    """A frozen weight [N, K] and its mask, as stored; every layout can hold the same values and mask.
 
-    Layout ``"dense"`` stores all N x K values, and the mask as packed bits only where it was given explicitly: without
-    one, a weight is kept where it is not zero.
+    ============  ======================  ==========================================  ============================
+    layout        ``values``              ``mask_bits``                               ``index``
+    ============  ======================  ==========================================  ============================
+    ``"dense"``   [N, K], +0 off the mask int32 [N, ceil(K/32)], or None: values != 0 None
+    ``"2:4"``     [N, K/2]                None                                        uint8 metadata [N, ceil(K/8)]
+    ``"bitmap"``  [number of kept]        int32 [N, ceil(K/32)]                       int64 row offsets [N + 1]
+    ============  ======================  ==========================================  ============================
 
-    Attributes:
-        values: dense [N, K] values, +0 off the mask.
-        mask_bits: int32 [N, ceil(K/32)] packed mask, or None for "kept where values != 0".
+    docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
+    :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
     """
 
-    layout = "dense"
-
-    def __init__(self, values: Tensor, mask_bits: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        mask_bits: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        in_features: int | None = None,
+    ) -> None:
         self.values = values
         self.mask_bits = mask_bits
+        self.index = index
+        if index is None:
+            self.layout, self.shape = "dense", values.shape
+        elif index.dtype == torch.uint8:
+            self.layout, self.shape = "2:4", torch.Size((values.shape[0], 2 * values.shape[1]))
+        else:
+            if in_features is None:
+                raise TypeError("in_features is missing; a bitmap weight does not show it by itself.")
+            self.layout, self.shape = "bitmap", torch.Size((index.shape[0] - 1, in_features))
 
     @classmethod
     def from_dense(cls, weight: Tensor, layout: str = "auto", mask: Tensor | None = None) -> SparseWeight:
-        """Store a dense weight [N, K] with zeros.
+        """Store a dense weight [N, K] with zeros. Waits for the device where the layout depends on the values.
 
         Args:
             weight: [N, K], float32, bfloat16, float16 or float64. Referenced, not copied, where it needs no change.
-            layout: ``"dense"``, or ``"auto"``, which picks it. ``"2:4"`` and ``"bitmap"`` are not in this version.
+            layout: ``"dense"``; ``"2:4"``, at most two kept in each aligned group of four along K; ``"bitmap"``, any
+                pattern; or ``"auto"``: ``"2:4"`` if it fits, else ``"bitmap"`` if that is smaller, else ``"dense"``.
             mask: bool [N, K], True where kept; weights off it become +0. None: kept where ``weight != 0``.
 
         Raises:
-            ValueError: an unknown or unavailable layout, a weight that is not 2-D or not floating, or a mask of another
-                shape, dtype or device.
+            ValueError: an unknown layout, a weight that is not 2-D or not floating, or does not fit the layout (the
+                first place is named), or a mask of another shape, dtype or device.
         """
         check_layout(layout)
         values = weight.detach() if isinstance(weight, Tensor) else weight
         check_weight(values)
-        if mask is None:
-            return cls(values.contiguous())
-        check_mask(mask, values)
-        return cls(torch.where(mask, values, 0.0).contiguous(), lors.mask_pack(mask))
+        if mask is not None:
+            check_mask(mask, values)
+        bits = None if mask is None else lors.mask_pack(mask)
+        if layout == "auto":
+            layout = _smallest_layout(values, bits)
+        elif layout == "2:4":
+            _check_sparse24(values, bits)
+        if layout == "2:4":
+            return cls(*_sparse24_arguments(lors.sparse24_compress(values, bits)))
+        if layout == "bitmap":
+            return _bitmap(values, lors.mask_nonzero(values) if bits is None else bits)
+        return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), bits)
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
+    @classmethod
+    def from_sparse24(cls, values: Tensor, metadata: Tensor) -> SparseWeight:
+        """A weight of layout ``"2:4"`` from its tensors: values [N, K/2] and uint8 metadata [N, ceil(K/8)], as stored.
+
+        Raises:
+            ValueError: the metadata has a code that does not occur or a slot off the mask is not zero (the first place
+                is named), or dtypes, shapes or devices do not fit.
+        """
+        _check_values(values, 2)
+        check_tensor("metadata", metadata)
+        N, half = values.shape
+        if half % 2:
+            raise ValueError(f"values have shape {tuple(values.shape)}; 2:4 has an even number in each row.")
+        _check_index("metadata", metadata, torch.uint8, (N, (2 * half + 7) // 8), values)
+        if values.device.type != "meta":
+            count, first = lors.sparse24_validate(values, metadata).tolist()
+            if count:
+                row, byte = divmod(first, metadata.shape[1])
+                raise ValueError(
+                    f"The 2:4 weight of shape {(N, 2 * half)} is corrupted in {count} of {metadata.numel()} bytes of "
+                    f"its metadata, first in row {row}, columns {8 * byte} to {min(8 * byte + 8, 2 * half) - 1}: the "
+                    f"byte is 0x{int(metadata[row, byte]):02x}, which is no code of two positions, or a slot it does "
+                    "not use is not zero. Compress the dense weight again, or load another copy of the file."
+                )
+        return cls(values.detach().contiguous(), None, metadata.contiguous())
+
+    @classmethod
+    def from_bitmap(cls, values: Tensor, mask_bits: Tensor, row_offsets: Tensor, in_features: int) -> SparseWeight:
+        """A weight of layout ``"bitmap"`` from its tensors: the kept values row by row, int32 bits
+        [N, ceil(in_features/32)] and int64 row offsets [N + 1].
+
+        Raises:
+            ValueError: bits and offsets disagree (the first row is named), the number of values is another, or dtypes,
+                shapes or devices do not fit.
+        """
+        _check_values(values, 1)
+        check_tensor("mask_bits", mask_bits)
+        check_tensor("row_offsets", row_offsets)
+        N = row_offsets.shape[0] - 1 if row_offsets.dim() == 1 else 0
+        if N < 1 or in_features < 1:
+            raise ValueError(
+                f"row_offsets has shape {tuple(row_offsets.shape)} and in_features is {in_features}; row_offsets must "
+                "be [out_features + 1], and out_features and in_features at least 1."
+            )
+        _check_index("row_offsets", row_offsets, torch.int64, (N + 1,), values)
+        _check_index("mask_bits", mask_bits, torch.int32, (N, (in_features + 31) // 32), values)
+        if values.device.type != "meta":
+            count, first = lors.bitmap_validate(values, mask_bits, row_offsets, in_features).tolist()
+            if count:
+                begin, end = row_offsets[first : first + 2].tolist()
+                raise ValueError(
+                    f"The bitmap weight of shape {(N, in_features)} is corrupted in {count} rows, first in row "
+                    f"{first}: its offsets are {begin} and {end} among {values.shape[0]} values, against the "
+                    "bits that are set in that row. Compress the dense weight again, or load another copy of the file."
+                )
+        return cls(
+            values.detach().contiguous(), mask_bits.contiguous(), row_offsets.contiguous(), in_features=in_features
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,61 +154,84 @@ class SparseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: values, and the packed mask if there is one."""
-        return self.values.nbytes + (0 if self.mask_bits is None else self.mask_bits.nbytes)
+        """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
+        return sum(t.nbytes for t in (self.values, self.mask_bits, self.index) if t is not None)
 
     @property
     def density(self) -> float:
         """Fraction of weights that are kept."""
-        return int(self.mask().sum()) / max(self.values.numel(), 1)
+        kept = self.values.numel() if self.layout == "bitmap" else int(self.mask().sum())
+        return kept / max(self.shape.numel(), 1)
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+        if self.layout == "2:4":
+            return lors.sparse24_decompress(self.values, self.index)
+        if self.layout == "bitmap":
+            return lors.bitmap_decompress(self.values, self.mask_bits, self.index, self.shape[1])
         return self.values + 0.0
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
-        if self.mask_bits is None:
+        if self.layout == "dense" and self.mask_bits is None:
             return self.values != 0
-        return lors.mask_unpack(self.mask_bits, self.shape[1])
+        return lors.mask_unpack(self.packed_mask(), self.shape[1])
+
+    def packed_mask(self) -> Tensor:
+        """The mask as bits: int32 [N, ceil(K/32)], bit k % 32 of word k / 32."""
+        if self.layout == "2:4":
+            return lors.sparse24_mask(self.index, self.shape[1])
+        return lors.mask_nonzero(self.values) if self.mask_bits is None else self.mask_bits
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SparseWeight:
         """Move to a device or convert to a floating dtype. The mask does not change.
 
-        Converting to a type of smaller range can round a kept value to zero, so the mask is made explicit where it
-        was implicit and the conversion would change it.
+        Converting to a type of smaller range can round a kept value to zero, so the mask of a dense weight is made
+        explicit where it was implicit and the conversion would change it.
         """
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
-            bits = None if self.mask_bits is None else self.mask_bits.to(device_or_dtype)
-            return SparseWeight(self.values.to(device_or_dtype), bits)
+            return self._with(
+                *(None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index))
+            )
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
         bits = self.mask_bits
-        if bits is None and bool(((values == 0) & (self.values != 0)).any()):
-            bits = lors.mask_pack(self.values != 0)
-        return SparseWeight(values, bits)
+        if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
+            bits = lors.mask_nonzero(self.values)
+        return self._with(values, bits, self.index)
 
     def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
         """The merged weight in the same layout, ``W + s M o (B A)``; the mask stays, bit for bit.
 
-        lora_A [r, K], lora_B [N, r]. A merged value that rounds to zero stays kept: the mask is then made explicit.
+        lora_A [r, K], lora_B [N, r]. A merged value that rounds to zero stays kept: a dense weight's mask is then made
+        explicit.
         """
-        check_adapters(self.values, lora_A, lora_B)
+        check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
-            merged = lors.merge(self.values, self.mask_bits, lora_A, lora_B, float(scaling))
+            if self.layout == "2:4":
+                values = lors.sparse24_merge(self.values, self.index, lora_A, lora_B, float(scaling))
+                return self._with(values, None, self.index)
+            merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, float(scaling))
             bits = self.mask_bits
+            if self.layout == "bitmap":
+                values = lors.bitmap_compress(merged, bits, self.index, self.values.shape[0])
+                return self._with(values, bits, self.index)
             if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
-                bits = lors.mask_pack(self.values != 0)
-        return SparseWeight(merged, bits)
+                bits = lors.mask_nonzero(self.values)
+        return self._with(merged, bits, None)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the shape and the packed mask, as hex: equal exactly when the masks are."""
-        bits = lors.mask_pack(self.values != 0) if self.mask_bits is None else self.mask_bits
+        """SHA-256 over the shape and the packed mask, as hex: equal exactly when the masks are, whatever the layout."""
         digest = hashlib.sha256(f"{self.shape[0]}x{self.shape[1]}:".encode())
-        digest.update(bits.cpu().contiguous().numpy().tobytes())
+        digest.update(self.packed_mask().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
+        """Another weight of this layout and shape."""
+        assert values is not None
+        return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
@@ -140,3 +239,76 @@ class SparseWeight:
             f"SparseWeight(layout={self.layout!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"device={str(self.device)!r}, density={density})"
         )
+
+
+def check_fits(weight: Tensor, layout: str) -> None:
+    """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
+    check_layout(layout)
+    check_weight(weight)
+    if layout == "2:4":
+        _check_sparse24(weight, None)
+
+
+def _smallest_layout(weight: Tensor, bits: Tensor | None) -> str:
+    """The layout "auto" stands for. A weight on the meta device has no values to go by, and stays dense."""
+    N, K = weight.shape
+    if weight.device.type == "meta":
+        return "dense"
+    if K % 4 == 0 and not lors.sparse24_inspect(weight, bits)[0].item():
+        return "2:4"
+    words = (K + 31) // 32
+    kept = lors.bitmap_offsets(lors.mask_nonzero(weight) if bits is None else bits, K)[-1].item()
+    bitmap = kept * weight.itemsize + 4 * N * words + 8 * (N + 1)
+    dense = weight.nbytes + (0 if bits is None else bits.nbytes)
+    return "bitmap" if bitmap < dense else "dense"
+
+
+def _check_sparse24(weight: Tensor, bits: Tensor | None) -> None:
+    N, K = weight.shape
+    if K % 4:
+        raise ValueError(
+            f"weight has shape {(N, K)}; layout '2:4' needs in_features to be a multiple of 4. Use layout='bitmap' or "
+            "layout='auto'."
+        )
+    if weight.device.type == "meta":
+        return
+    count, first, _ = lors.sparse24_inspect(weight, bits).tolist()
+    if count:
+        row, group = divmod(first, K // 4)
+        raise ValueError(
+            f"weight of shape {(N, K)} is not 2:4: {count} of {N * K // 4} aligned groups of four keep more than two "
+            f"weights, the first at row {row}, column {4 * group}. Prune it to 2:4 (`lors-cuda prune --pattern 2:4`), "
+            "or use layout='bitmap' or layout='auto'."
+        )
+
+
+def _sparse24_arguments(compressed: tuple[Tensor, Tensor]) -> tuple[Tensor, None, Tensor]:
+    return compressed[0], None, compressed[1]
+
+
+def _bitmap(weight: Tensor, bits: Tensor) -> SparseWeight:
+    if weight.device.type == "meta":
+        raise ValueError(
+            "weight is on the meta device, where it has no values to compress; layout 'bitmap' must know how many are "
+            "kept. Use layout='dense' or '2:4', or convert the model after its weights are loaded."
+        )
+    row_offsets = lors.bitmap_offsets(bits, weight.shape[1])
+    values = lors.bitmap_compress(weight, bits, row_offsets, int(row_offsets[-1]))
+    return SparseWeight(values, bits, row_offsets, in_features=weight.shape[1])
+
+
+def _check_values(values: Tensor, dimensions: int) -> None:
+    check_tensor("values", values)
+    if values.dim() != dimensions or (dimensions == 2 and 0 in values.shape):
+        needed = "[out_features, in_features / 2], both at least 1" if dimensions == 2 else "one-dimensional"
+        raise ValueError(f"values have shape {tuple(values.shape)}; they must be {needed}.")
+    if values.dtype not in DTYPES:
+        raise ValueError(f"values have dtype {values.dtype}; they must be float32, bfloat16, float16 or float64.")
+    check_device(values.device)
+
+
+def _check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], values: Tensor) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise ValueError(f"{name} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be {dtype} {shape}.")
+    if tensor.device != values.device:
+        raise ValueError(f"{name} is on {tensor.device} and values on {values.device}; move them to the same device.")

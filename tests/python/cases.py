@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lors_cuda import reference
+from lors_cuda import SparseWeight, reference
 
 lors = torch.ops.lors
 
@@ -70,7 +70,10 @@ SHAPES = (
 
 @dataclasses.dataclass(repr=False)
 class Case:
-    """One adapted linear with its data. `mask` None: kept where the weight is not zero."""
+    """One adapted linear with its data. `mask` None: kept where the weight is not zero.
+
+    `weight` and `mask` are dense for every `layout`, which says how the ops are given them.
+    """
 
     input: Tensor  # [T, K]
     weight: Tensor  # [N, K]
@@ -80,6 +83,7 @@ class Case:
     bias: Tensor | None  # [N]
     scaling: float
     grad_output: Tensor  # [T, N]
+    layout: str = "dense"
 
     def __repr__(self) -> str:
         held = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -93,23 +97,35 @@ class Case:
     def bits(self) -> Tensor | None:
         return None if self.mask is None else lors.mask_pack(self.mask)
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(weight, mask, index) as the ops take them; a dense weight is not cleaned of what stands off its mask."""
+        if self.layout == "dense":
+            return self.weight, self.bits, None
+        w = SparseWeight.from_dense(self.weight, self.layout, self.mask)
+        return w.values, w.mask_bits, w.index
+
+    @property
+    def adapted(self) -> tuple[Tensor | None, ...]:
+        return *self.stored, self.lora_A, self.lora_B
+
     def replace(self, **fields: object) -> Case:
         return dataclasses.replace(self, **fields)
 
     # The ops, as the registered schemas spell them.
     def merge(self) -> Tensor:
-        return lors.merge(self.weight, self.bits, self.lora_A, self.lora_B, self.scaling)
+        return lors.merge(*self.adapted, self.scaling)
 
     def linear(self, gradient: str = "lors") -> Tensor:
-        args = (self.input, self.weight, self.bits, self.lora_A, self.lora_B, self.bias, self.scaling, gradient)
+        args = (self.input, *self.adapted, self.bias, self.scaling, gradient)
         return lors.linear(*args)
 
     def linear_backward(self, gradient: str, needs: tuple[bool, bool, bool] = (True, True, True)) -> tuple[Tensor, ...]:
-        args = (self.weight, self.bits, self.lora_A, self.lora_B, self.bias, self.scaling, gradient, *needs)
+        args = (*self.adapted, self.bias, self.scaling, gradient, *needs)
         return lors.linear_backward(self.grad_output, self.input, *args)
 
     def adapter_grad(self, gradient: str, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, Tensor]:
-        args = (self.weight, self.bits, self.lora_A, self.lora_B, self.scaling, gradient, *needs)
+        args = (*self.adapted, self.scaling, gradient, *needs)
         return lors.adapter_grad(self.grad_output, self.input, *args)
 
 
@@ -128,11 +144,12 @@ def make_case(
     activation_dtype: torch.dtype | None = None,
     density: float = 0.5,
     scaling: float = 0.75,
+    layout: str = "dense",
 ) -> Case:
     """A case with standard normal values and a delta as large as the weight.
 
     Half of the zeros are -0.0; a row of zeros and a full row are in where there is room. An explicit mask keeps some
-    zeros, and the weight off it is nonzero garbage.
+    zeros, and the weight off it is nonzero garbage. For layout "2:4" no group of four keeps more than two.
 
     `scaling` should be a float32 number. One that is not is rounded on its way to the float32 kernels, by one relative
     error that is common to all elements: that leans, within rounding, and the signed-bias test would say so.
@@ -149,6 +166,8 @@ def make_case(
     kept = torch.rand(N, K, generator=generator) < density
     if 0 < density < 1 and N >= 4:
         kept[1], kept[2] = False, True
+    if layout == "2:4":
+        kept = (kept.view(N, -1, 4) & (kept.view(N, -1, 4).cumsum(-1) <= 2)).view(N, K)
     odd = torch.rand(N, K, generator=generator)
     weight, zeros = normal(N, K), torch.where(odd < 0.5, -0.0, 0.0).double()
     if explicit_mask:
@@ -164,4 +183,5 @@ def make_case(
         bias=normal(N).to(device, dtype_B) if bias else None,
         scaling=scaling,
         grad_output=normal(T, N).to(device, activation_dtype),
+        layout=layout,
     )

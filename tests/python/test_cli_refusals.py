@@ -106,7 +106,6 @@ def test_values_that_do_not_fit_the_model(home, tmp_path, capsys):
     run = tmp_path / "run"
     assert "r is 33" in failed(capsys, *finetune(home, run, "--rank", "33"))
     assert "matches no nn.Linear" in failed(capsys, *finetune(home, run, "--target-modules", "query"))
-    assert "not available in this version" in failed(capsys, *finetune(home, run, "--layout", "2:4"))
     assert not run.exists()
 
 

@@ -17,6 +17,7 @@ import torch
 import cases
 from cases import make_case
 from expectations import check_adapter_grads, check_linear, check_linear_backward, check_merge, check_merge_backward
+from test_formats import FORMATS, arguments
 from test_linear_op import combinations
 
 HERE = pathlib.Path(__file__).parent
@@ -88,8 +89,31 @@ def test_every_operator_meets_the_oracle(ops, seed, shape, dtype, explicit, grad
     check_linear_backward(case.linear_backward(gradient), case, gradient)
     check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
     grad = torch.randn(case.weight.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    actual = ops.merge_backward(grad, case.weight, case.bits, case.lora_A, case.lora_B, case.scaling)
+    actual = ops.merge_backward(grad, *case.adapted, case.scaling)
     check_merge_backward(actual, grad, case)
+
+
+@pytest.mark.parametrize("layout", ["2:4", "bitmap"])
+@pytest.mark.parametrize(("shape", "dtype", "explicit", "gradient", "bias", "adapter_dtypes"), served()[::3])
+def test_compressed_layouts(ops, seed, layout, shape, dtype, explicit, gradient, bias, adapter_dtypes):
+    T, N, K, r = shape
+    K += -K % 4 if layout == "2:4" else 0
+    case = make_case(seed, T, N, K, r, dtype, explicit_mask=explicit, adapter_dtypes=adapter_dtypes, layout=layout)
+    check_merge(case.merge(), case)
+    check_linear(case.linear(gradient), case)
+    check_linear_backward(case.linear_backward(gradient), case, gradient)
+    check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_operators_on_the_layouts_do_what_the_cpus_do(ops, seed, op):
+    for dtype, explicit in ((torch.float32, False), (torch.bfloat16, True)):
+        case = make_case(seed, 1, 31, 68, 3, dtype, explicit_mask=explicit, layout="2:4")
+        args = arguments(op, case)
+        actual, expected = getattr(ops, op)(*args), getattr(torch.ops.lors, op)(*args)
+        pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])

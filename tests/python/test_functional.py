@@ -208,7 +208,7 @@ def test_scaling_may_be_a_tensor(device, seed):
 
 def test_sparse_weight_and_mask_are_the_same_thing(device, seed):
     case = make_case(seed, 5, 13, 70, 2, device=device, explicit_mask=True, bias=True)
-    stored = SparseWeight.from_dense(case.weight, mask=case.mask)
+    stored = SparseWeight.from_dense(case.weight, "dense", case.mask)
     assert torch.equal(apply(case, weight=stored, mask=None), apply(case))
     merged = merge(stored, case.lora_A, case.lora_B, 0.75)
     assert torch.equal(merged, merge(case.weight, case.lora_A, case.lora_B, 0.75, mask=case.mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -17,6 +18,8 @@ from expectations import check_linear, check_merge
 from lors_cuda import LoRSLinear, lors_linear
 from tolerance import assert_close, assert_zero_off_mask
 
+every_layout = pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+
 
 def linear_of(case: Case) -> nn.Linear:
     linear = nn.Linear(case.weight.shape[1], case.weight.shape[0], bias=case.bias is not None)
@@ -27,9 +30,11 @@ def linear_of(case: Case) -> nn.Linear:
 
 
 def layer_of(case: Case, **options: object) -> LoRSLinear:
-    """A layer with the case's weight and adapter, scaling 0.75."""
+    """A layer with the case's weight (in its layout) and adapter, scaling 0.75."""
     r = case.lora_A.shape[0]
-    layer = LoRSLinear.from_linear(linear_of(case), r=r, lora_alpha=0.75 * r, mask=case.mask, **options)
+    layer = LoRSLinear.from_linear(
+        linear_of(case), r=r, lora_alpha=0.75 * r, layout=case.layout, mask=case.mask, **options
+    )
     with torch.no_grad():
         layer.lora_A.copy_(case.lora_A)
         layer.lora_B.copy_(case.lora_B)
@@ -58,7 +63,7 @@ def test_starts_as_the_linear(device, seed, dtype, bias):
 def test_attributes(device, seed):
     case = make_case(seed, 1, 31, 70, 5, torch.bfloat16, device=device, bias=True)
     linear = linear_of(case).eval()
-    layer = LoRSLinear.from_linear(linear, r=5, lora_alpha=20, gradient="exact")
+    layer = LoRSLinear.from_linear(linear, r=5, lora_alpha=20, layout="dense", gradient="exact")
     assert (layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling) == (70, 31, 5, 20, 4.0)
     assert layer.gradient == "exact"
     assert (layer.lora_A.shape, layer.lora_B.shape) == ((5, 70), (31, 5))
@@ -138,8 +143,9 @@ def test_merge_gives_a_linear_with_the_zeros_and_the_output(device, seed, dtype,
     check_linear(layer(case.input), held)
 
 
-def test_disabled_adapter_is_the_frozen_layer(device, seed):
-    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=True, bias=True)
+@every_layout
+def test_disabled_adapter_is_the_frozen_layer(device, seed, layout):
+    case = make_case(seed, 9, 31, 72, 5, device=device, explicit_mask=True, bias=True, layout=layout)
     layer = layer_of(case)
     layer.adapter_enabled = False
     frozen = torch.where(case.mask, case.weight, 0.0)
@@ -161,9 +167,12 @@ def same(a: LoRSLinear, b: LoRSLinear, x: Tensor) -> None:
     assert [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
 
 
+@every_layout
 @pytest.mark.parametrize("explicit", [False, True])
-def test_deepcopy_and_pickle(device, seed, explicit):
-    case = make_case(seed, 9, 31, 70, 5, torch.bfloat16, device=device, explicit_mask=explicit, bias=True)
+def test_deepcopy_and_pickle(device, seed, explicit, layout):
+    case = make_case(
+        seed, 9, 31, 72, 5, torch.bfloat16, device=device, explicit_mask=explicit, bias=True, layout=layout
+    )
     layer = layer_of(case, gradient="exact", use_rslora=False)
     layer.adapter_enabled = True
     same(copy.deepcopy(layer), layer, case.input)
@@ -174,15 +183,19 @@ def test_deepcopy_and_pickle(device, seed, explicit):
     same(torch.load(file, weights_only=False), layer, case.input)
 
 
+@every_layout
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("into_explicit", [False, True])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_state_dict_round_trips_strictly(device, seed, explicit, into_explicit, assign):
+def test_state_dict_round_trips_strictly(device, seed, explicit, into_explicit, assign, layout):
     """Also between layers whose masks are stored differently: the state decides."""
-    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=explicit, bias=True)
+    case = make_case(seed, 9, 31, 72, 5, device=device, explicit_mask=explicit, bias=True, layout=layout)
     layer = layer_of(case)
-    assert ("weight_mask" in layer.state_dict()) == explicit
-    other = layer_of(make_case(seed + 1, 9, 31, 70, 5, device=device, explicit_mask=into_explicit, bias=True))
+    assert ("weight_mask" in layer.state_dict()) == {"dense": explicit, "2:4": False, "bitmap": True}[layout]
+    assert ("weight_index" in layer.state_dict()) == (layout != "dense")
+    other = layer_of(
+        make_case(seed + 1, 9, 31, 72, 5, device=device, explicit_mask=into_explicit, bias=True, layout=layout)
+    )
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -218,6 +231,49 @@ def test_a_state_of_another_shape_is_refused_and_changes_nothing(seed):
         layer.load_state_dict(state)
 
 
+def test_a_state_of_another_layout_is_refused_and_changes_nothing(seed):
+    cases = {name: make_case(seed, 9, 31, 72, 5, layout=name) for name in ("dense", "2:4", "bitmap")}
+    for own, other in itertools.permutations(cases, 2):
+        layer = layer_of(cases[own])
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=f"of layout '{other}' and the layer one of layout '{own}'; convert"):
+            layer.load_state_dict(layer_of(cases[other]).state_dict())
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+        check_linear(layer(cases[own].input), cases[own])
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "change", "message"),
+    [
+        ("2:4", "weight_index", lambda t: t.__setitem__((3, 2), 0x61), "first in row 3, columns 16 to 23"),
+        ("2:4", "weight_index", lambda t: t.resize_(31, 8), r"must be torch.uint8 \(31, 9\)"),
+        ("2:4", "weight_values", lambda t: t.resize_(30, 36), r"must be torch.uint8 \(30, 9\)"),
+        ("bitmap", "weight_index", lambda t: t.__setitem__(-1, 3), "first in row 30"),
+        ("bitmap", "weight_index", lambda t: t.resize_(31), r"must be torch.int32 \(30, 3\)"),
+        ("bitmap", "weight_mask", lambda t: t.bitwise_not_(), "corrupted in"),
+        ("bitmap", "weight_values", lambda t: t.resize_(t.numel() - 1), "first in row 30"),
+    ],
+)
+def test_a_corrupt_state_is_refused_and_changes_nothing(seed, layout, name, change, message):
+    case = make_case(seed, 9, 31, 72, 5, layout=layout)
+    layer = layer_of(case)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    change(state[name])
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    check_linear(layer(case.input), case)
+
+
+def test_a_bitmap_of_another_count_loads(device, seed):
+    """How many weights are kept is the stored weight's to say, as its mask is."""
+    case, other = (
+        make_case(seed + i, 9, 31, 72, 5, device=device, layout="bitmap", density=d) for i, d in enumerate((0.5, 0.3))
+    )
+    layer, into = layer_of(case), layer_of(other)
+    into.load_state_dict(layer.state_dict())
+    same(into, layer, case.input)
+
+
 CONVERSIONS = [
     (lambda m: m.half(), torch.float16),
     (lambda m: m.bfloat16(), torch.bfloat16),
@@ -228,10 +284,11 @@ CONVERSIONS = [
 ]
 
 
+@every_layout
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize(("convert", "dtype"), CONVERSIONS)
-def test_conversions_keep_the_mask(device, seed, convert, dtype, explicit):
-    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=explicit, bias=True)
+def test_conversions_keep_the_mask(device, seed, convert, dtype, explicit, layout):
+    case = make_case(seed, 9, 31, 72, 5, device=device, explicit_mask=explicit, bias=True, layout=layout)
     row, column = case.kept.nonzero()[3].tolist()
     case.weight[row, column] = 1e-9  # zero in float16
     layer = layer_of(case)
@@ -256,8 +313,9 @@ def test_conversions_keep_the_mask(device, seed, convert, dtype, explicit):
     assert merged[row, column] != 0  # still kept, and its delta is not lost
 
 
-def test_moving_to_the_meta_device_and_back(device, seed):
-    case = make_case(seed, 9, 31, 70, 5, device=device, explicit_mask=True)
+@every_layout
+def test_moving_to_the_meta_device_and_back(device, seed, layout):
+    case = make_case(seed, 9, 31, 72, 5, device=device, explicit_mask=True, layout=layout)
     layer = layer_of(case)
     shell = copy.deepcopy(layer).to("meta")
     assert shell.weight.is_meta
@@ -293,13 +351,19 @@ def test_thirty_steps_lower_the_loss_and_keep_the_zeros(device, seed):
         assert_zero_off_mask(layer.merge().weight, case.kept)
 
 
+@every_layout
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
-def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad):
-    layer = layer_of(make_case(seed, 1, 31, 70, 5))
+def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad, layout):
+    case = make_case(seed, 1, 31, 72, 5, layout=layout, density=1.0)  # so that [3, 4] and [4, 1] are kept
+    for row, column in ((3, 4), (4, 1)):
+        if name == "weight":
+            case.weight[row, column] = bad
+    layer = layer_of(case)
     with torch.no_grad():
-        getattr(layer, name)[3, 4] = bad
-        getattr(layer, name)[4, 1] = bad
+        for row, column in ((3, 4), (4, 1)):
+            if name != "weight":
+                getattr(layer, name)[row, column] = bad
     with pytest.raises(ValueError, match=rf"{name}\[3, 4\] is {bad}; merging would spread it") as caught:
         layer.merge()
     assert "merge again" in str(caught.value)
@@ -320,7 +384,7 @@ def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad):
         ({"r": 2, "gradient": "true"}, ValueError, "gradient is 'true'; it must be 'lors' or 'exact'"),
         ({"r": 2, "gradient": None}, ValueError, "gradient is None"),
         ({"r": 2, "layout": "3:4"}, ValueError, "layout is '3:4'; it must be one of"),
-        ({"r": 2, "layout": "2:4"}, ValueError, "layout '2:4' is not available in this version"),
+        ({"r": 2, "layout": "2:4"}, ValueError, "layout '2:4' needs in_features to be a multiple of 4"),
         ({"r": 2, "mask": torch.ones(6, 9)}, ValueError, "mask is torch.float32 with shape (6, 9); it must be bool"),
         ({"r": 2, "mask": torch.ones(9, 6, dtype=torch.bool)}, ValueError, "the weight's shape (6, 9)"),
     ],

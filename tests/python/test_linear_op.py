@@ -50,6 +50,26 @@ def test_linear_and_its_backward(device, seed, shape, dtype, explicit, gradient,
     check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
 
 
+@pytest.mark.parametrize("layout", ["2:4", "bitmap"])
+@pytest.mark.parametrize(("shape", "dtype", "explicit", "gradient", "bias", "adapter_dtypes"), combinations()[:32])
+def test_compressed_layouts(device, seed, layout, shape, dtype, explicit, gradient, bias, adapter_dtypes):
+    T, N, K, r = shape
+    K += -K % 4 if layout == "2:4" else 0
+    case = make_case(
+        seed,
+        *(T, N, K, r),
+        dtype,
+        device=device,
+        explicit_mask=explicit,
+        bias=bias,
+        adapter_dtypes=adapter_dtypes,
+        layout=layout,
+    )
+    check_linear(case.linear(gradient), case)
+    check_linear_backward(case.linear_backward(gradient), case, gradient)
+    check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_gradients_over_several_panels(device, seed, dtype, gradient):
@@ -156,18 +176,18 @@ def test_product_sees_exactly_the_16_bit_merged_weight(device, seed, dtype, weig
 
     weight, lora_A, lora_B, X, dY = (t.to(device) for t in (weight.to(weight_dtype), lora_A, lora_B, X, dY))
     scaling = 0.625
-    merged = torch.ops.lors.merge(weight, None, lora_A, lora_B, scaling).float()
+    merged = torch.ops.lors.merge(weight, None, None, lora_A, lora_B, scaling).float()
     if weight_dtype != dtype:  # merged from a float32 accumulator, rounded once: not through the weight's dtype
-        merged = torch.ops.lors.merge(weight.float(), None, lora_A, lora_B, scaling)
+        merged = torch.ops.lors.merge(weight.float(), None, None, lora_A, lora_B, scaling)
     rounded = merged.to(dtype).float()
     kept = merged[weight != 0].abs()
     assert kept.min() > 0.5
     assert kept.max() < 2
-    output = torch.ops.lors.linear(X.to(dtype), weight, None, lora_A, lora_B, None, scaling, "lors")
+    output = torch.ops.lors.linear(X.to(dtype), weight, None, None, lora_A, lora_B, None, scaling, "lors")
     assert torch.equal(output, (X @ rounded.T).to(dtype))
     assert not torch.equal(output, (X @ merged.T).to(dtype)) or torch.equal(merged, rounded), "the data would not tell"
     needs = (True, False, False)
-    args = (weight, None, lora_A, lora_B, None, scaling, "lors", *needs)
+    args = (weight, None, None, lora_A, lora_B, None, scaling, "lors", *needs)
     grad_input = torch.ops.lors.linear_backward(dY.to(dtype), None, *args)[0]
     assert torch.equal(grad_input, (dY @ rounded).to(dtype))
 
@@ -177,6 +197,6 @@ def test_large_values_overflow_to_infinity_in_float16(device):
     lora_A = torch.tensor([[0.25, 0.5]], device=device)
     lora_B = torch.tensor([[0.5], [-0.25]], device=device)
     X = torch.tensor([[250.0, 1.5], [20.0, 3.0]], dtype=torch.float16, device=device)
-    Y = torch.ops.lors.linear(X, weight, None, lora_A, lora_B, None, 0.5, "lors")
+    Y = torch.ops.lors.linear(X, weight, None, None, lora_A, lora_B, None, 0.5, "lors")
     assert Y[0].tolist() == [float("inf"), -float("inf")]
     assert Y[1].isfinite().all()

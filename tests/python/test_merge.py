@@ -30,7 +30,7 @@ def test_merge_and_its_backward(device, seed, shape, dtype, explicit):
     )
     check_merge(case.merge(), case)
     grad_merged = torch.randn(case.weight.shape, generator=torch.Generator().manual_seed(seed)).to(case.weight)
-    args = (case.weight, case.bits, case.lora_A, case.lora_B, case.scaling)
+    args = (*case.adapted, case.scaling)
     check_merge_backward(lors.merge_backward(grad_merged, *args), grad_merged, case)
 
 
@@ -47,7 +47,7 @@ def test_negative_zero_counts_as_zero(device, dtype):
     weight = torch.tensor([[-0.0, 0.75, 0.0, -1.25, -0.0]], dtype=dtype, device=device)
     lora_A = torch.tensor([[-3.0, 2.0, -1.5, 0.5, 2.5]], device=device)
     lora_B = torch.tensor([[0.5]], device=device)
-    merged = lors.merge(weight, None, lora_A, lora_B, 2.0)
+    merged = lors.merge(weight, None, None, lora_A, lora_B, 2.0)
     assert merged.tolist() == [[0.0, 2.75, 0.0, -0.75, 0.0]]
     assert_zero_off_mask(merged, weight != 0)
 
@@ -58,7 +58,7 @@ def test_explicit_mask_keeps_zeros_and_drops_garbage(device, dtype):
     mask = torch.tensor([[True, False, True, False, True]], device=device)
     lora_A = torch.tensor([[1.5, 2.0, -1.25, 0.5, 2.5]], device=device)
     lora_B = torch.tensor([[0.5]], device=device)
-    merged = lors.merge(weight, lors.mask_pack(mask), lora_A, lora_B, 2.0)
+    merged = lors.merge(weight, lors.mask_pack(mask), None, lora_A, lora_B, 2.0)
     assert merged.tolist() == [[1.5, 0.0, -1.25, 0.0, 3.0]]
     assert_zero_off_mask(merged, mask)
 
@@ -100,7 +100,9 @@ def one_plus(dtype: torch.dtype, weights: list[float], deltas: list[float], devi
     """weight + delta through the op, with float32 adapters that give each delta exactly."""
     weight = torch.tensor([weights], dtype=dtype, device=device)
     assert weight.double().tolist() == [weights], "the test's weights must be numbers of this dtype"
-    return lors.merge(weight, None, torch.tensor([deltas], device=device), torch.tensor([[0.5]], device=device), 2.0)
+    return lors.merge(
+        weight, None, None, torch.tensor([deltas], device=device), torch.tensor([[0.5]], device=device), 2.0
+    )
 
 
 @pytest.mark.parametrize("repeat", [1, 40])  # in the tail of a vector, and in whole vectors
@@ -142,7 +144,7 @@ def test_a_float64_sum_is_rounded_once_to_16_bit_adapters(device):
     G = torch.tensor([[1.0, 2.0**-8, 2.0**-40]], dtype=torch.float64, device=device)
     lora_A = torch.ones(1, 3, dtype=torch.float64, device=device)
     lora_B = torch.tensor([[0.25]], dtype=torch.bfloat16, device=device)
-    _, grad_lora_B = lors.merge_backward(G, torch.full_like(G, 1.5), None, lora_A, lora_B, 1.0)
+    _, grad_lora_B = lors.merge_backward(G, torch.full_like(G, 1.5), None, None, lora_A, lora_B, 1.0)
     assert grad_lora_B.tolist() == [[1 + 2.0**-7]]
 
 
@@ -151,7 +153,7 @@ def test_strides(device, seed, dtype):
     """Transposed, sliced and expanded arguments give what their row-major copies give, bit for bit."""
     case = make_case(seed, 1, 31, 70, 5, dtype, device=device, explicit_mask=True)
     bits = case.bits
-    expected = lors.merge(case.weight, bits, case.lora_A, case.lora_B, case.scaling)
+    expected = lors.merge(case.weight, bits, None, case.lora_A, case.lora_B, case.scaling)
     padded = torch.full((62, 141), 9.5, dtype=dtype, device=device)
     padded[::2, 1::2] = case.weight
     padded_bits = torch.full((31, 2 * bits.shape[1]), -1, dtype=torch.int32, device=device)
@@ -161,16 +163,17 @@ def test_strides(device, seed, dtype):
     for weight, mask in itertools.product(weights, (bits.T.contiguous().T, padded_bits[:, ::2])):
         assert not weight.is_contiguous()
         assert not mask.is_contiguous()
-        assert torch.equal(lors.merge(weight, mask, *adapters, case.scaling), expected)
+        assert torch.equal(lors.merge(weight, mask, None, *adapters, case.scaling), expected)
     A = case.lora_A[:1].expand(5, 70)
     assert torch.equal(
-        lors.merge(case.weight, bits, A, case.lora_B, 1.5), lors.merge(case.weight, bits, A.clone(), case.lora_B, 1.5)
+        lors.merge(case.weight, bits, None, A, case.lora_B, 1.5),
+        lors.merge(case.weight, bits, None, A.clone(), case.lora_B, 1.5),
     )
     G = torch.randn(70, 31, generator=torch.Generator().manual_seed(seed)).to(case.weight).T
     args = (case.lora_A, case.lora_B, case.scaling)
     for ours, theirs in zip(
-        lors.merge_backward(G, weights[0], padded_bits[:, ::2], adapters[0], adapters[1], case.scaling),
-        lors.merge_backward(G.contiguous(), case.weight, bits, *args),
+        lors.merge_backward(G, weights[0], padded_bits[:, ::2], None, adapters[0], adapters[1], case.scaling),
+        lors.merge_backward(G.contiguous(), case.weight, bits, None, *args),
         strict=True,
     ):
         assert torch.equal(ours, theirs)
@@ -200,7 +203,7 @@ def test_bits_beyond_the_last_column_are_not_read(device, seed):
     noisy = bits.clone()
     noisy[:, -1] |= -1 << (70 - 64)
     args = (case.lora_A, case.lora_B, case.scaling)
-    assert torch.equal(lors.merge(case.weight, noisy, *args), lors.merge(case.weight, bits, *args))
+    assert torch.equal(lors.merge(case.weight, noisy, None, *args), lors.merge(case.weight, bits, None, *args))
     assert torch.equal(lors.mask_unpack(noisy, 70), case.mask)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cases import Case, floats, lors, make_case
+from test_formats import FORMATS
 
 N, K, R, T = 6, 33, 3, 5
 
@@ -20,7 +21,7 @@ def good(
     op: str, case: Case, gradient: str = "lors", needs: tuple[bool, ...] = (True, True, True)
 ) -> dict[str, object]:
     """Arguments by name that `op` accepts."""
-    adapted = {"weight": case.weight, "mask": case.bits, "lora_A": case.lora_A, "lora_B": case.lora_B}
+    adapted = dict(zip(("weight", "mask", "index", "lora_A", "lora_B"), case.adapted, strict=True))
     s = {"scaling": case.scaling}
     wanted = dict(zip(("needs_input_grad", "needs_lora_A_grad", "needs_lora_B_grad"), needs, strict=True))
     g = {"gradient": gradient}
@@ -50,7 +51,7 @@ ADAPTED = OPS[:5]
 
 def test_every_op_is_here():
     known = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
-    assert known == {f"lors::{op}" for op in OPS} | {"lors::build_info"}
+    assert known == {f"lors::{op}" for op in (*OPS, *FORMATS)} | {"lors::build_info"}
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])
@@ -272,7 +273,13 @@ CRASH = """
         X, dY, bias = tensor(T, K, dtype=dtype), tensor(T, N, dtype=dtype), chance.choice((None, tensor(N)))
         s, g = chance.choice((0.5, float("nan"), float("inf"))), chance.choice(("lors", "exact", "exact", "other"))
         needs = [chance.random() < 0.7 for _ in range(3)]
-        adapted = (weight, mask, A, B)
+        index = chance.choice((
+            None,
+            tensor(N, (K + 7) // 8, dtype=torch.uint8),
+            tensor(N + 1, dtype=torch.int64),
+            torch.arange(N + 1) * 2,
+        ))
+        adapted = (weight, mask, index, A, B)
         calls = (
             lambda: lors.merge(*adapted, s),
             lambda: lors.merge_backward(tensor(N, K, dtype=dtype), *adapted, s),

@@ -76,7 +76,7 @@ def test_merge_meets_the_oracle(device, data):
     merged = case.merge()
     check_merge(merged, case)
     G = torch.randn(merged.shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).to(merged)
-    args = (case.weight, case.bits, case.lora_A, case.lora_B, case.scaling)
+    args = (*case.adapted, case.scaling)
     check_merge_backward(lors.merge_backward(G, *args), G, case)
 
 
@@ -170,7 +170,7 @@ def test_the_layer_is_the_functional_and_merges_to_the_same_numbers(device, data
     linear = nn.Linear(K, N, bias=False, dtype=case.weight.dtype, device=device)
     linear.weight = nn.Parameter(case.weight)
     r = min(case.lora_A.shape[0], N, K)
-    layer = LoRSLinear.from_linear(linear, r=r, lora_alpha=0.75 * r, mask=case.mask, gradient=gradient)
+    layer = LoRSLinear.from_linear(linear, r=r, lora_alpha=0.75 * r, layout="dense", mask=case.mask, gradient=gradient)
     with torch.no_grad():
         layer.lora_B.copy_(case.lora_B[:, :r])
     stored = torch.where(case.kept, case.weight, 0.0)

@@ -146,17 +146,22 @@ Status promised(const CudaHost& host, std::initializer_list<DType> dtypes) {
   return scratch == before ? Status() : Status::error("scratch did not go back to torch.");
 }
 
-bool kept(const void* weight, DType dtype, const uint32_t* mask, int64_t n, int64_t k, int64_t K) {
-  return mask ? mask[n * mask_words(K) + k / 32] >> (k % 32) & 1 : load(weight, dtype, n * K + k) != 0;
-}
+}  // namespace
+}  // namespace lors
+
+#include "formats.h"
+
+namespace lors {
+namespace {
 
 template <typename Args>
 double merged(const Args& a, int64_t n, int64_t k) {
-  if (!kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features)) return 0;
+  const int64_t at = where(a, n, k);
+  if (at < 0) return 0;
   double sum = 0;
   for (int64_t j = 0; j < a.r; ++j)
     sum += load(a.lora_B, a.lora_B_dtype, n * a.r + j) * load(a.lora_A, a.lora_A_dtype, j * a.in_features + k);
-  return rounded(a.round_to, load(a.weight, a.weight_dtype, n * a.in_features + k) + a.scaling * sum);
+  return rounded(a.round_to, load(a.weight, a.weight_dtype, at) + a.scaling * sum);
 }
 
 // dA, dB of G [N, K] (masked already).
