@@ -25,4 +25,15 @@ LORS_SIM_BINDING(mask) {
     given.finish();
     sim::call(device, [&](const CudaHost& host) { return mask_unpack(args, host); });
   });
+  m.def("mask_nonzero", [](sim::Device& device, const pybind11::kwargs& kwargs) {
+    sim::Arguments given(kwargs);
+    MaskNonzeroArgs args;
+    given.read("out_features", args.out_features);
+    given.read("in_features", args.in_features);
+    given.read("weight", args.weight);
+    given.read("dtype", args.dtype);
+    given.read("bits", args.bits);
+    given.finish();
+    sim::call(device, [&](const CudaHost& host) { return mask_nonzero(args, host); });
+  });
 }

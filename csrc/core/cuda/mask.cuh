@@ -3,7 +3,7 @@
 // One thread per half word: its 16 bytes are one access. Launched by mask.cu.
 #pragma once
 
-#include "ptx.h"
+#include "operands.cuh"
 
 namespace lors::cuda {
 
@@ -15,7 +15,8 @@ struct MaskProblem {
   int64_t out_features;  // N
   int64_t in_features;   // K
   int64_t halves;        // 2 ceil(K / 32)
-  bool vectors;          // every row of `mask` is aligned to 16 bytes
+  bool vectors;          // every row of `mask`, or of `weight`, is aligned to 16 bytes
+  const void* weight;    // [N, K] of the kernel's type T; mask_nonzero only
 };
 
 // One bit of each nonzero byte of a word, at bit i for byte i.
@@ -57,6 +58,24 @@ __global__ void __launch_bounds__(kMaskThreads) mask_unpack_kernel(const MaskPro
   } else {
     for (int i = 0; i < 16 && k + i < p.in_features; ++i) ptx::store_global(to + i, static_cast<uint8_t>(bits >> i & 1));
   }
+}
+
+// bits[n, k] = weight[n, k] != 0
+template <typename T>
+__global__ void __launch_bounds__(kMaskThreads) mask_nonzero_kernel(const MaskProblem p) {
+  const int64_t index = int64_t{blockIdx.x} * kMaskThreads + threadIdx.x;
+  if (index >= p.out_features * p.halves) return;
+  const int64_t n = index / p.halves, k = index % p.halves * 16;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int eight = 0; eight < 2; ++eight) {
+    float values[8];
+    load_eight<T, true>(static_cast<const T*>(p.weight) + n * p.in_features, k + 8 * eight, p.in_features, p.vectors)
+        .get(values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bits |= uint32_t(values[i] != 0.f) << (8 * eight + i);
+  }
+  ptx::store_global(p.bits + index, static_cast<uint16_t>(bits));
 }
 
 }  // namespace lors::cuda
