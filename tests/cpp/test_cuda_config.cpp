@@ -11,46 +11,52 @@ namespace lors::cuda {
 namespace {
 
 constexpr DeviceLimits kHopper{132, 227 * 1024}, kAmpere{108, 163 * 1024}, kAda{128, 99 * 1024};
+constexpr Layout kLayouts[] = {Layout::dense, Layout::sparse24, Layout::bitmap};
 
 TEST(MergeConfig, CoversTheWeightAndFitsTheDevice) {
   for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
     for (const int64_t N : {1, 17, 1000, 14336})
       for (const int64_t K : {1, 255, 257, 4096, 14336})
         for (const int64_t r : {1, 16, 17, 64, 256, 300})
-          for (const int planes : {1, 2, 3}) {
-            const MergeConfig c = merge_config(N, K, r, planes, planes, limits);
-            ASSERT_TRUE(c.columns == 256 || c.columns == 512);
-            ASSERT_EQ(c.rows % kMergeStepRows, 0);
-            ASSERT_TRUE(c.chunk >= 16 && c.chunk % 16 == 0);
-            ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-            ASSERT_GE(c.shared_bytes, merge_shared_bytes(c.columns, c.rows, c.chunk, planes, planes));
-            ASSERT_GE(c.column_blocks * c.columns, K);
-            ASSERT_GE(c.blocks / c.column_blocks * c.rows, N);
-            ASSERT_LT((c.column_blocks - 1) * c.columns, K);
-          }
+          for (const int planes : {1, 2, 3})
+            for (const int size : {2, 4})
+              for (const Layout layout : kLayouts) {
+                const MergeConfig c = merge_config(N, K, r, planes, planes, layout, size, limits);
+                ASSERT_TRUE(c.columns == 256 || c.columns == 512);
+                ASSERT_EQ(c.rows % kMergeStepRows, 0);
+                ASSERT_TRUE(c.chunk >= 16 && c.chunk % 16 == 0);
+                ASSERT_LE(c.shared_bytes, limits.shared_bytes);
+                ASSERT_EQ(c.tile_at, merge_shared_bytes(c.columns, c.rows, c.chunk, planes, planes));
+                ASSERT_EQ(c.shared_bytes, c.tile_at + merge_tile_bytes(layout, c.columns, c.rows, size));
+                // The sums of every layout are the dense one's.
+                ASSERT_EQ(c.chunk, merge_config(N, K, r, planes, planes, Layout::dense, size, limits).chunk);
+                ASSERT_GE(c.column_blocks * c.columns, K);
+                ASSERT_GE(c.blocks / c.column_blocks * c.rows, N);
+                ASSERT_LT((c.column_blocks - 1) * c.columns, K);
+              }
 }
 
 TEST(MergeConfig, LargeBlocksWhereTheyStillFillTheDevice) {
-  const MergeConfig large = merge_config(4096, 4096, 16, 1, 1, kHopper);
+  const MergeConfig large = merge_config(4096, 4096, 16, 1, 1, Layout::dense, 2, kHopper);
   EXPECT_EQ(large.columns, 512);
   EXPECT_EQ(large.rows, 256);
-  const MergeConfig small = merge_config(1024, 1024, 16, 1, 1, kHopper);
+  const MergeConfig small = merge_config(1024, 1024, 16, 1, 1, Layout::dense, 2, kHopper);
   EXPECT_GE(small.blocks * small.columns, 512 * 16);
   EXPECT_LT(small.rows, 256);
 }
 
 TEST(MergeConfig, AllRanksAtOnceUnlessTheyDoNotFit) {
-  EXPECT_GE(merge_config(4096, 4096, 64, 1, 1, kAda).chunk, 64);
-  EXPECT_GE(merge_config(4096, 4096, 256, 1, 1, kHopper).chunk, 256);
-  const MergeConfig chunked = merge_config(4096, 4096, 512, 3, 3, kAda);
+  EXPECT_GE(merge_config(4096, 4096, 64, 1, 1, Layout::dense, 2, kAda).chunk, 64);
+  EXPECT_GE(merge_config(4096, 4096, 256, 1, 1, Layout::dense, 2, kHopper).chunk, 256);
+  const MergeConfig chunked = merge_config(4096, 4096, 512, 3, 3, Layout::dense, 2, kAda);
   EXPECT_LT(chunked.chunk, 512);
   EXPECT_EQ(chunked.rows, kMergeStepRows);
 }
 
-TEST(MergeConfig, SaysSoWhereNothingFits) { EXPECT_EQ(merge_config(64, 64, 16, 3, 3, {1, 1024}).columns, 0); }
+TEST(MergeConfig, SaysSoWhereNothingFits) { EXPECT_EQ(merge_config(64, 64, 16, 3, 3, Layout::dense, 2, {1, 1024}).columns, 0); }
 
 TEST(MergeConfig, CountsBeyond31Bits) {
-  const MergeConfig c = merge_config(int64_t{1} << 22, int64_t{1} << 16, 16, 1, 1, kHopper);
+  const MergeConfig c = merge_config(int64_t{1} << 22, int64_t{1} << 16, 16, 1, 1, Layout::dense, 2, kHopper);
   EXPECT_EQ(c.blocks, (int64_t{1} << 22) / c.rows * ((int64_t{1} << 16) / c.columns));
 }
 

@@ -11,6 +11,9 @@ LORS_SIM_BINDING(merge) {
     given.read("out_features", args.out_features);
     sim::read_adapters(given, args);
     sim::read_weight(given, args);
+    given.read("metadata", args.metadata);
+    given.read("row_offsets", args.row_offsets);
+    args.weight_layout = args.metadata ? Layout::sparse24 : args.row_offsets ? Layout::bitmap : Layout::dense;
     given.read("merged", args.merged);
     given.read("merged_dtype", args.merged_dtype);
     given.read("round_to", args.round_to);

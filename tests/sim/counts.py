@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 
 from conftest import simulator  # noqa: E402
+from formats import compress, pack_bitmap, sparse_weight  # noqa: E402
 from numerics import empty, random, upload  # noqa: E402
 
 sim = simulator()
@@ -63,6 +64,35 @@ def merge(device: Any) -> None:
     merged = empty(device, "merged", (N, K), DTYPE)
     result = {"merged": merged, "merged_dtype": DTYPE, "round_to": DTYPE}
     sim.merge(device, **ADAPTED, **adapters(device), **weight(device), **result)
+
+
+KEPT = sparse_weight(3, N, K, DTYPE, explicit=False, sparse24=False)[1].sum().item()  # of the bitmap's weights
+
+
+def compressed(device: Any, sparse24: bool) -> dict[str, Any]:
+    given, kept = sparse_weight(3, N, K, DTYPE, explicit=False, sparse24=sparse24)
+    if sparse24:
+        values, metadata = compress(given, kept)
+        return {"values": upload(device, "values", values), "metadata": device.upload("metadata", metadata)}
+    values, bits, offsets = pack_bitmap(given, kept)
+    stored = {"mask": device.upload("mask", bits), "row_offsets": device.upload("row_offsets", offsets)}
+    return {"values": upload(device, "values", values), **stored}
+
+
+def merge_compressed(sparse24: bool) -> Callable[[Any], None]:
+    def call(device: Any) -> None:
+        stored = compressed(device, sparse24)
+        result = {"merged": empty(device, "merged", (N, K), DTYPE), "merged_dtype": DTYPE, "round_to": DTYPE}
+        values = {"weight": stored.pop("values"), "weight_dtype": DTYPE}
+        sim.merge(device, **ADAPTED, **adapters(device), **values, **stored, **result)
+
+    return call
+
+
+def sparse24_merge(device: Any) -> None:
+    merged = empty(device, "merged", (N, K // 2), DTYPE)
+    stored = compressed(device, True)
+    sim.sparse24_merge(device, **ADAPTED, **adapters(device), **stored, dtype=DTYPE, merged_values=merged)
 
 
 def fused_linear(tokens: int, input_gradient: bool) -> Callable[[Any], None]:
@@ -113,6 +143,21 @@ def cases() -> list[Case]:
     T = 512
     return [
         Case("merge", merge, {"weight": 2 * N * K, "merged": 2 * N * K, **adapter_bytes}),
+        Case(
+            "merge, 2:4 to dense",
+            merge_compressed(True),
+            {"values": N * K, "metadata": N * K // 8, "merged": 2 * N * K, **adapter_bytes},
+        ),
+        Case(
+            "sparse24_merge, 2:4 to 2:4 values",
+            sparse24_merge,
+            {"values": N * K, "metadata": N * K // 8, "merged": N * K, **adapter_bytes},
+        ),
+        Case(
+            "merge, bitmap to dense",
+            merge_compressed(False),
+            {"values": 2 * KEPT, "mask": N * K // 8, "row_offsets": 8 * N, "merged": 2 * N * K, **adapter_bytes},
+        ),
         Case(
             f"fused_linear, Y, T = {16}",
             fused_linear(16, False),

@@ -11,7 +11,7 @@ from numerics import pack, random
 
 
 def sparse_weight(seed: int, N: int, K: int, dtype: str, *, explicit: bool, sparse24: bool) -> tuple[Tensor, Tensor]:
-    """A weight [N, K] and its mask: implicit (half of the zeros are -0), or explicit, zeros on it and garbage off it."""
+    """A weight [N, K] and its mask: implicit (half of its zeros -0), or explicit, zeros on it and garbage off it."""
     kept = torch.rand((N, K), generator=torch.Generator().manual_seed(seed)) < 0.6
     if sparse24:
         groups = kept.view(N, K // 4, 4)

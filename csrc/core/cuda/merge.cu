@@ -5,6 +5,7 @@
 #include <lors/merge.h>
 
 #include "launch.h"
+#include "merge_compressed.h"
 
 namespace lors {
 namespace {
@@ -27,6 +28,7 @@ Status launch_merge(DType merged, const MergeProblem& problem, const MergeConfig
 }  // namespace
 
 Status merge(const MergeArgs& args, const CudaHost& host) {
+  if (args.weight_layout != Layout::dense) return merge_compressed(args, host);
   const int64_t N = args.out_features, K = args.in_features;
   if (N == 0 || K == 0) return {};
   for (const DType dtype : {args.weight_dtype, args.merged_dtype, args.lora_A_dtype, args.lora_B_dtype})
@@ -51,7 +53,8 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   problem.scaling = static_cast<float>(args.scaling);
   problem.weight_vectors = has_vectors(args.weight, K);
   problem.merged_vectors = has_vectors(args.merged, K);
-  const MergeConfig config = merge_config(N, K, args.r, planes_of(args.lora_A_dtype), planes_of(args.lora_B_dtype), limits);
+  const MergeConfig config = merge_config(N, K, args.r, planes_of(args.lora_A_dtype), planes_of(args.lora_B_dtype),
+                                          Layout::dense, static_cast<int>(dtype_size(args.weight_dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error("merge found no way to cut a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
                          "] for a device with " + std::to_string(limits.shared_bytes) +

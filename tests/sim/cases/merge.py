@@ -14,8 +14,8 @@ import numpy as np
 SHAPES = [((64, 128, 16), 227 * 1024), ((40, 72, 5), 227 * 1024), ((33, 136, 150), 100 * 1024)]
 
 PLANTED = [
-    ("merge.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
-    ("merge.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
+    ("merge_tile.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
+    ("merge_tile.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
     ("merge.cuh", "if (n >= p.out_features) continue;", "if (n > p.out_features) continue;"),
     ("merge.cuh", "n < p.out_features ? p.in_features : 0", "n <= p.out_features ? p.in_features : 0"),
     (

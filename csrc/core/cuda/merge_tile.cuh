@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the merges of every layout do with a tile: the adapters staged in shared memory, lora_B lora_A on the tensor cores, and
+// a lane's columns read and written. For merge.cuh and merge_compressed.cuh.
+#pragma once
+
+#include "merge_config.h"
+#include "operands.cuh"
+
+namespace lors::cuda {
+
+struct MergeProblem {
+  const void* weight;    // [N, K] row-major, of the kernel's type W
+  const uint32_t* mask;  // [N, mask_words] bits, 1 = kept; null: kept where weight != 0
+  int64_t mask_words;    // ceil(K / 32)
+  Matrix lora_A;         // [r, K]
+  Matrix lora_B;         // [N, r]
+  void* merged;          // [N, K] row-major, of the kernel's type Out
+  int64_t out_features;  // N
+  int64_t in_features;   // K
+  float scaling;
+  bool weight_vectors, merged_vectors;
+  int rows, chunk;
+  int64_t column_blocks;
+};
+
+// Which eight of 32 columns the lane q of a quad owns: 8 q .. 8 q + 7, one 16-byte access of a 16-bit type; or, split,
+// 4 q .. 4 q + 3 and 16 + 4 q .. 16 + 4 q + 3, two 16-byte accesses of float32 that each fill whole sectors.
+template <typename W, typename Out>
+constexpr bool kSplitColumns = std::is_same_v<W, float> || std::is_same_v<Out, float>;
+
+template <typename T, bool kSplit>
+__device__ __forceinline__ Eight<T> load_columns(const T* row, int64_t column, int64_t columns, bool vectors) {
+  if constexpr (!kSplit) return load_eight<T, true>(row, column, columns, vectors);
+  Eight<T> eight{};
+  if (vectors) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* from = row + column + 16 * half;
+      if (column + 16 * half >= columns) break;
+      if constexpr (std::is_same_v<T, float>) {
+        eight.vector[half] = ptx::load_global_once(reinterpret_cast<const uint4*>(from));
+      } else {
+        const uint2 v = ptx::load_global(reinterpret_cast<const uint2*>(from));
+        (half ? eight.vector[0].z : eight.vector[0].x) = v.x;
+        (half ? eight.vector[0].w : eight.vector[0].y) = v.y;
+      }
+    }
+    return eight;
+  }
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t k = column + i % 4 + i / 4 * 16;
+    values[i] = k < columns ? to_float(ptx::load_global(row + k)) : 0.f;
+  }
+  eight.set(values);
+  return eight;
+}
+
+template <typename T, bool kSplit>
+__device__ __forceinline__ void store_columns(T* row, int64_t column, int64_t columns, bool vectors, const Eight<T>& eight) {
+  if constexpr (!kSplit) return store_eight(row, column, columns, vectors, eight);
+  if (vectors) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* to = row + column + 16 * half;
+      if (column + 16 * half >= columns) break;
+      if constexpr (std::is_same_v<T, float>)
+        ptx::store_global(reinterpret_cast<uint4*>(to), eight.vector[half]);
+      else
+        ptx::store_global(reinterpret_cast<uint2*>(to), half ? make_uint2(eight.vector[0].z, eight.vector[0].w)
+                                                             : make_uint2(eight.vector[0].x, eight.vector[0].y));
+    }
+    return;
+  }
+  float values[8];
+  eight.get(values);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t k = column + i % 4 + i / 4 * 16;
+    if (k < columns) ptx::store_global(row + k, from_float<T>(values[i]));
+  }
+}
+
+// lora_A's ranks [rank, rank + chunk) of `columns` columns from `column` on, as planes [chunk][columns + pad]. Within each 32
+// columns, pair j of the eight that lane q owns goes to 8 j + 2 q: the mma of position j then leaves it with that lane.
+template <bool kSplit>
+__device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
+                                             int columns) {
+  const int pitch = columns + kMergePad, count = planes_of(lora_A.dtype);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int q = lane % 4, row = lane / 4;  // a warp stores 8 ranks of 32 columns: no two lanes in one bank
+  const bool swap = kSplit && (row & 2);   // which takes another order of the pairs in half of the rows here
+  for (int task = warp; task < chunk / 8 * (columns / 32); task += warps) {
+    const int p = task / (columns / 32) * 8 + row, group = task % (columns / 32) * 32;
+    float values[8];
+    load_eight(values, lora_A, rank + p, column + group + 8 * q);
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float low = values[i], high = values[i + 4];
+        values[i] = swap ? high : low;
+        values[i + 4] = swap ? low : high;
+      }
+    }
+    for (int plane = 0; plane < count; ++plane) {
+      uint16_t* to = planes + (plane * chunk + p) * pitch + group;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = swap ? i ^ 2 : i;  // the pair is columns 8 q + 2 j and the next
+        const int at = kSplit ? 16 * (q / 2) + 8 * (j % 2) + 4 * (q % 2) + 2 * (j / 2) : 8 * j + 2 * q;
+        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_plane_pair(values[2 * i], values[2 * i + 1]));
+      }
+    }
+  }
+}
+
+// `rows` rows of lora_B from `row` on, ranks [rank, rank + chunk), as planes [rows][chunk + pad].
+__device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lora_B, int64_t row, int64_t rank, int rows,
+                                             int chunk) {
+  const int pitch = chunk + kMergePad, count = planes_of(lora_B.dtype), eights = chunk / 8;
+  for (int task = threadIdx.x; task < rows * eights; task += blockDim.x) {
+    // Eight neighbouring lanes take eight rows: their pitch is an odd number of 16-byte units, so no two share a bank.
+    const int n = task / (8 * eights) * 8 + task % 8, p = task / 8 % eights * 8;
+    float values[8];
+    load_eight(values, lora_B, row + n, rank + p);
+    for (int plane = 0; plane < count; ++plane) {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
+      ptx::store_shared(reinterpret_cast<uint4*>(planes + (plane * rows + n) * pitch + p),
+                        make_uint4(word[0], word[1], word[2], word[3]));
+    }
+  }
+}
+
+// The warp's 16 rows x 64 columns of lora_B lora_A, added to `sum`, over one chunk of ranks.
+// sum[c][j][2 h + e]: row lane / 4 + 8 h, of the eight columns that the lane owns in the 32 from 32 c on, number 2 j + e.
+__device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const uint16_t* lora_A, const uint16_t* lora_B,
+                                                  int planes_A, int planes_B, int chunk, int columns, int rows, int row,
+                                                  int column) {
+  const int lane = threadIdx.x % kWarp, pitch_A = columns + kMergePad, pitch_B = chunk + kMergePad;
+  const uint32_t from_A = ptx::shared_address(lora_A + (lane % 16) * pitch_A + column + lane / 16 * 8);
+  const uint32_t from_B = ptx::shared_address(lora_B + (row + lane % 16) * pitch_B + lane / 16 * 8);
+  // The products of small planes first: their sum is small, and so are the roundings on the way to it.
+  int order = planes_A + planes_B - 2;
+  for (order = order < kMaxPlanes ? order : kMaxPlanes - 1; order >= 0; --order) {
+    for (int i = 0; i <= order; ++i) {
+      const int j = order - i;
+      if (i >= planes_A || j >= planes_B) continue;
+#pragma unroll 1  // the weights wait in registers: there is no room for more operands at once
+      for (int p = 0; p < chunk; p += 16) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, from_B + 2 * (j * rows * pitch_B + p));
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {  // two mma positions of 8 columns each
+          uint32_t a[4];
+          ptx::ldmatrix_x4_trans(a, from_A + 2 * ((i * chunk + p) * pitch_A + 16 * pair));
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2], b, a[0], a[1]);
+          ptx::mma_m16n8k16<bfloat16>(sum[pair / 2][pair % 2 * 2 + 1], b, a[2], a[3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace lors::cuda

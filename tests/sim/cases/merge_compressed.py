@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small merges from compressed weights for the mutants: see merge.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# (out_features, in_features, r), and the shared memory of the device: with little of it, the ranks come in chunks.
+SHAPES = [
+    ((64, 128, 16), 227 * 1024),
+    ((40, 300, 5), 227 * 1024),
+    ((33, 136, 150), 100 * 1024),
+    ((256, 64, 3), 227 * 1024),
+]
+
+PLANTED = [
+    (
+        "merge_compressed.cuh",
+        "fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i])",
+        "sum[c][i / 2][2 * h + i % 2] + values[i]",
+    ),
+    ("merge_compressed.cuh", "kept >> i & 1 ?", "kept >> (i ^ 1) & 1 ?"),
+    ("merge_compressed.cuh", "if (n >= p.out_features) continue;", "if (n > p.out_features) continue;"),
+    (
+        "merge_compressed.cuh",
+        "merged[2 * half + slot] = pick(values, half, position[slot])",
+        "merged[2 * half + 1 - slot] = pick(values, half, position[slot])",
+    ),
+    ("merge_compressed.cuh", "value += has;", "value += 1;"),
+    ("merge_compressed.cuh", "carry + sum - count", "carry + sum"),
+]
+
+
+def check(sim: Any) -> None:
+    for seed, ((N, K, r), shared_bytes) in enumerate(SHAPES):
+        random = np.random.default_rng(seed)
+        weight = random.standard_normal((N, K)).astype(np.float32)
+        groups = random.random((N, K // 4, 4)).argsort(-1).argsort(-1) < random.integers(0, 3, (N, K // 4, 1))
+        lora_A, lora_B = (random.standard_normal(shape).astype(np.float32) for shape in ((r, K), (N, r)))
+        product = 0.5 * (lora_B.astype(np.float64) @ lora_A)
+        for path, kept in (("2:4", groups.reshape(N, K)), ("bitmap", random.random((N, K)) < 0.6)):
+            device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=1)
+            common = {
+                "out_features": N,
+                "in_features": K,
+                "r": r,
+                "lora_A": device.upload("lora_A", lora_A),
+                "lora_B": device.upload("lora_B", lora_B),
+                "scaling": 0.5,
+            }
+            want = np.where(kept, weight + product, 0)
+            merged = device.empty("merged", 4 * N * K)
+            if path == "bitmap":
+                words = np.zeros((N, (K + 31) // 32 * 32), dtype=np.uint8)
+                words[:, :K] = kept
+                bits = np.packbits(words, axis=1, bitorder="little").view(np.uint32)
+                offsets = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int64)
+                stored = {"mask": device.upload("mask", bits), "row_offsets": device.upload("offsets", offsets)}
+                values = device.upload("values", weight[kept])
+            else:
+                slots, metadata = compress(weight, kept)
+                values = device.upload("values", slots)
+                stored = {"metadata": device.upload("metadata", metadata)}
+                own = device.empty("own", 2 * N * K)
+                sim.sparse24_merge(device, **common, **stored, values=values, merged_values=own)
+                got = device.download(own).view(np.float32).reshape(N, K // 2)
+                np.testing.assert_allclose(got, compress(want, kept)[0], rtol=1e-4, atol=1e-4)
+            sim.merge(device, **common, **stored, weight=values, merged=merged)
+            got = device.download(merged).view(np.float32).reshape(N, K)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def compress(weight: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """values and metadata of layout 2:4, group by group."""
+    N, K = weight.shape
+    values, metadata = np.zeros((N, K // 2), dtype=np.float32), np.zeros((N, (K + 7) // 8), dtype=np.uint8)
+    for n, g in np.ndindex(N, K // 4):
+        at = np.flatnonzero(kept[n, 4 * g : 4 * g + 4])
+        first, second = (at[0], at[-1]) if len(at) else (1, 0)
+        slots = [0, 1] if len(at) == 2 else [int(first == 3)] * len(at)
+        for slot, i in zip(slots, at, strict=True):
+            values[n, 2 * g + slot] = weight[n, 4 * g + i]
+        metadata[n, g // 2] |= np.uint8((first | second << 2) << 4 * (g % 2))
+    return values, metadata
