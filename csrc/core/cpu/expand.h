@@ -168,6 +168,23 @@ LORS_EXPAND_INLINE Vector<Acc> slots_of(Vector<Acc> low, Vector<Acc> high, const
   }
   return v;
 #else
+#if LORS_VECTOR_BYTES == 64
+  if constexpr (kLanes<Acc> == 16) {
+    // Two bits of a code are a position; with those of its group they index the 32 lanes. Of a group's two slots one is a
+    // filler where both positions agree (slot 0 at position 3); where none is kept, both read lanes that are +0 anyway.
+    uint32_t codes;
+    std::memcpy(&codes, metadata + column / 8, 4);
+    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    const __m512i positions =
+        _mm512_and_si512(_mm512_maskz_srlv_epi32(0xffff, _mm512_set1_epi32(int(codes)), shifts), _mm512_set1_epi32(3));
+    const __m512i others = _mm512_maskz_shuffle_epi32(0xffff, positions, _MM_PERM_CDAB);
+    const __mmask16 alone = _mm512_cmpeq_epi32_mask(positions, others);
+    const __mmask16 last = _mm512_cmpeq_epi32_mask(positions, _mm512_set1_epi32(3));
+    const __mmask16 filler = alone & (last ^ 0xaaaa);
+    return _mm512_maskz_permutex2var_ps(__mmask16(~filler), low, _mm512_or_si512(positions, groups), high);
+  }
+#endif
   const uint8_t* placed = kSparse24Codes.placed_of_byte;
   return join_halves(compress(low, metadata_bits<Acc>(placed, metadata, column)),
                      compress(high, metadata_bits<Acc>(placed, metadata, column + kLanes<Acc>)));

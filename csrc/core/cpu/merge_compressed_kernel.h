@@ -99,7 +99,8 @@ void merge_rows_sparse24(const lors::cpu::MergeJob& job, int64_t begin, int64_t 
   auto* merged = static_cast<Out*>(job.merged);
   const bool streaming = is_streaming<Acc>(merged, K, begin, end);
   for_each_tile<Acc>(job, begin, end, [&](int64_t n, int rows, int64_t k, const Acc* a, const Acc* b) {
-    Sparse24Source<W> source{slots + n * (K / 2) + k / 2, K / 2, job.metadata + n * bytes + k / 8, bytes, k % 8};
+    Sparse24Source<W> source{slots + n * (K / 2) + k / 2, K / 2, job.metadata + n * bytes + k / 8, bytes,
+                             panel % 8 ? k % 8 : 0};
     const DenseSink<Out, Round> sink{merged + n * K + k, K, streaming};
     if (K - k < panel) {
       for (int i = 0; i < rows; ++i) {
@@ -128,11 +129,12 @@ void merge_rows_bitmap(const lors::cpu::MergeJob& job, int64_t begin, int64_t en
   for (int64_t n = begin; n < end; ++n) job.cursors[n] = job.row_offsets[n];
   for_each_tile<Acc>(job, begin, end, [&](int64_t n, int rows, int64_t k, const Acc* a, const Acc* b) {
     const uint32_t* mask = job.mask + n * words + k / 32;
+    const int64_t column = panel % 32 ? k % 32 : 0;
     const DenseSink<Out, Round> sink{merged + n * K + k, K, streaming};
     // Vectors are loaded whole. Rows lie one behind the other, so that only the last can reach beyond all values.
     const bool whole = K - k >= panel && job.cursors[n + rows - 1] + panel <= job.value_count;
     if (whole && rows == kMergeRows) {
-      BitmapSource<W, kMergeRows> source{{}, mask, words, k % 32};
+      BitmapSource<W, kMergeRows> source{{}, mask, words, column};
       for (int i = 0; i < kMergeRows; ++i) source.values[i] = values + job.cursors[n + i];
       merge_tile<Acc, kMergeRows, kMergeVectors>(a, b, r, source, sink);
       for (int i = 0; i < kMergeRows; ++i) job.cursors[n + i] = source.values[i] - values;
@@ -144,8 +146,8 @@ void merge_rows_bitmap(const lors::cpu::MergeJob& job, int64_t begin, int64_t en
       uint32_t bits[panel / 32 + 1] = {};
       Out out[panel];
       std::memcpy(packed, values + job.cursors[n + i], size_t(left < panel ? left : panel) * sizeof(W));
-      std::memcpy(bits, mask + i * words, size_t(lors::mask_words(k % 32 + columns)) * sizeof(uint32_t));
-      BitmapSource<W, 1> row{{packed}, bits, 0, k % 32};
+      std::memcpy(bits, mask + i * words, size_t(lors::mask_words(column + columns)) * sizeof(uint32_t));
+      BitmapSource<W, 1> row{{packed}, bits, 0, column};
       merge_tile<Acc, 1, kMergeVectors>(a, b + i * r, r, row, DenseSink<Out, Round>{out, 0, false});
       std::memcpy(sink.merged + i * K, out, size_t(columns) * sizeof(Out));
       job.cursors[n + i] += row.values[0] - packed;
@@ -164,8 +166,8 @@ void sparse24_merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t 
   for_each_tile<Acc>(job, begin, end, [&](int64_t n, int rows, int64_t k, const Acc* a, const Acc* b) {
     const uint8_t* metadata = job.metadata + n * bytes + k / 8;
     const int64_t at = n * (K / 2) + k / 2;
-    Sparse24Source<W> source{slots + at, K / 2, metadata, bytes, k % 8};
-    const Sparse24Sink<W> sink{merged + at, K / 2, metadata, bytes, k % 8};
+    Sparse24Source<W> source{slots + at, K / 2, metadata, bytes, panel % 8 ? k % 8 : 0};
+    const Sparse24Sink<W> sink{merged + at, K / 2, metadata, bytes, panel % 8 ? k % 8 : 0};
     if (K - k < panel) {
       for (int i = 0; i < rows; ++i) {
         const Sparse24Edge<Acc, W> edge(source.slots + i * (K / 2), metadata + i * bytes, K - k);
