@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS.
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, FUZZ_SECONDS, FUZZ_SEED.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHS ?= 80;90a
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 # Threads that wait asleep: two that spin on a shared machine slow each other down by an order of magnitude.
 demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp kernels lint format bench bench-cpp wheel test-wheel install clean
+.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -43,6 +45,13 @@ test-cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
+
+# The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
+# make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
+fuzz: $(VENV)/.ready
+	$(CMAKE) -S . -B build/fuzz -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_FUZZ=ON -DLORS_WERROR=ON
+	$(CMAKE) --build build/fuzz --target fuzz_layouts
+	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The CUDA kernels, executed on the CPU.
 test-sim: $(VENV)/.ready

@@ -27,6 +27,14 @@ std::string environment(const char* name) {
   return value ? value : "";
 }
 
+#if defined(__x86_64__)
+// By hand, because clang 14's builtin does not know the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+#endif
+
 const KernelTable* choose() {
   const std::string wanted = environment("LORS_CPU_CAPABILITY");
   if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
@@ -35,7 +43,7 @@ const KernelTable* choose() {
   if (wanted == "baseline") return &table_baseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && wanted != "avx2") return &table_avx512;

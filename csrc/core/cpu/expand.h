@@ -4,6 +4,8 @@
 // instructions for both, AVX2 a permutation whose indices are looked up; elsewhere it is done lane by lane.
 #pragma once
 
+#include <type_traits>
+
 #include "sparse24_codes.h"
 #include "vector.h"
 
@@ -14,7 +16,7 @@ template <typename Acc>
 inline Keep<Acc> keep_bits(uint32_t bits) {
   Keep<Acc> lane;
   for (int i = 0; i < kLanes<Acc>; ++i) lane[i] = 1 << i;
-  return ((Keep<Acc>{} + bits) & lane) != 0;
+  return ((Keep<Acc>{} + std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>(bits)) & lane) != 0;
 }
 
 // v where a lane's bit is set, +0 elsewhere.
