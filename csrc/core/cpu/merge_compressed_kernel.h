@@ -145,7 +145,7 @@ void merge_rows_bitmap(const lors::cpu::MergeJob& job, int64_t begin, int64_t en
       W packed[panel] = {};
       uint32_t bits[panel / 32 + 1] = {};
       Out out[panel];
-      std::memcpy(packed, values + job.cursors[n + i], size_t(left < panel ? left : panel) * sizeof(W));
+      if (left > 0) std::memcpy(packed, values + job.cursors[n + i], size_t(left < panel ? left : panel) * sizeof(W));
       std::memcpy(bits, mask + i * words, size_t(lors::mask_words(column + columns)) * sizeof(uint32_t));
       BitmapSource<W, 1> row{{packed}, bits, 0, column};
       merge_tile<Acc, 1, kMergeVectors>(a, b + i * r, r, row, DenseSink<Out, Round>{out, 0, false});
