@@ -85,26 +85,28 @@ inline Mask random_groups(int64_t N, int64_t K, int most, std::mt19937_64& rng) 
   return mask;
 }
 
-// An output between two red zones, overwritten with a pattern beforehand; `shift` moves it off its alignment, by whole
-// elements.
+// An output between two red zones, overwritten with a pattern beforehand; `shift` elements beyond an address that every vector
+// store is aligned at.
 template <typename T>
 class Guarded {
  public:
   explicit Guarded(int64_t count, int64_t shift = 0)
-      : count_(count), shift_(shift), memory_(size_t(count + 2 * kZone + shift) * sizeof(T), kPattern) {}
-  T* data() { return reinterpret_cast<T*>(memory_.data()) + kZone + shift_; }
-  std::vector<T> values() { return {data(), data() + count_}; }
+      : bytes_(count * int64_t(sizeof(T))), memory_(size_t(bytes_ + shift * int64_t(sizeof(T)) + 2 * kZone), kPattern) {
+    const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(memory_.data()) % 64);
+    begin_ = kZone - beyond + shift * int64_t(sizeof(T));
+  }
+  T* data() { return reinterpret_cast<T*>(memory_.data() + begin_); }
+  std::vector<T> values() { return {data(), data() + bytes_ / int64_t(sizeof(T))}; }
   bool intact() const {
     const auto untouched = [](unsigned char byte) { return byte == kPattern; };
-    const auto begin = memory_.begin() + int64_t(sizeof(T)) * (kZone + shift_);
-    return std::all_of(memory_.begin(), begin, untouched) &&
-           std::all_of(begin + int64_t(sizeof(T)) * count_, memory_.end(), untouched);
+    return std::all_of(memory_.begin(), memory_.begin() + begin_, untouched) &&
+           std::all_of(memory_.begin() + begin_ + bytes_, memory_.end(), untouched);
   }
 
  private:
-  static constexpr int64_t kZone = 128;
+  static constexpr int64_t kZone = 256;
   static constexpr unsigned char kPattern = 0xa5;
-  int64_t count_, shift_;
+  int64_t bytes_, begin_ = 0;
   std::vector<unsigned char> memory_;
 };
 using GuardedBytes = Guarded<unsigned char>;

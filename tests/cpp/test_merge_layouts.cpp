@@ -170,7 +170,7 @@ TEST_P(MergeLayouts, ColumnsThatNoGroupDivides) {
 // Several pieces, several groups of panels, and results large enough to leave past the caches.
 TEST_P(MergeLayouts, LargeAndOnThreads) {
   std::mt19937_64 rng(3);
-  for (const Problem& p : {Problem{9, 65616, 3, DType::float32, DType::float32, DType::float32},
+  for (const Problem& p : {Problem{19, 65632, 3, DType::float32, DType::float32, DType::float32},
                            Problem{75, 4140, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16},
                            Problem{75, 4160, 40, DType::float64, DType::float64, DType::float64},
                            Problem{75, 4160, 40, DType::bfloat16, DType::float32, DType::bfloat16}}) {

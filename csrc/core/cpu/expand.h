@@ -193,15 +193,18 @@ LORS_EXPAND_INLINE Vector<Acc> slots_of(Vector<Acc> low, Vector<Acc> high, const
 #endif
 }
 
-// As store, with +0 for what rounds to -0.0: a stored zero has no sign.
+// As store or store_streaming, with +0 for what rounds to -0.0: a stored zero has no sign.
 template <typename Out, typename Acc>
-inline void store_slots(Out* p, Vector<Acc> v) {
+inline void store_slots(Out* p, Vector<Acc> v, bool streaming) {
   typedef std::conditional_t<sizeof(Out) == 2, uint16_t, std::conditional_t<sizeof(Out) == 4, uint32_t, uint64_t>> Bits;
   typedef Bits BitsVector __attribute__((vector_size(sizeof(Out) * kLanes<Acc>)));
   Out rounded[kLanes<Acc>];
   store<Out, Out, Acc>(rounded, v);
   const auto bits = load_raw<BitsVector>(rounded);
-  store_raw(p, (bits + bits) != 0 ? bits : BitsVector{});
+  const BitsVector slots = (bits + bits) != 0 ? bits : BitsVector{};
+  if constexpr (std::is_same_v<Out, Acc>)
+    if (streaming) return store_streaming<Out, Out, Acc>(p, load_raw<Vector<Acc>>(&slots));
+  store_raw(p, slots);
 }
 
 }  // namespace

@@ -67,13 +67,14 @@ struct Sparse24Sink {
   int64_t stride;
   const uint8_t* metadata;
   int64_t bytes, column;  // as in Sparse24Source
+  bool streaming;         // as in DenseSink
 
   template <typename Acc, int Vectors>
   void store_row(int i, const Vector<Acc> (&row)[Vectors]) const {
 #pragma GCC unroll 2
     for (int u = 0; u < Vectors; u += 2)
       store_slots<W, Acc>(slots + i * stride + u / 2 * kLanes<Acc>,
-                          slots_of<Acc>(row[u], row[u + 1], metadata + i * bytes, column + u * kLanes<Acc>));
+                          slots_of<Acc>(row[u], row[u + 1], metadata + i * bytes, column + u * kLanes<Acc>), streaming);
   }
 };
 
@@ -162,18 +163,19 @@ void sparse24_merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t 
   const int64_t K = job.in_features, r = job.r, bytes = lors::sparse24_metadata_bytes(K);
   const auto* slots = static_cast<const W*>(job.weight);
   auto* merged = static_cast<W*>(job.merged);
-  // In place, a tile has read all of its slots before the first is written.
+  // In place, a tile has read all of its slots before the first is written, and has their lines in a cache.
+  const bool streaming = merged != slots && is_streaming<Acc>(merged, K / 2, begin, end);
   for_each_tile<Acc>(job, begin, end, [&](int64_t n, int rows, int64_t k, const Acc* a, const Acc* b) {
     const uint8_t* metadata = job.metadata + n * bytes + k / 8;
     const int64_t at = n * (K / 2) + k / 2;
     Sparse24Source<W> source{slots + at, K / 2, metadata, bytes, panel % 8 ? k % 8 : 0};
-    const Sparse24Sink<W> sink{merged + at, K / 2, metadata, bytes, panel % 8 ? k % 8 : 0};
+    const Sparse24Sink<W> sink{merged + at, K / 2, metadata, bytes, panel % 8 ? k % 8 : 0, streaming};
     if (K - k < panel) {
       for (int i = 0; i < rows; ++i) {
         const Sparse24Edge<Acc, W> edge(source.slots + i * (K / 2), metadata + i * bytes, K - k);
         Sparse24Source<W> row = edge.source();
         W out[panel / 2];
-        merge_tile<Acc, 1, kMergeVectors>(a, b + i * r, r, row, Sparse24Sink<W>{out, 0, edge.metadata, 0, 0});
+        merge_tile<Acc, 1, kMergeVectors>(a, b + i * r, r, row, Sparse24Sink<W>{out, 0, edge.metadata, 0, 0, false});
         std::memcpy(sink.slots + i * (K / 2), out, size_t((K - k) / 2) * sizeof(W));
       }
     } else if (rows == kMergeRows) {
@@ -182,6 +184,7 @@ void sparse24_merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t 
       merge_tile<Acc, 1, kMergeVectors>(a, b, r, source, sink);
     }
   });
+  if (streaming) streaming_done();
 }
 
 template <typename Acc, typename W, typename Out, typename Round>
