@@ -29,15 +29,21 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   }
   for (int step = 0; step < rows; step += kMergeStepRows) {
     const int64_t row = first_row + step + warp_row + lane / 4;
-    Eight<W> tile[2][2];  // [h][c]: rows 8 h on, columns 32 c on; on its way while the adapters are multiplied
+    Eight<W> tile[2][2];  // [h][c]: rows 8 h on, columns 32 c on
+    const auto load = [&] {
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+      for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int64_t n = row + 8 * h;
-        tile[h][c] = load_columns<W, kSplit>(static_cast<const W*>(p.weight) + n * p.in_features, column + 32 * c,
-                                             n < p.out_features ? p.in_features : 0, p.weight_vectors);
-      }
+        for (int c = 0; c < 2; ++c) {
+          const int64_t n = row + 8 * h;
+          tile[h][c] = load_columns<W, kSplit>(static_cast<const W*>(p.weight) + n * p.in_features, column + 32 * c,
+                                               n < p.out_features ? p.in_features : 0, p.weight_vectors);
+        }
+    };
+    // On its way while the adapters are multiplied, but for a float32 weight rounded to 16 bits, whose registers do not
+    // suffice.
+    constexpr bool kLate = std::is_same_v<W, float> && !std::is_same_v<Out, float>;
+    if constexpr (!kLate) load();
     float sum[2][4][4] = {};
     if (resident) {
       multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.rows, step + warp_row, warp_column);
@@ -50,6 +56,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
         multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, kMergeStepRows, warp_row, warp_column);
       }
     }
+    if constexpr (kLate) load();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t n = row + 8 * h;
