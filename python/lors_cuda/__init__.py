@@ -12,12 +12,14 @@ from .init import estimate_gradients, init_from_gradients
 from .linear import LoRSLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, named_lors_layers
 from .sparse import SparseWeight
+from .sparse_linear import SparseLinear
 
 __version__ = BUILD["version"]
 
 __all__ = [
     "LoRSConfig",
     "LoRSLinear",
+    "SparseLinear",
     "SparseWeight",
     "disable_adapter",
     "estimate_gradients",

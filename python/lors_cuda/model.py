@@ -214,9 +214,8 @@ def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Mo
 
 def _frozen_linear(layer: LoRSLinear, weight_trained: bool, bias_trained: bool) -> nn.Linear:
     """The nn.Linear that `layer` was made from, adapter dropped; for undoing a conversion."""
-    weight = layer.sparse_weight.to_dense()
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=weight_trained)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=bias_trained)
-    return linear.train(layer.training)
+    linear = layer.to_linear()
+    linear.weight.requires_grad_(weight_trained)
+    if linear.bias is not None:
+        linear.bias.requires_grad_(bias_trained)
+    return linear
