@@ -23,6 +23,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
+# The peft_type of what lors_cuda.peft saves. A PEFT that does not know it stops and shows it, instead of applying the
+# adapter unmasked.
+PEFT_TYPE = "LORS: import lors_cuda.peft before loading this adapter"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _ADAPTER_KEY = re.compile(re.escape(PREFIX) + r"(?P<name>.+)\.(?P<which>lora_[AB])\.weight")
@@ -77,14 +80,16 @@ def read_adapter(directory: Path) -> SavedAdapter:
     own = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
            "modules_to_save")  # fmt: skip
     values = {name: fields[name] for name in own if name in fields}
-    values.update({name: (lors or {})[name] for name in ("gradient", "layout") if name in (lors or {})})
+    # save_adapter writes these two into "lors", lors_cuda.peft beside it.
+    held = {} if lors is None else {**fields, **lors}
+    values.update({name: held[name] for name in ("gradient", "layout") if name in held})
     try:
         config = LoRSConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"'{where}' does not describe a LoRS adapter: {error}") from error
     adapters: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    for key, tensor in sorted(_read_weights(weights).items()):
+    for key, tensor in sorted(read_weights(weights).items()):
         match = _ADAPTER_KEY.fullmatch(key)
         if match is not None:
             adapters.setdefault(match["name"], {})[match["which"]] = tensor
@@ -104,7 +109,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         fields = json.loads(_read_bytes(path))
     except ValueError as error:
         raise ValueError(f"'{path}' is not readable JSON: it is truncated or corrupted ({error}).") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+    if not isinstance(fields, dict) or fields.get("peft_type") not in ("LORA", PEFT_TYPE):
         kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"'{path}' does not describe a LoRA adapter: peft_type must be 'LORA', but is {kind!r}.")
     unsupported = [name for name in _UNSUPPORTED if fields.get(name)]
@@ -118,7 +123,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, and check it against the checksum if it was saved with one.
+
+    Raises:
+        FileNotFoundError: it does not exist. ValueError: it is truncated or corrupted.
+    """
     data = _read_bytes(path)
     try:
         tensors: dict[str, Tensor] = require_safetensors().load(data)

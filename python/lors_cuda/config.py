@@ -179,7 +179,7 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
             continue
         name = names[0]
         parents = [model.get_submodule(other.rpartition(".")[0]) for other in names]
-        reason = _unsuitable(module, parents)
+        reason = unsuitable(module, parents)
         if reason is None:
             weight = cast(nn.Linear, module).weight
             others = [names_of[other][0] for other in holders[weight] if other is not module]
@@ -252,7 +252,7 @@ def _selects(wanted: str | list[str] | None, name: str) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted or [])
 
 
-def _unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
+def unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
     """Say why this module cannot be replaced by an adapted one, or None; the words follow 'it'."""
     kind = type(module).__name__
     if not isinstance(module, nn.Linear):

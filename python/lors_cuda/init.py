@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ._running import device_of, progress_bar, running, to_device
 from .config import LoRSConfig, Target, find_targets
-from .linear import LoRSLinear
 from .model import joined, named_lors_layers, require_unconverted
 
 # The authors' settings for torch.svd_lowrank (github.com/hyx1999/LoRS): q = 4 r, 4 power iterations.
@@ -118,45 +117,66 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
             problem is named and nothing is changed. TypeError: `gradients` is no mapping of tensors.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    layers = dict(named_lors_layers(model))
+    if not layers:
+        raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
+    set_from_gradients(
+        {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}, gradients, stable_gamma
+    )
+
+
+def set_from_gradients(
+    adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor], stable_gamma: float
+) -> None:
+    """Set the pairs lora_A [r, K], lora_B [N, r] of {module name: pair} as `init_from_gradients` does.
+
+    Raises:
+        ValueError, TypeError: as there; nothing is changed.
+    """
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
         raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
     if not (math.isfinite(stable_gamma) and stable_gamma > 0):
         raise ValueError(f"stable_gamma must be finite and greater than 0, but is {stable_gamma}.")
     if not isinstance(gradients, Mapping):
         raise TypeError(f"gradients must map module names to tensors, but is {type(gradients).__name__}.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
-    layers = dict(named_lors_layers(model))
-    if not layers:
-        raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
-    problems = _problems(layers, gradients)
+    problems = _problems(adapters, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")
     starts = {}
-    for name, layer in layers.items():
-        gradient = gradients[name].detach().to(layer.lora_A.device, torch.float32)
+    for name, (lora_A, _) in adapters.items():
+        gradient = gradients[name].detach().to(lora_A.device, torch.float32)
         if bool((gradient != 0).any()):
-            starts[name] = (_leading_right_singular_vectors(gradient, layer.r) / stable_gamma).to(layer.lora_A.dtype)
+            start = _leading_right_singular_vectors(gradient, lora_A.shape[0]) / stable_gamma
+            starts[name] = start.to(lora_A.dtype)
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name, (lora_A, lora_B) in adapters.items():
             if name in starts:
-                layer.lora_A.copy_(starts[name])
-            layer.lora_B.zero_()
+                lora_A.copy_(starts[name])
+            lora_B.zero_()
 
 
-def _problems(layers: dict[str, LoRSLinear], gradients: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"There is no gradient for '{name}'." for name in layers if name not in gradients]
+def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor]) -> list[str]:
+    problems = [f"There is no gradient for '{name}'." for name in adapters if name not in gradients]
     for name, gradient in gradients.items():
-        if name not in layers:
+        if name not in adapters:
             problems.append(f"'{name}' has a gradient but is no LoRS layer of this model.")
-        elif not isinstance(gradient, Tensor) or not gradient.is_floating_point():
+            continue
+        lora_A, lora_B = adapters[name]
+        needed = [lora_B.shape[0], lora_A.shape[1]]
+        if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
             kind = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
             problems.append(f"The gradient of '{name}' must be a floating-point tensor, but is {kind}.")
-        elif tuple(gradient.shape) != (layers[name].out_features, layers[name].in_features):
-            needed = [layers[name].out_features, layers[name].in_features]
+        elif list(gradient.shape) != needed:
             problems.append(f"The gradient of '{name}' has shape {list(gradient.shape)}, but {needed} is needed.")
         elif not bool(torch.isfinite(gradient).all()):
             problems.append(f"The gradient of '{name}' has NaN or infinity.")
+        elif lora_A.shape[0] > min(needed):
+            problems.append(
+                f"'{name}' has rank {lora_A.shape[0]}, and a gradient of shape {needed} has {min(needed)} singular "
+                "vectors; use a smaller rank."
+            )
     return problems
 
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# The gradient-based start (init.py) for PEFT models: what takes the place of PEFT's initialisers that move the base weight.
+"""Gradient-based start of PEFT models with LoRS adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import init
+from ..config import LoRSConfig
+from .config import LoRSLoraConfig
+from .model import LoRSLoraModel
+from .targets import candidates, named_peft_layers, spell_out_all_linear
+
+
+def estimate_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: LoRSLoraConfig,
+    *,
+    steps: int = 8,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """:func:`lors_cuda.estimate_gradients` for the modules that `config` selects; on the dense sparse model, before
+    ``get_peft_model``.
+
+    Raises:
+        ValueError, TypeError: as there; a selected module is no nn.Linear with a dense weight.
+    """
+    if not isinstance(config, LoRSLoraConfig):
+        raise TypeError(f"config must be a LoRSLoraConfig, but is {type(config).__name__}.")
+    config = deepcopy(config)
+    tuner: Any = LoRSLoraModel
+    config = tuner._prepare_adapter_config(_NoTuner, config, tuner.get_model_config(model))
+    spell_out_all_linear(config, model)
+    names = [name for name, _ in candidates(model) if tuner._check_target_module_exists(config, name)]
+    if not names:
+        raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
+    selected = LoRSConfig(target_modules="|".join(map(re.escape, names)))
+    return init.estimate_gradients(
+        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=selected
+    )
+
+
+def init_from_gradients(
+    model: nn.Module, gradients: Mapping[str, Tensor], adapter_name: str = "default", *, stable_gamma: float = 1.0
+) -> None:
+    """:func:`lors_cuda.init_from_gradients` for one adapter of a PEFT model: lora_A along the gradient's leading right
+    singular vectors, lora_B zero. The base weight is not touched, so every zero survives.
+
+    Raises:
+        ValueError, TypeError: as there; the model has no LoRS adapter of this name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    adapters = {
+        name: (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+        for name, layer in named_peft_layers(base)
+        if adapter_name in layer.lora_A
+    }
+    if not adapters:
+        raise ValueError(
+            f"The model has no LoRS adapter '{adapter_name}'. Call peft.get_peft_model(model, LoRSLoraConfig(...)) first."
+        )
+    init.set_from_gradients(adapters, gradients, stable_gamma)
+
+
+class _NoTuner:
+    """Stands for the tuner where PEFT asks it for the target modules of an architecture."""
+
+    target_module_mapping = LoRSLoraModel.target_module_mapping

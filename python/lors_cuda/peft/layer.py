@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+# The layer of LoRS adapters in PEFT. Fused wherever one product with the merged weight is the answer: any number of
+# active adapters, no dropout in effect. Otherwise PEFT's own forward, with the masked product as the side branch.
+"""LoRSLoraLinear: PEFT's LoRA layer with masked adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..functional import lors_linear, merge
+from ..sparse import SparseWeight
+from ..sparse_linear import SparseLinear
+from .config import LoRSLoraConfig
+
+
+class MaskedVariant(LoraVariant):  # type: ignore[misc]
+    """The side branch: ``result + dropout(x) (s M o (B A))^T``, where dropout or other samples need it apart from W."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # PEFT would keep the low rank and lose the mask
+
+    @staticmethod
+    def init(module: LoRSLoraLinear, adapter_name: str, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def forward(module: LoRSLoraLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        zeros = module.zero_weight()
+        lora_A, lora_B, scaling = module.stacked([active_adapter])
+        x = module.lora_dropout[active_adapter](x.to(zeros.dtype))  # PEFT hands it over in the adapter's dtype
+        gradient = module.gradient[active_adapter]
+        return result + lors_linear(x, zeros, lora_A, lora_B, scaling, gradient=gradient)
+
+
+class LoRSLoraLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer on a frozen sparse linear: ``Y = X (W + sum_i s_i M o (B_i A_i))^T + bias`` (arXiv 2501.08582).
+
+    The base layer is an ``nn.Linear`` whose zeros are the mask, or a :class:`lors_cuda.SparseLinear`. Adapters are
+    PEFT's: ``lora_A[name].weight`` [r, K], ``lora_B[name].weight`` [N, r].
+
+    Attributes:
+        gradient: {adapter name: "lors" or "exact"}.
+        unmerged_values: the base's stored values while adapters are merged, so that unmerge restores every bit; None
+            otherwise. NOTE: a merged layer therefore stores its values twice.
+        base_was_linear: the base layer was an ``nn.Linear`` and was compressed; ``unload`` gives one back.
+        mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
+    """
+
+    other_param_names = (*Linear.other_param_names, "gradient")
+    base_was_linear = False
+    mask_fingerprint = ""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.register_buffer("unmerged_values", None, persistent=False)
+
+    # ---- adapters ----
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: LoRSLoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter, as PEFT does; refuse a configuration that does not ask for masked ones."""
+        if not isinstance(config, LoRSLoraConfig):
+            raise TypeError(
+                f"The adapter '{adapter_name}' has a {type(config).__name__}, and this layer's adapters are masked; "
+                "use lors_cuda.peft.LoRSLoraConfig, or add the adapter to a model of its own."
+            )
+        self.__dict__.setdefault("gradient", {})
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        self.gradient[adapter_name] = config.gradient
+
+    def resolve_lora_variant(self, *, config: LoRSLoraConfig, **kwargs: Any) -> MaskedVariant:
+        return MaskedVariant()
+
+    def stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
+        """One pair lora_A [r, K], lora_B [N, r] and scaling whose product is the sum of these adapters'.
+
+        Where scalings differ, or are tensors (PEFT makes them so for hotswapping in compiled models, where reading one
+        would wait for the device), they are multiplied into lora_B, in float32 at least.
+        """
+        scalings = [self.scaling[name] for name in names]
+        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight) for name in names]
+        if len(names) == 1 and not isinstance(scalings[0], Tensor):
+            return (*pairs[0], float(scalings[0]))
+        scaled = [
+            lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
+            for (_, lora_B), scaling in zip(pairs, scalings, strict=True)
+        ]
+        if len(names) == 1:
+            return pairs[0][0], scaled[0], 1.0
+        return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat(scaled, dim=1), 1.0
+
+    # ---- the base ----
+
+    @property
+    def stored_values(self) -> nn.Parameter:
+        """The base layer's parameter that merging changes."""
+        base: Any = self.base_layer
+        return base.weight_values if isinstance(base, SparseLinear) else base.weight
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        """The base weight, without what is merged into it."""
+        values: Tensor = self.stored_values if self.unmerged_values is None else self.unmerged_values
+        if isinstance(self.base_layer, SparseLinear):
+            stored = self.base_layer.sparse_weight
+            return SparseWeight(values, stored.mask_bits, stored.index, in_features=self.in_features)
+        return SparseWeight(values)
+
+    def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
+        """A weight of zeros with the base's mask; its values are one stored number, also where autograd keeps them."""
+        weight = self.sparse_weight
+        zeros = torch.zeros((), dtype=dtype or weight.dtype, device=weight.device).expand(weight.values.shape)
+        bits = None if weight.layout == "2:4" else weight.packed_mask()
+        return SparseWeight(zeros, bits, weight.index, in_features=self.in_features)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight: ``s M o (B A)`` [N, K], in lora_B's dtype."""
+        return merge(self.zero_weight(self.lora_B[adapter].weight.dtype), *self.stacked([adapter]))
+
+    def restored_base(self) -> nn.Module:
+        """The base layer as it was before the first adapter: compressed, or a plain ``nn.Linear``."""
+        base: nn.Module = self.base_layer
+        return base.to_linear() if self.base_was_linear and isinstance(base, SparseLinear) else base
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        linear: Any = module
+        return linear.in_features, linear.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        values = self.stored_values  # PEFT would read `weight`, which decompresses it
+        return values.device, values.dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT also casts to the base's dtype. That is right for a new adapter; one that was just loaded would be rounded.
+        if adapter_name not in self.gradient:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        for adapters in (self.lora_A, self.lora_B, self.lora_dropout):
+            if not any(parameter.is_meta for parameter in adapters[adapter_name].parameters()):
+                adapters[adapter_name].to(self.stored_values.device if device is None else device)
+
+    # ---- forward ----
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not names or not self._is_one_product(names):
+            return super().forward(x)
+        base: Any = self.base_layer
+        weight = base.sparse_weight if isinstance(base, SparseLinear) else base.weight
+        return lors_linear(x, weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]])
+
+    def _is_one_product(self, names: list[str]) -> bool:
+        """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
+        dropouts = [self.lora_dropout[name] for name in names]
+        if any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts):
+            return False
+        return all(self.gradient[name] == self.gradient[names[0]] for name in names)
+
+    # ---- merging ----
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (None: the active ones) into the base weight, rounded once, with exact zeros off the mask.
+
+        The values that stood there are kept for :meth:`unmerge`. Adapters that are merged later join those merged
+        before in one sum, so that the order does not matter.
+
+        Raises:
+            ValueError: with ``safe_merge``, the merged weight has a NaN or an infinity; nothing is changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        values = self.merged_values([*self.merged_adapters, *names])
+        if safe_merge and not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"The merged weight has NaN or infinity (adapters {', '.join(names)}), so nothing was merged. Put "
+                "finite adapters back (an earlier checkpoint, a lower learning rate) and merge again."
+            )
+        stored = self.stored_values
+        if self.unmerged_values is None:
+            self.unmerged_values = stored.data
+        stored.data = values
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def merged_values(self, names: Sequence[str]) -> Tensor:
+        """The base's stored values with these adapters merged in; a new tensor."""
+        weight, pair = self.sparse_weight, self.stacked(names)
+        if weight.layout != "dense":
+            return weight.merge(*pair).values
+        return merge(SparseWeight(weight.values.detach(), weight.mask_bits), *pair)
+
+    def unmerge(self) -> None:
+        """Put the base's values back as they were before :meth:`merge`, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.unmerged_values is not None:
+            self.stored_values.data = self.unmerged_values
+            self.unmerged_values = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT puts in this layer's place: a plain ``nn.Linear`` if merged, otherwise :meth:`restored_base`."""
+        if not merge:
+            return self.restored_base()
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.unmerged_values = None  # not twice in memory; the layer is dropped
+        base: Any = self.base_layer
+        if isinstance(base, SparseLinear):
+            return base.to_linear()
+        if self.merged:
+            base.weight.data += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+        return base

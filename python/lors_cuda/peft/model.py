@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+# The tuner that PEFT makes for a LoRSLoraConfig. It checks everything, compresses the targets, and lets PEFT do the rest.
+"""LoRSLoraModel: PEFT's LoraModel with masked adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear, LoraModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.integrations import skip_init_on_device
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..model import joined
+from ..sparse_linear import SparseLinear
+from .config import LoRSLoraConfig
+from .layer import LoRSLoraLinear
+from .targets import candidates, check_targets, named_peft_layers, spell_out_all_linear
+
+
+class LoRSLoraModel(LoraModel):  # type: ignore[misc]
+    """The tuner behind ``peft.get_peft_model(model, LoRSLoraConfig(...))``; use that."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Compress the target weights one by one, each dense one freed at once, and put adapters on them.
+
+        Raises:
+            ValueError, TypeError: the configuration or a target cannot be used; the model is unchanged.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, LoRSLoraConfig):
+            raise TypeError(
+                f"The adapter '{adapter_name}' has a {type(config).__name__}, but this model's adapters are masked: use "
+                "lors_cuda.peft.LoRSLoraConfig."
+            )
+        config.validate()
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        spell_out_all_linear(config, model)
+        targets = self._targets(model, config, state_dict)
+        fingerprints = check_targets(targets, model, config)
+        unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
+        targets.clear()  # the last reference to a dense weight must be the model's
+        with unchanged_on_error(model, adapter_name):
+            for name in unconverted:
+                _compress(model, name, config.layout)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        for name, value in fingerprints.items():
+            layer = model.get_submodule(name)
+            layer.mask_fingerprint = value  # type: ignore[assignment]
+            layer.base_was_linear |= name in unconverted  # type: ignore[assignment, operator]
+        config.mask_fingerprints, config.saved_fingerprints = fingerprints, None
+
+    def _targets(
+        self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
+    ) -> dict[str, nn.Module]:
+        """The modules that PEFT will adapt: those the configuration selects, or those a state names."""
+        if state_dict is None:
+            return {n: m for n, m in candidates(model) if self._check_target_module_exists(config, n)}
+        named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        return {name: module for name, module in candidates(model) if name in named}
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: LoRSLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> LoRSLoraLinear:
+        kwargs.pop("device_map", None)
+        return LoRSLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT also moves the adapters to the device of `weight`, which decompresses it; the layer itself has done so.
+        setattr(parent, child_name, new_module)
+
+    def _check_target_module_compatiblity(self, peft_config: LoRSLoraConfig, model: nn.Module, target_name: str) -> None:
+        # The check is for LoRA by its name, and what it is about holds here: kernels that read the weight themselves.
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)
+
+    # ---- merging: whatever can be refused is refused before the first layer is changed ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; nothing is merged if an adapter or, with ``safe_merge``, a merged weight is not finite."""
+        self._check_finite(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_finite(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for name, layer in named_peft_layers(self.model):
+            merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
+            for adapter in merging:
+                for which in (layer.lora_A, layer.lora_B):
+                    if not bool(torch.isfinite(which[adapter].weight).all()):
+                        raise ValueError(
+                            f"The adapter '{adapter}' of '{name}' holds NaN or infinity, so nothing was merged. Put "
+                            "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
+                        )
+            if safe_merge and merging and not bool(torch.isfinite(layer.merged_values(merging)).all()):
+                raise ValueError(
+                    f"The merged weight of '{name}' would hold NaN or infinity, so nothing was merged. Check the base "
+                    "weight, and the size of the adapters for its dtype."
+                )
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: Any, *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # Of the products without the mask, whose rank is low; the layer masks the result. Those with it have full rank.
+        unmasked = SimpleNamespace(
+            lora_A=target.lora_A,
+            lora_embedding_A=target.lora_embedding_A,
+            get_delta_weight=partial(Linear.get_delta_weight, target),
+        )
+        return super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type, adapters, weights, new_rank, unmasked, *args, **kwargs
+        )
+
+    # ---- loading ----
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoRSLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, which calls it before it copies tensors; refuses a state that does not fit this adapter."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        problems = _state_problems(model, adapter_name, remapped)
+        if problems:
+            raise ValueError(f"The tensors do not fit the adapter '{adapter_name}', none was loaded. {joined(problems)}")
+        return remapped
+
+
+def _state_problems(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """Why tensors under the model's names do not fit its adapter, as sentences; [] if they do."""
+    own = {
+        f"{name}.{which}.{adapter_name}.weight": getattr(layer, which)[adapter_name].weight
+        for name, layer in named_peft_layers(model)
+        for which in ("lora_A", "lora_B")
+        if adapter_name in layer.lora_A
+    }
+    problems = [f"There is no tensor for '{key}'." for key in own if key not in state]
+    for key, tensor in state.items():
+        if key not in own:
+            if ".lora_A." in key or ".lora_B." in key:
+                problems.append(f"There is a tensor '{key}', and the model has no such adapter.")
+        elif tensor.shape != own[key].shape:
+            problems.append(f"'{key}' has shape {list(tensor.shape)}, but {list(own[key].shape)} is needed.")
+        elif not tensor.is_floating_point():
+            problems.append(f"'{key}' has dtype {tensor.dtype}, but a floating-point one is needed.")
+    return problems
+
+
+@skip_init_on_device  # or PEFT's low_cpu_mem_usage, meant for new adapters, would put the weight on the meta device
+def _compress(model: nn.Module, name: str, layout: str) -> None:
+    """Put a SparseLinear in the place of a linear, unless its weight stays dense."""
+    parent, _, child = name.rpartition(".")
+    linear = model.get_submodule(name)
+    compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
+    if compressed.sparse_weight.layout != "dense":
+        setattr(model.get_submodule(parent), child, compressed)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Take back what adding this adapter has changed in `model` if the block raises: modules, flags, PEFT's record."""
+    before = {name: type(module) for name, module in model.named_modules()}
+    training = {name: module.training for name, module in model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    known = list(getattr(model, "peft_config", {}))
+    try:
+        yield
+    except BaseException:
+        for name, module in list(model.named_modules()):
+            parent, _, child = name.rpartition(".")
+            restored: nn.Module | None = None
+            if isinstance(module, (LoRSLoraLinear, AuxiliaryTrainingWrapper)) and before.get(name) is type(module):
+                if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                    del module.modules_to_save[adapter_name]
+                elif isinstance(module, LoRSLoraLinear) and adapter_name in module.lora_A:
+                    module.delete_adapter(adapter_name)
+            elif isinstance(module, LoRSLoraLinear):
+                restored = module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper):
+                restored = module.original_module
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                restored = module.token_adapter.base_layer
+            restored = module if restored is None else restored
+            if isinstance(restored, SparseLinear) and before.get(name) is nn.Linear:
+                restored = restored.to_linear()
+            if restored is not module:
+                setattr(model.get_submodule(parent), child, restored)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+        record = getattr(model, "peft_config", None)
+        if isinstance(record, dict) and adapter_name not in known:
+            record.pop(adapter_name, None)
+            if not known:
+                del model.peft_config
+        raise
