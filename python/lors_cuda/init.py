@@ -117,6 +117,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
             problem is named and nothing is changed. TypeError: `gradients` is no mapping of tensors.
     """
+    check_start(gradients, stable_gamma)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     layers = dict(named_lors_layers(model))
@@ -130,17 +131,11 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 def set_from_gradients(
     adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor], stable_gamma: float
 ) -> None:
-    """Set the pairs lora_A [r, K], lora_B [N, r] of {module name: pair} as `init_from_gradients` does.
+    """Set the pairs lora_A [r, K], lora_B [N, r] of {module name: pair} as `init_from_gradients` does, after `check_start`.
 
     Raises:
-        ValueError, TypeError: as there; nothing is changed.
+        ValueError: as there; nothing is changed.
     """
-    if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
-        raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
-    if not (math.isfinite(stable_gamma) and stable_gamma > 0):
-        raise ValueError(f"stable_gamma must be finite and greater than 0, but is {stable_gamma}.")
-    if not isinstance(gradients, Mapping):
-        raise TypeError(f"gradients must map module names to tensors, but is {type(gradients).__name__}.")
     problems = _problems(adapters, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")
@@ -155,6 +150,16 @@ def set_from_gradients(
             if name in starts:
                 lora_A.copy_(starts[name])
             lora_B.zero_()
+
+
+def check_start(gradients: Mapping[str, Tensor], stable_gamma: float) -> None:
+    """Refuse arguments of `init_from_gradients` that are wrong by themselves."""
+    if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
+        raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
+    if not (math.isfinite(stable_gamma) and stable_gamma > 0):
+        raise ValueError(f"stable_gamma must be finite and greater than 0, but is {stable_gamma}.")
+    if not isinstance(gradients, Mapping):
+        raise TypeError(f"gradients must map module names to tensors, but is {type(gradients).__name__}.")
 
 
 def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor]) -> list[str]:

@@ -57,6 +57,7 @@ def init_from_gradients(
     Raises:
         ValueError, TypeError: as there; the model has no LoRS adapter of this name.
     """
+    init.check_start(gradients, stable_gamma)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
