@@ -123,15 +123,13 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
-    set_from_gradients(
-        {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}, gradients, stable_gamma
-    )
+    set_from_gradients({name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}, gradients, stable_gamma)
 
 
 def set_from_gradients(
     adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor], stable_gamma: float
 ) -> None:
-    """Set the pairs lora_A [r, K], lora_B [N, r] of {module name: pair} as `init_from_gradients` does, after `check_start`.
+    """Set the pairs lora_A [r, K], lora_B [N, r] as `init_from_gradients` does, which has called `check_start`.
 
     Raises:
         ValueError: as there; nothing is changed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 
@@ -18,7 +19,12 @@ from torch import nn
 
 import lors_cuda.peft
 
-REFUSALS = ("is refused by LoRSLoraConfig", "is refused: it", "cannot be adapted: it")
+REFUSALS = (
+    "is refused by LoRSLoraConfig",
+    "is refused: it",
+    "cannot be adapted: it",
+    "another sparsity mask",  # tests that load an adapter onto other random weights than it was made on
+)
 # Imported by PEFT's test helpers, used by none of the tests that run here.
 for package, names in {"datasets": ["Dataset", "load_dataset"], "diffusers": ["StableDiffusionPipeline"]}.items():
     if importlib.util.find_spec(package) is None:
@@ -28,14 +34,22 @@ for package, names in {"datasets": ["Dataset", "load_dataset"], "diffusers": ["S
             setattr(stand_in, name, None)
         sys.modules[package] = stand_in
 
-peft.LoraConfig = lors_cuda.peft.LoRSLoraConfig
+LAYOUT = os.environ.get("LORS_PEFT_LAYOUT", "auto")
 
 
+class LoRSLoraConfig(lors_cuda.peft.LoRSLoraConfig):
+    """With another default layout: FSDP1 and `get_base_model_state_dict` are for layout="dense" only."""
+
+    def __init__(self, *args, layout: str = LAYOUT, **kwargs) -> None:
+        super().__init__(*args, layout=layout, **kwargs)
+
+
+peft.LoraConfig = LoRSLoraConfig
 
 
 @pytest.fixture(autouse=True)
 def _linears_are_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of the test, not adapters: those are made through peft's own name of nn.Linear, by the time it imports."""
+    """The models of the tests have sparse linears; adapters, which are linears too, stay as they are."""
     original = nn.Linear.reset_parameters
     in_adapter = lors_cuda.peft.LoRSLoraLinear.update_layer
 

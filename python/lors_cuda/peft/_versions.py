@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions of PEFT this package works with: its layers build on internals of PEFT that change between versions."""
+# Which PEFT this package works with; importing this file checks it. The layers build on internals of PEFT, which change
+# from one minor version to the next.
+"""The supported versions of PEFT."""
 
 from __future__ import annotations
 
 import re
 
-FIRST, BEFORE = (0, 21), (0, 22)
+#: The first version that works, and the first that may not.
+SUPPORTED_PEFT = ("0.21", "0.22")
 
 
 def require_peft() -> None:
@@ -22,11 +25,17 @@ def require_peft() -> None:
         raise ImportError(
             "lors_cuda.peft needs the peft package, which is not installed: pip install 'lors-cuda[peft]'"
         ) from None
-    match = re.match(r"(\d+)\.(\d+)", peft.__version__)
-    version = (int(match[1]), int(match[2])) if match else None
-    if version is None or not FIRST <= version < BEFORE:
-        first, before = (".".join(map(str, bound)) for bound in (FIRST, BEFORE))
+    first, before = SUPPORTED_PEFT
+    if not _number(first) <= _number(peft.__version__) < _number(before):
         raise ImportError(
             f"lors_cuda.peft works with peft >= {first} and < {before}, and {peft.__version__} is installed: "
             "pip install 'lors-cuda[peft]', or install a newer lors-cuda."
         )
+
+
+def _number(version: str) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (-1, -1)
+
+
+require_peft()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# LoRSLoraConfig: a peft.LoraConfig with `layout` and `gradient`. Every field of LoraConfig is decided here: it works, or
-# it is refused by name. A field that a later PEFT adds is refused as soon as it is used.
+# LoRSLoraConfig: a peft.LoraConfig with `layout` and `gradient`. Every field of LoraConfig is decided here: it works or
+# is refused by name. A field that a later PEFT adds is refused as soon as it is used.
 """The configuration of LoRS adapters in PEFT."""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _STARTS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass
-class LoRSLoraConfig(LoraConfig):
+class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
     """A `peft.LoraConfig` whose adapters are masked by the zeros of the base weight (LoRS, arXiv 2501.08582).
 
     Fields as in `peft.LoraConfig`; those that cannot hold for a masked product are refused by name.
@@ -137,6 +137,10 @@ class LoRSLoraConfig(LoraConfig):
                 continue
             why = REFUSED_FIELDS.get(item.name, "this lors_cuda does not know the field; a newer one may")
             raise ValueError(f"{item.name}={value!r} is refused by LoRSLoraConfig: {why}. Leave it at {default!r}.")
+        if getattr(self, "_custom_modules", None):
+            raise ValueError(
+                "_register_custom_module is refused by LoRSLoraConfig: a layer class of another kind would not be masked."
+            )
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise ValueError("ephemeral_gpu_offload=True is refused by LoRSLoraConfig: it serves DoRA alone.")
         _check_rank("r", self.r)

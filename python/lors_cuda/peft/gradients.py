@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The gradient-based start (init.py) for PEFT models: what takes the place of PEFT's initialisers that move the base weight.
+# The gradient-based start (init.py) for PEFT models, in the place of PEFT's initialisers that move the base weight.
 """Gradient-based start of PEFT models with LoRS adapters."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .. import init
@@ -43,9 +44,7 @@ def estimate_gradients(
     if not names:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
     selected = LoRSConfig(target_modules="|".join(map(re.escape, names)))
-    return init.estimate_gradients(
-        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=selected
-    )
+    return init.estimate_gradients(model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=selected)
 
 
 def init_from_gradients(
@@ -60,7 +59,7 @@ def init_from_gradients(
     init.check_start(gradients, stable_gamma)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
-    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = {
         name: (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
         for name, layer in named_peft_layers(base)
@@ -68,7 +67,7 @@ def init_from_gradients(
     }
     if not adapters:
         raise ValueError(
-            f"The model has no LoRS adapter '{adapter_name}'. Call peft.get_peft_model(model, LoRSLoraConfig(...)) first."
+            f"The model has no LoRS adapter '{adapter_name}': call peft.get_peft_model with a LoRSLoraConfig first."
         )
     init.set_from_gradients(adapters, gradients, stable_gamma)
 

@@ -55,6 +55,8 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
+    base_layer: nn.Module
+    unmerged_values: Tensor | None
     base_was_linear = False
     mask_fingerprint = ""
 
@@ -64,9 +66,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
 
     # ---- adapters ----
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: LoRSLoraConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoRSLoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does; refuse a configuration that does not ask for masked ones."""
         if not isinstance(config, LoRSLoraConfig):
             raise TypeError(
@@ -101,7 +101,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     # ---- the base ----
 
     @property
-    def stored_values(self) -> nn.Parameter:
+    def stored_values(self) -> Tensor:
         """The base layer's parameter that merging changes."""
         base: Any = self.base_layer
         return base.weight_values if isinstance(base, SparseLinear) else base.weight
@@ -109,7 +109,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     @property
     def sparse_weight(self) -> SparseWeight:
         """The base weight, without what is merged into it."""
-        values: Tensor = self.stored_values if self.unmerged_values is None else self.unmerged_values
+        values = self.stored_values if self.unmerged_values is None else self.unmerged_values
         if isinstance(self.base_layer, SparseLinear):
             stored = self.base_layer.sparse_weight
             return SparseWeight(values, stored.mask_bits, stored.index, in_features=self.in_features)
@@ -140,7 +140,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
         return values.device, values.dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT also casts to the base's dtype. That is right for a new adapter; one that was just loaded would be rounded.
+        # PEFT also casts to the base's dtype: right for a new adapter, but one that was just loaded would be rounded.
         if adapter_name not in self.gradient:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return

@@ -33,8 +33,8 @@ def from_pretrained(
     """Put a saved adapter onto the sparse base model it was trained on, as ``peft.PeftModel.from_pretrained`` does.
 
     `directory` is what ``save_pretrained`` of a PEFT model with LoRS adapters wrote, or
-    :func:`lors_cuda.save_adapter`; with ``strict_mask=False`` also what plain PEFT wrote: the adapter is masked from then
-    on, which changes what it computes. Of an adapter on a model hub, give the directory of its download.
+    :func:`lors_cuda.save_adapter`; with ``strict_mask=False`` also what plain PEFT wrote: the adapter is masked from
+    then on, which changes what it computes. Of an adapter on a model hub, give the directory of its download.
 
     Args:
         model: the base model, dense or compressed; or a PEFT model with LoRS adapters, which gets a further one.
@@ -49,8 +49,8 @@ def from_pretrained(
         The PEFT model.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is corrupted, or the adapter does not fit the model; the
-            model is unchanged. TypeError: `model` is no module.
+        FileNotFoundError: a file is missing. ValueError: a file is corrupted, or the adapter does not fit the model;
+            the model is unchanged. TypeError: `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")

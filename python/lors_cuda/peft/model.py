@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The tuner that PEFT makes for a LoRSLoraConfig. It checks everything, compresses the targets, and lets PEFT do the rest.
+# The tuner that PEFT makes for a LoRSLoraConfig: it checks everything, compresses the targets, lets PEFT do the rest.
 """LoRSLoraModel: PEFT's LoraModel with masked adapters."""
 
 from __future__ import annotations
@@ -11,15 +11,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.integrations import skip_init_on_device
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from ..model import joined
 from ..sparse_linear import SparseLinear
-from .config import LoRSLoraConfig
+from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
 from .targets import candidates, check_targets, named_peft_layers, spell_out_all_linear
 
@@ -43,8 +50,8 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         if not isinstance(config, LoRSLoraConfig):
             raise TypeError(
-                f"The adapter '{adapter_name}' has a {type(config).__name__}, but this model's adapters are masked: use "
-                "lors_cuda.peft.LoRSLoraConfig."
+                f"The adapter '{adapter_name}' has a {type(config).__name__}, but this model's adapters are masked: "
+                "use lors_cuda.peft.LoRSLoraConfig."
             )
         config.validate()
         config = self._prepare_adapter_config(config, self.get_model_config(model))
@@ -64,9 +71,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 state_dict=state_dict,
             )
         for name, value in fingerprints.items():
-            layer = model.get_submodule(name)
-            layer.mask_fingerprint = value  # type: ignore[assignment]
-            layer.base_was_linear |= name in unconverted  # type: ignore[assignment, operator]
+            layer: Any = model.get_submodule(name)
+            layer.mask_fingerprint = value
+            layer.base_was_linear |= name in unconverted
         config.mask_fingerprints, config.saved_fingerprints = fingerprints, None
 
     def _targets(
@@ -89,7 +96,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         # PEFT also moves the adapters to the device of `weight`, which decompresses it; the layer itself has done so.
         setattr(parent, child_name, new_module)
 
-    def _check_target_module_compatiblity(self, peft_config: LoRSLoraConfig, model: nn.Module, target_name: str) -> None:
+    def _check_target_module_compatiblity(
+        self, peft_config: LoRSLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
         # The check is for LoRA by its name, and what it is about holds here: kernels that read the weight themselves.
         _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)
 
@@ -151,7 +160,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = _state_problems(model, adapter_name, remapped)
         if problems:
-            raise ValueError(f"The tensors do not fit the adapter '{adapter_name}', none was loaded. {joined(problems)}")
+            raise ValueError(
+                f"The tensors do not fit the adapter '{adapter_name}', none was loaded. {joined(problems)}"
+            )
         return remapped
 
 
@@ -224,3 +235,11 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
             if not known:
                 del model.peft_config
         raise
+
+
+# What `peft.utils.register_peft_method` does, which takes the names of PEFT's own enumeration only.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = LoRSLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = LoRSLoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = LoRSLoraModel.prefix
+# Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the masks.
+CONFIG_KEYS_TO_CHECK[PEFT_METHOD] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "lors"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Which modules of a model a LoRSLoraConfig adapts, and whether they can be: everything that is checked before the first
-# module is replaced. PEFT's own matching of names decides; "all-linear" is spelled out here, as PEFT knows no SparseLinear.
+# module is replaced. PEFT's matching of names decides; "all-linear" is spelled out here, as PEFT knows no SparseLinear.
 """Selection and checks of the target modules."""
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
     """Refuse what cannot be adapted, for all targets; return {name: fingerprint of its mask}.
 
     Raises:
-        ValueError: a module is of the wrong kind, shared or adapted otherwise, its weight does not fit the layout, or the
-            configuration was saved on other masks. Every module concerned is named, and nothing is changed.
+        ValueError: a module is of the wrong kind, shared or adapted otherwise, its weight does not fit the layout, or
+            the configuration was saved on other masks. Every module concerned is named, and nothing is changed.
     """
     names_of: dict[nn.Module, list[str]] = {}
     holders: dict[Tensor, list[str]] = {}
@@ -143,8 +143,8 @@ def _check_masks(fingerprints: dict[str, str], saved: Mapping[str, str]) -> None
     else:
         what = f"It was trained on a model with another sparsity mask: {_listed(different)} differ"
     raise ValueError(
-        f"The adapter does not fit the model, and nothing was changed. {what}. Load the base model it was trained on, or "
-        "call lors_cuda.peft.from_pretrained(..., strict_mask=False) to load it all the same."
+        f"The adapter does not fit the model, and nothing was changed. {what}. Load the base model it was trained on, "
+        "or call lors_cuda.peft.from_pretrained(..., strict_mask=False) to load it all the same."
     )
 
 

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRSLoraConfig: each field of PEFT's LoraConfig is decided, and what cannot hold is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lors_cuda import SparseLinear
+from lors_cuda.adapter_files import PEFT_TYPE
+from models import assert_unchanged, refused, snapshot, tiny_llama
+from peft_models import LAYERS, LoRSLoraConfig, adapted, compressed, config_of, layers, net, peft
+
+from lors_cuda.peft import _versions
+from lors_cuda.peft.config import REFUSED_FIELDS, SUPPORTED_FIELDS
+
+lora = peft.tuners.lora.config
+
+
+def test_every_field_of_peft_is_decided():
+    # A new field of PEFT stands in neither set: decide it there, and test it.
+    names = {item.name for item in dataclasses.fields(peft.LoraConfig)}
+    assert names == SUPPORTED_FIELDS | set(REFUSED_FIELDS)
+    assert not SUPPORTED_FIELDS & set(REFUSED_FIELDS)
+    own = {item.name for item in dataclasses.fields(LoRSLoraConfig)} - names
+    assert own == {"layout", "gradient", "lors"}
+
+
+REFUSED_VALUES = {
+    "fan_in_fan_out": True,
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": lora.EvaConfig(),
+    "corda_config": lora.CordaConfig(),
+    "lora_ga_config": lora.LoraGAConfig(),
+    "use_dora": True,
+    "velora_config": lora.VeloraConfig(num_groups=2),
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "monteclora_config": lora.MontecloraConfig(),
+    "layer_replication": [(0, 1)],
+    "lora_bias": True,
+    "target_parameters": ["0.weight"],
+    "use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["0"]),
+    "arrow_config": lora.ArrowConfig(),
+    "kasa_config": lora.KasaConfig(),
+}
+
+
+def test_every_refused_field_is_tried():
+    assert set(REFUSED_VALUES) == set(REFUSED_FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_VALUES))
+def test_is_refused_by_name(name):
+    refused(ValueError, lambda: config_of(**{name: REFUSED_VALUES[name]}), f"{name}=", "is refused by LoRSLoraConfig")
+    config = config_of()
+    setattr(config, name, REFUSED_VALUES[name])  # PEFT's own examples set fields later
+    model = net()
+    before = snapshot(model)
+    refused(ValueError, lambda: peft.get_peft_model(model, config), f"{name}=", "is refused by LoRSLoraConfig")
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "eva", "mica", "tomorrow", 3]
+)
+def test_starts_that_destroy_zeros_name_the_alternative(start):
+    refused(ValueError, lambda: config_of(init_lora_weights=start), repr(start), "init_from_gradients")
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_starts_leave_the_output(start):
+    model = peft.get_peft_model(net(), config_of(r=4, init_lora_weights=start))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x), net()(x))
+    assert layers(model)["0"].lora_A["default"].weight.any()
+
+
+WRONG = {
+    "layout": ("4:8", "layout is '4:8'"),
+    "gradient": ("true", "gradient is 'true'"),
+    "r": (0, "r must be an integer of at least 1"),
+    "lora_alpha": (float("nan"), "lora_alpha must be a finite number"),
+    "lora_dropout": (1.0, "lora_dropout must be at least 0 and less than 1"),
+    "rank_pattern": ({"0": 2.5}, "rank_pattern['0'] must be an integer"),
+    "alpha_pattern": ({"0": "8"}, "alpha_pattern['0'] must be a finite number"),
+    "lors": ({"format_version": 1}, "no mask fingerprints"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_are_named(name):
+    value, words = WRONG[name]
+    refused(ValueError, lambda: config_of(**{name: value}), words)
+
+
+def test_another_format_version_is_refused():
+    refused(
+        ValueError, lambda: config_of(lors={"format_version": 2, "mask_fingerprints": {}}), "format version 2", "reads 1"
+    )
+
+
+def test_a_field_of_a_later_peft_is_refused_when_used(monkeypatch):
+    config = config_of()
+    later = dataclasses.field(default=None)
+    later.name, later._field_type = "use_tomorrow", dataclasses._FIELD
+    monkeypatch.setitem(peft.LoraConfig.__dataclass_fields__, "use_tomorrow", later)
+    config.use_tomorrow = None
+    config.validate()
+    config.use_tomorrow = True
+    refused(ValueError, config.validate, "use_tomorrow=True", "does not know the field")
+
+
+def test_ranks_alphas_and_rslora():
+    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"2": 2}, "alpha_pattern": {"0": 10}}
+    found = layers(adapted(**config))
+    assert {name: layer.r["default"] for name, layer in found.items()} == {"0": 4, "2": 2}
+    assert {name: layer.scaling["default"] for name, layer in found.items()} == {"0": 2.5, "2": 3.0}
+    assert layers(adapted(use_rslora=True, **config))["0"].scaling["default"] == 5.0
+
+
+def test_is_a_lora_config_that_copies():
+    config = config_of(layout="2:4", gradient="exact")
+    assert isinstance(config, peft.LoraConfig)
+    assert config.peft_type == PEFT_TYPE
+    other = replace(config, r=7)
+    assert (other.r, other.layout, other.gradient) == (7, "2:4", "exact")
+    again = LoRSLoraConfig(**config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+def test_one_configuration_for_two_models():
+    config = config_of()
+    peft.get_peft_model(net(0), config)
+    other = peft.get_peft_model(net(1), config)  # of another mask: fingerprints of the first model are not for it
+    assert config.mask_fingerprints == {name: layer.mask_fingerprint for name, layer in layers(other).items()}
+
+
+# ---- targets ----
+
+
+def test_all_linear_finds_linears_and_compressed_ones_but_no_head():
+    for base in ("linear", "2:4"):
+        model = compressed(tiny_llama(layers=1), base)
+        names = set(layers(peft.get_peft_model(model, LoRSLoraConfig(target_modules="all-linear"))))
+        assert len(names) == 7
+        assert not any("lm_head" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "words"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), ["0", "1"], "an Embedding, and only nn.Linear"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)), ["0", "1"], "a Conv2d, and only nn.Linear"),
+        (nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1)), ["0", "1"], "a MultiheadAttention, and only"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), ["0", "1"], "a Sequential, and only"),
+    ],
+)
+def test_other_modules_are_refused(model, target, words):
+    before = snapshot(model)
+    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules=target)), "'1'", words)
+    assert_unchanged(model, before)
+
+
+def test_conv1d_of_transformers_is_refused():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(4, 4))
+    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules=["0"])), "a Conv1D, and only")
+    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules="all-linear")), "matches nothing")
+
+
+def test_shared_and_tied_modules_are_refused():
+    shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    shared.append(shared[0])
+    refused(ValueError, lambda: peft.get_peft_model(shared, config_of(target_modules=["0"])), "also called '2'")
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    refused(ValueError, lambda: peft.get_peft_model(tied, config_of(target_modules=["0"])), "shares its weight with '1'")
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_changes():
+    model = net()
+    model[2].weight.data[0] = 1.0
+    before = snapshot(model)
+    refused(ValueError, lambda: peft.get_peft_model(model, config_of(layout="2:4")), "'2'", "not 2:4")
+    assert_unchanged(model, before)
+    base = compressed(net(), "bitmap")
+    before = snapshot(base)
+    refused(ValueError, lambda: peft.get_peft_model(base, config_of(layout="2:4")), "stored in layout 'bitmap'")
+    assert_unchanged(base, before)
+
+
+def test_an_error_halfway_restores_the_model(monkeypatch):
+    model = net()
+    model[0].requires_grad_(False)
+    before, calls = snapshot(model), []
+    original = SparseLinear.compress
+
+    def fails_at_the_second(linear, layout):
+        calls.append(linear)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        return original(linear, layout)
+
+    monkeypatch.setattr(SparseLinear, "compress", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        peft.get_peft_model(model, config_of(layout="2:4"))
+    assert_unchanged(model, before)
+
+
+def test_dense_weights_are_freed_one_by_one(monkeypatch):
+    import gc
+    import weakref
+
+    model = net()
+    alive = [weakref.ref(model.get_submodule(name)) for name in LAYERS]
+    seen = []
+    original = SparseLinear.compress
+
+    def watched(linear, layout):
+        gc.collect()
+        seen.append(sum(each() is not None for each in alive))
+        return original(linear, layout)
+
+    monkeypatch.setattr(SparseLinear, "compress", watched)
+    peft.get_peft_model(model, config_of(layout="2:4"))
+    assert seen == [2, 1]
+
+
+# ---- with other adapters ----
+
+
+def test_plain_and_masked_adapters_do_not_mix():
+    plain = peft.LoraConfig(r=3, target_modules=list(LAYERS))
+    model = adapted()
+    refused(ValueError, lambda: model.add_adapter("plain", plain), "different peft types")
+    refused(TypeError, lambda: layers(model)["0"].update_layer("plain", 3, 3, config=plain), "adapters are masked")
+    assert list(model.peft_config) == ["default"]
+    assert list(layers(model)["0"].lora_A) == ["default"]
+
+    other = peft.get_peft_model(net(), plain)
+    refused(ValueError, lambda: other.add_adapter("masked", config_of()), "different peft types")
+    refused(ValueError, lambda: other.base_model.model[0].update_layer("masked", 3, 3, config=config_of()), "gradient")
+    base = other.base_model.model
+    with pytest.warns(UserWarning, match="second time"):
+        refused(ValueError, lambda: peft.get_peft_model(base, config_of()), "PEFT's Linear, which is not masked")
+    refused(ValueError, lambda: peft.get_peft_model(net(), config_of(), mixed=True), "not compatible")
+
+
+def test_a_model_of_lors_layers_is_refused():
+    from lors_cuda import LoRSConfig, get_lors_model
+
+    model = get_lors_model(net(), LoRSConfig(r=2))
+    refused(ValueError, lambda: peft.get_peft_model(model, config_of()), "is a LoRSLinear", "merge_and_unload")
+
+
+# ---- versions ----
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "1.0.0", "unknown"])
+def test_other_versions_of_peft_are_refused(monkeypatch, version):
+    monkeypatch.setattr(peft, "__version__", version)
+    refused(ImportError, _versions.require_peft, version, "peft >= 0.21 and < 0.22")
+
+
+def test_a_missing_peft_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(ImportError, _versions.require_peft, "pip install 'lors-cuda[peft]'")
+
+
+def test_the_extra_is_the_checked_range():
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        needs = metadata.requires("lors-cuda")
+    except metadata.PackageNotFoundError:
+        pytest.skip("lors-cuda is not installed")
+    first, before = _versions.SUPPORTED_PEFT
+    assert any(need.startswith("peft") and f">={first}" in need and f"<{before}" in need for need in needs or [])
