@@ -136,6 +136,20 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                     "weight, and the size of the adapters for its dtype."
                 )
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As in PEFT. "cat" and "svd" (with a sufficient svd_rank) give the sum, masked; the others what they give there.
+
+        Raises:
+            ValueError: an adapter uses use_rslora: PEFT then scales the sum by the root of its rank.
+        """
+        scaled = [name for name in adapters if name in self.peft_config and self.peft_config[name].use_rslora]
+        if scaled:
+            raise ValueError(
+                f"The adapter '{scaled[0]}' has use_rslora=True, and PEFT would scale a weighted sum by the root of its "
+                "rank. Activate the adapters together instead: model.base_model.set_adapter([...])."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: Any, *args: Any,
         **kwargs: Any,
