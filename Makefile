@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel install clean
+.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel test-peft install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -105,6 +105,21 @@ test-wheel: wheel
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps dist/*.whl
 	cd build && wheel-venv/bin/lors-cuda info
 	build/wheel-venv/bin/python -m pytest $(PYTEST_ARGS) tests/python/test_package.py
+
+# PEFT's own tests of LoRA against lors_cuda.peft, from a checkout of PEFT: make test-peft LORS_PEFT_TESTS=path/to/peft
+# Left out: what LoRSLoraConfig refuses, FSDP1, and compressed weights under the names that dense ones have.
+PEFT_TESTS := LoRSLoraConfig and not (DoRA or Conv1d or Conv2d or Conv3d or MHA or VeLoRA or KaSA or MiCA or Embedding or \
+	Monte or MlpUsingParameters or BD-LoRA or Fsdp)
+PEFT_PYTEST = cd "$(LORS_PEFT_TESTS)" && HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/tests/peft" $(BIN)/python -m pytest -q \
+	-p lors_peft_plugin $(PYTEST_ARGS) tests/test_custom_models.py
+test-peft: install
+ifeq ($(LORS_PEFT_TESTS),)
+	@echo "skipped: there is no checkout of PEFT. Give its folder: make test-peft LORS_PEFT_TESTS=path/to/peft"
+else
+	$(BIN)/python -m pip install --quiet attrs parameterized scipy
+	$(PEFT_PYTEST) -k "$(PEFT_TESTS) and not test_get_base_model_state_dict"
+	LORS_PEFT_LAYOUT=dense; export LORS_PEFT_LAYOUT; $(PEFT_PYTEST) -k "$(PEFT_TESTS)"
+endif
 
 clean:
 	rm -rf build dist demo-output

@@ -30,6 +30,7 @@ for package, names in {"datasets": ["Dataset", "load_dataset"], "diffusers": ["S
     if importlib.util.find_spec(package) is None:
         stand_in = types.ModuleType(package)
         stand_in.__spec__ = importlib.machinery.ModuleSpec(package, None)
+        stand_in.__version__ = "0.0.0"
         for name in names:
             setattr(stand_in, name, None)
         sys.modules[package] = stand_in
