@@ -15,7 +15,9 @@ from models import tiny_net
 
 peft = pytest.importorskip("peft")
 
-from lors_cuda.peft import LoRSLoraConfig, LoRSLoraLinear  # noqa: E402 (peft may be missing)
+import lors_cuda.peft as lors_peft  # noqa: E402 (peft may be missing; tests take it from here)
+
+LoRSLoraConfig, LoRSLoraLinear = lors_peft.LoRSLoraConfig, lors_peft.LoRSLoraLinear
 
 every_layout = pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
 every_base = pytest.mark.parametrize("base", ["linear", "dense", "2:4", "bitmap"])

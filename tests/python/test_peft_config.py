@@ -15,11 +15,10 @@ from torch import nn
 from lors_cuda import SparseLinear
 from lors_cuda.adapter_files import PEFT_TYPE
 from models import assert_unchanged, refused, snapshot, tiny_llama
-from peft_models import LAYERS, LoRSLoraConfig, adapted, compressed, config_of, layers, net, peft
+from peft_models import LAYERS, LoRSLoraConfig, adapted, compressed, config_of, layers, lors_peft, net, peft
 
-from lors_cuda.peft import _versions
-from lors_cuda.peft.config import REFUSED_FIELDS, SUPPORTED_FIELDS
-
+_versions = lors_peft._versions
+REFUSED_FIELDS, SUPPORTED_FIELDS = lors_peft.config.REFUSED_FIELDS, lors_peft.config.SUPPORTED_FIELDS
 lora = peft.tuners.lora.config
 
 
@@ -103,7 +102,10 @@ def test_wrong_values_are_named(name):
 
 def test_another_format_version_is_refused():
     refused(
-        ValueError, lambda: config_of(lors={"format_version": 2, "mask_fingerprints": {}}), "format version 2", "reads 1"
+        ValueError,
+        lambda: config_of(lors={"format_version": 2, "mask_fingerprints": {}}),
+        "format version 2",
+        "reads 1",
     )
 
 
@@ -182,7 +184,7 @@ def test_shared_and_tied_modules_are_refused():
     refused(ValueError, lambda: peft.get_peft_model(shared, config_of(target_modules=["0"])), "also called '2'")
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    refused(ValueError, lambda: peft.get_peft_model(tied, config_of(target_modules=["0"])), "shares its weight with '1'")
+    refused(ValueError, lambda: peft.get_peft_model(tied, config_of(target_modules=["0"])), "weight with '1'")
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_changes():
@@ -259,6 +261,12 @@ def test_a_model_of_lors_layers_is_refused():
 
     model = get_lors_model(net(), LoRSConfig(r=2))
     refused(ValueError, lambda: peft.get_peft_model(model, config_of()), "is a LoRSLinear", "merge_and_unload")
+
+
+def test_other_layer_classes_are_refused():
+    config = config_of()
+    config._register_custom_module({nn.Linear: peft.tuners.lora.Linear})
+    refused(ValueError, lambda: peft.get_peft_model(net(), config), "_register_custom_module is refused")
 
 
 # ---- versions ----

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lors_cuda.peft import LoRSLoraConfig, estimate_gradients, from_pretrained, init_from_gradients
 from models import VOCABULARY, assert_unchanged, batch, logits, refused, snapshot, tiny_llama, tokens
 from peft_models import (
     LAYERS,
+    LoRSLoraConfig,
     adapted,
     check_output,
     compressed,
@@ -19,6 +19,7 @@ from peft_models import (
     fill,
     inputs,
     layers,
+    lors_peft,
     merged_reference,
     net,
     output_reference,
@@ -26,7 +27,8 @@ from peft_models import (
 )
 from tolerance import assert_zero_off_mask
 
-hotswap = pytest.importorskip("peft.utils.hotswap")
+from_pretrained, estimate_gradients = lors_peft.from_pretrained, lors_peft.estimate_gradients
+init_from_gradients, hotswap = lors_peft.init_from_gradients, peft.utils.hotswap
 
 
 def llama(layers: int = 1, dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **fields) -> nn.Module:

@@ -148,9 +148,9 @@ def test_unmerging_restores_every_bit(base):
 def test_merged_in_any_order_is_one_rounding(base):
     one, two = (adapted(compressed(net(), base), adapters=("default", "second")) for _ in range(2))
     one.merge_adapter(["default", "second"])
+    two.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging"):
-        for name in ("default", "second"):
-            two.merge_adapter([name])
+        two.merge_adapter(["second"])
     for layer, other in zip(layers(one).values(), layers(two).values(), strict=True):
         assert torch.equal(layer.stored_values, other.stored_values)
     check_output(one, ("default", "second"))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import lors_cuda
 from adapter_directories import FILES, edit_config
 from lors_cuda.adapter_files import PEFT_TYPE
-from lors_cuda.peft import LoRSLoraConfig, from_pretrained
 from models import assert_unchanged, logits, refused, snapshot, tiny_llama, trained
 from peft_models import (
     LAYERS,
+    LoRSLoraConfig,
     adapted,
     check_output,
     compressed,
@@ -24,11 +24,13 @@ from peft_models import (
     fill,
     inputs,
     layers,
+    lors_peft,
     merged_reference,
     net,
     peft,
 )
 
+from_pretrained = lors_peft.from_pretrained
 MAPPINGS = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
 
 
@@ -143,8 +145,13 @@ def test_directories_of_save_adapter_load(saved):
     refused(ValueError, lambda: from_pretrained(tiny_llama(seed=1), directory), "another sparsity mask")
 
 
-@pytest.mark.parametrize("fields", [{"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
-                                    {"use_rslora": True, "modules_to_save": ["lm_head"], "gradient": "exact"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+        {"use_rslora": True, "modules_to_save": ["lm_head"], "gradient": "exact"},
+    ],
+)
 def test_every_field_of_save_adapter_is_read(tmp_path, fields):
     model = trained(**fields)
     lors_cuda.save_adapter(model, tmp_path)
@@ -273,12 +280,26 @@ def test_damaged_directories_are_refused_and_nothing_changes(directory, damage, 
         check_output(model)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_refused_adapter_leaves_separately_trained_modules(tmp_path, second):
+    fields = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]}
+    peft.get_peft_model(tiny_llama(layers=1), LoRSLoraConfig(**fields)).save_pretrained(tmp_path)
+    edit_config(tmp_path, r=2)
+    model = tiny_llama(layers=1)
+    if second:
+        model = peft.get_peft_model(model, LoRSLoraConfig(**fields))
+    before = snapshot(model)
+    refused(ValueError, lambda: from_pretrained(model, tmp_path, "b"), "has shape [4, 32], but [2, 32] is needed")
+    assert_unchanged(model, before)
+
+
 def test_missing_files_are_named(tmp_path, directory):
     refused(FileNotFoundError, lambda: from_pretrained(net(), tmp_path / "nowhere"), FILES[0])
     refused(ValueError, lambda: from_pretrained(adapted(), directory), "adapter 'default' already")
     (directory / FILES[1]).unlink()
     refused(FileNotFoundError, lambda: from_pretrained(net(), directory), FILES[1])
     refused(TypeError, lambda: from_pretrained("model", directory), "torch.nn.Module")
+    refused(TypeError, lambda: from_pretrained(net(), directory.parent, subfolder="adapter"), "give the whole path")
 
 
 def test_tensors_of_another_rank_do_not_enter_an_adapter(tmp_path):

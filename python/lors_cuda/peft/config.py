@@ -139,7 +139,7 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"{item.name}={value!r} is refused by LoRSLoraConfig: {why}. Leave it at {default!r}.")
         if getattr(self, "_custom_modules", None):
             raise ValueError(
-                "_register_custom_module is refused by LoRSLoraConfig: a layer class of another kind would not be masked."
+                "_register_custom_module is refused by LoRSLoraConfig: a layer of another class would not be masked."
             )
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise ValueError("ephemeral_gpu_offload=True is refused by LoRSLoraConfig: it serves DoRA alone.")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..adapter_files import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, read_weights
 from .config import LoRSLoraConfig
-from .model import unchanged_on_error
+from .restore import unchanged_on_error
 
 
 def from_pretrained(
@@ -54,6 +54,8 @@ def from_pretrained(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
+    if "subfolder" in kwargs:
+        raise TypeError("subfolder is no argument here: give the whole path of the adapter as directory.")
     path = Path(directory)
     config = _config(path, strict_mask)
     for name, value in (("layout", layout), ("gradient", gradient)):

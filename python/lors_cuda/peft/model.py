@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.integrations import skip_init_on_device
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from ..model import joined
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
+from .restore import unchanged_on_error
 from .targets import candidates, check_targets, named_peft_layers, spell_out_all_linear
 
 
@@ -137,7 +136,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 )
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """As in PEFT. "cat" and "svd" (with a sufficient svd_rank) give the sum, masked; the others what they give there.
+        """As in PEFT. "cat", and "svd" with a sufficient svd_rank, give the sum, masked; the others approximate it.
 
         Raises:
             ValueError: an adapter uses use_rslora: PEFT then scales the sum by the root of its rank.
@@ -145,8 +144,8 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         scaled = [name for name in adapters if name in self.peft_config and self.peft_config[name].use_rslora]
         if scaled:
             raise ValueError(
-                f"The adapter '{scaled[0]}' has use_rslora=True, and PEFT would scale a weighted sum by the root of its "
-                "rank. Activate the adapters together instead: model.base_model.set_adapter([...])."
+                f"The adapter '{scaled[0]}' has use_rslora=True, and PEFT would scale a weighted sum by the root of "
+                "its rank. Activate the adapters together instead: model.base_model.set_adapter([...])."
             )
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
@@ -208,47 +207,6 @@ def _compress(model: nn.Module, name: str, layout: str) -> None:
     compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
     if compressed.sparse_weight.layout != "dense":
         setattr(model.get_submodule(parent), child, compressed)
-
-
-@contextlib.contextmanager
-def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Take back what adding this adapter has changed in `model` if the block raises: modules, flags, PEFT's record."""
-    before = {name: type(module) for name, module in model.named_modules()}
-    training = {name: module.training for name, module in model.named_modules()}
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    known = list(getattr(model, "peft_config", {}))
-    try:
-        yield
-    except BaseException:
-        for name, module in list(model.named_modules()):
-            parent, _, child = name.rpartition(".")
-            restored: nn.Module | None = None
-            if isinstance(module, (LoRSLoraLinear, AuxiliaryTrainingWrapper)) and before.get(name) is type(module):
-                if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                    del module.modules_to_save[adapter_name]
-                elif isinstance(module, LoRSLoraLinear) and adapter_name in module.lora_A:
-                    module.delete_adapter(adapter_name)
-            elif isinstance(module, LoRSLoraLinear):
-                restored = module.base_layer
-            elif isinstance(module, ModulesToSaveWrapper):
-                restored = module.original_module
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                restored = module.token_adapter.base_layer
-            restored = module if restored is None else restored
-            if isinstance(restored, SparseLinear) and before.get(name) is nn.Linear:
-                restored = restored.to_linear()
-            if restored is not module:
-                setattr(model.get_submodule(parent), child, restored)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required.get(name, parameter.requires_grad))
-        for name, module in model.named_modules():
-            module.training = training.get(name, module.training)
-        record = getattr(model, "peft_config", None)
-        if isinstance(record, dict) and adapter_name not in known:
-            record.pop(adapter_name, None)
-            if not known:
-                del model.peft_config
-        raise
 
 
 # What `peft.utils.register_peft_method` does, which takes the names of PEFT's own enumeration only.
