@@ -27,6 +27,8 @@ from report import describe
 # name -> label, colour, line style; a method and its checkpointed form share a colour
 STYLE: dict[str, tuple[str, str, str]] = {
     "lors_cuda": ("lors_cuda", "#0b5fa5", "-"),
+    "lors_cuda_24": ("lors_cuda, weight stored 2:4", "#0b5fa5", "--"),
+    "lors_cuda_bitmap": ("lors_cuda, weight stored as bitmap", "#0b5fa5", ":"),
     "lors_cuda_exact": ("lors_cuda, exact gradients", "#6baed6", "-"),
     "official": ("official LoRS, eager", "#333333", "-"),
     "official_upcast": ("official LoRS, products in float32", "#333333", "--"),
