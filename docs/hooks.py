@@ -81,8 +81,8 @@ def command_line_page() -> str:
     lines = [
         "# Command line",
         "",
-        "`lors-cuda`, also `python -m lors_cuda`. This page is what `--help` prints. Exit codes: 0 done, 1 failed, 2 wrong usage.",
-        "With `--json` a command prints its result as JSON, and nothing else.",
+        "`lors-cuda`, also `python -m lors_cuda`. This page is what `--help` prints. Exit codes: 0 done, 1 failed,",
+        "2 wrong usage. With `--json` a command prints its result as JSON, and nothing else.",
     ]
     for arguments in ([], *([name] for name in commands)):
         title = " ".join(["lors-cuda", *arguments])
@@ -143,9 +143,11 @@ def benchmark_sections() -> str:
             "",
             f"![{result.stem}](plots/{result.stem}.svg){{.plot}}",
             "",
-            _table(rows),
+            f'??? note "The numbers: bench/results/{result.name}"',
             "",
-            f"`bench/results/{result.name}`: {_bench('report').describe(where)}.",
+            *(f"    {line}" for line in _table(rows)),
+            "",
+            f"    {_bench('report').describe(where)}.",
             "",
         ]
     return "\n".join(sections)
@@ -163,8 +165,8 @@ def _processor(where: dict[str, Any]) -> str:
     return f"{maker} with {best}"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """A line per peer, a column per case: times as fast as the official formulas, median [p20, p80], and peak memory."""
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per peer, a column per case: times as fast as the official formulas, median [p20, p80]; peak memory."""
     merge = rows[0]["benchmark"] == "merge"
     cases = list(dict.fromkeys(_case(row) for row in rows))
     cells = {(row["peer"], _case(row)): _cell(row) for row in rows}
@@ -173,7 +175,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for peer in dict.fromkeys(row["peer"] for row in rows):
         name = f"`{peer}`"
         lines.append([f"**{name}**" if peer == "lors_cuda" else name, *(cells.get((peer, case), "") for case in cases)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _case(row: dict[str, Any]) -> tuple[str, int]:

@@ -111,7 +111,8 @@ class LoRSConfig:
         """Build a configuration from a mapping of field names, as `to_dict` returns it.
 
         Raises:
-            TypeError: `values` is not a mapping. ValueError: it has a name that is no field, or a wrong value.
+            TypeError: `values` is not a mapping.
+            ValueError: it has a name that is no field, or a wrong value.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoRSConfig.from_dict needs a mapping of field names, but got {type(values).__name__}.")

@@ -140,6 +140,7 @@ class LoRSLinear(nn.Module):
         return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         if not self.adapter_enabled:
             return F.linear(input, self.weight, self.bias)
         return lors_linear(

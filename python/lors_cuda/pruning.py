@@ -70,7 +70,13 @@ class SparsityPattern:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """How many of a layer's weights are zero."""
+    """How many of a layer's weights are zero.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: (N, K).
+        zeros: weights that are 0, -0.0 included.
+    """
 
     name: str
     shape: tuple[int, int]
