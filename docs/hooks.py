@@ -29,6 +29,7 @@ RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "build" / "docs" / "plots"
 MARKER = "<!-- generated: bench/results -->"
 
+_LOADED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^>]*>')
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?P<text>.*?)</\1>', re.DOTALL)
 
 
@@ -45,6 +46,13 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
 
 def on_page_content(content: str, page: Page, **kwargs: Any) -> str:
     return _FORMULA.sub(lambda formula: _mathml(formula["text"], page), content)
+
+
+def on_post_page(output: str, page: Page, **kwargs: Any) -> str:
+    for tag in _LOADED.findall(output):
+        if 'rel="canonical"' not in tag:
+            LOG.warning("%s would load something from elsewhere when it is read: %s", page.file.src_uri, tag)
+    return output
 
 
 def on_serve(server: Any, config: MkDocsConfig, builder: Any) -> Any:
