@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -102,14 +103,8 @@ def _help(arguments: list[str]) -> str:
     """What `lors-cuda ... --help` prints on a terminal of 100 columns without colours."""
     main = importlib.import_module("lors_cuda.cli").main
     shown = io.StringIO()
-    kept = dict(os.environ)
-    os.environ.update(COLUMNS="100", NO_COLOR="1")
-    try:
-        with contextlib.redirect_stdout(shown):
-            code = main([*arguments, "--help"])
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
+    with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(shown):
+        code = main([*arguments, "--help"])
     if code != 0:
         LOG.warning("lors-cuda %s --help ended with code %d", " ".join(arguments), code)
     return shown.getvalue().strip()
