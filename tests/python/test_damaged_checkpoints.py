@@ -39,7 +39,7 @@ def damaged_parts(draw):
         elif kind == "cut":
             part = part[: draw(st.integers(0, part.shape[0]))] if part.dim() else part
         elif kind == "dtype":
-            part = part.to(draw(st.sampled_from([*DTYPES, torch.uint8, torch.int32, torch.int64, torch.bool])))
+            part = part.to(draw(st.sampled_from([*DTYPES, torch.uint8, torch.int32, torch.int64])))
         elif kind == "shape":
             part = draw(st.sampled_from([part.reshape(-1), part.reshape(1, -1), part.reshape(-1, 1, 1), part[..., :0]]))
         elif kind == "swap":
