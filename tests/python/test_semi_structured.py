@@ -99,6 +99,12 @@ def test_every_invalid_code_is_refused_and_named():
             )  # fmt: skip
 
 
+def test_a_code_of_one_position_is_refused_even_where_its_slots_are_zero():
+    """In our own metadata it would be a group that keeps one weight."""
+    zeros = CUTLASS(torch.Size((32, 64)), torch.zeros(32, 32).half(), torch.zeros(32, 4).short(), None, None, None)
+    refused(ValueError, lambda: from_torch_semi_structured(zeros), "corrupted in 256 of 256 bytes", "0x00", "row 0")
+
+
 def test_refusals_of_what_torch_cannot_hold():
     def convert(N=32, K=64, dtype=torch.bfloat16, layout="2:4", backend="cutlass"):
         return lambda: to_torch_semi_structured(SparseWeight.from_dense(sparse24(N, K, dtype), layout), backend)
