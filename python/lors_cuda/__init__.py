@@ -12,14 +12,16 @@ from .functional import lors_linear, merge
 from .init import estimate_gradients, init_from_gradients
 from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear
-from .model import disable_adapter, get_lors_model, merge_and_unload, named_lors_layers
+from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
 from .sparse import SparseWeight
+from .sparse_linear import SparseLinear
 
 __version__ = BUILD["version"]
 
 __all__ = [
     "LoRSConfig",
     "LoRSLinear",
+    "SparseLinear",
     "SparseWeight",
     "disable_adapter",
     "estimate_gradients",
@@ -30,6 +32,7 @@ __all__ = [
     "lors_linear",
     "merge",
     "merge_and_unload",
+    "merge_cache",
     "named_lors_layers",
     "save_adapter",
     "save_sparse_checkpoint",
