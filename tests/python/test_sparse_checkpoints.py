@@ -313,6 +313,7 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_left(tmp_path):
     path = tmp_path / "model"
     refused(ValueError, lambda: save_sparse_checkpoint(model, path, "marlin-24"), "'marlin-24'", "'dense'")
     refused(ValueError, lambda: save_sparse_checkpoint(trained(), path), "merge_and_unload first", "q_proj'")
+    refused(TypeError, lambda: save_sparse_checkpoint(nn.Linear(4, 4), path), "must be a transformers model")
     model.config.quantization_config = {"quant_method": "gptq"}
     refused(ValueError, lambda: save_sparse_checkpoint(model, path), "is quantized")
     del model.config.quantization_config

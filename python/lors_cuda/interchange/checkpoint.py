@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._files import new_directory
 from .._library import lors
-from ..model import named_lors_layers
+from ..sparse_linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .checkpoint_files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
 
@@ -71,7 +71,8 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
             (compressed-tensors 0.9 to 0.14) and for :func:`load_sparse_checkpoint`.
 
     Raises:
-        ValueError: an unknown format, unmerged adapters, a quantized model, or no linear that the format compresses.
+        TypeError: no transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
+            linear that the format compresses.
         FileExistsError: the directory is not empty. OSError: the files could not be written.
     """
     directory = Path(directory)
@@ -85,9 +86,13 @@ def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
     """What :func:`save_sparse_checkpoint` does, into a directory that exists and is empty."""
     if format not in SAVE_FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, SAVE_FORMATS))}.")
-    adapted = next((name for name, _ in named_lors_layers(model)), None)
-    if adapted is not None:
-        raise ValueError(f"The model still has adapters, such as the one of '{adapted}'. Call merge_and_unload first.")
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, with save_pretrained.")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__}; plain linears are saved. Call merge_and_unload first."
+            )
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("The model is quantized (its config has a quantization_config); dense models are saved here.")
     save: Any = model.save_pretrained
@@ -126,20 +131,20 @@ def _worthwhile(weight: Tensor, format: str) -> bool:
 
 def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, dtype="auto", output_loading_info=True
+        str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
     )
     return loaded
 
 
 def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
     """The same from tensors in memory, which become the model's parameters, and a config without the compression's."""
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     # The automatic class takes no state_dict without a directory; the model's own does.
     with torch.device("meta"):
-        model_class = type(transformers.AutoModelForCausalLM.from_config(config))
+        model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
     )

@@ -21,7 +21,7 @@ from .bitmask import FORMATS, PARTS, decode_weight, encode_weight
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 DENSE = "dense"
-# Where compressed-tensors has kept its configuration: since 0.8, in 0.4 to 0.7, and in 0.3 (its sparsity alone).
+# Where compressed-tensors has kept its configuration: since 0.7, in 0.4 to 0.6, and, each by itself, in 0.3.
 COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config", "sparseml_quantization_config")
 _PART_NAMES = frozenset(part for parts in PARTS.values() for part in parts)
 
