@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# A 2:4 SparseWeight <-> torch.sparse.SparseSemiStructuredTensor (a prototype of torch: written for 2.10 to 2.13).
+# A 2:4 SparseWeight <-> torch.sparse.SparseSemiStructuredTensor (which torch calls a prototype; tested with 2.13).
 # CUTLASS form: our values as they are, our metadata translated and reordered, on any device. cuSPARSELt form: opaque,
 # so through a dense copy and torch's own functions on CUDA. NOTE: that half has not yet run on hardware.
 """To and from torch's semi-structured sparse tensors."""
