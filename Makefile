@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel test-peft install clean
+.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel test-peft docs docs-serve install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -120,6 +120,14 @@ else
 	$(PEFT_PYTEST) -k "$(PEFT_TESTS) and not test_get_base_model_state_dict"
 	LORS_PEFT_LAYOUT=dense; export LORS_PEFT_LAYOUT; $(PEFT_PYTEST) -k "$(PEFT_TESTS)"
 endif
+
+# The documentation site, into build/site; every warning is an error. (mkdocs-material advertises its successor on every build.)
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: install
+	$(BIN)/mkdocs build --strict
+
+docs-serve: install
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf build dist demo-output

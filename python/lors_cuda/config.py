@@ -45,8 +45,9 @@ class LoRSConfig:
             forward, which needs one [out_features, in_features] product per layer).
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
-        rank_pattern, alpha_pattern: {regular expression: value}; the first one that matches the end of a module's
-            name, from a dot on, replaces `r` or `lora_alpha` for it; "^name" matches from the start only (as in PEFT).
+        rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,
+            replaces `r` for it; "^name" matches from the start only (as in PEFT).
+        alpha_pattern: {regular expression: lora_alpha}, likewise.
         modules_to_save: name suffixes of modules trained and saved whole. Suffixes match at a dot: "norm" does not
             select "input_layernorm", as it would in PEFT. Linears inside these modules are not adapted.
 
@@ -110,7 +111,8 @@ class LoRSConfig:
         """Build a configuration from a mapping of field names, as `to_dict` returns it.
 
         Raises:
-            TypeError: `values` is not a mapping. ValueError: it has a name that is no field, or a wrong value.
+            TypeError: `values` is not a mapping.
+            ValueError: it has a name that is no field, or a wrong value.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoRSConfig.from_dict needs a mapping of field names, but got {type(values).__name__}.")

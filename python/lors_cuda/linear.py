@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import check_gradient
 from .functional import lors_linear, merge
+from .merged_weight import MergedWeight
 from .sparse import SparseWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 
@@ -28,12 +29,12 @@ def check_rank(r: int, out_features: int, in_features: int) -> None:
 class LoRSLinear(SparseLinear):
     """A frozen sparse linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias``.
 
-    Source: LoRS, arXiv 2501.08582. Made by :meth:`from_linear` or :func:`lors_cuda.get_lors_model`.
+    Source: LoRS, arXiv 2501.08582. Made by :meth:`from_linear` or :func:`lors_cuda.get_lors_model`. The frozen layer's
+    own attributes are those of :class:`SparseLinear`.
 
     Attributes:
         lora_A: Parameter [r, in_features], Kaiming-uniform at first.
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
-        bias, sparse_weight, weight: the frozen layer's, as :class:`SparseLinear` has them.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
     """
@@ -63,6 +64,7 @@ class LoRSLinear(SparseLinear):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.gradient = gradient
         self.adapter_enabled = True
+        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
         device = sparse_weight.device
@@ -119,10 +121,18 @@ class LoRSLinear(SparseLinear):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         if not self.adapter_enabled:
             return super().forward(input)
         return lors_linear(
-            input, self.sparse_weight, self.lora_A, self.lora_B, self.scaling, self.bias, gradient=self.gradient
+            input,
+            self.sparse_weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            gradient=self.gradient,
+            cache=self.merged_weight,
         )
 
     def merge(self) -> nn.Linear:
