@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -153,7 +154,7 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no LoRS layers, or its parameters were made under `torch.inference_mode`.
     """
-    layers = [layer for _, layer in _lors_layers_with_names(model)]
+    layers = _caching_layers(model)
     for layer in layers:
         MergedWeight.check_countable(layer.parameters())
     before = [layer.merged_weight for layer in layers]
@@ -243,6 +244,16 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
     if not names_of:
         raise ValueError("The model has no LoRS layers. Convert it with get_lors_model or load_adapter first.")
     return [(names, layer) for layer, names in names_of.items()]
+
+
+def _caching_layers(model: nn.Module) -> list[Any]:
+    """The layers that can keep a merged weight: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
+    found = (
+        [module for module in model.modules() if "merged_weight" in vars(module)]
+        if isinstance(model, nn.Module)
+        else []
+    )
+    return found or [layer for _, layer in _lors_layers_with_names(model)]  # which refuses a model that has none
 
 
 def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Module) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lors_cuda import merge_cache
 from models import VOCABULARY, assert_unchanged, batch, logits, refused, snapshot, tiny_llama, tokens
 from peft_models import (
     LAYERS,
@@ -194,6 +195,30 @@ def test_training_keeps_the_base_and_moves_the_adapters(base):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert len(moved) == 2 * 7
+
+
+@every_base
+def test_merge_cache(base):
+    model = adapted(compressed(net(), base), adapters=("default", "second"))
+    layer = layers(model)["0"]
+    with merge_cache(model):
+        for name in ("default", "second", "default"):
+            model.set_adapter(name)
+            check_output(model, (name,))
+            assert layer.merged_weight.nbytes
+        kept = layer.merged_weight._operand
+        check_output(model)
+        assert layer.merged_weight._operand is kept
+        fill(model, seed=7)
+        check_output(model)
+        model.base_model.set_adapter(["default", "second"])
+        check_output(model, ("default", "second"))
+        model.merge_adapter()
+        check_output(model, ("default", "second"))
+        model.unmerge_adapter()
+        model.set_adapter("second")
+        check_output(model, ("second",))
+    assert layer.merged_weight is None
 
 
 # ---- the gradient start ----

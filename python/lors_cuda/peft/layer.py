@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional import lors_linear, merge
+from ..merged_weight import MergedWeight
 from ..sparse import SparseWeight
 from ..sparse_linear import SparseLinear
 from .config import LoRSLoraConfig
@@ -63,6 +64,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.register_buffer("unmerged_values", None, persistent=False)
+        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
 
     # ---- adapters ----
 
@@ -158,7 +160,9 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
             return super().forward(x)
         base: Any = self.base_layer
         weight = base.sparse_weight if isinstance(base, SparseLinear) else base.weight
-        return lors_linear(x, weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]])
+        # What is stacked is made anew in every call, so that a kept merge could not know it again.
+        kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
+        return lors_linear(x, weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept)
 
     def _is_one_product(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""

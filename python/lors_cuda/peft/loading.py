@@ -42,7 +42,8 @@ def from_pretrained(
         adapter_name: under which the adapter stands in the model.
         is_trainable: False freezes the adapter and sets the model to evaluation.
         strict_mask: refuse an adapter that was trained on another mask, or on none that is known.
-        layout, gradient: instead of the saved ones, as in :class:`LoRSLoraConfig`.
+        layout: instead of the saved one, as in :class:`LoRSLoraConfig`.
+        gradient: instead of the saved one.
         kwargs: further arguments of ``PeftModel.from_pretrained``, e.g. ``low_cpu_mem_usage``.
 
     Returns:
