@@ -104,6 +104,14 @@ def test_hotswapping(tmp_path):
     check_output(model)
 
 
+def test_hotswapping_an_adapter_of_fewer_modules(tmp_path):
+    other = adapted(target_modules=["0"])
+    other.save_pretrained(tmp_path)
+    model = adapted()
+    hotswap.hotswap_adapter(model, tmp_path, adapter_name="default")
+    torch.testing.assert_close(model(inputs()), other(inputs()))
+
+
 def test_hotswapping_another_mask_is_refused(tmp_path):
     adapted(net(seed=1)).save_pretrained(tmp_path)
     model = adapted()

@@ -107,12 +107,22 @@ def test_several_active_adapters_are_one_sum(base):
         torch.testing.assert_close(model(inputs()), net()(inputs()))
 
 
-def test_adapters_of_two_kinds_of_gradients_are_summed_too():
-    model = adapted(adapters=("default",), gradient="lors")
-    model.add_adapter("second", config_of(gradient="exact"))
+def test_adapters_of_two_kinds_of_gradients_get_their_own():
+    model = adapted(gradient="lors", target_modules=["0"])
+    model.add_adapter("second", config_of(gradient="exact", target_modules=["0"]))
     fill(model)
     model.base_model.set_adapter(["default", "second"])
-    check_output(model, ("default", "second"))
+    layer, x, weight = layers(model)["0"], inputs(), net()[0].weight.detach()
+    output = layer(x)
+    torch.testing.assert_close(output.detach(), x @ merged_reference(model, ("default", "second"))["0"].T)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    output.backward(grad)
+    for name, gradient in (("default", "lors"), ("second", "exact")):
+        lora_A, lora_B = (which[name].weight for which in (layer.lora_A, layer.lora_B))
+        _, grad_A, grad_B, _ = reference.linear_backward(
+            grad, x, weight, lora_A.detach(), lora_B.detach(), 2.0, gradient=gradient
+        )
+        torch.testing.assert_close((lora_A.grad, lora_B.grad), (grad_A, grad_B))
 
 
 @every_base
@@ -172,6 +182,23 @@ def test_merge_and_unload_gives_linears_with_exact_zeros(base, safe):
         assert not (torch.signbit(linear.weight) & (linear.weight == 0)).any()
         assert not linear.weight.requires_grad
     assert not hasattr(result, "peft_config")
+
+
+@every_base
+def test_a_value_that_rounds_to_minus_zero_becomes_zero(base):
+    linear = nn.Linear(4, 1, bias=False, dtype=torch.float16)
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    linear.weight.data.copy_(torch.tensor([[-smallest, 1.0, 0.0, 0.0]]))
+    model = compressed(nn.Sequential(linear), base)
+    layout = "dense" if base == "linear" else "auto"
+    model = peft.get_peft_model(model, config_of(r=1, lora_alpha=1, target_modules=["0"], layout=layout))
+    layer = layers(model)["0"]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.tensor([[0.75 * smallest, 0.0, 1.0, 1.0]]))
+        layer.lora_B["default"].weight.fill_(1.0)
+    weight = model.merge_and_unload()[0].weight
+    assert torch.equal(weight, torch.tensor([[0.0, 1.0, 0.0, 0.0]], dtype=torch.float16))
+    assert not torch.signbit(weight).any()
 
 
 @every_base

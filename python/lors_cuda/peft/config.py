@@ -66,6 +66,21 @@ REFUSED_FIELDS = {
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
+class Fingerprints(dict[str, str]):
+    """{module name: fingerprint of its mask}; equal if the masks of the modules that both name are.
+
+    PEFT compares configurations before it hotswaps adapters, and the new one may adapt fewer modules.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and all(other[name] == self[name] for name in self.keys() & other.keys())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+
 @dataclass
 class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
     """A `peft.LoraConfig` whose adapters are masked by the zeros of the base weight (LoRS, arXiv 2501.08582).
@@ -156,7 +171,7 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT writes them, with the fingerprints of the masks under "lors"."""
         values: dict[str, Any] = super().to_dict()
-        fingerprints = self.mask_fingerprints or self.saved_fingerprints or {}
+        fingerprints = Fingerprints(self.mask_fingerprints or self.saved_fingerprints or {})
         values["lors"] = {"format_version": FORMAT_VERSION, "mask_fingerprints": fingerprints}
         return values
 

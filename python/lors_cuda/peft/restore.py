@@ -20,7 +20,6 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """If the block raises, take back what adding this adapter has changed in `model`: modules, flags, PEFT's record."""
     # Names, not modules: nothing here may keep a dense weight alive that is being compressed.
     kinds = {name: type(module) for name, module in model.named_modules()}
-    training = {name: module.training for name, module in model.named_modules()}
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     known = list(getattr(model, "peft_config", {}))
     try:
@@ -38,8 +37,6 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 setattr(model.get_submodule(parent), child, restored)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required.get(name, parameter.requires_grad))
-        for name, module in model.named_modules():
-            module.training = training.get(name, module.training)
         record: Any = getattr(model, "peft_config", None)
         if isinstance(record, dict) and adapter_name not in known:
             record.pop(adapter_name, None)
