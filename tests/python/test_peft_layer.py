@@ -223,6 +223,15 @@ def test_nothing_is_merged_if_one_adapter_is_not_finite(value, unload):
     assert all(torch.equal(after[name], before[name]) for name in before if "2.lora_B" not in name)
 
 
+@every_base
+def test_a_weight_that_is_not_finite_is_not_unloaded_as_merged(base):
+    model = adapted(compressed(net(), base))
+    layers(model)["2"].stored_values.data.view(-1)[3] = float("inf")
+    with pytest.raises(ValueError, match="weight of '2' holds NaN or infinity, so nothing was merged"):
+        model.merge_and_unload()
+    assert set(layers(model)) == set(LAYERS)
+
+
 def test_safe_merge_refuses_what_overflows():
     model = adapted(net(dtype=torch.float16))
     layers(model)["2"].lora_B["default"].weight.data[:] = 60000.0

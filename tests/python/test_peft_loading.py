@@ -101,6 +101,12 @@ def test_the_files(directory):
     }
 
 
+def test_files_of_torch_save_load_too(tmp_path):
+    adapted().save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / FILES[1]).exists()
+    check_output(from_pretrained(net(), tmp_path))
+
+
 # ---- loaded without us: loud ----
 
 

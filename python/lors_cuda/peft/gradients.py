@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import init
 from ..config import LoRSConfig
+from ..sparse_linear import SparseLinear
 from .config import LoRSLoraConfig
 from .model import LoRSLoraModel
 from .targets import candidates, named_peft_layers, spell_out_all_linear
@@ -40,11 +41,17 @@ def estimate_gradients(
     tuner: Any = LoRSLoraModel
     config = tuner._prepare_adapter_config(_NoTuner, config, tuner.get_model_config(model))
     spell_out_all_linear(config, model)
-    names = [name for name, _ in candidates(model) if tuner._check_target_module_exists(config, name)]
-    if not names:
+    selected = {n: m for n, m in candidates(model) if tuner._check_target_module_exists(config, n)}
+    stored = next((name for name, module in selected.items() if isinstance(module, SparseLinear)), None)
+    if stored is not None:
+        raise ValueError(
+            f"'{stored}' is stored sparse, and gradients are estimated with respect to dense weights. Call this on the "
+            "model before it is compressed."
+        )
+    if not selected:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
-    selected = LoRSConfig(target_modules="|".join(map(re.escape, names)))
-    return init.estimate_gradients(model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=selected)
+    targets = LoRSConfig(target_modules="|".join(map(re.escape, selected)))
+    return init.estimate_gradients(model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=targets)
 
 
 def init_from_gradients(

@@ -116,11 +116,14 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_finite(adapter_names, safe_merge)
+            self._check_finite(adapter_names, safe_merge, base=True)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
+        """Refuse adapters, with ``base`` weights too, that are not finite; with ``safe_merge`` what they would merge to."""
         for name, layer in named_peft_layers(self.model):
+            if base and not bool(torch.isfinite(layer.stored_values).all()):
+                raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):
