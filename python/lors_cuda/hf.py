@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# For transformers.Trainer and what is built on it (TRL): a callback that checks the zeros, a mixin for small checkpoints.
-# `import lors_cuda` does not import this file; it needs transformers, which `import lors_cuda` does not.
-"""Training with ``transformers.Trainer``: masks checked on the way, checkpoints of the adapter's size."""
+# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros, checkpoints of adapter size.
+# `import lors_cuda` does not import this file, because it needs transformers.
+"""Training with Hugging Face's trainers: masks checked on the way, checkpoints of the adapter's size."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .adapter_files import CONFIG_NAME
 from .checkpoint import load_adapter, save_adapter
 from .functional import merge
 from .linear import LoRSLinear
+from .model import named_lors_layers
 from .sparse_linear import SparseLinear
 
 try:
@@ -26,6 +27,7 @@ except ImportError as error:
         "lors_cuda.hf needs transformers, which could not be imported. Install it with `pip install 'lors-cuda[hf]'`."
     ) from error
 
+_ADAPTER_FOLDER = "adapter"
 _CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
 
 
@@ -214,3 +216,43 @@ def _count_zeros(name: str, layer: SparseLinear, step: int) -> int:
                 "or the kernel that merges is damaged: run `lors-cuda info`, and resume from an earlier checkpoint."
             )
         return merged.numel() - int(torch.count_nonzero(merged))
+
+
+def save_adapters_only(accelerator: Any) -> None:
+    """Make ``accelerator.save_state`` write an adapter directory, ``adapter/``, instead of the converted model.
+
+    ``load_state`` then loads it into the model, with the checks of :func:`lors_cuda.load_adapter`. Optimizer,
+    scheduler, random state and other models are as without it. Call it once, on an ``accelerate.Accelerator``.
+
+    Raises:
+        ValueError: the accelerator uses FSDP or DeepSpeed, whose checkpoints are made of each process's part; at
+            ``save_state`` and ``load_state``: not exactly one of the prepared models has LoRS layers.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            f"The accelerator uses {kind}, which saves each process's part of the model by itself. Keep its own "
+            "save_state there, and save the adapter from the gathered model after training."
+        )
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], directory: str) -> None:
+        index = _only_converted(models)
+        weights.pop(index)
+        if accelerator.is_main_process:
+            save_adapter(models[index], Path(directory) / _ADAPTER_FOLDER)
+
+    def load(models: list[nn.Module], directory: str) -> None:
+        load_adapter(models.pop(_only_converted(models)), Path(directory) / _ADAPTER_FOLDER)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _only_converted(models: list[nn.Module]) -> int:
+    converted = [index for index, model in enumerate(models) if any(named_lors_layers(model))]
+    if len(converted) != 1:
+        raise ValueError(
+            f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a place "
+            "for one. Save the others with lors_cuda.save_adapter yourself."
+        )
+    return converted[0]
