@@ -7,45 +7,21 @@
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from small_model import documentation, pruned_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
 
 import lors_cuda
 from lors_cuda.hf import LoRSTrainerMixin, SparsityCallback
-from lors_cuda.pruning import measure_sparsity, prune, total_sparsity
+from lors_cuda.pruning import measure_sparsity, total_sparsity
 
 BLOCK = 128  # tokens in a sequence
 
 
 class AdapterTrainer(LoRSTrainerMixin, Trainer):
     """Checkpoints of the adapter's size."""
-
-
-def small_model() -> torch.nn.Module:
-    """A byte-level Llama with random weights, pruned to 2:4."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    model = LlamaForCausalLM(config).bfloat16()
-    prune(model, "2:4", method="magnitude", progress=False)
-    return model
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -58,10 +34,11 @@ def main(argv: list[str] | None = None) -> list[float]:
     args = parser.parse_args(argv)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16) if args.model else small_model()
-    model = lors_cuda.get_lors_model(model, lors_cuda.LoRSConfig(r=8, lora_alpha=16))  # the adapters are float32
+    dtype = torch.bfloat16  # of the frozen weights; the adapters are float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype) if args.model else pruned_llama(dtype=dtype)
+    model = lors_cuda.get_lors_model(model, lors_cuda.LoRSConfig(r=8, lora_alpha=16))
 
-    text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:40_000]
+    text = "\n".join(documentation())
     ids = tokenizer(text).input_ids
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
     trainer = AdapterTrainer(
@@ -92,7 +69,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     tokenizer.save_pretrained(args.output / "merged")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     sparsity = total_sparsity(measure_sparsity(merged))
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the merged model in {args.output / 'merged'}: {sparsity:.1%} zeros")
+    print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the merged model in {args.output / 'merged'}: {sparsity:.1%} zeros"
+    )
     return losses
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def placement_hook(module: nn.Module) -> Any:
-    """The hook by which accelerate runs `module` on its device; None if it has none, or one that does something else."""
+    """The hook by which accelerate runs `module` on its device; None without one, or if it does something else."""
     hook = vars(module).get("_hf_hook")
     return hook if type(hook).__name__ == "AlignDevicesHook" and not hook.offload else None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros, checkpoints of adapter size.
+# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros, small checkpoints.
 # `import lors_cuda` does not import this file, because it needs transformers.
 """Training with Hugging Face's trainers: masks checked on the way, checkpoints of the adapter's size."""
 
@@ -34,10 +34,10 @@ _CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
 class SparsityCallback(TrainerCallback):
     """Checks while the Trainer trains that nothing but the adapters changes, and logs the sparsity.
 
-    Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must be
-    bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time) exactly
-    zero off the mask. The Trainer's next log then has ``sparsity``: the share of exact zeros in the merged weights of
-    all checked layers.
+    Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must
+    be bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time)
+    exactly zero off the mask. The Trainer's next log then has ``sparsity``: the share of exact zeros in the merged
+    weights of all checked layers.
 
     Raises (from ``trainer.train()``):
         RuntimeError: a layer was changed; it is named, and no checkpoint of that step is written.
@@ -63,8 +63,8 @@ class SparsityCallback(TrainerCallback):
         self._checksums = {name: _checksums(layer) for name, layer in _layers(kwargs["model"])}
         if not self._checksums:
             raise ValueError(
-                "SparsityCallback found no LoRS layers in the model. Convert it with lors_cuda.get_lors_model before the "
-                "Trainer is made, or leave the callback out."
+                "SparsityCallback found no LoRS layers in the model. Convert it with lors_cuda.get_lors_model before "
+                "the Trainer is made, or leave the callback out."
             )
         self._checked_at = state.global_step
 
@@ -212,8 +212,8 @@ def _count_zeros(name: str, layer: SparseLinear, step: int) -> int:
             row, column = stray.nonzero()[0].tolist()
             raise RuntimeError(
                 f"Layer '{name}': the merged weight is {merged[row, column].item()} in row {row}, column {column}, "
-                f"which is off the mask, at step {step}; {int(stray.sum())} weights are. Training was stopped. The mask "
-                "or the kernel that merges is damaged: run `lors-cuda info`, and resume from an earlier checkpoint."
+                f"which is off the mask, at step {step}; {int(stray.sum())} weights are. Training was stopped. The "
+                "mask or the merging kernel is damaged: run `lors-cuda info`, and resume from an earlier checkpoint."
             )
         return merged.numel() - int(torch.count_nonzero(merged))
 
@@ -252,7 +252,7 @@ def _only_converted(models: list[nn.Module]) -> int:
     converted = [index for index, model in enumerate(models) if any(named_lors_layers(model))]
     if len(converted) != 1:
         raise ValueError(
-            f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a place "
-            "for one. Save the others with lors_cuda.save_adapter yourself."
+            f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a "
+            "place for one. Save the others with lors_cuda.save_adapter yourself."
         )
     return converted[0]

@@ -8,12 +8,10 @@ import random
 import pytest
 import torch
 
-from lors_cuda import LoRSConfig, LoRSLinear, SparseLinear, get_lors_model
+from lors_cuda import LoRSConfig, LoRSLinear, SparseLinear, get_lors_model, hf
+from lors_cuda.hf import SparsityCallback
 from models import refused, tiny_llama
 from trainer_runs import STEPS, checkpoint, converted, make_trainer, transformers
-
-from lors_cuda import hf
-from lors_cuda.hf import SparsityCallback
 
 DAMAGED = "model.layers.1.mlp.up_proj"
 

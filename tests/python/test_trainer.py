@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from lors_cuda import load_adapter, merge_and_unload, named_lors_layers
+from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers
 
@@ -30,8 +30,10 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("gradient", ["lors", "exact"])
 def test_gradient_checkpointing_in_both_modes_changes_nothing(tmp_path, gradient, reentrant):
     plain = make_trainer(tmp_path, model=converted(gradient=gradient), bf16=True, save_strategy="no")
+    start = adapters(plain.model)
     plain.train()
-    assert losses(plain)[-1] < losses(plain)[0]
+    trained = adapters(plain.model)
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
     trainer = make_trainer(
         tmp_path,
         model=converted(gradient=gradient),
@@ -43,12 +45,10 @@ def test_gradient_checkpointing_in_both_modes_changes_nothing(tmp_path, gradient
     trainer.train()
     # What is recomputed is what was computed: the same operators on the same values, on the CPU bit for bit.
     assert losses(trainer) == losses(plain)
-    assert_same(adapters(trainer.model), adapters(plain.model))
+    assert_same(adapters(trainer.model), trained)
 
 
 def test_a_bfloat16_model_trains_float32_adapters_and_merges_with_every_zero(tmp_path):
-    from lors_cuda import LoRSConfig, get_lors_model
-
     model = get_lors_model(tiny_llama(dtype=torch.bfloat16), LoRSConfig(r=4, lora_alpha=8))
     masks = {name: layer.sparse_weight.mask() for name, layer in named_lors_layers(model)}
     start = adapters(model)
