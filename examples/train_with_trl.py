@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     trainer.train(resume_from_checkpoint=args.resume)
 
     merged = lors_cuda.merge_and_unload(trainer.model)
-    merged.save_pretrained(args.output / "merged")
+    if trainer.is_world_process_zero():
+        merged.save_pretrained(args.output / "merged")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     sparsity = total_sparsity(measure_sparsity(merged))
     print(

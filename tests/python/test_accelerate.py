@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import LoRSConfig, get_lors_model, merge_and_unload, named_lors_layers
 from models import assert_unchanged, batch, fill_adapters, logits, refused, snapshot, tiny_llama, tiny_net, tokens
 
@@ -17,19 +18,10 @@ accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 from lors_cuda.hf import save_adapters_only  # noqa: E402
 
 BLOCKS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    """accelerate keeps its settings in class attributes; leave none to the next test."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
 
 
 class Run:

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import LoRSConfig, LoRSLinear, SparseLinear, get_lors_model, hf
 from lors_cuda.hf import SparsityCallback
 from models import refused, tiny_llama

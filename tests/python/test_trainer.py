@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers

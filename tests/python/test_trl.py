@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from byte_model import byte_llama, byte_tokenizer
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
 from models import prune_two_of_four
