@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         tokenizer.save_pretrained(args.output / "merged")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     sparsity = total_sparsity(measure_sparsity(merged))
-    print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the merged model in {args.output / 'merged'}: {sparsity:.1%} zeros"
-    )
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {sparsity:.1%} zeros in {args.output / 'merged'}")
     return losses
 
 

@@ -1,7 +1,7 @@
 """LoRS with TRL's SFTTrainer: the trainer is TRL's own, the model a converted one, the checkpoints adapters.
 
-`python examples/train_with_trl.py` makes itself a small pruned model and fine-tunes it on Python's own documentation;
-`--model DIR` takes a pruned checkpoint of yours. Needs trl (`pip install trl`).
+`python examples/train_with_trl.py` makes itself a small pruned model and fine-tunes it on Python's own documentation. Needs trl
+(`pip install trl`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from small_model import documentation, pruned_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import ByT5Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 import lors_cuda
 from lors_cuda.hf import LoRSTrainerMixin, SparsityCallback
-from lors_cuda.pruning import measure_sparsity, total_sparsity
 
 
 class AdapterSFTTrainer(LoRSTrainerMixin, SFTTrainer):
@@ -26,14 +25,12 @@ class AdapterSFTTrainer(LoRSTrainerMixin, SFTTrainer):
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a pruned checkpoint with its tokenizer")
     parser.add_argument("--output", type=Path, default=Path("trl-output"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --output")
     args = parser.parse_args(argv)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else pruned_llama()
+    model, tokenizer = pruned_llama(), ByT5Tokenizer()  # put from_pretrained of a pruned checkpoint of yours here
     model = lors_cuda.get_lors_model(model, lors_cuda.LoRSConfig(r=8, lora_alpha=16))
 
     trainer = AdapterSFTTrainer(
@@ -58,14 +55,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     trainer.train(resume_from_checkpoint=args.resume)
 
-    merged = lors_cuda.merge_and_unload(trainer.model)
-    if trainer.is_world_process_zero():
-        merged.save_pretrained(args.output / "merged")
+    trainer.save_model(args.output / "adapter")  # load_adapter or `lors-cuda merge` takes it from there
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    sparsity = total_sparsity(measure_sparsity(merged))
-    print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the merged model in {args.output / 'merged'}: {sparsity:.1%} zeros"
-    )
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the adapter is in {args.output / 'adapter'}")
     return losses
 
 

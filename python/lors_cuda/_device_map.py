@@ -14,7 +14,7 @@ from torch import nn
 def placement_hook(module: nn.Module) -> Any:
     """The hook by which accelerate runs `module` on its device; None without one, or if it does something else."""
     hook = vars(module).get("_hf_hook")
-    return hook if type(hook).__name__ == "AlignDevicesHook" and not hook.offload else None
+    return None if type(hook).__name__ != "AlignDevicesHook" or is_offloaded(module) else hook
 
 
 def is_offloaded(module: nn.Module) -> bool:

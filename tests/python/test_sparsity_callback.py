@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
 import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from lors_cuda import LoRSConfig, LoRSLinear, SparseLinear, get_lors_model, hf
+from lors_cuda import LoRSLinear, SparseLinear, hf
 from lors_cuda.hf import SparsityCallback
 from models import refused, tiny_llama
 from trainer_runs import STEPS, checkpoint, converted, make_trainer, transformers
@@ -159,10 +160,20 @@ def test_refusals(tmp_path):
     refused(TypeError, lambda: SparsityCallback(every=True), "every is True")
     trainer = make_trainer(tmp_path, model=tiny_llama(), callbacks=[SparsityCallback()])
     refused(ValueError, trainer.train, "no LoRS layers", "get_lors_model")
-    model = get_lors_model(tiny_llama(), LoRSConfig(r=4))
-    model.get_submodule(DAMAGED).weight_values.device_mesh = "what a DTensor has"
-    trainer = make_trainer(tmp_path, model=model, callbacks=[SparsityCallback()])
-    refused(ValueError, trainer.train, f"'{DAMAGED}'", "sharded over several processes")
+
+
+def test_sharded_layers_are_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = converted()
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(model.model.layers[1], mesh=mesh)
+        call = functools.partial(
+            SparsityCallback().on_train_begin, None, transformers.TrainerState(), None, model=model
+        )
+        refused(ValueError, call, "'model.layers.1.self_attn.q_proj' are sharded over several processes")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int64])

@@ -10,6 +10,7 @@ import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
+from lors_cuda.hf import LoRSTrainerMixin
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers
 
@@ -134,6 +135,35 @@ def test_resuming_on_another_mask_is_refused_and_changes_nothing(tmp_path):
         "layers.0.self_attn.q_proj",
     )
     assert_unchanged(other.model, before)
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_trainer_keeps_its_own_checkpoints(tmp_path, sharding):
+    calls = []
+
+    class Sharded:
+        is_fsdp_enabled = is_deepspeed_enabled = False
+        state = transformers.TrainerState(best_model_checkpoint=str(tmp_path))
+
+        def _save(self, output_dir=None, state_dict=None):
+            calls.append((output_dir, state_dict))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            calls.append((resume_from_checkpoint, model))
+
+        def _load_best_model(self):
+            calls.append("best")
+
+    class Adapter(LoRSTrainerMixin, Sharded):
+        pass
+
+    (tmp_path / "adapter_config.json").write_text("{}")  # even there
+    trainer = Adapter()
+    setattr(trainer, sharding, True)
+    trainer._save("where", {"a": 1})
+    trainer._load_from_checkpoint(str(tmp_path), "model")
+    trainer._load_best_model()
+    assert calls == [("where", {"a": 1}), (str(tmp_path), "model"), "best"]
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
