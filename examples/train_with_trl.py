@@ -1,7 +1,7 @@
 """LoRS with TRL's SFTTrainer: the trainer is TRL's own, the model a converted one, the checkpoints adapters.
 
-`python examples/train_with_trl.py` makes itself a small pruned model and fine-tunes it on Python's own documentation. Needs trl
-(`pip install trl`).
+`python examples/train_with_trl.py` makes itself a small pruned model and takes Python's own documentation for text.
+It needs trl (`pip install trl`).
 """
 
 from __future__ import annotations

@@ -137,6 +137,13 @@ def test_resuming_on_another_mask_is_refused_and_changes_nothing(tmp_path):
     assert_unchanged(other.model, before)
 
 
+def test_a_process_that_is_not_to_save_writes_nothing(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.save_model(str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
+
+
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_a_sharded_trainer_keeps_its_own_checkpoints(tmp_path, sharding):
     calls = []
