@@ -54,7 +54,7 @@ class SparsityCallback(TrainerCallback):
             raise ValueError(f"every is {every}; it must be at least 1.")
         self.every = every
         self._checksums: dict[str, dict[str, tuple[torch.dtype, int]]] = {}
-        self._checked_at = -1
+        self._checked_at = 0
         self._metrics: dict[str, float] = {}
 
     def on_train_begin(
@@ -97,7 +97,7 @@ class SparsityCallback(TrainerCallback):
             if before != now:
                 tensor = next((key for key in now if before is None or before.get(key) != now[key]), "the weight")
                 raise RuntimeError(
-                    f"Layer '{name}': {tensor} is frozen, but has changed between step {max(self._checked_at, 0)} and "
+                    f"Layer '{name}': {tensor} is frozen, but has changed between step {self._checked_at} and "
                     f"step {step}; only lora_A and lora_B may change. Training was stopped. Find what writes to it "
                     "(an optimizer over all parameters, a callback, a cast) and resume from an earlier checkpoint."
                 )
@@ -128,7 +128,9 @@ class LoRSTrainerMixin:
             return
         directory = Path(output_dir if output_dir is not None else trainer.args.output_dir)
         save_adapter(trainer.model, directory)
-        tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        tokenizer = trainer.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(trainer.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         torch.save(trainer.args, directory / "training_args.bin")

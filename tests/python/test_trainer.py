@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,15 @@ def test_resuming_on_another_mask_is_refused_and_changes_nothing(tmp_path):
         "layers.0.self_attn.q_proj",
     )
     assert_unchanged(other.model, before)
+
+
+def test_importing_it_without_transformers_is_explained():
+    code = "import sys; sys.modules['transformers'] = None; import lors_cuda; import lors_cuda.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: lors_cuda.hf needs transformers")
+    assert "pip install 'lors-cuda[hf]'" in last
 
 
 def test_a_process_that_is_not_to_save_writes_nothing(tmp_path, monkeypatch):
