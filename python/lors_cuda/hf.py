@@ -92,7 +92,14 @@ class SparsityCallback(TrainerCallback):
 
     def _check(self, model: nn.Module, step: int) -> None:
         zeros = weights = 0
-        for name, layer in _layers(model):
+        layers = dict(_layers(model))
+        gone = next((name for name in self._checksums if name not in layers), None)
+        if gone is not None:
+            raise RuntimeError(
+                f"Layer '{gone}' is no LoRS layer any more at step {step}, and was one when training began. Training "
+                "was stopped. Merge or replace layers after trainer.train() only."
+            )
+        for name, layer in layers.items():
             before, now = self._checksums.get(name), _checksums(layer)
             if before != now:
                 tensor = next((key for key in now if before is None or before.get(key) != now[key]), "the weight")

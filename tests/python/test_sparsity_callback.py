@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from lors_cuda import LoRSLinear, SparseLinear, hf
+from lors_cuda import LoRSLinear, SparseLinear, hf, merge_and_unload
 from lors_cuda.hf import SparsityCallback
 from models import refused, tiny_llama
 from trainer_runs import STEPS, checkpoint, converted, make_trainer, transformers
@@ -112,6 +112,15 @@ def test_damage_stops_training_before_the_checkpoint(tmp_path, layout, what, ten
     assert "between step 2 and step 4" in message
     assert checkpoint(tmp_path, 2).is_dir()
     assert not checkpoint(tmp_path, 4).exists()
+
+
+def test_layers_that_vanish_are_found(tmp_path):
+    class Merge(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            merge_and_unload(model)
+
+    trainer = make_trainer(tmp_path, save_strategy="no", callbacks=[Merge(), SparsityCallback(every=1)])
+    refused(RuntimeError, trainer.train, "'model.layers.0.self_attn.q_proj' is no LoRS layer any more at step 1")
 
 
 def test_damage_after_the_last_due_step_is_found_at_the_end(tmp_path):
