@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -84,23 +83,3 @@ def test_accelerate_example(tmp_path, monkeypatch):
 def test_three_lines(monkeypatch, capsys):
     example("three_lines", monkeypatch)
     assert "zeros kept: True" in capsys.readouterr().out
-
-
-def test_the_code_of_the_trainer_page_runs(tmp_path, monkeypatch):
-    """docs/howto/trainer.md: its blocks one after another, as a reader would type them, beside a pruned model."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("trl")
-    module = example("small_model", monkeypatch)
-    module.pruned_llama().save_pretrained(tmp_path / "pruned-model")
-    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "pruned-model")
-    (tmp_path / "text.txt").write_text(module.documentation(1)[0] * 2, encoding="utf-8")
-    page = (EXAMPLES.parent / "docs" / "howto" / "trainer.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "trainer_page"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"trainer.md, block {number + 1}", "exec"), names)
-    assert_sparse(tmp_path / "repaired-model")
-    for directory in ("run/checkpoint-10", "sft/checkpoint-4", "state/adapter", "adapter"):
-        assert (tmp_path / directory / "adapter_model.safetensors").is_file(), directory
