@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,3 +149,23 @@ def test_the_sdist_has_every_tracked_file_and_the_plain_version(tmp_path):
     left_out = (".ci/", ".git", "bench/results/")
     missing = {f for f in listed.stdout.splitlines() if not f.startswith(left_out) and (ROOT / f).exists()} - set(files)
     assert missing == set()
+
+
+# ---- the workflows --------------------------------------------------------------------------------------------------
+
+
+def test_workflows_call_what_exists():
+    """Every `make` target, script and path that a workflow's steps name."""
+    yaml = pytest.importorskip("yaml")
+    called = set()
+    for workflow in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+            for step in job["steps"]:
+                called |= set(re.findall(r"\b(?:make|python|bash) [.a-z][\w./-]*", step.get("run", "")))
+    assert {"bash .ci/run", "make test-wheel", "make test-sdist", "python tests/wheel/try_wheel.py"} <= called
+    for command in called:
+        tool, what = command.split()
+        if tool == "make":
+            subprocess.run(["make", "-n", what], cwd=ROOT, check=True, capture_output=True)
+        else:
+            assert (ROOT / what).is_file(), command
