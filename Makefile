@@ -1,5 +1,5 @@
-# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, FUZZ_SECONDS, FUZZ_SEED,
-# and of the wheels: docs/howto/wheels.md.
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, FUZZ_SECONDS, FUZZ_SEED;
+# those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
@@ -120,7 +120,7 @@ wheel: $(VENV)/.ready
 test-wheel: wheel
 	$(BIN)/python tests/wheel/try_wheel.py dist/*.whl
 
-# The same under other torches and every Python there is (downloads; hours with nothing cached, so no part of CI).
+# The same under other torches and every Python there is (gigabytes per torch, so no part of CI).
 wheel-matrix: wheel
 	$(BIN)/python tests/wheel/try_wheel.py dist/*.whl --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCHES) \
 		$(if $(TORCH_INDEX),--index $(TORCH_INDEX))

@@ -125,6 +125,12 @@ def test_a_wheel_that_is_not(tmp_path, cuobjdump, wheel, problem):
     assert problem in problems[0]
 
 
+def test_a_wheel_that_no_interpreter_could_try_has_not_passed(tmp_path, capsys):
+    try_wheel = importlib.import_module("try_wheel")
+    assert try_wheel.main([str(tmp_path / "some.whl"), "--python", "9.99", "--torch", "newest"]) == 1
+    assert "not tried  Python 9.99: there is no python9.99 on PATH" in capsys.readouterr().out
+
+
 # ---- the sdist ------------------------------------------------------------------------------------------------------
 
 
