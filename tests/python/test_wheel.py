@@ -26,7 +26,7 @@ def configure(folder: Path, *definitions: str) -> subprocess.CompletedProcess[st
     if cmake is None:
         pytest.skip("there is no cmake")
     command = [cmake, "-S", str(ROOT), "-B", str(folder), "-DLORS_PYTHON=OFF", *definitions]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def labelled_version(folder: Path) -> str:
