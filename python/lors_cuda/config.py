@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ._checks import GRADIENTS
+from ._device_map import is_offloaded, original_forward
 from .sparse import LAYOUTS
 
 ALL_LINEAR = "all-linear"
@@ -276,7 +277,12 @@ def unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if is_offloaded(module):
+        return (
+            "has its weights offloaded by accelerate (device_map), which brings them for each forward only. Load the "
+            "model without offloading to the CPU or the disk, or leave it out"
+        )
+    if original_forward(module) is not nn.Linear.forward:
         return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"

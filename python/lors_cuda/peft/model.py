@@ -120,7 +120,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
-        """Refuse adapters, with ``base`` weights too, that are not finite; with ``safe_merge`` what they would merge to."""
+        """Refuse what is not finite: adapters, with ``base`` weights, with ``safe_merge`` merged weights."""
         for name, layer in named_peft_layers(self.model):
             if base and not bool(torch.isfinite(layer.stored_values).all()):
                 raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
