@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import merge_cache
 from models import VOCABULARY, assert_unchanged, batch, logits, refused, snapshot, tiny_llama, tokens
 from peft_models import (
@@ -288,6 +289,31 @@ def test_add_adapter_and_load_adapter_of_transformers(tmp_path):
     refused(ValueError, lambda: tiny_llama(seed=1, layers=1).load_adapter(tmp_path), "another sparsity mask")
     other.delete_adapter("default")
     torch.testing.assert_close(logits(other), base)
+
+
+@pytest.mark.parametrize("base", ["linear", "2:4"])
+def test_trainer_trains_and_resumes(tmp_path, base):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8, length=8)]
+
+    def run(resume: bool) -> nn.Module:
+        model = llama(base=compressed(tiny_llama(layers=1), base), lora_dropout=0.1)
+        options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "seed": 3}
+        arguments = transformers.TrainingArguments(
+            tmp_path, use_cpu=True, report_to="none", disable_tqdm=True, **options
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return model.eval()
+
+    whole, resumed = run(resume=False), run(resume=True)
+    torch.testing.assert_close(logits(resumed), logits(whole))
+    assert not torch.allclose(logits(whole), logits(llama()))
+    torch.testing.assert_close(logits(from_pretrained(tiny_llama(layers=1), tmp_path / "checkpoint-4")), logits(whole))
+    for name, module in whole.merge_and_unload().named_modules():
+        if name in layers(llama()):
+            assert_zero_off_mask(module.weight, tiny_llama(layers=1).get_submodule(name).weight != 0)
 
 
 def test_generation_equals_the_merged_models():
