@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._processes import process_rank, together
+from ._sharded import copy_whole, original_class, reshard, whole
 from .adapter_files import (
     DTYPES,
     FORMAT_VERSION,
@@ -38,32 +41,42 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
     disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile or
-    DistributedDataParallel the names are those of the inner model; with several processes, call it in one.
+    DistributedDataParallel the names are those of the inner model. With several processes, call it in one, unless the
+    model is under fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
 
     Raises:
         ValueError: the model has no LoRS layers, or layers with and without use_rslora. OSError: the files could not
-            be written (the system's reason is given). ImportError: safetensors is not installed.
+            be written (the system's reason is given). ImportError: safetensors is not installed. RuntimeError: under
+            fully_shard, it failed in another process.
     """
     require_safetensors()
     model = _unwrapped(model)
+    sharded = reshard(model)
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError("The model has no LoRS layers, so there is no adapter to save. Call get_lors_model first.")
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole(layer.lora_A)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole(layer.lora_B)
     for name, tensor in _saved_tensors(model, config).items():
-        tensors[PREFIX + name] = tensor
-    write_adapter(Path(directory), tensors, _config_fields(model, layers, config))
+        tensors[PREFIX + name] = whole(tensor)
+    fields = _config_fields(model, layers, config)
+    if not sharded:
+        write_adapter(Path(directory), tensors, fields)
+        return
+    with together():
+        if process_rank() == 0:
+            write_adapter(Path(directory), tensors, fields)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_mask: bool = True) -> nn.Module:
     """Load an adapter directory into `model`, converting it first if it has no LoRS layers yet; in place.
 
     Every name, shape, rank, scaling, dtype and mask fingerprint is checked before anything is changed. A directory
-    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on.
+    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on. A model
+    under fully_shard must be converted already; all processes load together, each from the directory.
 
     Args:
         model: the sparse base model, or a model converted with the same targets, ranks and scaling.
@@ -79,7 +92,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
     """
     require_safetensors()
     inner = _unwrapped(model)
-    adapter = read_adapter(Path(directory))
+    with together() if reshard(inner) else contextlib.nullcontext():
+        adapter = read_adapter(Path(directory))
     layers = dict(named_lors_layers(inner))
     targets: list[Target] = []
     if layers:
@@ -95,12 +109,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
             for which, tensor in adapter.adapters[name].items():
                 setattr(layer, which, nn.Parameter(tensor.to(layer.lora_A.device, copy=True)))
     existing = inner.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(adapter.adapters[name]["lora_A"])
-            layer.lora_B.copy_(adapter.adapters[name]["lora_B"])
-        for name, tensor in adapter.saved.items():
-            existing[name].copy_(tensor)
+    for name, layer in layers.items():
+        copy_whole(layer.lora_A, adapter.adapters[name]["lora_A"])
+        copy_whole(layer.lora_B, adapter.adapters[name]["lora_B"])
+    for name, tensor in adapter.saved.items():
+        copy_whole(existing[name], tensor)
     return model
 
 
@@ -144,10 +157,11 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
     PEFT 0.21 reads it: it warns about the one field it does not know, "lors", and ignores it. It then applies the
     adapter unmasked, so PEFT alone reproduces our model only up to the masked entries.
     """
+    kind = original_class(model)
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
@@ -165,7 +179,7 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
             "format_version": FORMAT_VERSION,
             "gradient": config.gradient,
             "layout": config.layout,
-            "mask_fingerprints": {name: layer.sparse_weight.fingerprint() for name, layer in layers.items()},
+            "mask_fingerprints": {name: layer.whole_weight().fingerprint() for name, layer in layers.items()},
         },
     }
 
@@ -203,7 +217,9 @@ def _fit_converted(
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()
     problems += _fit_saved(_saved_tensors(model, saving), adapter)
-    fingerprints = {name: layer.sparse_weight.fingerprint for name, layer in layers.items()}
+    fingerprints: dict[str, Callable[[], str]] = {
+        name: partial(_layer_fingerprint, layer) for name, layer in layers.items()
+    }
     return problems or _fit_masks(fingerprints, adapter, strict_mask)
 
 
@@ -229,6 +245,10 @@ def _fit_unconverted(model: nn.Module, adapter: SavedAdapter, strict_mask: bool)
     if not problems:
         check_targets(targets, adapter.config)
     return targets, problems
+
+
+def _layer_fingerprint(layer: LoRSLinear) -> str:
+    return layer.whole_weight().fingerprint()
 
 
 def _fingerprint(linear: nn.Linear) -> str:

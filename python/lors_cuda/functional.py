@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight
+from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
 from ._library import lors
 from .sparse import SparseWeight
 
@@ -131,6 +131,7 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if isinstance(weight, SparseWeight):
         if mask is not None:
             raise ValueError("mask was given together with a SparseWeight, which has its own; leave mask out.")
+        check_whole("weight", weight.values)
         check_frozen(weight.values)
         return weight
     check_weight(weight)

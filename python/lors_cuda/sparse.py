@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight
+from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
@@ -165,6 +165,7 @@ class SparseWeight:
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_decompress(self.values, self.index)
         if self.layout == "bitmap":
@@ -173,12 +174,14 @@ class SparseWeight:
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
+        check_whole("values", self.values)
         if self.layout == "dense" and self.mask_bits is None:
             return self.values != 0
         return lors.mask_unpack(self.packed_mask(), self.shape[1])
 
     def packed_mask(self) -> Tensor:
         """The mask as bits: int32 [N, ceil(K/32)], bit k % 32 of word k / 32."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_mask(self.index, self.shape[1])
         return lors.mask_nonzero(self.values) if self.mask_bits is None else self.mask_bits
@@ -189,6 +192,7 @@ class SparseWeight:
         Converting to a type of smaller range can round a kept value to zero, so the mask of a dense weight is made
         explicit where it was implicit and the conversion would change it.
         """
+        check_whole("values", self.values)
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
             return self._with(
@@ -208,6 +212,7 @@ class SparseWeight:
         lora_A [r, K], lora_B [N, r]. A merged value that rounds to zero stays kept: a dense weight's mask is then made
         explicit.
         """
+        check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
             if self.layout == "2:4":
