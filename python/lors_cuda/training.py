@@ -343,6 +343,6 @@ def _restore(
     optimizer.load_state_dict(checkpoint.optimizer)
     scheduler.load_state_dict(checkpoint.scheduler)
     rank = process_rank()
-    torch.set_rng_state(checkpoint.cpu_rng[rank])
+    torch.set_rng_state(checkpoint.cpu_rng[rank].clone())  # a copy: torch 2.13 dies of a view into a larger tensor
     if checkpoint.cuda_rng is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(checkpoint.cuda_rng[rank], device)
+        torch.cuda.set_rng_state(checkpoint.cuda_rng[rank].clone(), device)

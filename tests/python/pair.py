@@ -32,6 +32,14 @@ class Pair:
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(rank, *arguments)`` in both processes; their results, or a test failure with the traceback."""
+        answers = self.answers(function, *arguments)
+        failures = [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
+        if failures:
+            pytest.fail("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def answers(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
+        """(whether it returned, its result or the traceback) of each process."""
         if not self._processes:
             self._start()
         for connection in self._connections:
@@ -42,11 +50,9 @@ class Pair:
                 answers.append(connection.recv() if connection.poll(_SECONDS) else (False, "no answer in time"))
             except EOFError:
                 answers.append((False, "the process ended"))
-        failures = [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
-        if failures:
+        if not all(fine for fine, _ in answers):
             self.stop()
-            pytest.fail("\n".join(failures))
-        return [answer for _, answer in answers]
+        return answers
 
     def stop(self) -> None:
         for process in self._processes:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OtherProcessFailed:
         return FAILED  # that one has said why
     except KeyboardInterrupt:
-        return _fail("interrupted", FAILED, debug)
+        return _fail("interrupted", FAILED, debug) if is_first() else FAILED
     except BrokenPipeError:
         # The reader went away (`| head`). Python would complain once more when it flushes stdout at its end.
         with contextlib.suppress(OSError, ValueError):
