@@ -92,7 +92,11 @@ def lors_linear(
         _as_float(scaling),
         gradient,
     )
-    return output.view(*input.shape[:-1], stored.shape[0])
+    if input.dim() == 2:
+        return output
+    # As torch's own linear, not a view: what is written into a view of a fresh result costs autograd a copy of its
+    # history, and fully_shard loses its hook on it.
+    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], stored.shape[0]))
 
 
 def merge(

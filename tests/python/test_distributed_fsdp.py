@@ -130,6 +130,36 @@ def test_a_mixed_precision_policy_leaves_integers_alone(pair, layout):
     pair.run(train_mixed, layout)
 
 
+class AddOne(nn.Module):
+    """Writes into what it is given."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        input += 1
+        return input.square()
+
+
+def write_into_output(rank: int, shape: tuple[int, ...]) -> None:
+    """fully_shard hangs its backward on the layer's output, and would lose it where that is a view."""
+    results = []
+    for sharded in (False, True):
+        layer = get_lors_model(tiny_net(), LoRSConfig(r=2, layout="2:4", init_lora_weights=False))[0]
+        net = nn.Sequential(layer, AddOne())
+        if sharded:
+            fully_shard(layer)
+            fully_shard(net)
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        net(inputs).sum().backward()
+        gradient = layer.lora_B.grad
+        results.append((inputs.grad, gradient.full_tensor() if sharded else gradient))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (8,)])
+def test_the_output_of_a_sharded_layer_may_be_written_into(pair, shape):
+    pair.run(write_into_output, shape)
+
+
 # ---- sizes ----
 
 
