@@ -31,6 +31,20 @@ def local_part(tensor: Tensor) -> Tensor:
     return sharded.to_local()
 
 
+def check_gathered(model: nn.Module) -> None:
+    """Refuse a model whose parameters DeepSpeed's ZeRO-3 has emptied; only DeepSpeed can gather them.
+
+    Raises:
+        ValueError: a parameter is partitioned.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
+            raise ValueError(
+                f"The parameter '{name}' is partitioned by DeepSpeed's ZeRO-3, and is empty here. Call this inside "
+                "`with deepspeed.zero.GatheredParameters(list(model.parameters())):` (modifier_rank=0 to change them)."
+            )
+
+
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copy a whole ``source`` into ``target``; where that is sharded, each process copies its part."""
     with torch.no_grad():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._processes import process_rank, together
-from ._sharded import copy_whole, original_class, reshard, whole
+from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
 from .adapter_files import (
     DTYPES,
     FORMAT_VERSION,
@@ -34,15 +34,16 @@ from .model import check_targets, convert, joined, named_lors_layers
 from .sparse import SparseWeight
 
 _NAMES_SHOWN = 6
+_WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of a converted model, and the modules in modules_to_save, to `directory` in PEFT's format.
 
     Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
-    disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile or
-    DistributedDataParallel the names are those of the inner model. With several processes, call it in one, unless the
-    model is under fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
+    disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile, DistributedDataParallel or
+    DeepSpeed the names are those of the inner model. With several processes, call it in one, unless the model is under
+    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
 
     Raises:
         ValueError: the model has no LoRS layers, or layers with and without use_rslora. OSError: the files could not
@@ -51,6 +52,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     require_safetensors()
     model = _unwrapped(model)
+    check_gathered(model)
     sharded = reshard(model)
     layers = dict(named_lors_layers(model))
     if not layers:
@@ -92,6 +94,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
     """
     require_safetensors()
     inner = _unwrapped(model)
+    check_gathered(inner)
     with together() if reshard(inner) else contextlib.nullcontext():
         adapter = read_adapter(Path(directory))
     layers = dict(named_lors_layers(inner))
@@ -316,13 +319,13 @@ def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DistributedDataParallel, whose prefixes do not belong into the file."""
+    """Return the model inside the wrappers whose prefixes do not belong into the file."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     while True:
-        inner = model._modules.get("_orig_mod")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
+        inner = model._modules.get("_orig_mod")  # torch.compile's
+        if any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__):
+            inner = model._modules.get("module")
         if inner is None:
             return model
         model = inner

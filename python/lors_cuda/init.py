@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._checks import check_whole
 from ._processes import summed, together
 from ._running import device_of, progress_bar, running, to_device
+from ._sharded import check_gathered
 from .config import LoRSConfig, Target, find_targets
 from .linear import LoRSLinear
 from .model import joined, named_lors_layers, require_unconverted
@@ -121,7 +122,8 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Raises:
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
-            problem is named and nothing is changed. TypeError: `gradients` is no mapping of tensors.
+            problem is named and nothing is changed. The model is sharded already: call it before that.
+        TypeError: `gradients` is no mapping of tensors.
     """
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
         raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
@@ -134,6 +136,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
+    check_gathered(model)
     check_whole("lora_A", next(iter(layers.values())).lora_A)
     problems = _problems(layers, gradients)
     if problems:

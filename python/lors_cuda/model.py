@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ._sharded import check_gathered
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .sparse import check_fits
@@ -98,10 +99,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), or the model
-            has no LoRS layers; nothing is changed then.
+        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), the model has
+            no LoRS layers, or its parameters are sharded among processes; nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
+    check_gathered(model)
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")

@@ -114,8 +114,7 @@ class SparseLinear(nn.Module):
 
         Where both are sharded the weight is gathered to be checked, so that all processes must load together.
         """
-        layout = "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
-        own = self.sparse_weight.layout
+        layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             return (
                 f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
@@ -170,7 +169,7 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={self.sparse_weight.layout!r}"
+            f"layout={_layout(self.weight_index)!r}"  # also where the tensors are partitioned and empty
         )
 
 
@@ -188,6 +187,10 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear
+
+
+def _layout(index: Tensor | None) -> str:
+    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
 def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
