@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import check_gradient, check_whole
 from .functional import lors_linear, merge
+from .merged_weight import MergedWeight
 from .sparse import SparseWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 
@@ -63,6 +64,7 @@ class LoRSLinear(SparseLinear):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.gradient = gradient
         self.adapter_enabled = True
+        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
         device = sparse_weight.device
@@ -122,7 +124,14 @@ class LoRSLinear(SparseLinear):
         if not self.adapter_enabled:
             return super().forward(input)
         return lors_linear(
-            input, self.sparse_weight, self.lora_A, self.lora_B, self.scaling, self.bias, gradient=self.gradient
+            input,
+            self.sparse_weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            gradient=self.gradient,
+            cache=self.merged_weight,
         )
 
     def merge(self) -> nn.Linear:
