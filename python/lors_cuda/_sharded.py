@@ -69,6 +69,17 @@ def reshard(model: nn.Module) -> bool:
     return bool(sharded)
 
 
+def check_unsharded(model: nn.Module, what: str) -> None:
+    """Refuse a model of which this process holds a part only, by fully_shard or DeepSpeed's ZeRO-3.
+
+    Raises:
+        ValueError: it is; ``what`` is the sentence's subject.
+    """
+    partitioned = any(is_sharded(p) or hasattr(p, "ds_shape") for p in model.parameters())
+    if partitioned or any(isinstance(module, _fsdp_class()) for module in model.modules()):
+        raise ValueError(f"{what}, and this model is sharded by fully_shard or DeepSpeed's ZeRO-3.")
+
+
 def original_class(model: nn.Module) -> type:
     """The model's class, without the one that fully_shard has put in front of it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, _fsdp_class()))

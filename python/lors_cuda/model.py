@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._sharded import check_gathered
+from ._sharded import check_gathered, check_unsharded
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
@@ -153,9 +153,12 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
     Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts neither.
 
     Raises:
-        ValueError: the model has no LoRS layers, or its parameters were made under `torch.inference_mode`.
+        ValueError: the model has no LoRS layers, or is sharded, or its parameters were made under
+            `torch.inference_mode`.
     """
     layers = [layer for _, layer in _lors_layers_with_names(model)]
+    # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
+    check_unsharded(model, "merge_cache keeps whole merged weights, by versions that gathered parameters do not have")
     for layer in layers:
         MergedWeight.check_countable(layer.parameters())
     before = [layer.merged_weight for layer in layers]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from adapter_directories import assert_same_files
 from distributed_cases import STEPS, adam, batch_of, converted, every_layout, mean_of_both, train_alone
-from lors_cuda import init_from_gradients, merge_and_unload, save_adapter
+from lors_cuda import init_from_gradients, merge_and_unload, merge_cache, save_adapter
 from models import refused
 
 pytest_plugins = ["pair"]
@@ -60,6 +60,7 @@ def train_by_deepspeed(rank: int, layout: str, stage: int, directory: str) -> No
         for call in (lambda: save_adapter(engine, directory), lambda: merge_and_unload(model),
                      lambda: init_from_gradients(model, {})):  # fmt: skip
             refused(ValueError, call, "partitioned by DeepSpeed's ZeRO-3", "GatheredParameters")
+        refused(ValueError, merge_cache(model).__enter__, "sharded by fully_shard or DeepSpeed's ZeRO-3")
     with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
         if rank == 0:
             save_adapter(engine, f"{directory}/engine")
