@@ -23,7 +23,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def converted(layout: str, dtype: torch.dtype = torch.float32, **fields) -> nn.Module:
-    """A tiny Llama with adapters of rank 3: no dimension of lora_A is divided evenly by two processes."""
+    """A tiny Llama with adapters of rank 3: two processes cannot divide the rows of lora_A evenly."""
     model = get_lors_model(tiny_llama(dtype=dtype), LoRSConfig(r=3, lora_alpha=6, layout=layout, **fields))
     fill_adapters(model)
     return model.train()

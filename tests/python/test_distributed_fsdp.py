@@ -131,6 +131,24 @@ def test_a_mixed_precision_policy_leaves_integers_alone(pair, layout):
     pair.run(train_mixed, layout)
 
 
+def train_two_dtypes(rank: int) -> None:
+    """A norm that is trained in bfloat16 beside float32 adapters needs a fully_shard of its own."""
+    fields = {"layout": "2:4", "dtype": BFLOAT16, "modules_to_save": ["input_layernorm"]}
+    model = converted(**fields)
+    shard(model)
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        model(**batch(rank))
+    model = converted(**fields)
+    for block in model.model.layers:
+        fully_shard(block.input_layernorm)
+    shard(model)
+    assert train_shared(model, rank) == pytest.approx(train_alone(converted(**fields)), rel=4e-3)
+
+
+def test_modules_trained_in_another_dtype_are_sharded_by_themselves(pair):
+    pair.run(train_two_dtypes)
+
+
 class AddOne(nn.Module):
     """Writes into what it is given."""
 

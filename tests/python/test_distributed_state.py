@@ -101,19 +101,21 @@ def test_training_resumes_from_a_sharded_checkpoint(pair, tmp_path, layout):
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
-def adapters_only(rank: int) -> None:
-    model = sharded("2:4", seed=5)
+def adapters_only(rank: int, directory: str) -> None:
+    model, other = sharded("2:4", seed=5), sharded("2:4", seed=6)
     options = StateDictOptions(ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)
-    assert {name.rpartition(".")[2] for name in state} == {"lora_A", "lora_B"}
-    other = sharded("2:4", seed=6)
-    set_model_state_dict(other, state, options=StateDictOptions(strict=False))
+    state = {"adapters": get_model_state_dict(model, options=options)}
+    assert {name.rpartition(".")[2] for name in state["adapters"]} == {"lora_A", "lora_B"}
+    dcp.save(state, checkpoint_id=directory)
+    state = {"adapters": get_model_state_dict(other, options=options)}
+    dcp.load(state, checkpoint_id=directory)
+    set_model_state_dict(other, state["adapters"], options=StateDictOptions(strict=False))
     for (name, value), expected in zip(trained_values(other).items(), trained_values(model).values(), strict=True):
         assert torch.equal(value, expected), name
 
 
-def test_a_state_may_hold_the_adapters_alone(pair):
-    pair.run(adapters_only)
+def test_a_checkpoint_may_hold_the_adapters_alone(pair, tmp_path):
+    pair.run(adapters_only, str(tmp_path))
 
 
 def other_base(layout: str, seed: int, kept: int = 0) -> nn.Module:
