@@ -78,26 +78,12 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as caught:
-        if process_count() == 1:
-            raise
         error = caught
-    agree(error)
-
-
-def agree(error: Exception | None) -> None:
-    """Meet the other processes, each with its error or None; raise as :func:`together` where there is one."""
-    if process_count() == 1:
-        if error is not None:
-            raise error
-        return
     failed = torch.zeros(process_count(), dtype=torch.int64)
     # A process that only heard of a failure is not where it began.
     failed[process_rank()] = error is not None and not isinstance(error, OtherProcessFailed)
-    failed = summed(failed)
-    places = failed.nonzero().flatten().tolist()
-    if places and places[0] == process_rank() and error is not None:
-        raise error
-    if places:
+    places = summed(failed).nonzero().flatten().tolist()
+    if places and places[0] != process_rank():
         raise OtherProcessFailed(
             f"Process {places[0]} of {process_count()} failed ({len(places)} in all), and this one ends with it; see "
             "the error there."
@@ -111,7 +97,7 @@ def summed(tensor: Tensor) -> Tensor:
     if process_count() == 1:
         return tensor
     total = tensor.to(_device(), copy=True)
-    _collective(lambda: dist.all_reduce(total))
+    _collective(dist.all_reduce, total)
     return total.to(tensor.device)
 
 
@@ -140,7 +126,7 @@ def from_first(item: Item) -> Item:
     if process_count() == 1:
         return item
     items: list[Any] = [item if process_rank() == 0 else None]
-    _collective(lambda: dist.broadcast_object_list(items, src=0, device=_device()))
+    _collective(dist.broadcast_object_list, items, src=0, device=_device())
     return items[0]
 
 
@@ -149,18 +135,18 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     if process_count() > 1:
         for tensor in tensors:
             sent = tensor.detach().to(_device(), copy=True)
-            _collective(lambda sent=sent: dist.broadcast(sent, src=0))  # type: ignore[misc]
+            _collective(dist.broadcast, sent, src=0)
             with torch.no_grad():
                 tensor.copy_(sent)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """[processes, ...]: every process's ``tensor``, of one shape and dtype, in each of them; on the CPU."""
-    sent = tensor.to(_device()) if process_count() > 1 else tensor
-    parts = [torch.empty_like(sent) for _ in range(process_count())]
     if process_count() == 1:
-        return sent.cpu()[None]
-    _collective(lambda: dist.all_gather(parts, sent))
+        return tensor.cpu()[None]
+    sent = tensor.to(_device())
+    parts = [torch.empty_like(sent) for _ in range(process_count())]
+    _collective(dist.all_gather, parts, sent)
     return torch.stack(parts).cpu()
 
 
@@ -170,9 +156,9 @@ def _device() -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def _collective(call: Callable[[], Any]) -> None:
+def _collective(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     try:
-        call()
+        call(*arguments, **options)
     except RuntimeError as error:  # gloo's and NCCL's own types are subclasses
         raise ConnectionError(
             "Another process ended or cannot be reached, so this one ends too; see what it said, or whether the system "

@@ -69,15 +69,12 @@ def reshard(model: nn.Module) -> bool:
     return bool(sharded)
 
 
-def check_unsharded(model: nn.Module, what: str) -> None:
-    """Refuse a model of which this process holds a part only, by fully_shard or DeepSpeed's ZeRO-3.
-
-    Raises:
-        ValueError: it is; ``what`` is the sentence's subject.
-    """
-    partitioned = any(is_sharded(p) or hasattr(p, "ds_shape") for p in model.parameters())
-    if partitioned or any(isinstance(module, _fsdp_class()) for module in model.modules()):
-        raise ValueError(f"{what}, and this model is sharded by fully_shard or DeepSpeed's ZeRO-3.")
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether a process holds a part of the model only, by fully_shard or DeepSpeed's ZeRO-3."""
+    # A module under fully_shard may have its parameters gathered at the moment.
+    return any(isinstance(module, _fsdp_class()) for module in model.modules()) or any(
+        is_sharded(parameter) or hasattr(parameter, "ds_shape") for parameter in model.parameters()
+    )
 
 
 def original_class(model: nn.Module) -> type:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._sharded import check_gathered, check_unsharded
+from ._sharded import check_gathered, is_partitioned
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
@@ -157,8 +157,12 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
             `torch.inference_mode`.
     """
     layers = [layer for _, layer in _lors_layers_with_names(model)]
-    # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
-    check_unsharded(model, "merge_cache keeps whole merged weights, by versions that gathered parameters do not have")
+    if is_partitioned(model):
+        # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
+        raise ValueError(
+            "The model is sharded by fully_shard or DeepSpeed's ZeRO-3, and merge_cache would hold every merged weight "
+            "whole in each process, without seeing when it changes. Use it on a model that one process holds."
+        )
     for layer in layers:
         MergedWeight.check_countable(layer.parameters())
     before = [layer.merged_weight for layer in layers]

@@ -231,7 +231,7 @@ def refuse(rank: int, layout: str) -> None:
     refused(ValueError, lambda: merge_and_unload(model), "weight is a DTensor", "merge a model outside fully_shard")
     gradients = {name: torch.randn(layer.out_features, layer.in_features) for name, layer in named_lors_layers(model)}
     refused(ValueError, lambda: init_from_gradients(model, gradients), "lora_A is a DTensor")
-    refused(ValueError, merge_cache(model).__enter__, "keeps whole merged weights", "sharded by fully_shard")
+    refused(ValueError, merge_cache(model).__enter__, "sharded by fully_shard", "every merged weight whole")
     # A part that fully_shard was not applied to gathers nothing.
     layer = model.model.layers[0].mlp.up_proj
     refused(ValueError, lambda: layer(torch.randn(2, 32)), "is a DTensor", "call the module that it was applied to")
