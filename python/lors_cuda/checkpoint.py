@@ -46,9 +46,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
 
     Raises:
-        ValueError: the model has no LoRS layers, or layers with and without use_rslora. OSError: the files could not
-            be written (the system's reason is given). ImportError: safetensors is not installed. RuntimeError: under
-            fully_shard, it failed in another process.
+        ValueError: the model has no LoRS layers, or layers with and without use_rslora.
+        OSError: the files could not be written (the system's reason is given).
+        ImportError: safetensors is not installed.
+        RuntimeError: under fully_shard, it failed in another process.
     """
     require_safetensors()
     model = _unwrapped(model)
@@ -89,8 +90,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
         The same model object.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is truncated or corrupted, or the adapter does not fit
-            the model (each reason is named); nothing is changed. ImportError: safetensors is not installed.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or corrupted, or the adapter does not fit the model (each reason is named);
+            nothing is changed.
+        ImportError: safetensors is not installed.
     """
     require_safetensors()
     inner = _unwrapped(model)

@@ -63,8 +63,9 @@ def estimate_gradients(
 
     Raises:
         ValueError: no batches; a gradient or loss is not finite (the module and batch are named); no target matches;
-            the model is already converted. TypeError: an argument or the loss is of the wrong type. RuntimeError: it
-            failed in another process.
+            the model is already converted.
+        TypeError: an argument or the loss is of the wrong type.
+        RuntimeError: with torch.distributed, another process failed.
     """
     require_unconverted(model)
     try:
@@ -122,7 +123,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Raises:
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
-            problem is named and nothing is changed. The model is sharded already: call it before that.
+            problem is named and nothing is changed. The model is sharded already.
         TypeError: `gradients` is no mapping of tensors.
     """
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
