@@ -156,6 +156,7 @@ def train(
     device = device_of(model)
     on_cuda = device.type == "cuda"
     first = process_rank() == 0
+    saving = from_first(directory is not None)
     directory = directory if first else None
     with torch.random.fork_rng([device] if on_cuda else []), running(model, training=True):
         _seed(config.seed + process_rank(), device)
@@ -209,7 +210,8 @@ def train(
                     annotate(bar, f"loss {loss:.3f}")
                     if on_step is not None:
                         on_step(entry)
-                if step + 1 == config.steps or _is_due(step + 1, config.checkpoint_every):
+                is_last = step + 1 == config.steps
+                if saving and (is_last or _is_due(step + 1, config.checkpoint_every)):
                     state = _snapshot(step + 1, settings, parameters, optimizer, scheduler, device)
                     with together():
                         if directory is not None:

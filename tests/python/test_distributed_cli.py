@@ -15,10 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from adapter_directories import assert_same_files
 from cli_calls import ENVIRONMENT, call, curve, finetune, tree
 from lors_cuda.cli import main
+from lors_cuda.cli._common import find_device
+from models import refused
 from test_training import StopHere
 
 pytest_plugins = ["cli_fixtures", "pair"]
@@ -119,6 +122,20 @@ def test_json_is_printed_once(pair, home, tmp_path):
     code, out, err = both(pair, *finetune(home, tmp_path / "run", "--init", "default", "--steps", "1", "--json"))
     assert (code, err) == (0, "")
     assert json.loads(out)["processes"] == 2
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("cuda") == torch.device("cuda")  # not started by torchrun: those variables are somebody else's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    assert find_device("cuda") == torch.device("cuda", 1)
+    assert find_device("cpu") == torch.device("cpu")
+    refused(ValueError, lambda: find_device("cuda:0"), "each process has a GPU of its own")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(RuntimeError, lambda: find_device("cuda"), "2 processes on a machine with 1 GPU(s)", "--nproc-per-node 1")
 
 
 # ---- torchrun itself ----
