@@ -1,11 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few calls of the CUDA runtime that csrc/torch/cuda_ops.cpp makes, for a machine without it (binding.cpp).
+// The few calls of the CUDA runtime that csrc/torch/cuda_ops.cpp and csrc/core/cuda/device.cu make, for a machine without it
+// (binding.cpp, device.cpp).
 #pragma once
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+#ifndef CUDART_VERSION
+#define CUDART_VERSION 13000
+#endif
 
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+struct cudaFuncAttributes {};
+
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)());
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
