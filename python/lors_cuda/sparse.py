@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight
+from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
@@ -165,6 +165,7 @@ class SparseWeight:
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_decompress(self.values, self.index)
         if self.layout == "bitmap":
@@ -173,12 +174,14 @@ class SparseWeight:
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
+        check_whole("values", self.values)
         if self.layout == "dense" and self.mask_bits is None:
             return self.values != 0
         return lors.mask_unpack(self.packed_mask(), self.shape[1])
 
     def packed_mask(self) -> Tensor:
         """The mask as bits: int32 [N, ceil(K/32)], bit k % 32 of word k / 32."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_mask(self.index, self.shape[1])
         return lors.mask_nonzero(self.values) if self.mask_bits is None else self.mask_bits
@@ -193,6 +196,7 @@ class SparseWeight:
             ValueError: a dtype other than float32, bfloat16, float16 and float64.
             RuntimeError: no kernel of this build serves the device.
         """
+        check_whole("values", self.values)
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
             return self._with(
@@ -221,6 +225,7 @@ class SparseWeight:
             TypeError: an adapter is no tensor.
             ValueError: shapes, dtypes or devices do not fit.
         """
+        check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
             if self.layout == "2:4":

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .. import init
+from .._sharded import check_gathered
 from ..config import LoRSConfig
 from ..sparse_linear import SparseLinear
 from .config import LoRSLoraConfig
@@ -76,6 +77,7 @@ def init_from_gradients(
         raise ValueError(
             f"The model has no LoRS adapter '{adapter_name}': call peft.get_peft_model with a LoRSLoraConfig first."
         )
+    check_gathered(base)
     init.set_from_gradients(adapters, gradients, stable_gamma)
 
 

@@ -22,6 +22,8 @@ from peft.utils.integrations import skip_init_on_device
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from .._checks import check_whole
+from .._sharded import check_gathered
 from ..model import joined
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
@@ -121,7 +123,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
         """Refuse what is not finite: adapters, with ``base`` weights, with ``safe_merge`` merged weights."""
+        check_gathered(self.model)
         for name, layer in named_peft_layers(self.model):
+            check_whole(f"The weight of '{name}'", layer.stored_values)
             if base and not bool(torch.isfinite(layer.stored_values).all()):
                 raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
