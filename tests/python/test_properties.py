@@ -111,13 +111,17 @@ def test_tokens_are_independent(device, data):
     end = data.draw(st.integers(begin + 1, T))
     part = case.replace(input=case.input[begin:end], grad_output=case.grad_output[begin:end])
     check_linear(case.linear()[begin:end], part)
-    # A row of NaN stays in its row.
+    # A row of NaN stays in its row, where torch's own product keeps it there. With AMX torch 2.13 reads a 16-bit row whose
+    # length is no multiple of 16 past its end, times zero: finite numbers do not show in the row before, NaN does.
+    others = torch.arange(T, device=case.input.device) != begin
     spoiled = case.replace(input=case.input.clone())
     spoiled.input[begin] = float("nan")
-    output = spoiled.linear()
-    others = torch.arange(T, device=output.device) != begin
-    assert output[begin].isnan().all()
-    assert torch.equal(output[others], case.linear()[others])
+    plain = spoiled.input @ case.weight.T.to(spoiled.input.dtype)
+    if plain[others].isnan().any():
+        spoiled.input[begin] = 1e3
+    else:
+        assert spoiled.linear()[begin].isnan().all()
+    assert torch.equal(spoiled.linear()[others], case.linear()[others])
 
 
 @given(data=st.data())
