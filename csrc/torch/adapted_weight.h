@@ -142,15 +142,17 @@ struct AdaptedWeight {
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] is in the backend's product_dtype.
-  void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient) const {
+  // activation's dtype. `out` [T, N or K] is in the backend's product_dtype, and so is `shared`: merged, where it stands
+  // already.
+  void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
+                const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
     // The products with the merge inside read dense weights only.
-    const bool fused = layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
+    const bool fused = !shared && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
-      const Tensor merged = this->merged(compute, dtype);
+      const Tensor merged = shared ? *shared : this->merged(compute, dtype);
       return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
                               addend);
     }

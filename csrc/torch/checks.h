@@ -34,10 +34,11 @@ inline std::string shape(const Tensor& t) {
   return out.str();
 }
 
-inline bool is_floating(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
+inline bool is_floating(ScalarType type) {
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
+
+inline bool is_floating(const Tensor& t) { return is_floating(t.scalar_type()); }
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -192,6 +193,17 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check((t.scalar_type() == ScalarType::Double) == (weight.values.scalar_type() == ScalarType::Double), "lors::", op, ": ",
         name, " and weight must both be float64, or neither.");
   check_same_device(op, name, t, weight.values);
+}
+
+// merged [N, K] as lors::merged_operand made it for activations whose products run in `compute`.
+inline void check_merged(const char* op, const Tensor& merged, const StoredWeight& weight, ScalarType compute) {
+  check(merged.dim() == 2 && merged.size(0) == weight.out_features && merged.size(1) == weight.in_features &&
+            merged.scalar_type() == compute && merged.is_contiguous(),
+        "lors::", op, ": merged has shape ", shape(merged),
+        "; it must be what lors::merged_operand gives for this weight of shape ", weight.shape(),
+        " and the dtype of this call's activations.");
+  check_storage(op, "merged", merged);
+  check_same_device(op, "merged", merged, weight.values);
 }
 
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".

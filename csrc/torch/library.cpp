@@ -17,17 +17,25 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "scaling)"
       " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
 
-  // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped.
+  // merged [N, K] rounded once to `dtype`, stored in the type that products of `dtype` run in: what linear and linear_backward
+  // take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
+  m.def(
+      "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
+      "dtype)"
+      " -> Tensor");
+
+  // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient) -> Tensor");
+      " str gradient, Tensor? merged=None) -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
   m.def(
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
-      " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad)"
+      " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
+      " Tensor? merged=None)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   m.def(
       "adapter_grad(Tensor grad_output, Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B,"

@@ -32,18 +32,30 @@ struct Operators {
     return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
   }
 
+  static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
+                               const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype) {
+    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B);
+    check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
+          "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
+    const Backend backend(weight);
+    const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling);
+    return adapted.merged(Backend::product_dtype(dtype), dtype);
+  }
+
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
-                       const std::optional<Tensor>& bias, double scaling, const std::string& gradient) {
+                       const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
+                       const std::optional<Tensor>& merged) {
     const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
-    const Backend backend(weight);
     const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
+    if (merged) check_merged("linear", *merged, stored, compute);
+    const Backend backend(weight);
     Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
     if (input.size(0) == 0) return to(output, dtype);
-    Adapted("linear", backend, stored, lora_A, lora_B, scaling).multiply(output, input, bias, false);
+    Adapted("linear", backend, stored, lora_A, lora_B, scaling).multiply(output, input, bias, false, merged);
     return to(output, dtype);
   }
 
@@ -63,7 +75,8 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
       const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& weight, const std::optional<Tensor>& mask,
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
-      double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad) {
+      double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
+      const std::optional<Tensor>& merged) {
     const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
@@ -71,14 +84,15 @@ struct Operators {
           "lors::linear_backward: input is None; it is needed for the gradients of lora_A and lora_B.");
     if (input) check_gradients("linear_backward", grad_output, *input, stored);
     if (bias) check_bias("linear_backward", *bias, stored);
+    const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
+    if (merged) check_merged("linear_backward", *merged, stored, compute);
 
     const Backend backend(weight);
     const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
     const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
-    const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
 
     Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);
-    if (needs_input_grad && T > 0) adapted.multiply(grad_input, grad_output, std::nullopt, true);
+    if (needs_input_grad && T > 0) adapted.multiply(grad_input, grad_output, std::nullopt, true, merged);
 
     auto [grad_lora_A, grad_lora_B] =
         adapter_grads(grad_output, input.value_or(grad_output), adapted, exact, needs_lora_A_grad, needs_lora_B_grad);
@@ -113,6 +127,7 @@ struct Operators {
   static void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("merge", TORCH_BOX(&explained<&Operators::merge>));
     library.impl("merge_backward", TORCH_BOX(&explained<&Operators::merge_backward>));
+    library.impl("merged_operand", TORCH_BOX(&explained<&Operators::merged_operand>));
     library.impl("linear", TORCH_BOX(&explained<&Operators::linear>));
     library.impl("linear_backward", TORCH_BOX(&explained<&Operators::linear_backward>));
     library.impl("adapter_grad", TORCH_BOX(&explained<&Operators::adapter_grad>));

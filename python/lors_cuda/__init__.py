@@ -10,14 +10,16 @@ from .config import LoRSConfig
 from .functional import lors_linear, merge
 from .init import estimate_gradients, init_from_gradients
 from .linear import LoRSLinear
-from .model import disable_adapter, get_lors_model, merge_and_unload, named_lors_layers
+from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
 from .sparse import SparseWeight
+from .sparse_linear import SparseLinear
 
 __version__ = BUILD["version"]
 
 __all__ = [
     "LoRSConfig",
     "LoRSLinear",
+    "SparseLinear",
     "SparseWeight",
     "disable_adapter",
     "estimate_gradients",
@@ -27,6 +29,7 @@ __all__ = [
     "lors_linear",
     "merge",
     "merge_and_unload",
+    "merge_cache",
     "named_lors_layers",
     "save_adapter",
 ]

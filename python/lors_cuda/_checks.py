@@ -42,12 +42,17 @@ def check_weight(weight: Tensor) -> None:
         )
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16, float16 or float64.")
+    check_frozen(weight)
+    check_device(weight.device)
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Refuse a weight that would be given a gradient."""
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but LoRS freezes it: no gradient of the base weight is formed. Call "
             "weight.requires_grad_(False), or pass weight.detach()."
         )
-    check_device(weight.device)
 
 
 def check_mask(mask: Tensor, weight: Tensor) -> None:

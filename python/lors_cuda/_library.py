@@ -132,6 +132,22 @@ def _(
     return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
+@torch.library.register_fake("lors::merged_operand")
+def _(
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    stored = dtype
+    if weight.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        stored = torch.float32 if BUILD[f"cpu_product_{str(dtype)[6:]}"] == "float32" else dtype
+    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=stored)
+
+
 @torch.library.register_fake("lors::linear")
 def _(
     input: Tensor,
@@ -143,6 +159,7 @@ def _(
     bias: Tensor | None,
     scaling: float,
     gradient: str,
+    merged: Tensor | None = None,
 ) -> Tensor:
     return input.new_empty((input.shape[0], lora_B.shape[0]))
 
@@ -187,6 +204,7 @@ def _(
     needs_input_grad: bool,
     needs_lora_A_grad: bool,
     needs_lora_B_grad: bool,
+    merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))
@@ -262,13 +280,14 @@ def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Te
 
 
 # ---- autograd halves ------------------------------------------------------------------------------------------------
-# Saved for backward: the input, and references to the parameters. The merged weight never is.
+# Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
+# whoever gave it keeps it anyway.
 
-_LORA_A, _LORA_B, _BIAS = 4, 5, 6  # positions among the arguments of lors::linear
+_INPUT, _LORA_A, _LORA_B, _BIAS = 0, 4, 5, 6  # positions among the arguments of lors::linear
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient = inputs
+    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged = inputs
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -279,13 +298,16 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         lora_A,
         lora_B,
         bias if needs[_BIAS] else None,
+        merged if needs[_INPUT] else None,
     )
     ctx.scaling, ctx.gradient = scaling, gradient
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, index, lora_A, lora_B, bias = ctx.saved_tensors
-    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = (ctx.needs_input_grad[i] for i in (0, _LORA_A, _LORA_B))
+    input, weight, mask, index, lora_A, lora_B, bias, merged = ctx.saved_tensors
+    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = (
+        ctx.needs_input_grad[i] for i in (_INPUT, _LORA_A, _LORA_B)
+    )
     grad_input, grad_lora_A, grad_lora_B, grad_bias = lors.linear_backward(
         grad_output,
         input,
@@ -300,6 +322,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         needs_input_grad,
         needs_lora_A_grad,
         needs_lora_B_grad,
+        merged,
     )
     return (
         grad_input if needs_input_grad else None,
@@ -309,6 +332,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
+        None,
         None,
         None,
     )

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_gradient, check_mask, check_tensor, check_weight
+from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight
 from ._library import lors
+from .merged_weight import MergedWeight
 from .sparse import SparseWeight
 
 
@@ -21,6 +22,7 @@ def lors_linear(
     *,
     mask: Tensor | None = None,
     gradient: str = "lors",
+    cache: MergedWeight | None = None,
 ) -> Tensor:
     """A linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias`` (arXiv 2501.08582, eq. 3).
 
@@ -39,6 +41,7 @@ def lors_linear(
         mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
         gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
             ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
+        cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
 
     Returns:
         [..., N] in the dtype of ``input`` (autocast's under autocast).
@@ -80,6 +83,8 @@ def lors_linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
+    scaling = _as_float(scaling)
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
     tokens = input.reshape(-1, stored.shape[1])
     output = lors.linear(
         tokens,
@@ -89,8 +94,9 @@ def lors_linear(
         lora_A,
         lora_B,
         bias,
-        _as_float(scaling),
+        scaling,
         gradient,
+        merged,
     )
     return output.view(*input.shape[:-1], stored.shape[0])
 
@@ -131,6 +137,7 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if isinstance(weight, SparseWeight):
         if mask is not None:
             raise ValueError("mask was given together with a SparseWeight, which has its own; leave mask out.")
+        check_frozen(weight.values)
         return weight
     check_weight(weight)
     if mask is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Conversion of whole models: nn.Linear -> LoRSLinear (get_lors_model) and back (merge_and_unload), in place.
 # config.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
-"""Convert a model to LoRS layers, merge it back, switch the adapters off."""
+"""Convert a model to LoRS layers, merge it back, switch the adapters off, keep what is merged."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import copy
 from collections.abc import Iterator
 
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
+from .merged_weight import MergedWeight
 from .sparse import check_fits
 
 _PROBLEMS_SHOWN = 5
@@ -134,6 +136,44 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             layer.adapter_enabled = enabled
 
 
+@contextlib.contextmanager
+def merge_cache(model: nn.Module) -> Iterator[None]:
+    """Keep each layer's merged weight from one forward to the next, inside a `with` block.
+
+    For generation, evaluation and gradient accumulation: there the adapters stay the same over many calls. The outputs
+    are those of a fresh merge, up to the order of summation of the product, and training goes on as before: a merged
+    weight is made anew as soon as one of the tensors behind it has changed. It costs one dense weight per layer, in the
+    type its products run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them),
+    until the block ends. Nests. Without effect in `torch.compile`, under CUDA graph capture, and on layers whose
+    adapter is disabled.
+
+    NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` starts anew.
+    Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts neither.
+
+    Raises:
+        ValueError: the model has no LoRS layers, or its parameters were made under `torch.inference_mode`.
+    """
+    layers = [layer for _, layer in _lors_layers_with_names(model)]
+    for layer in layers:
+        MergedWeight.check_countable(layer.parameters())
+    before = [layer.merged_weight for layer in layers]
+    caches = [MergedWeight() if cache is None else cache for cache in before]
+
+    def forget(*_: object) -> None:
+        for cache in caches:
+            cache.clear()
+
+    hook = register_optimizer_step_post_hook(forget)
+    try:
+        for layer, cache in zip(layers, caches, strict=True):
+            layer.merged_weight = cache
+        yield
+    finally:
+        hook.remove()
+        for layer, outer in zip(layers, before, strict=True):
+            layer.merged_weight = outer
+
+
 def named_lors_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLinear]]:
     """Iterate over (name, layer) of the LoRS layers, in the model's order; a shared layer comes once, first name."""
     for name, module in model.named_modules():
@@ -214,9 +254,8 @@ def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Mo
 
 def _frozen_linear(layer: LoRSLinear, weight_trained: bool, bias_trained: bool) -> nn.Linear:
     """The nn.Linear that `layer` was made from, adapter dropped; for undoing a conversion."""
-    weight = layer.sparse_weight.to_dense()
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=weight_trained)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=bias_trained)
-    return linear.train(layer.training)
+    linear = layer.to_linear()
+    linear.weight.requires_grad_(weight_trained)
+    if linear.bias is not None:
+        linear.bias.requires_grad_(bias_trained)
+    return linear

@@ -328,7 +328,7 @@ def test_moving_to_the_meta_device_and_back(device, seed, layout):
 def test_repr(seed):
     layer = layer_of(make_case(seed, 1, 31, 70, 5, bias=True), gradient="exact")
     assert repr(layer) == (
-        "LoRSLinear(in_features=70, out_features=31, bias=True, r=5, lora_alpha=3.75, layout='dense', gradient='exact')"
+        "LoRSLinear(in_features=70, out_features=31, bias=True, layout='dense', r=5, lora_alpha=3.75, gradient='exact')"
     )
 
 

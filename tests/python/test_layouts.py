@@ -50,8 +50,7 @@ def stack(width: int, layers: int) -> nn.Module:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of every storage that the model's frozen weights hold, whatever views it."""
-    held = [t for n, t in model.named_parameters() if n.endswith("weight")]
-    held += [b for n, b in model.named_buffers() if ".weight_" in f".{n}"]
+    held = [t for n, t in model.named_parameters() if n.endswith("weight") or ".weight_" in f".{n}"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 

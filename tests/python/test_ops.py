@@ -30,6 +30,8 @@ def good(
             return {**adapted, **s}
         case "merge_backward":
             return {"grad_merged": torch.full_like(case.weight, 0.5), **adapted, **s}
+        case "merged_operand":
+            return {**adapted, **s, "dtype": case.input.dtype}
         case "linear":
             return {"input": case.input, **adapted, "bias": case.bias, **s, **g}
         case "linear_backward":
@@ -45,8 +47,8 @@ def good(
     raise AssertionError(op)
 
 
-OPS = ("merge", "merge_backward", "linear", "linear_backward", "adapter_grad", "mask_pack", "mask_unpack")
-ADAPTED = OPS[:5]
+ADAPTED = ("merge", "merged_operand", "merge_backward", "linear", "linear_backward", "adapter_grad")
+OPS = (*ADAPTED, "mask_pack", "mask_unpack")
 
 
 def test_every_op_is_here():
