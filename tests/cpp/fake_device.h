@@ -59,7 +59,7 @@ struct Problem {
   void check(bool input_gradient, const std::vector<uint16_t>& output, double addend = 0) const;
   int64_t out(bool input_gradient) const { return input_gradient ? K : N; }
   const std::vector<uint16_t>& activation(bool input_gradient) const { return input_gradient ? dY : X; }
-  SparseLinearProblem key(bool input_gradient) const { return {N, K, T, dtype, input_gradient}; }
+  SparseProductProblem key(bool input_gradient) const { return {N, K, T, dtype, input_gradient}; }
 
   int64_t N, K, T;
   DType dtype;

@@ -54,7 +54,7 @@ class ProductChoiceTest : public testing::Test {
         },
         [this, input_gradient, r] {
           ++sparse_runs;
-          SparseLinearSizes sizes;
+          SparseProductSizes sizes;
           if (Status s = sparse.sizes(problem_->N, problem_->K, problem_->dtype, sizes); !s.ok()) return s;
           fake::Buffer merged(2 * problem_->W.size()), compressed(sizes.compressed);
           std::memcpy(merged.data(), problem_->W.data(), 2 * problem_->W.size());
@@ -62,8 +62,8 @@ class ProductChoiceTest : public testing::Test {
                   {problem_->N, problem_->K, problem_->dtype, input_gradient, merged.data(), compressed.data()}, fake::host());
               !s.ok())
             return s;
-          SparseLinear::Plan plan;
-          const SparseLinearArgs args{r.key.problem, compressed.data(), r.activation, out_->data(), false};
+          SparseProducts::Plan plan;
+          const SparseProductArgs args{r.key.problem, compressed.data(), r.activation, out_->data(), false};
           if (Status s = sparse.prepare(args, fake::host(), plan); !s.ok()) return s;
           return sparse.run(args, plan, fake::host());
         }};
@@ -84,7 +84,7 @@ class ProductChoiceTest : public testing::Test {
   }
 
   cusparselt::Library library{fake::path(kAbi)};
-  SparseLinear sparse{library, 8};
+  SparseProducts sparse{library, 8};
   ProductChoices choices{sparse};
   double dense_ms = 1;
   int dense_runs = 0, sparse_runs = 0;
@@ -239,7 +239,7 @@ TEST_F(ProductChoiceTest, NothingIsMeasuredUnderCapture) {
   ProductKey key = request(problem).key;
   key.bias = true;
   choices.set(key, {true, 2, 1, ""});
-  SparseLinear other(library, 4);
+  SparseProducts other(library, 4);
   ProductChoices fresh(other);
   fresh.set(request(problem).key, {true, 2, 1, ""});
   fake::device.stream.capturing = true;

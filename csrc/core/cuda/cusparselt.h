@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // cuSPARSELt as it is found at run time: opened on first use, its version known, every object owned. Called by
-// sparse_linear.cpp alone. Nothing here waits for a device, except Plan::search.
+// sparse_product.cpp alone. Nothing here waits for a device, except Plan::search.
 #pragma once
 
-#include <lors/sparse_linear.h>
+#include <lors/sparse_product.h>
 #include <lors/status.h>
 #include <lors/types.h>
 
@@ -86,7 +86,7 @@ class Matrix {
   bool live_ = false;
 };
 
-using Algorithm = SparseLinearAlgorithm;
+using Algorithm = SparseProductAlgorithm;
 
 // D = op(A) B^T of a structured A, row-major, and a row-major B [tokens, depth]; D [tokens, rows of op(A)] row-major too, which
 // to the library is column-major. NOTE: the library may keep addresses of all of these in the plan, so none moves or dies

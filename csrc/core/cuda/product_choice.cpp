@@ -67,7 +67,7 @@ double widened(uint16_t bits, DType dtype) {
 
 // Rows of the output on the host: the first and last eight, and as many between.
 Status sample(const ProductRequest& request, const CudaHost& host, std::vector<uint16_t>& values) {
-  const SparseLinearProblem& p = request.key.problem;
+  const SparseProductProblem& p = request.key.problem;
   const int64_t columns = p.input_gradient ? p.in_features : p.out_features, row_bytes = 2 * columns;
   constexpr int64_t kBlock = 8;
   values.clear();
@@ -135,9 +135,9 @@ std::shared_ptr<ProductChoices::State> ProductChoices::make_state() { return std
 
 Status ProductChoices::of_current_device(ProductChoices*& found) {
   static std::mutex mutex;
-  static auto* const all = new std::map<SparseLinear*, ProductChoices*>;  // never destroyed, as SparseLinear
-  SparseLinear* sparse = nullptr;
-  if (Status s = SparseLinear::of_current_device(sparse); !s.ok()) return s;
+  static auto* const all = new std::map<SparseProducts*, ProductChoices*>;  // never destroyed, as SparseProducts
+  SparseProducts* sparse = nullptr;
+  if (Status s = SparseProducts::of_current_device(sparse); !s.ok()) return s;
   const std::lock_guard lock(mutex);
   ProductChoices*& own = (*all)[sparse];
   if (!own) own = new ProductChoices(*sparse);
@@ -247,11 +247,12 @@ Status ProductChoices::take(const ProductRequest& request, const ProductWays& wa
   } done{*state_, request.key};
   ProductChoice measured;
   if (Status s = measure(request, ways, host, !forced, measured); !s.ok()) return s;
-  // A forced product is only checked here: which way is faster is still open.
-  if (forced && measured.note.empty()) return check(request.key), ways.sparse();
+  // The sparse way ran last, so where it is taken, the output holds it already. A forced product is only checked here: which way is
+  // faster is still open.
+  if (forced && measured.note.empty()) return check(request.key), Status();
   set(request.key, measured);
   if (forced) return refuse(measured.note);
-  return measured.sparse ? ways.sparse() : ways.dense();
+  return measured.sparse ? Status() : ways.dense();
 }
 
 std::vector<std::pair<ProductKey, ProductChoice>> ProductChoices::all() const {

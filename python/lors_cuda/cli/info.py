@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from .._library import build_info
+from ..sparse_product import plan_cache_info
 from ._common import say
 
 _OPS = ("merge", "merge_backward", "linear", "linear_backward", "adapter_grad", "mask_pack", "mask_unpack")
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for op in _OPS
     }
     reason = build["cuda_reason"]
+    plans = plan_cache_info()
     result = {
         "lors_cuda": __version__,
         "torch": torch.__version__,
@@ -55,6 +57,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "gpus": gpus,
             "available": reason is None,
             "reason": reason,
+            "sparse_products": {
+                "available": plans.reason is None,
+                "reason": plans.reason,
+                "cusparselt": plans.library_version,
+            },
         },
         "compiler": build["compiler"],
         "kernels": kernels,
@@ -68,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"          built for {', '.join(build['cuda_archs']) or 'no architecture'}"
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")
         + f"; torch was built with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}",
+        f"2:4       {'on the sparse tensor cores' if plans.reason is None else 'as dense products: ' + plans.reason}"
+        + (f" (cuSPARSELt {plans.library_version})" if plans.library_version else ""),
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
         f"{'kernel':<16}  CPU  CUDA",

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a product of a 2:4 weight runs on the sparse tensor cores (sparse_linear.h) or as a merge and a dense product:
+// Whether a product of a 2:4 weight runs on the sparse tensor cores (sparse_product.h) or as a merge and a dense product:
 // measured once for each kind of product, merge and copying included, so that 2:4 is not slower than dense.
 #pragma once
 
-#include <lors/sparse_linear.h>
+#include <lors/sparse_product.h>
 
 #include <functional>
 #include <optional>
@@ -14,7 +14,7 @@ namespace lors {
 
 // One kind of product: its sizes and type, and how its operands come.
 struct ProductKey {
-  SparseLinearProblem problem;
+  SparseProductProblem problem;
   bool in_place =
       false;  // the merge writes the library's compressed values itself; else the library compresses the dense merge
   bool bias = false;
@@ -46,7 +46,7 @@ struct ProductRequest {
 class ProductChoices {
  public:
   static Status of_current_device(ProductChoices*& found);
-  explicit ProductChoices(SparseLinear& sparse) : sparse_(sparse) {}
+  explicit ProductChoices(SparseProducts& sparse) : sparse_(sparse) {}
 
   // Computes the product in one of the two ways. "auto": the faster one, found by running both some times when a kind is met
   // first (which waits for the device); never under stream capture, where a kind not yet met runs densely. The results of both
@@ -56,7 +56,7 @@ class ProductChoices {
   std::vector<std::pair<ProductKey, ProductChoice>> all() const;
   void set(const ProductKey& key, const ProductChoice& choice);
   void clear();
-  SparseLinear& sparse() { return sparse_; }
+  SparseProducts& sparse() { return sparse_; }
 
   // Token counts of one shape that are measured; beyond them "auto" is dense, because a search for every length of a text costs
   // more than it gains.
@@ -70,7 +70,7 @@ class ProductChoices {
   Status measure(const ProductRequest& request, const ProductWays& ways, const CudaHost& host, bool timed,
                  ProductChoice& choice);
 
-  SparseLinear& sparse_;
+  SparseProducts& sparse_;
   struct State;
   std::shared_ptr<State> state_ = make_state();
   static std::shared_ptr<State> make_state();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// SparseLinear over the fake cuSPARSELt: loading, versions, both sizes of objects, plans, capture, threads, refusals.
+// SparseProducts over the fake cuSPARSELt: loading, versions, both sizes of objects, plans, capture, threads, refusals.
 #include <lors/sparse24.h>
 
 #include <cstring>
@@ -19,7 +19,7 @@ using fake::Setting;
 
 constexpr DType kDTypes[] = {DType::bfloat16, DType::float16};
 
-class SparseLinearTest : public testing::TestWithParam<Abi> {
+class SparseProductTest : public testing::TestWithParam<Abi> {
  protected:
   void SetUp() override {
     fake::device = {};
@@ -32,26 +32,26 @@ class SparseLinearTest : public testing::TestWithParam<Abi> {
     EXPECT_EQ(fake::entered_twice(GetParam()), 0) << "the library was entered by two threads at once";
   }
 
-  SparseLinear& open(int maximum = 8) {
+  SparseProducts& open(int maximum = 8) {
     library_ = std::make_unique<cusparselt::Library>(fake::path(GetParam()));
-    made_ = std::make_unique<SparseLinear>(*library_, maximum);
+    made_ = std::make_unique<SparseProducts>(*library_, maximum);
     return *made_;
   }
   int calls(const char* name) const { return fake::calls(GetParam(), name); }
 
   // The product of `problem`, compressed by the library and run.
-  static Status product(SparseLinear& sparse, const Problem& problem, bool input_gradient, std::vector<uint16_t>& output,
+  static Status product(SparseProducts& sparse, const Problem& problem, bool input_gradient, std::vector<uint16_t>& output,
                         bool add = false) {
-    SparseLinearSizes sizes;
+    SparseProductSizes sizes;
     if (Status s = sparse.sizes(problem.N, problem.K, problem.dtype, sizes); !s.ok()) return s;
     Buffer compressed(sizes.compressed), activation(2 * problem.activation(input_gradient).size()), out(2 * output.size());
     std::memcpy(activation.data(), problem.activation(input_gradient).data(), 2 * problem.activation(input_gradient).size());
     Buffer merged(2 * problem.W.size());
     std::memcpy(merged.data(), problem.W.data(), 2 * problem.W.size());
-    SparseLinearCompressArgs compress{problem.N, problem.K, problem.dtype, input_gradient, merged.data(), compressed.data()};
+    SparseProductCompressArgs compress{problem.N, problem.K, problem.dtype, input_gradient, merged.data(), compressed.data()};
     if (Status s = sparse.compress(compress, fake::host()); !s.ok()) return s;
-    const SparseLinearArgs args{problem.key(input_gradient), compressed.data(), activation.data(), out.data(), add};
-    SparseLinear::Plan plan;
+    const SparseProductArgs args{problem.key(input_gradient), compressed.data(), activation.data(), out.data(), add};
+    SparseProducts::Plan plan;
     if (Status s = sparse.prepare(args, fake::host(), plan); !s.ok()) return s;
     std::memcpy(out.data(), output.data(), 2 * output.size());
     if (Status s = sparse.run(args, plan, fake::host()); !s.ok()) return s;
@@ -62,14 +62,14 @@ class SparseLinearTest : public testing::TestWithParam<Abi> {
  private:
   int live_before_ = 0;
   std::unique_ptr<cusparselt::Library> library_;
-  std::unique_ptr<SparseLinear> made_;
+  std::unique_ptr<SparseProducts> made_;
 };
-INSTANTIATE_TEST_SUITE_P(BothAbis, SparseLinearTest, testing::Values(Abi::bytes512, Abi::bytes1024),
+INSTANTIATE_TEST_SUITE_P(BothAbis, SparseProductTest, testing::Values(Abi::bytes512, Abi::bytes1024),
                          [](const auto& info) { return info.param == Abi::bytes512 ? "bytes512" : "bytes1024"; });
 
-TEST_P(SparseLinearTest, ProductsMeetTheFormula) {
+TEST_P(SparseProductTest, ProductsMeetTheFormula) {
   const Setting workspace("WORKSPACE", "1000");
-  SparseLinear& sparse = open();
+  SparseProducts& sparse = open();
   unsigned seed = 1;
   for (const DType dtype : kDTypes)
     for (const auto& [N, K, T] : {std::tuple{16, 32, 8}, {48, 16, 24}, {32, 64, 40}}) {
@@ -86,8 +86,8 @@ TEST_P(SparseLinearTest, ProductsMeetTheFormula) {
     }
 }
 
-TEST_P(SparseLinearTest, OneSearchForEachProductAndTheLongestUnusedPlanGoes) {
-  SparseLinear& sparse = open(2);
+TEST_P(SparseProductTest, OneSearchForEachProductAndTheLongestUnusedPlanGoes) {
+  SparseProducts& sparse = open(2);
   const Problem problems[] = {
       {16, 32, 8, DType::bfloat16, false, 1}, {16, 32, 16, DType::bfloat16, false, 2}, {16, 32, 24, DType::bfloat16, false, 3}};
   const int before = calls("MatmulSearch");
@@ -106,7 +106,7 @@ TEST_P(SparseLinearTest, OneSearchForEachProductAndTheLongestUnusedPlanGoes) {
   EXPECT_EQ(calls("MatmulSearch") - before, 3);
   run(problems[1]);  // made again, by what the search had found
   EXPECT_EQ(calls("MatmulSearch") - before, 3);
-  const SparseLinearPlans info = sparse.plans();
+  const SparseProductPlans info = sparse.plans();
   EXPECT_EQ(info.searches, 3);
   EXPECT_EQ(info.misses, 4);
   EXPECT_EQ(info.hits, 3);
@@ -121,10 +121,10 @@ TEST_P(SparseLinearTest, OneSearchForEachProductAndTheLongestUnusedPlanGoes) {
   EXPECT_EQ(calls("MatmulSearch") - before, 4) << "clear forgets what searches have found";
 }
 
-TEST_P(SparseLinearTest, EveryPartOfAProductIsPartOfItsPlan) {
-  SparseLinear& sparse = open(64);
-  const SparseLinearProblem base{32, 32, 8, DType::bfloat16, false};
-  std::vector<SparseLinearProblem> all(6, base);
+TEST_P(SparseProductTest, EveryPartOfAProductIsPartOfItsPlan) {
+  SparseProducts& sparse = open(64);
+  const SparseProductProblem base{32, 32, 8, DType::bfloat16, false};
+  std::vector<SparseProductProblem> all(6, base);
   all[1].out_features = 48;
   all[2].in_features = 48;
   all[3].tokens = 16;
@@ -140,9 +140,9 @@ TEST_P(SparseLinearTest, EveryPartOfAProductIsPartOfItsPlan) {
   EXPECT_EQ(sparse.plans().searches, static_cast<int64_t>(all.size()));
 }
 
-TEST_P(SparseLinearTest, AWarmProductWaitsForNothingAndCanBeCaptured) {
+TEST_P(SparseProductTest, AWarmProductWaitsForNothingAndCanBeCaptured) {
   const Setting workspace("WORKSPACE", "256");
-  SparseLinear& sparse = open(1);
+  SparseProducts& sparse = open(1);
   const Problem warm(16, 32, 8, DType::bfloat16, false, 1), cold(16, 32, 16, DType::bfloat16, false, 2);
   std::vector<uint16_t> output(8 * 16), longer(16 * 16);
   ASSERT_EQ(product(sparse, warm, false, output).message(), "");
@@ -161,16 +161,16 @@ TEST_P(SparseLinearTest, AWarmProductWaitsForNothingAndCanBeCaptured) {
   EXPECT_FALSE(sparse.ready(cold.key(false)));
 }
 
-TEST_P(SparseLinearTest, ThreadsShareOneSearch) {
+TEST_P(SparseProductTest, ThreadsShareOneSearch) {
   const Setting workspace("WORKSPACE", "64");
-  SparseLinear& sparse = open();
+  SparseProducts& sparse = open();
   const Problem problem(32, 32, 16, DType::bfloat16, false, 1);
   std::vector<std::vector<uint16_t>> outputs(4, std::vector<uint16_t>(16 * 32));
   std::vector<std::string> problems(4);
   // Each thread with a stream and memory of its own, as threads of torch have.
   std::vector<FakeStream> streams(4);
   std::vector<std::thread> threads;
-  SparseLinearSizes sizes;
+  SparseProductSizes sizes;
   ASSERT_TRUE(sparse.sizes(32, 32, DType::bfloat16, sizes).ok());
   for (int i = 0; i < 4; ++i)
     threads.emplace_back([&, i] {
@@ -181,8 +181,8 @@ TEST_P(SparseLinearTest, ThreadsShareOneSearch) {
       std::memcpy(merged.data(), problem.W.data(), 2 * problem.W.size());
       std::memcpy(X.data(), problem.X.data(), 2 * problem.X.size());
       for (int repeat = 0; repeat < 20 && problems[i].empty(); ++repeat) {
-        SparseLinear::Plan plan;
-        const SparseLinearArgs args{problem.key(false), compressed.data(), X.data(), out.data(), false};
+        SparseProducts::Plan plan;
+        const SparseProductArgs args{problem.key(false), compressed.data(), X.data(), out.data(), false};
         Status s = sparse.compress({32, 32, DType::bfloat16, false, merged.data(), compressed.data()}, host);
         if (s.ok()) s = sparse.prepare(args, host, plan);
         if (s.ok()) s = sparse.run(args, plan, host);
@@ -200,8 +200,8 @@ TEST_P(SparseLinearTest, ThreadsShareOneSearch) {
 }
 
 // What our formats promise the library: where every group has two, its values are our slots, byte for byte.
-TEST_P(SparseLinearTest, ValuesOfAFullPatternAreOurSlots) {
-  SparseLinear& sparse = open();
+TEST_P(SparseProductTest, ValuesOfAFullPatternAreOurSlots) {
+  SparseProducts& sparse = open();
   const Problem problem(32, 64, 8, DType::bfloat16, true, 9);
   std::vector<uint16_t> values(problem.W.size() / 2);
   std::vector<uint8_t> metadata(problem.N * sparse24_metadata_bytes(problem.K));
@@ -215,7 +215,7 @@ TEST_P(SparseLinearTest, ValuesOfAFullPatternAreOurSlots) {
   ASSERT_TRUE(sparse24_compress(ours, nullptr).ok());
   for (const std::string layout : {"values_first", "metadata_first", "tiled"}) {
     const Setting setting("LAYOUT", layout);
-    SparseLinearSizes sizes;
+    SparseProductSizes sizes;
     ASSERT_TRUE(sparse.sizes(problem.N, problem.K, problem.dtype, sizes).ok());
     EXPECT_EQ(sizes.values, static_cast<int64_t>(2 * values.size()));
     Buffer compressed(sizes.compressed), merged(2 * problem.W.size());
@@ -226,7 +226,7 @@ TEST_P(SparseLinearTest, ValuesOfAFullPatternAreOurSlots) {
   }
 }
 
-TEST_P(SparseLinearTest, RefusesVersions) {
+TEST_P(SparseProductTest, RefusesVersions) {
   struct Case {
     const char* version;
     int major, minor;
@@ -247,7 +247,7 @@ TEST_P(SparseLinearTest, RefusesVersions) {
     const Setting version("VERSION", c.version);
     fake::device.major = c.major;
     fake::device.minor = c.minor;
-    SparseLinear& sparse = open();
+    SparseProducts& sparse = open();
     const Status s = sparse.serves();
     EXPECT_EQ(s.ok(), c.serves) << c.version << " on " << c.major << "." << c.minor << ": " << s.message();
     if (c.serves) {
@@ -258,8 +258,8 @@ TEST_P(SparseLinearTest, RefusesVersions) {
   }
 }
 
-TEST_P(SparseLinearTest, RefusesWhatTheHardwareDoesNotTake) {
-  const SparseLinear& sparse = open();
+TEST_P(SparseProductTest, RefusesWhatTheHardwareDoesNotTake) {
+  const SparseProducts& sparse = open();
   const auto why = [&](int64_t N, int64_t K, int64_t T, DType dtype) {
     return sparse.serves({N, K, T, dtype, false}).message();
   };
@@ -273,14 +273,14 @@ TEST_P(SparseLinearTest, RefusesWhatTheHardwareDoesNotTake) {
   EXPECT_NE(why(16, 1 << 16, 1 << 16, DType::float16).find("2^32"), std::string::npos);
 }
 
-TEST_P(SparseLinearTest, EveryFailureIsASentenceAndLeavesNothing) {
+TEST_P(SparseProductTest, EveryFailureIsASentenceAndLeavesNothing) {
   const Problem problem(16, 32, 8, DType::bfloat16, false, 1);
   std::vector<uint16_t> output(8 * 16);
   for (const std::string name : {"Init", "StructuredDescriptorInit", "DenseDescriptorInit", "MatmulDescriptorInit",
                                  "MatmulAlgSelectionInit", "MatmulPlanInit", "MatmulGetWorkspace", "MatmulSearch",
                                  "MatmulAlgGetAttribute", "Matmul", "SpMMACompressedSize2", "SpMMACompress2"}) {
     const Setting fails("FAIL", name);
-    SparseLinear& sparse = open();
+    SparseProducts& sparse = open();
     const Status s = product(sparse, problem, false, output);
     EXPECT_NE(s.message().find("cuSPARSELt 0.8.1 answered CUSPARSE_STATUS_"), std::string::npos) << name << ": " << s.message();
     EXPECT_NE(s.message().find("to cusparseLt" + name + ": "), std::string::npos) << s.message();
@@ -288,13 +288,13 @@ TEST_P(SparseLinearTest, EveryFailureIsASentenceAndLeavesNothing) {
   }
 }
 
-TEST_P(SparseLinearTest, WithoutMemoryForTheWorkspaceThereIsNoPlan) {
+TEST_P(SparseProductTest, WithoutMemoryForTheWorkspaceThereIsNoPlan) {
   const Setting workspace("WORKSPACE", "4096");
-  SparseLinear& sparse = open();
+  SparseProducts& sparse = open();
   const Problem problem(16, 32, 8, DType::bfloat16, false, 1);
   Buffer compressed(4096), X(2 * problem.X.size()), out(2 * 8 * 16);
-  const SparseLinearArgs args{problem.key(false), compressed.data(), X.data(), out.data(), false};
-  SparseLinear::Plan plan;
+  const SparseProductArgs args{problem.key(false), compressed.data(), X.data(), out.data(), false};
+  SparseProducts::Plan plan;
   fake::device.out_of_memory = true;
   EXPECT_THROW((void)sparse.prepare(args, fake::host(), plan), std::runtime_error);
   EXPECT_FALSE(sparse.ready(problem.key(false)));
@@ -302,8 +302,8 @@ TEST_P(SparseLinearTest, WithoutMemoryForTheWorkspaceThereIsNoPlan) {
   EXPECT_TRUE(sparse.prepare(args, fake::host(), plan).ok());  // and the lock is free
 }
 
-TEST_P(SparseLinearTest, AnAlgorithmThatIsNoneIsSearchedAgain) {
-  SparseLinear& sparse = open();
+TEST_P(SparseProductTest, AnAlgorithmThatIsNoneIsSearchedAgain) {
+  SparseProducts& sparse = open();
   const Problem problem(16, 32, 8, DType::bfloat16, false, 1);
   std::vector<uint16_t> output(8 * 16);
   sparse.know(problem.key(false), {2, 1, 0});
@@ -314,7 +314,7 @@ TEST_P(SparseLinearTest, AnAlgorithmThatIsNoneIsSearchedAgain) {
   ASSERT_TRUE(product(sparse, problem, false, output).ok());
   problem.check(false, output);
   EXPECT_EQ(sparse.plans().searches, 1);
-  SparseLinearAlgorithm found;
+  SparseProductAlgorithm found;
   ASSERT_TRUE(sparse.algorithm(problem.key(false), found));
   EXPECT_LE(found.config, 3);
 }
@@ -335,12 +335,12 @@ TEST(CusparseltLibrary, LargerObjectsThanKnownAreNoticed) {
   fake::device = {};
   const cusparselt::Library library(fake::path(Abi::bytes1536));
   ASSERT_EQ(library.problem, "");
-  EXPECT_NE(SparseLinear(library, 4).serves().message().find("larger objects than this build"), std::string::npos);
+  EXPECT_NE(SparseProducts(library, 4).serves().message().find("larger objects than this build"), std::string::npos);
 }
 
 TEST(CusparseltLibrary, PlansHaveAMaximum) {
   const cusparselt::Library library(fake::path(Abi::bytes512));
-  EXPECT_NE(SparseLinear(library, 0).serves().message().find("LORS_SPARSE_PLANS"), std::string::npos);
+  EXPECT_NE(SparseProducts(library, 0).serves().message().find("LORS_SPARSE_PLANS"), std::string::npos);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// SparseLinear: the plans of one device, in the order of their last use. One lock around every call of the library, whose
+// SparseProducts: the plans of one device, in the order of their last use. One lock around every call of the library, whose
 // handle is not documented to take two at once; workspace is allocated outside it, except while a plan is made.
 #include <cuda_runtime_api.h>
-#include <lors/sparse_linear.h>
+#include <lors/sparse_product.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -52,8 +52,8 @@ int wanted_maximum() {
 
 }  // namespace
 
-struct SparseLinear::State {
-  using Key = SparseLinearProblem;
+struct SparseProducts::State {
+  using Key = SparseProductProblem;
   struct Entry {
     explicit Entry(const cusparselt::Handle& handle) : plan(handle) {}
     cusparselt::Plan plan;
@@ -72,12 +72,12 @@ struct SparseLinear::State {
   Order order;  // the latest used first
   std::map<Key, Order::iterator> plans;
   std::map<Key, cusparselt::Algorithm> algorithms;
-  std::map<Key, SparseLinearSizes> sizes;
+  std::map<Key, SparseProductSizes> sizes;
   int64_t hits = 0, misses = 0, searches = 0;
 
   Status start();
   std::shared_ptr<Entry> find(const Key& key);
-  Status make(const SparseLinearArgs& args, const CudaHost& host, std::shared_ptr<Entry>& made);
+  Status make(const SparseProductArgs& args, const CudaHost& host, std::shared_ptr<Entry>& made);
   void keep(const Key& key, std::shared_ptr<Entry> entry);
   void remember(const Key& key, const cusparselt::Algorithm& found) {
     // Three numbers each, so many more of them than plans; without an end they would still be a leak.
@@ -86,7 +86,7 @@ struct SparseLinear::State {
   }
 };
 
-Status SparseLinear::State::start() {
+Status SparseProducts::State::start() {
   if (!library.problem.empty()) return Status::error(library.problem);
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -104,14 +104,14 @@ Status SparseLinear::State::start() {
   return handle.init();
 }
 
-std::shared_ptr<SparseLinear::State::Entry> SparseLinear::State::find(const Key& key) {
+std::shared_ptr<SparseProducts::State::Entry> SparseProducts::State::find(const Key& key) {
   const auto found = plans.find(key);
   if (found == plans.end()) return nullptr;
   order.splice(order.begin(), order, found->second);
   return found->second->second;
 }
 
-void SparseLinear::State::keep(const Key& key, std::shared_ptr<Entry> entry) {
+void SparseProducts::State::keep(const Key& key, std::shared_ptr<Entry> entry) {
   order.emplace_front(key, std::move(entry));
   plans[key] = order.begin();
   for (auto last = order.end(); static_cast<int64_t>(order.size()) > maximum && last != std::next(order.begin());) {
@@ -122,7 +122,7 @@ void SparseLinear::State::keep(const Key& key, std::shared_ptr<Entry> entry) {
   }
 }
 
-Status SparseLinear::State::make(const SparseLinearArgs& args, const CudaHost& host, std::shared_ptr<Entry>& made) {
+Status SparseProducts::State::make(const SparseProductArgs& args, const CudaHost& host, std::shared_ptr<Entry>& made) {
   const Key& key = args.problem;
   const auto init = [&](const cusparselt::Algorithm* known) {
     made = std::make_shared<Entry>(handle);
@@ -145,28 +145,28 @@ Status SparseLinear::State::make(const SparseLinearArgs& args, const CudaHost& h
   return made->plan.workspace_bytes(made->workspace);  // the found algorithm's
 }
 
-SparseLinear::SparseLinear(const cusparselt::Library& library, int maximum)
+SparseProducts::SparseProducts(const cusparselt::Library& library, int maximum)
     : state_(std::make_unique<State>(library, maximum)) {
   state_->problem = maximum < 1 ? Status::error("LORS_SPARSE_PLANS must be a number, at least 1.") : state_->start();
 }
 
-SparseLinear::~SparseLinear() = default;
+SparseProducts::~SparseProducts() = default;
 
-Status SparseLinear::of_current_device(SparseLinear*& found) {
+Status SparseProducts::of_current_device(SparseProducts*& found) {
   static std::mutex mutex;
-  static auto* const all = new std::map<int, SparseLinear*>;
+  static auto* const all = new std::map<int, SparseProducts*>;
   int device = 0;
   if (Status s = cuda_answer(cudaGetDevice(&device), "ask CUDA for its device"); !s.ok()) return s;
   const std::lock_guard lock(mutex);
-  SparseLinear*& own = (*all)[device];
-  if (!own) own = new SparseLinear(cusparselt::library(), wanted_maximum());
+  SparseProducts*& own = (*all)[device];
+  if (!own) own = new SparseProducts(cusparselt::library(), wanted_maximum());
   found = own;
   return {};
 }
 
-Status SparseLinear::serves() const { return state_->problem; }
+Status SparseProducts::serves() const { return state_->problem; }
 
-Status SparseLinear::serves(const SparseLinearProblem& p) const {
+Status SparseProducts::serves(const SparseProductProblem& p) const {
   if (!state_->problem.ok()) return state_->problem;
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16)
     return Status::error("the sparse tensor cores are used for bfloat16 and float16 only.");
@@ -181,9 +181,9 @@ Status SparseLinear::serves(const SparseLinearProblem& p) const {
   return {};
 }
 
-std::string SparseLinear::version() const { return state_->library.problem.empty() ? state_->library.version.text() : ""; }
+std::string SparseProducts::version() const { return state_->library.problem.empty() ? state_->library.version.text() : ""; }
 
-Status SparseLinear::sizes(int64_t out_features, int64_t in_features, DType dtype, SparseLinearSizes& sizes) {
+Status SparseProducts::sizes(int64_t out_features, int64_t in_features, DType dtype, SparseProductSizes& sizes) {
   const State::Key weight{out_features, in_features, 0, dtype, false};
   if (Status s = serves(weight); !s.ok()) return s;
   const std::lock_guard lock(state_->mutex);
@@ -202,8 +202,8 @@ Status SparseLinear::sizes(int64_t out_features, int64_t in_features, DType dtyp
   return {};
 }
 
-Status SparseLinear::compress(const SparseLinearCompressArgs& args, const CudaHost& host) {
-  SparseLinearSizes sizes;
+Status SparseProducts::compress(const SparseProductCompressArgs& args, const CudaHost& host) {
+  SparseProductSizes sizes;
   if (Status s = this->sizes(args.out_features, args.in_features, args.dtype, sizes); !s.ok()) return s;
   const ScratchBytes scratch(host, sizes.scratch);
   const std::lock_guard lock(state_->mutex);
@@ -216,7 +216,7 @@ Status SparseLinear::compress(const SparseLinearCompressArgs& args, const CudaHo
                 "SpMMACompress2");
 }
 
-Status SparseLinear::prepare(const SparseLinearArgs& args, const CudaHost& host, Plan& plan) {
+Status SparseProducts::prepare(const SparseProductArgs& args, const CudaHost& host, Plan& plan) {
   if (Status s = serves(args.problem); !s.ok()) return s;
   bool captured = false;
   if (Status s = capturing(host, captured); !s.ok()) return s;
@@ -234,27 +234,27 @@ Status SparseLinear::prepare(const SparseLinearArgs& args, const CudaHost& host,
   return {};
 }
 
-Status SparseLinear::run(const SparseLinearArgs& args, const Plan& plan, const CudaHost& host) {
+Status SparseProducts::run(const SparseProductArgs& args, const Plan& plan, const CudaHost& host) {
   const auto& entry = *static_cast<const State::Entry*>(plan.get());
   const ScratchBytes workspace(host, entry.workspace);
   const std::lock_guard lock(state_->mutex);
   return entry.plan.run(args.compressed, args.activation, args.output, args.add, workspace.data(), host.stream);
 }
 
-bool SparseLinear::ready(const SparseLinearProblem& problem) const {
+bool SparseProducts::ready(const SparseProductProblem& problem) const {
   const std::lock_guard lock(state_->mutex);
   return state_->plans.contains(problem);
 }
 
-SparseLinearPlans SparseLinear::plans() const {
+SparseProductPlans SparseProducts::plans() const {
   const std::lock_guard lock(state_->mutex);
-  SparseLinearPlans info{state_->hits, state_->misses, state_->searches, state_->maximum, {}};
+  SparseProductPlans info{state_->hits, state_->misses, state_->searches, state_->maximum, {}};
   for (const auto& [key, entry] : state_->order)
     info.plans.push_back({key, static_cast<int64_t>(entry->workspace), entry->captured});
   return info;
 }
 
-void SparseLinear::clear() {
+void SparseProducts::clear() {
   const std::lock_guard lock(state_->mutex);
   for (auto at = state_->order.begin(); at != state_->order.end();) {
     const bool stays = at->second->captured;
@@ -265,7 +265,7 @@ void SparseLinear::clear() {
   state_->hits = state_->misses = state_->searches = 0;
 }
 
-bool SparseLinear::algorithm(const SparseLinearProblem& problem, SparseLinearAlgorithm& found) const {
+bool SparseProducts::algorithm(const SparseProductProblem& problem, SparseProductAlgorithm& found) const {
   const std::lock_guard lock(state_->mutex);
   const auto known = state_->algorithms.find(problem);
   if (known == state_->algorithms.end()) return false;
@@ -273,7 +273,7 @@ bool SparseLinear::algorithm(const SparseLinearProblem& problem, SparseLinearAlg
   return true;
 }
 
-void SparseLinear::know(const SparseLinearProblem& problem, const SparseLinearAlgorithm& algorithm) {
+void SparseProducts::know(const SparseProductProblem& problem, const SparseProductAlgorithm& algorithm) {
   const std::lock_guard lock(state_->mutex);
   state_->remember(problem, algorithm);
 }
