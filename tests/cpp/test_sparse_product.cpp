@@ -33,6 +33,7 @@ class SparseProductTest : public testing::TestWithParam<Abi> {
   }
 
   SparseProducts& open(int maximum = 8) {
+    made_.reset();  // before the library it holds on to
     library_ = std::make_unique<cusparselt::Library>(fake::path(GetParam()));
     made_ = std::make_unique<SparseProducts>(*library_, maximum);
     return *made_;
