@@ -59,16 +59,18 @@ void sparse_product(const AdaptedWeight<Backend>& adapted, SparseProducts& produ
 template <typename Backend>
 void multiply_sparse24(const AdaptedWeight<Backend>& adapted, Tensor& out, const Tensor& activation,
                        const std::optional<Tensor>& bias, bool input_gradient) {
+  const SparseProductOptions& options = adapted.sparse;
+  // Where there is no question, the library is not even opened.
+  if (options.products == "dense" || (input_gradient && !options.transposable))
+    return adapted.multiply_merged(out, activation, bias, input_gradient, std::nullopt);
   ProductChoices* choices = nullptr;
   check_status(ProductChoices::of_current_device(choices));
-  const SparseProductOptions& options = adapted.sparse;
   ProductRequest request;
   request.key.problem = {adapted.out_features(), adapted.in_features(), activation.size(0), dtype_of(activation),
                          input_gradient};
   request.key.in_place =
       options.library_metadata && !input_gradient && adapted.weight.scalar_type() == activation.scalar_type();
   request.key.bias = bias.has_value();
-  request.can_be_sparse = !input_gradient || options.transposable;
   request.products = options.products;
   // What is not row-major is copied, to memory that is aligned.
   request.activation = activation.is_contiguous() ? activation.const_data_ptr() : nullptr;

@@ -169,7 +169,7 @@ def library_metadata(values: Tensor, metadata: Tensor) -> Tensor | None:
 
 
 def is_transposable(values: Tensor, metadata: Tensor) -> bool:
-    """Whether the mask of a 2:4 weight is 2:4 along out_features too. Waits for the device; False on the meta device."""
+    """Whether the mask of a 2:4 weight is 2:4 along out_features too. Waits for the device; on meta False."""
     if values.device.type == "meta":
         return False
     bits = lors.sparse24_mask(metadata, 2 * values.shape[1])

@@ -176,11 +176,27 @@ TEST_F(ProductChoiceTest, WhereItCannotServeAutoIsDenseAndSparseSaysWhy) {
   shifted.products = "sparse";
   EXPECT_FALSE(take(shifted));
   EXPECT_NE(message.find("multiple of 16 bytes"), std::string::npos) << message;
-  // A gradient whose mask is not transposable has the dense way alone, whatever is asked for.
-  ProductRequest gradient = request(problem, "sparse", true);
-  gradient.can_be_sparse = false;
-  EXPECT_FALSE(take(gradient));
-  EXPECT_EQ(message, "");
+}
+
+// As a second thread would, while the first one measures: it neither waits nor measures.
+TEST_F(ProductChoiceTest, WhoMeetsAKindThatIsBeingMeasuredTakesTheDenseWay) {
+  const fake::Setting cost("MILLISECONDS", "0.1");
+  const ProductRequest r = request(problem);
+  const ProductWays plain = ways(r);
+  int meetings = 0;
+  ProductWays meeting = plain;
+  meeting.sparse = [&] {
+    if (meetings++ == 0) {
+      const int before = sparse_runs;
+      EXPECT_TRUE(choices.take(r, plain, fake::host()).ok());
+      EXPECT_EQ(sparse_runs, before);
+    }
+    return plain.sparse();
+  };
+  EXPECT_TRUE(choices.take(r, meeting, fake::host()).ok());
+  EXPECT_GT(meetings, 1);
+  EXPECT_EQ(choices.all().size(), 1u);
+  EXPECT_EQ(sparse.plans().searches, 1);
 }
 
 TEST_F(ProductChoiceTest, AFailureDuringTheMeasurementLeavesTheDenseWayAndAReason) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SparseProducts over the fake cuSPARSELt: loading, versions, both sizes of objects, plans, capture, threads, refusals.
+#include <dlfcn.h>
 #include <lors/sparse24.h>
 
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <thread>
 
@@ -330,6 +330,15 @@ TEST(CusparseltLibrary, SaysWhyItIsNotThere) {
   EXPECT_NE(other.problem.find("has no function cusparseLtGetProperty"), std::string::npos) << other.problem;
   const Setting fails("FAIL", "GetProperty");
   EXPECT_NE(cusparselt::Library(fake::path(Abi::bytes512)).problem.find("did not tell its version"), std::string::npos);
+}
+
+TEST(CusparseltLibrary, TheCopyThatIsLoadedAlreadyComesFirst) {
+  ASSERT_NE(dlopen(LORS_FAKE_SONAME, RTLD_LAZY | RTLD_LOCAL), nullptr) << dlerror();
+  for (const char* wanted : {static_cast<const char*>(nullptr), ""}) {
+    const cusparselt::Library library(wanted);
+    EXPECT_EQ(library.problem, "");
+    EXPECT_EQ(library.origin, "libcusparseLt.so.0, loaded with torch");
+  }
 }
 
 TEST(CusparseltLibrary, LargerObjectsThanKnownAreNoticed) {

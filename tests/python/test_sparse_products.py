@@ -281,6 +281,22 @@ def test_refusals_of_the_operators(fake, seed):
         fake.sparse_product_compress(torch.zeros(16, 20, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("products", ["auto", "dense", "sparse"])
+def test_opcheck(seed, products):
+    """The schema, fake and autograd halves take the arguments too; on the CPU they change nothing."""
+    case = problem(seed, torch.float32, transposable=True, bias=True)
+    args = (*case.adapted, case.bias, case.scaling, "lors")
+    metadata = torch.zeros(7, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.lors.linear, (case.input, *args, None, metadata, True, products))
+    given = (case.grad_output, case.input, *args, True, True, True, None, True, products)
+    torch.library.opcheck(torch.ops.lors.linear_backward, given)
+    for tensor in (case.input, case.lora_A, case.lora_B, case.bias):
+        tensor.requires_grad_()
+    Y = torch.ops.lors.linear(case.input, *args, None, metadata, True, products)
+    grads = torch.autograd.grad(Y, (case.input, case.lora_A, case.lora_B, case.bias), case.grad_output)
+    check_linear_backward(tuple(g.detach() for g in grads), case, "lors")
+
+
 # ---- choices in a file -----------------------------------------------------------------------------------------------
 
 

@@ -209,7 +209,7 @@ Status ProductChoices::measure(const ProductRequest& request, const ProductWays&
 Status ProductChoices::take(const ProductRequest& request, const ProductWays& ways, const CudaHost& host) {
   Products products = Products::automatic;
   if (Status s = wanted(request.products, products); !s.ok()) return s;
-  if (products == Products::dense || !request.can_be_sparse) return ways.dense();
+  if (products == Products::dense) return ways.dense();
   const bool forced = products == Products::sparse;
   const auto refuse = [](const std::string& why) {
     return Status::error("products is 'sparse', but " + why + " Use 'auto' or 'dense'.");
@@ -247,8 +247,8 @@ Status ProductChoices::take(const ProductRequest& request, const ProductWays& wa
   } done{*state_, request.key};
   ProductChoice measured;
   if (Status s = measure(request, ways, host, !forced, measured); !s.ok()) return s;
-  // The sparse way ran last, so where it is taken, the output holds it already. A forced product is only checked here: which way is
-  // faster is still open.
+  // The sparse way ran last, so where it is taken, the output holds it already. A forced product is only checked here: which
+  // way is faster is still open.
   if (forced && measured.note.empty()) return check(request.key), Status();
   set(request.key, measured);
   if (forced) return refuse(measured.note);

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for op in _OPS
     }
     reason = build["cuda_reason"]
-    plans = plan_cache_info()
+    plans, fixed = plan_cache_info(), os.environ.get("LORS_SPARSE_PRODUCT")
     result = {
         "lors_cuda": __version__,
         "torch": torch.__version__,
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "available": plans.reason is None,
                 "reason": plans.reason,
                 "cusparselt": plans.library_version,
+                "environment": fixed,
             },
         },
         "compiler": build["compiler"],
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")
         + f"; torch was built with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}",
         f"2:4       {'on the sparse tensor cores' if plans.reason is None else 'as dense products: ' + plans.reason}"
-        + (f" (cuSPARSELt {plans.library_version})" if plans.library_version else ""),
+        + (f" (cuSPARSELt {plans.library_version})" if plans.library_version else "")
+        + (f"; LORS_SPARSE_PRODUCT={fixed}" if fixed else ""),
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
         f"{'kernel':<16}  CPU  CUDA",

@@ -35,8 +35,6 @@ struct ProductWays {
 
 struct ProductRequest {
   ProductKey key;
-  bool can_be_sparse =
-      true;  // false: of this weight only the dense way exists (an input gradient whose mask is not transposable)
   std::string_view products = "auto";  // "auto", "dense" or "sparse"; LORS_SPARSE_PRODUCT says what "auto" is
   const void* activation = nullptr;
   const void* output = nullptr;
