@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel install clean
+.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel docs docs-serve install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -106,6 +106,14 @@ test-wheel: wheel
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps dist/*.whl
 	cd build && wheel-venv/bin/lors-cuda info
 	build/wheel-venv/bin/python -m pytest $(PYTEST_ARGS) tests/python/test_package.py
+
+# The documentation site, into build/site; every warning is an error. (mkdocs-material advertises its successor on every build.)
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: install
+	$(BIN)/mkdocs build --strict
+
+docs-serve: install
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf build dist demo-output

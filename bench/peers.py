@@ -289,11 +289,15 @@ def compiled(mode: str | None = None) -> LinearFunction:
 
 
 class LorsCudaLinear:
-    """This package. A compressed layout is made from each dense weight at its first call, which is never timed."""
+    """This package. A compressed layout is made from each dense weight at its first call, which is never timed.
 
-    def __init__(self, gradient: str, layout: str = "dense") -> None:
-        self.gradient, self.layout = gradient, layout
+    `cached`: inside lors_cuda.merge_cache, as every batch but the first of an optimizer step, or evaluation, finds it.
+    """
+
+    def __init__(self, gradient: str, layout: str = "dense", *, cached: bool = False) -> None:
+        self.gradient, self.layout, self.cached = gradient, layout, cached
         self.compressed: dict[int, tuple[Tensor, Any]] = {}  # by the dense weight's id, which it keeps alive
+        self.merged: dict[int, Any] = {}  # likewise
 
     def stored(self, weight: Tensor) -> Any:
         """The weight as lors_linear is given it."""
@@ -307,14 +311,25 @@ class LorsCudaLinear:
 
     def __call__(self, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         import lors_cuda
+        from lors_cuda.merged_weight import MergedWeight
 
-        return lors_cuda.lors_linear(input, self.stored(weight), lora_A, lora_B, scaling, gradient=self.gradient)
+        cache = self.merged.setdefault(id(weight), MergedWeight()) if self.cached else None
+        return lors_cuda.lors_linear(
+            input, self.stored(weight), lora_A, lora_B, scaling, gradient=self.gradient, cache=cache
+        )
+
+    def held(self, weight: Tensor) -> list[Tensor]:
+        """The tensors that live on between steps: the stored weight's, and the merged one where it is kept."""
+        stored = self.stored(weight)
+        objects = [*([stored] if isinstance(stored, Tensor) else vars(stored).values())]
+        if id(weight) in self.merged:
+            objects += vars(self.merged[id(weight)]).values()
+        return [t for t in objects if isinstance(t, Tensor)]
 
 
 def stored_tensors(function: LinearFunction, weight: Tensor) -> list[Tensor]:
     """What `function` holds of a weight between steps."""
-    stored = function.stored(weight) if isinstance(function, LorsCudaLinear) else weight
-    return [t for t in ([stored] if isinstance(stored, Tensor) else vars(stored).values()) if isinstance(t, Tensor)]
+    return function.held(weight) if isinstance(function, LorsCudaLinear) else [weight]
 
 
 PEERS: dict[str, Peer] = {
@@ -327,6 +342,9 @@ PEERS: dict[str, Peer] = {
         lambda: LorsCudaLinear("lors", "2:4"), "lors", "the same on a 2:4 weight stored compressed", only_sparse24=True
     ),
     "lors_cuda_bitmap": Peer(lambda: LorsCudaLinear("lors", "bitmap"), "lors", "the same on a bitmap weight"),
+    "lors_cuda_cached": Peer(
+        lambda: LorsCudaLinear("lors", cached=True), "lors", "the same with the merged weight kept from the call before"
+    ),
     "lors_cuda_exact": Peer(lambda: LorsCudaLinear("exact"), "exact", 'this package, gradient="exact"'),
     "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),
     "compiled_max_autotune": Peer(

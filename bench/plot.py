@@ -27,6 +27,8 @@ from report import describe
 # name -> label, colour, line style; a method and its checkpointed form share a colour
 STYLE: dict[str, tuple[str, str, str]] = {
     "lors_cuda": ("lors_cuda", "#0b5fa5", "-"),
+    "lors_cuda_24": ("lors_cuda, 2:4 weight", "#0b5fa5", "--"),
+    "lors_cuda_bitmap": ("lors_cuda, bitmap weight", "#0b5fa5", ":"),
     "lors_cuda_exact": ("lors_cuda, exact gradients", "#6baed6", "-"),
     "official": ("official LoRS, eager", "#333333", "-"),
     "official_upcast": ("official LoRS, products in float32", "#333333", "--"),
@@ -54,6 +56,7 @@ TEXT = {
     "figure.dpi": 150,
 }
 Row = dict[str, Any]
+_LEGEND_COLUMNS = 4
 
 
 def _unique(values: list[Any]) -> list[Any]:
@@ -142,10 +145,12 @@ def plot_linear(rows: list[Row], where: dict[str, Any]) -> Figure:
     """One line of panels per dtype: speed on the left, memory on the right. All rows must be of one shape and rank."""
     first = rows[0]
     dtypes = _unique([row["dtype"] for row in rows])
-    figure = plt.figure(figsize=(9.5, 3.4 * len(dtypes) + 1.2), layout="constrained")
+    drawn = {row["peer"] for row in rows} & STYLE.keys()
+    legend_lines = -(-len(drawn) // _LEGEND_COLUMNS)
+    figure = plt.figure(figsize=(9.5, 3.4 * len(dtypes) + 0.7 + 0.25 * legend_lines), layout="constrained")
     # The last line of the grid holds the legend: beside a caption, a legend outside the axes would be drawn over it.
     panels = figure.subplots(
-        len(dtypes) + 1, 2, squeeze=False, gridspec_kw={"height_ratios": [1.0] * len(dtypes) + [0.2]}
+        len(dtypes) + 1, 2, squeeze=False, gridspec_kw={"height_ratios": [1.0] * len(dtypes) + [0.1 * legend_lines]}
     )
     figure.get_layout_engine().set(wspace=0.06)
     for axes in panels[-1]:
@@ -162,7 +167,12 @@ def plot_linear(rows: list[Row], where: dict[str, Any]) -> Figure:
             labelled.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [label for label, _, _ in STYLE.values() if label in labelled]
     panels[-1][0].legend(
-        [labelled[label] for label in order], order, loc="upper left", ncols=4, bbox_to_anchor=(0.0, 1.0)
+        [labelled[label] for label in order],
+        order,
+        loc="upper left",
+        ncols=_LEGEND_COLUMNS,
+        fontsize=8,
+        bbox_to_anchor=(0.0, 1.0),
     ).set_in_layout(False)
     figure.suptitle(
         f"Forward + backward of one linear, {first['out_features']} x {first['in_features']}, r = {first['rank']}, "

@@ -130,7 +130,7 @@ def environment(device: torch.device = CPU) -> dict[str, Any]:
 def describe(where: dict[str, Any]) -> str:
     commit = (where["commit"] or "no commit")[:12] + (" + changes" if where["uncommitted_changes"] else "")
     load = where["load_average_at_start"]
-    gpu = where["gpu"]
+    gpu = where.get("gpu")  # files of before 2026-11-25 do not have it
     on = f"{gpu['name']}, driver {gpu['driver'] or '?'}, CUDA {gpu['torch_cuda']}; beside it " if gpu else ""
     return (
         f"{on}{where['cpu_model']} ({', '.join(where['cpu_features']) or 'no AVX2'}), {where['threads']} threads of "

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune sparse language models with LoRS: masked low-rank adapters that keep every zero (arXiv 2501.08582).
 
-Needs torch alone; saving adapters also needs safetensors, and the command line the ``cli`` extra.
+Needs torch alone; saving adapters also needs safetensors, model directories the ``hf`` extra, and the command line the
+``cli`` extra.
 """
 
 from ._library import BUILD
@@ -9,6 +10,7 @@ from .checkpoint import load_adapter, save_adapter
 from .config import LoRSConfig
 from .functional import lors_linear, merge
 from .init import estimate_gradients, init_from_gradients
+from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
 from .sparse import SparseWeight
@@ -28,6 +30,7 @@ __all__ = [
     "init_from_gradients",
     "load_adapter",
     "load_product_choices",
+    "load_sparse_checkpoint",
     "lors_linear",
     "merge",
     "merge_and_unload",
@@ -37,4 +40,5 @@ __all__ = [
     "plan_cache_info",
     "save_adapter",
     "save_product_choices",
+    "save_sparse_checkpoint",
 ]

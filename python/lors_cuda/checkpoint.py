@@ -41,8 +41,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     DistributedDataParallel the names are those of the inner model; with several processes, call it in one.
 
     Raises:
-        ValueError: the model has no LoRS layers, or layers with and without use_rslora. OSError: the files could not
-            be written (the system's reason is given). ImportError: safetensors is not installed.
+        ValueError: the model has no LoRS layers, or layers with and without use_rslora.
+        OSError: the files could not be written (the system's reason is given).
+        ImportError: safetensors is not installed.
     """
     require_safetensors()
     model = _unwrapped(model)
@@ -74,8 +75,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
         The same model object.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is truncated or corrupted, or the adapter does not fit
-            the model (each reason is named); nothing is changed. ImportError: safetensors is not installed.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or corrupted, or the adapter does not fit the model (each reason is named);
+            nothing is changed.
+        ImportError: safetensors is not installed.
     """
     require_safetensors()
     inner = _unwrapped(model)

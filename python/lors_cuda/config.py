@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ._checks import GRADIENTS
+from ._device_map import is_offloaded, original_forward
 from .sparse import LAYOUTS
 from .sparse_product import PRODUCTS
 
@@ -46,8 +47,9 @@ class LoRSConfig:
             forward, which needs one [out_features, in_features] product per layer).
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
-        rank_pattern, alpha_pattern: {regular expression: value}; the first one that matches the end of a module's
-            name, from a dot on, replaces `r` or `lora_alpha` for it; "^name" matches from the start only (as in PEFT).
+        rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,
+            replaces `r` for it; "^name" matches from the start only (as in PEFT).
+        alpha_pattern: {regular expression: lora_alpha}, likewise.
         modules_to_save: name suffixes of modules trained and saved whole. Suffixes match at a dot: "norm" does not
             select "input_layernorm", as it would in PEFT. Linears inside these modules are not adapted.
         products: "auto", "dense" or "sparse": how products of 2:4 weights are taken on a GPU, see
@@ -115,7 +117,8 @@ class LoRSConfig:
         """Build a configuration from a mapping of field names, as `to_dict` returns it.
 
         Raises:
-            TypeError: `values` is not a mapping. ValueError: it has a name that is no field, or a wrong value.
+            TypeError: `values` is not a mapping.
+            ValueError: it has a name that is no field, or a wrong value.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoRSConfig.from_dict needs a mapping of field names, but got {type(values).__name__}.")
@@ -279,7 +282,12 @@ def _unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if is_offloaded(module):
+        return (
+            "has its weights offloaded by accelerate (device_map), which brings them for each forward only. Load the "
+            "model without offloading to the CPU or the disk, or leave it out"
+        )
+    if original_forward(module) is not nn.Linear.forward:
         return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"

@@ -198,8 +198,9 @@ def load_data(path: str | os.PathLike[str], tokenizer: Any, sequence_length: int
         sequence_length: the largest number of tokens in an example, at least 2.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it has another extension, is no UTF-8, is empty, has no
-            usable tokens, or has a line that is not JSON or lacks a field (the line number is given).
+        FileNotFoundError: there is no such file.
+        ValueError: it has another extension, is no UTF-8, is empty, has no usable tokens, or has a line that is not
+            JSON or lacks a field (the line number is given).
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):

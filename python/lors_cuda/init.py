@@ -60,7 +60,9 @@ def estimate_gradients(
 
     Raises:
         ValueError: no batches; a gradient or loss is not finite (the module and batch are named); no target matches;
-            the model is already converted. TypeError: an argument or the loss is of the wrong type.
+            the model is already converted.
+        TypeError: an argument or the loss is of the wrong type.
+        RuntimeError: with torch.distributed, another process failed.
     """
     require_unconverted(model)
     try:
@@ -116,7 +118,8 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Raises:
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
-            problem is named and nothing is changed. TypeError: `gradients` is no mapping of tensors.
+            problem is named and nothing is changed.
+        TypeError: `gradients` is no mapping of tensors.
     """
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
         raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")

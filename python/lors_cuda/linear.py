@@ -30,12 +30,12 @@ def check_rank(r: int, out_features: int, in_features: int) -> None:
 class LoRSLinear(SparseLinear):
     """A frozen sparse linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias``.
 
-    Source: LoRS, arXiv 2501.08582. Made by :meth:`from_linear` or :func:`lors_cuda.get_lors_model`.
+    Source: LoRS, arXiv 2501.08582. Made by :meth:`from_linear` or :func:`lors_cuda.get_lors_model`. The frozen layer's
+    own attributes are those of :class:`SparseLinear`.
 
     Attributes:
         lora_A: Parameter [r, in_features], Kaiming-uniform at first.
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
-        bias, sparse_weight, weight: the frozen layer's, as :class:`SparseLinear` has them.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
     """
@@ -128,6 +128,7 @@ class LoRSLinear(SparseLinear):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         if not self.adapter_enabled:
             return super().forward(input)
         return lors_linear(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._device_map import hand_over_placement
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
@@ -250,6 +251,7 @@ def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Mo
     """Put `module` in the place of all `names`: one shared layer stays one shared layer."""
     for name in names:
         parent, _, child = name.rpartition(".")
+        hand_over_placement(model.get_submodule(name), module)
         setattr(model.get_submodule(parent), child, module)
 
 

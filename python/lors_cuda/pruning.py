@@ -35,8 +35,9 @@ class SparsityPattern:
     """``kept`` of each aligned group of ``group`` weights along a row, or the fraction ``sparsity`` of zeros.
 
     Attributes:
-        kept, group: of an N:M pattern, e.g. 2 and 4; None for an unstructured one.
         sparsity: the fraction of zeros, 1 - kept / group for an N:M pattern.
+        kept: N of an N:M pattern, e.g. 2; None for an unstructured one.
+        group: M, e.g. 4; None for an unstructured one.
     """
 
     sparsity: float
@@ -70,7 +71,13 @@ class SparsityPattern:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """How many of a layer's weights are zero."""
+    """How many of a layer's weights are zero.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: (N, K).
+        zeros: weights that are 0, -0.0 included.
+    """
 
     name: str
     shape: tuple[int, int]

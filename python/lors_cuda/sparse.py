@@ -25,13 +25,11 @@ def check_layout(layout: str) -> None:
 class SparseWeight:
     """A frozen weight [N, K] and its mask, as stored; every layout can hold the same values and mask.
 
-    ============  ======================  ==========================================  ============================
-    layout        ``values``              ``mask_bits``                               ``index``
-    ============  ======================  ==========================================  ============================
-    ``"dense"``   [N, K], +0 off the mask int32 [N, ceil(K/32)], or None: values != 0 None
-    ``"2:4"``     [N, K/2]                None                                        uint8 metadata [N, ceil(K/8)]
-    ``"bitmap"``  [number of kept]        int32 [N, ceil(K/32)]                       int64 row offsets [N + 1]
-    ============  ======================  ==========================================  ============================
+    | layout   | values                  | mask_bits                                   | index                         |
+    | -------- | ----------------------- | ------------------------------------------- | ----------------------------- |
+    | "dense"  | [N, K], +0 off the mask | int32 [N, ceil(K/32)], or None: values != 0 | None                          |
+    | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
+    | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
 
     A 2:4 weight may also have ``library_metadata`` (uint8: what cuSPARSELt puts behind its values, made where the
     library serves); ``transposable`` says whether its mask is 2:4 along out_features too. See docs/sparse-products.md.
@@ -165,10 +163,12 @@ class SparseWeight:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the values."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where all its tensors are."""
         return self.values.device
 
     @property
@@ -179,7 +179,7 @@ class SparseWeight:
 
     @property
     def density(self) -> float:
-        """Fraction of weights that are kept."""
+        """Fraction of weights that are kept. Counted at each call, and waits for the device, except of a bitmap."""
         kept = self.values.numel() if self.layout == "bitmap" else int(self.mask().sum())
         return kept / max(self.shape.numel(), 1)
 
@@ -208,6 +208,10 @@ class SparseWeight:
 
         Converting to a type of smaller range can round a kept value to zero, so the mask of a dense weight is made
         explicit where it was implicit and the conversion would change it.
+
+        Raises:
+            ValueError: a dtype other than float32, bfloat16, float16 and float64.
+            RuntimeError: no kernel of this build serves the device.
         """
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
@@ -228,10 +232,19 @@ class SparseWeight:
         return self._with(values, bits, self.index)
 
     def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
-        """The merged weight in the same layout, ``W + s M o (B A)``; the mask stays, bit for bit.
+        """The merged weight in the same layout, ``W + s M o (B A)`` (arXiv 2501.08582, eq. 3); the mask stays.
 
-        lora_A [r, K], lora_B [N, r]. A merged value that rounds to zero stays kept: a dense weight's mask is then made
-        explicit.
+        Accumulated in float32 (float64 for float64), rounded once to the weight's dtype; not differentiable. A merged
+        value that rounds to zero stays kept: a dense weight's mask is then made explicit.
+
+        Args:
+            lora_A: [r, K], float32, bfloat16, float16 or float64.
+            lora_B: [N, r], likewise.
+            scaling: s, e.g. ``lora_alpha / r``.
+
+        Raises:
+            TypeError: an adapter is no tensor.
+            ValueError: shapes, dtypes or devices do not fit.
         """
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():

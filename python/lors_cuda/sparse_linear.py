@@ -24,7 +24,9 @@ class SparseLinear(nn.Module):
     buffers around in every forward, and ``fully_shard`` would not shard them.
 
     Attributes:
-        weight_values, weight_mask, weight_index: the tensors of ``sparse_weight``; those that a layout lacks are None.
+        weight_values: the values of ``sparse_weight``.
+        weight_mask: its mask bits, None where the layout has none.
+        weight_index: its metadata or row offsets, None where the layout has none.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
         weight: the weight, dense [out_features, in_features].
@@ -55,7 +57,8 @@ class SparseLinear(nn.Module):
         :meth:`SparseWeight.from_dense`. Tensors are referenced, not copied, where possible.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``. ValueError: as :meth:`SparseWeight.from_dense`.
+            TypeError: ``linear`` is no ``nn.Linear``.
+            ValueError: as :meth:`SparseWeight.from_dense`.
         """
         check_linear(linear)
         weight = SparseWeight.from_dense(linear.weight.detach(), layout, mask)
@@ -77,6 +80,7 @@ class SparseLinear(nn.Module):
         return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the weight's dtype."""
         return F.linear(input, self.weight, self.bias)
 
     def to_linear(self) -> nn.Linear:

@@ -80,7 +80,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per token, its exponential, and the number of tokens predicted."""
+    """What :func:`evaluate` measured.
+
+    Attributes:
+        loss: mean loss per predicted token, natural logarithm.
+        perplexity: its exponential; infinity where that overflows.
+        tokens: how many were predicted.
+    """
 
     loss: float
     perplexity: float
@@ -118,9 +124,9 @@ def train(
         One entry per step, those before a resume included: step (from 1), loss, lr, grad_norm, tokens, seconds.
 
     Raises:
-        ValueError: nothing to train or to resume with these settings. OSError: the log or a checkpoint could not be
-            written; the last checkpoint is complete. FloatingPointError: the loss or the gradient of a step is
-            not finite; the parameters are those before that step.
+        ValueError: nothing to train or to resume with these settings.
+        OSError: the log or a checkpoint could not be written; the last checkpoint is complete.
+        FloatingPointError: the loss or the gradient of a step is not finite; the parameters are those before that step.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -184,6 +190,13 @@ def train(
 @torch.no_grad()
 def evaluate(model: nn.Module, data: TokenDataset, *, batch_size: int = 8, progress: bool = True) -> Evaluation:
     """Perplexity of ``data``: the exponential of the mean loss over all its label tokens, whatever their batches.
+
+    Args:
+        model: ``model(**batch).loss`` is the mean loss over the batch's label tokens, as in transformers. It runs in
+            eval mode without gradients, and is left in the mode it was in.
+        data: the examples, each used once.
+        batch_size: sequences per forward pass.
+        progress: show a bar on a terminal.
 
     Raises:
         FloatingPointError: the loss of a batch is not finite.

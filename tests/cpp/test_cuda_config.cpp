@@ -23,11 +23,13 @@ TEST(MergeConfig, CoversTheWeightAndFitsTheDevice) {
               for (const Layout layout : kLayouts) {
                 const MergeConfig c = merge_config(N, K, r, planes, planes, layout, size, limits);
                 ASSERT_TRUE(c.columns == 256 || c.columns == 512);
-                ASSERT_EQ(c.rows % kMergeStepRows, 0);
+                ASSERT_TRUE(c.panel_rows >= kMergeStepRows && c.panel_rows <= kMergePanelRows);
+                ASSERT_EQ(c.panel_rows & (c.panel_rows - 1), 0);
+                ASSERT_EQ(c.rows % c.panel_rows, 0);
                 ASSERT_TRUE(c.chunk >= 16 && c.chunk % 16 == 0);
                 ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-                ASSERT_EQ(c.tile_at, merge_shared_bytes(c.columns, c.rows, c.chunk, planes, planes));
-                ASSERT_EQ(c.shared_bytes, c.tile_at + merge_tile_bytes(layout, c.columns, c.rows, size));
+                ASSERT_EQ(c.tile_at, merge_shared_bytes(c.columns, c.panel_rows, c.chunk, planes, planes));
+                ASSERT_EQ(c.shared_bytes, c.tile_at + merge_tile_bytes(layout, c.columns, c.panel_rows, size));
                 // The sums of every layout are the dense one's.
                 ASSERT_EQ(c.chunk, merge_config(N, K, r, planes, planes, Layout::dense, size, limits).chunk);
                 ASSERT_GE(c.column_blocks * c.columns, K);
@@ -43,6 +45,15 @@ TEST(MergeConfig, LargeBlocksWhereTheyStillFillTheDevice) {
   const MergeConfig small = merge_config(1024, 1024, 16, 1, 1, Layout::dense, 2, kHopper);
   EXPECT_GE(small.blocks * small.columns, 512 * 16);
   EXPECT_LT(small.rows, 256);
+}
+
+TEST(MergeConfig, OneWaveOfTallBlocksWhereTheWeightIsLarge) {
+  for (const Layout layout : kLayouts) {
+    const MergeConfig c = merge_config(14336, 4096, 16, 1, 1, layout, 2, kHopper);
+    EXPECT_EQ(c.columns, 512);
+    EXPECT_LE(c.blocks, kHopper.multiprocessors);
+    EXPECT_GE(c.blocks * 10, kHopper.multiprocessors * 9);
+  }
 }
 
 TEST(MergeConfig, AllRanksAtOnceUnlessTheyDoNotFit) {

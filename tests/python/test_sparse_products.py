@@ -153,6 +153,16 @@ def test_a_float32_weight_under_16_bit_activations_is_recompressed(served, seed)
     assert calls.SpMMACompress2 > 0
 
 
+def test_a_16_bit_weight_under_activations_of_the_other_16_bits_is_recompressed(served, seed):
+    """Its metadata is there, but its values would be merged in its own type."""
+    case = problem(seed, torch.float16)
+    case.input = case.input.bfloat16()
+    metadata = stored(case).library_metadata
+    with Calls() as calls:
+        check_linear(linear(served, case, metadata=metadata), case)
+    assert calls.SpMMACompress2 > 0
+
+
 def test_strided_activations(served, seed):
     case = problem(seed, torch.bfloat16, bias=True)
     other = case.replace(input=case.input.T.contiguous().T)
@@ -307,6 +317,10 @@ def test_choices_survive_in_a_file(served, seed, tmp_path):
     linear(served, case, "auto", metadata)
     backward(served, case, "auto")
     before = lors_cuda.plan_cache_info().choices
+    assert {(c.operation, c.bias, c.in_place) for c in before} == {
+        ("forward", True, True),
+        ("input_gradient", False, False),
+    }
     assert lors_cuda.save_product_choices(path) == len(before) == 2
     lors_cuda.plan_cache_clear()
     assert lors_cuda.plan_cache_info().choices == ()
@@ -414,6 +428,7 @@ def test_a_layer_keeps_what_its_weight_knows(served, seed, transposable):
     assert layer.products == "dense"
     names = {*layer.state_dict(), *dict(layer.named_parameters()), *dict(layer.named_buffers())}
     assert "weight_library_metadata" not in names
+    assert layer.__getstate__()["weight_library_metadata"] is None
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)

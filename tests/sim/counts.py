@@ -27,7 +27,7 @@ from numerics import empty, random, upload  # noqa: E402
 sim = simulator()
 DOCS = HERE.parents[1] / "docs" / "cuda.md"
 BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"
-N, K, R, DTYPE = 1024, 2048, 16, "bfloat16"
+N, K, R, DTYPE = 2048, 2048, 16, "bfloat16"
 ADAPTED = {
     "out_features": N,
     "in_features": K,
@@ -182,7 +182,7 @@ def cases() -> list[Case]:
 
 
 def row(case: Case) -> list[str]:
-    device = sim.Device(multiprocessors=16)
+    device = sim.Device(multiprocessors=8)
     case.call(device)
     buffers: dict[str, int] = {}
     totals = {"wide": 0, "accesses": 0, "conflicts": 0, "mma": 0}
@@ -224,7 +224,7 @@ def table() -> str:
         "mma",
     ]
     rows = [header, ["---"] * len(header), *(row(case) for case in cases())]
-    shape = f"N x K = {N} x {K}, r = {R}, {DTYPE}, a device of 16 multiprocessors."
+    shape = f"N x K = {N} x {K}, r = {R}, {DTYPE}, a device of 8 multiprocessors."
     return shape + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 

@@ -103,6 +103,14 @@ def test_ranks_in_chunks_where_shared_memory_is_small(sim: Any) -> None:
     assert device.launches()[0]["shared_bytes"] <= 80 * 1024
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_panels_of_rows(sim: Any, dtype: str) -> None:
+    for race in (False, True):
+        device = sim.Device(multiprocessors=1, race=race, preempt=0.02 if race else 0)
+        check(*run(sim, device, (410, 300), 20, (dtype, "bfloat16", "float32", dtype)))
+        assert device.launches()[0]["grid"][0] == 1  # so one block walked down all rows
+
+
 def test_a_device_too_small_is_refused_with_a_sentence(sim: Any) -> None:
     with pytest.raises(sim.StatusError, match=r"\[8, 8\].*1024 bytes of shared memory"):
         run(sim, sim.Device(shared_bytes=1024), (8, 8), 4, ("bfloat16",) * 4)

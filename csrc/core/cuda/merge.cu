@@ -60,6 +60,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
                          "] for a device with " + std::to_string(limits.shared_bytes) +
                          " bytes of shared memory per block; use a GPU of architecture 80 or later.");
   problem.rows = config.rows;
+  problem.panel_rows = config.panel_rows;
   problem.chunk = config.chunk;
   problem.column_blocks = config.column_blocks;
   if (args.weight_dtype == DType::bfloat16) return launch_merge<bfloat16>(args.merged_dtype, problem, config, host);

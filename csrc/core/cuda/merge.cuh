@@ -20,14 +20,16 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   const int rows = left < p.rows ? static_cast<int>(left) : p.rows;
   uint16_t* const lora_A = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
   uint16_t* const lora_B = lora_A + planes_A * p.chunk * (columns + kMergePad);
-  const bool resident = p.chunk >= p.lora_A.rows;  // all ranks fit: the adapters are staged once for all steps
+  const bool resident = p.chunk >= p.lora_A.rows;  // all ranks fit: lora_A is staged once, lora_B once per panel of rows
 
-  if (resident) {
-    stage_lora_A<kSplit>(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
-    stage_lora_B(lora_B, p.lora_B, first_row, 0, p.rows, p.chunk);
-    __syncthreads();
-  }
+  if (resident) stage_lora_A<kSplit>(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
   for (int step = 0; step < rows; step += kMergeStepRows) {
+    const int panel_step = step & (p.panel_rows - 1);
+    if (resident && panel_step == 0) {
+      if (step > 0) __syncthreads();  // the last panel has been read
+      stage_lora_B(lora_B, p.lora_B, first_row + step, 0, p.panel_rows, p.chunk);
+      __syncthreads();
+    }
     const int64_t row = first_row + step + warp_row + lane / 4;
     Eight<W> tile[2][2];  // [h][c]: rows 8 h on, columns 32 c on
     const auto load = [&] {
@@ -46,7 +48,8 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
     if constexpr (!kLate) load();
     float sum[2][4][4] = {};
     if (resident) {
-      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.rows, step + warp_row, warp_column);
+      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.panel_rows, panel_step + warp_row,
+                        warp_column);
     } else {
       for (int64_t rank = 0; rank < p.lora_A.rows; rank += p.chunk) {
         __syncthreads();  // the last chunk has been read

@@ -37,6 +37,7 @@ Status describe(Launch& launch, const char* name, const Args& args, Layout layou
   p.merge.in_features = K;
   p.merge.scaling = static_cast<float>(args.scaling);
   p.merge.rows = config.rows;
+  p.merge.panel_rows = config.panel_rows;
   p.merge.chunk = config.chunk;
   p.merge.column_blocks = config.column_blocks;
   p.merge.mask_words = mask_words(K);

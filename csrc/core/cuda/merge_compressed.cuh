@@ -31,12 +31,12 @@ struct IndexTile {
 
   explicit __device__ __forceinline__ IndexTile(const CompressedProblem& p)
       : pitch(p.tile_pitch),
-        rows(p.merge.rows),
+        rows(p.merge.panel_rows),
         words(reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + p.tile_at)),
         before(words + rows * pitch),
         begin(reinterpret_cast<int64_t*>(before + rows * pitch)) {}
 
-  // All threads; ends with the tile complete.
+  // One panel of rows, from first_row on. All threads; ends with the tile complete.
   __device__ __forceinline__ void stage(const CompressedProblem& p, int64_t first_row, int64_t first_column,
                                         int columns) const {
     const int quads = columns / 128;  // of words in a row
@@ -237,27 +237,31 @@ __global__ void __launch_bounds__(512, 1) merge_compressed_kernel(const Compress
   const IndexTile<kBitmap> tile(problem);
   const WarpValues<W> fetched{reinterpret_cast<W*>(tile.begin + tile.rows) + warp * 16 * kMergeValuesPitch};  // a bitmap's
 
-  if (resident) {
-    stage_lora_A<kSplit>(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
-    stage_lora_B(lora_B, p.lora_B, first_row, 0, p.rows, p.chunk);
-  }
-  tile.stage(problem, first_row, first_column, columns);
+  if (resident) stage_lora_A<kSplit>(lora_A, p.lora_A, 0, first_column, p.chunk, columns);
   for (int step = 0; step < rows; step += kMergeStepRows) {
-    const int row = step + warp_row + lane / 4;  // of the block's
-    CompressedEight<W, kSplit> stored[2][2];     // 2:4; on its way while the adapters are multiplied
+    const int panel_step = step & (p.panel_rows - 1);
+    const int64_t panel_row = first_row + step - panel_step;  // where the panel begins
+    if (panel_step == 0) {
+      if (step > 0) __syncthreads();  // the last panel has been read
+      if (resident) stage_lora_B(lora_B, p.lora_B, panel_row, 0, p.panel_rows, p.chunk);
+      tile.stage(problem, panel_row, first_column, columns);
+    }
+    const int row = panel_step + warp_row + lane / 4;  // of the panel's
+    CompressedEight<W, kSplit> stored[2][2];           // 2:4; on its way while the adapters are multiplied
     if constexpr (!kBitmap) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const uint32_t word = ptx::load_shared(tile.words + (row + 8 * h) * tile.pitch + warp_column / 32 + c);
-          stored[h][c].load(problem, first_row + row + 8 * h, group + 32 * c, q, word);
+          stored[h][c].load(problem, panel_row + row + 8 * h, group + 32 * c, q, word);
         }
     }
-    if constexpr (kBitmap) fetched.fetch(problem, tile, first_row, step + warp_row, warp_column / 32);
+    if constexpr (kBitmap) fetched.fetch(problem, tile, panel_row, panel_step + warp_row, warp_column / 32);
     float sum[2][4][4] = {};
     if (resident) {
-      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.rows, step + warp_row, warp_column);
+      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.panel_rows, panel_step + warp_row,
+                        warp_column);
     } else {
       for (int64_t rank = 0; rank < p.lora_A.rows; rank += p.chunk) {
         __syncthreads();  // the last chunk has been read
@@ -269,7 +273,7 @@ __global__ void __launch_bounds__(512, 1) merge_compressed_kernel(const Compress
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t n = first_row + row + 8 * h;
+      const int64_t n = panel_row + row + 8 * h;
       if (n >= p.out_features) continue;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {

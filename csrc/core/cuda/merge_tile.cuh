@@ -19,7 +19,7 @@ struct MergeProblem {
   int64_t in_features;   // K
   float scaling;
   bool weight_vectors, merged_vectors;
-  int rows, chunk;
+  int rows, panel_rows, chunk;  // merge_config.h
   int64_t column_blocks;
 };
 

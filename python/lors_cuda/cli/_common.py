@@ -16,6 +16,8 @@ from torch import nn
 
 from .._library import build_info
 from ..data import TokenDataset, load_data
+from ..interchange import load_sparse_checkpoint
+from ..interchange.checkpoint import first_line, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,28 +88,11 @@ def load_model(directory: Path, device: str = "auto") -> nn.Module:
     """Load a causal language model from a directory, in its own dtype, onto a device; never from the network.
 
     Raises:
-        FileNotFoundError: no such directory, or no model in it. ValueError: its files are truncated, corrupted or
-            incomplete. RuntimeError: the device cannot be used.
+        RuntimeError: the device cannot be used; and as load_sparse_checkpoint.
     """
-    where = _check_directory(directory, "model", "config.json")
     target = _device(device)
-    transformers = _quiet_transformers()
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            where, local_files_only=True, dtype="auto", output_loading_info=True
-        )
-    except ImportError:
-        raise
-    except Exception as error:  # transformers, safetensors and pickle each raise their own types
-        raise ValueError(f"The model in '{directory}' could not be loaded: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        # transformers would go on with random values in their place.
-        raise ValueError(
-            f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
-            "its files. Copy or save it again."
-        )
-    moved: nn.Module = model.to(target)
+    _quiet_transformers()
+    moved: nn.Module = load_sparse_checkpoint(directory).to(target)
     return moved
 
 
@@ -117,7 +102,8 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         FileNotFoundError: no such directory, or no tokenizer in it. ValueError: it cannot be loaded.
     """
-    _check_directory(directory, "tokenizer")
+    if not directory.is_dir():
+        raise FileNotFoundError(f"The tokenizer directory '{directory}' does not exist.")
     # Asked first: transformers answers with a page about sentencepiece, or goes on with an empty vocabulary.
     if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab.*")):
         raise FileNotFoundError(
@@ -130,7 +116,7 @@ def load_tokenizer(directory: Path) -> Any:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {_first_line(error)}") from error
+        raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {first_line(error)}") from error
 
 
 def load_dataset(args: argparse.Namespace, model: nn.Module) -> TokenDataset:
@@ -196,9 +182,9 @@ def check_new(directory: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             )
 
 
-def save_model(model: nn.Module, source: Path, directory: Path) -> None:
+def save_model(model: nn.Module, source: Path, directory: Path, format: str = "dense") -> None:
     """Write a model and its tokenizer's files (copied from ``source``) into an existing directory."""
-    model.save_pretrained(str(directory))  # type: ignore[operator]
+    write_model(model, directory, format)
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_dir():
@@ -227,14 +213,6 @@ def sparsity_result(layers: Sequence[LayerSparsity]) -> dict[str, float]:
     return {layer.name: layer.sparsity for layer in layers}
 
 
-def _check_directory(directory: Path, what: str, needed: str | None = None) -> str:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"The {what} directory '{directory}' does not exist.")
-    if needed is not None and not (directory / needed).is_file():
-        raise FileNotFoundError(f"'{directory}' holds no {what}: it has no {needed}.")
-    return str(directory)
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda_available"] else "cpu")
@@ -252,7 +230,3 @@ def _quiet_transformers() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._files import new_directory
 from .._library import lors
 from ..checkpoint import load_adapter
+from ..interchange.checkpoint import SAVE_FORMATS
 from ..model import merge_and_unload, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ._common import add_model, check_new, load_model, save_model, say, sparsity_result, sparsity_table
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what finetune wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    parser.add_argument(
+        "--format",
+        choices=SAVE_FORMATS,
+        default="dense",
+        help="how the weights are stored; dense loads everywhere",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the output")
 
 
@@ -38,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layers = measure_sparsity(model)
     after = total_sparsity(layers)
     with new_directory(args.output, replace=args.overwrite) as directory:
-        save_model(model, args.model, directory)
+        save_model(model, args.model, directory, args.format)
     say(args, sparsity_table(layers))
     also = f" {rounded} kept weights became zero by rounding." if rounded else ""
     say(
@@ -48,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "output": str(args.output),
+        "format": args.format,
         "merged_layers": len(masks),
         "mask_unchanged": True,
         "sparsity_before": before,

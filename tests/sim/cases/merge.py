@@ -10,8 +10,14 @@ from typing import Any
 
 import numpy as np
 
-# (out_features, in_features, r), and the shared memory of the device: with little of it, the ranks come in chunks.
-SHAPES = [((64, 128, 16), 227 * 1024), ((40, 72, 5), 227 * 1024), ((33, 136, 150), 100 * 1024)]
+# (out_features, in_features, r), the shared memory of the device: with little of it, the ranks come in chunks; and its
+# multiprocessors: with one, a block takes several panels of rows.
+SHAPES = [
+    ((64, 128, 16), 227 * 1024, 2),
+    ((40, 72, 5), 227 * 1024, 2),
+    ((33, 136, 150), 100 * 1024, 2),
+    ((300, 264, 5), 227 * 1024, 1),
+]
 
 PLANTED = [
     ("merge_tile.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
@@ -28,11 +34,11 @@ PLANTED = [
 
 
 def check(sim: Any) -> None:
-    for seed, ((N, K, r), shared_bytes) in enumerate(SHAPES):
+    for seed, ((N, K, r), shared_bytes, multiprocessors) in enumerate(SHAPES):
         random = np.random.default_rng(seed)
         weight = random.standard_normal((N, K)).astype(np.float32) * (random.random((N, K)) < 0.5)
         lora_A, lora_B = (random.standard_normal(shape).astype(np.float32) for shape in ((r, K), (N, r)))
-        device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=2)
+        device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=multiprocessors)
         merged = device.empty("merged", 4 * N * K)
         sim.merge(
             device,

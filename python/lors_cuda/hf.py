@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros, small checkpoints.
+# `import lors_cuda` does not import this file, because it needs transformers.
+"""Training with Hugging Face's trainers: masks checked on the way, checkpoints of the adapter's size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_files import CONFIG_NAME
+from .checkpoint import load_adapter, save_adapter
+from .functional import merge
+from .linear import LoRSLinear
+from .model import named_lors_layers
+from .sparse_linear import SparseLinear
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "lors_cuda.hf needs transformers, which could not be imported. Install it with `pip install 'lors-cuda[hf]'`."
+    ) from error
+
+_ADAPTER_FOLDER = "adapter"
+_CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
+
+
+class SparsityCallback(TrainerCallback):
+    """Checks while the Trainer trains that nothing but the adapters changes, and logs the sparsity.
+
+    Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must
+    be bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time)
+    exactly zero off the mask. The Trainer's next log then has ``sparsity``: the share of exact zeros in the merged
+    weights of all checked layers.
+
+    Raises (from ``trainer.train()``):
+        RuntimeError: a layer was changed; it is named, and no checkpoint of that step is written.
+        ValueError: the model has no LoRS layers, or sharded ones (FSDP), of which one process sees a part only.
+
+    NOTE: reporters that the Trainer makes itself (TensorBoard, W&B) are called before this callback and miss the
+    sparsity, unless the Trainer is a :class:`LoRSTrainerMixin`.
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every is {every!r}; it must be a whole number of steps.")
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1.")
+        self.every = every
+        self._checksums: dict[str, dict[str, tuple[torch.dtype, int]]] = {}
+        self._checked_at = 0
+        self._metrics: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._checksums = {name: _checksums(layer) for name, layer in _layers(kwargs["model"])}
+        if not self._checksums:
+            raise ValueError(
+                "SparsityCallback found no LoRS layers in the model. Convert it with lors_cuda.get_lors_model before "
+                "the Trainer is made, or leave the callback out."
+            )
+        self._checked_at = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or control.should_save:
+            self._check(kwargs["model"], state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(kwargs["model"], state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        metrics = self.take_metrics()
+        if metrics and logs is not None:
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)  # the Trainer has put a copy of `logs` there
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the last check measured, once: {} until the next one."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _check(self, model: nn.Module, step: int) -> None:
+        zeros = weights = 0
+        layers = dict(_layers(model))
+        gone = next((name for name in self._checksums if name not in layers), None)
+        if gone is not None:
+            raise RuntimeError(
+                f"Layer '{gone}' is no LoRS layer any more at step {step}, and was one when training began. Training "
+                "was stopped. Merge or replace layers after trainer.train() only."
+            )
+        for name, layer in layers.items():
+            before, now = self._checksums.get(name), _checksums(layer)
+            if before != now:
+                tensor = next((key for key in now if before is None or before.get(key) != now[key]), "the weight")
+                raise RuntimeError(
+                    f"Layer '{name}': {tensor} is frozen, but has changed between step {self._checked_at} and "
+                    f"step {step}; only lora_A and lora_B may change. Training was stopped. Find what writes to it "
+                    "(an optimizer over all parameters, a callback, a cast) and resume from an earlier checkpoint."
+                )
+            zeros += _count_zeros(name, layer, step)
+            weights += layer.in_features * layer.out_features
+        self._checked_at = step
+        self._metrics = {"sparsity": zeros / weights}
+
+
+class LoRSTrainerMixin:
+    """Makes a Trainer's checkpoints adapter directories, as :func:`lors_cuda.save_adapter` writes them.
+
+    ``class AdapterTrainer(LoRSTrainerMixin, Trainer): pass``; TRL's trainers likewise. ``save_model`` and the
+    checkpoints then hold the adapters and ``modules_to_save`` instead of the whole model, and
+    ``resume_from_checkpoint`` and ``load_best_model_at_end`` load them with the checks of
+    :func:`lors_cuda.load_adapter`: another base mask, rank or target is refused. A whole-model checkpoint, written
+    without the mixin, is resumed as the Trainer does it.
+
+    Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: no process has the whole adapter there.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        trainer: Any = self
+        if _is_sharded(trainer):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        if not trainer.args.should_save:
+            return
+        directory = Path(output_dir if output_dir is not None else trainer.args.output_dir)
+        save_adapter(trainer.model, directory)
+        tokenizer = trainer.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        torch.save(trainer.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trainer: Any = self
+        if _is_sharded(trainer) or not _is_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        load_adapter(trainer.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        best = trainer.state.best_model_checkpoint
+        if _is_sharded(trainer) or not _is_adapter(best):
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        load_adapter(trainer.model, best)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SparsityCallback):
+                logs.update(callback.take_metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _is_adapter(directory: str | os.PathLike[str]) -> bool:
+    return (Path(directory) / CONFIG_NAME).is_file()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            if hasattr(module.weight_values, "device_mesh"):
+                raise ValueError(
+                    f"SparsityCallback checks whole layers, and the parameters of '{name}' are sharded over several "
+                    "processes (DTensor). Leave the callback out, and check the merged model after training."
+                )
+            yield name, module
+
+
+def _checksums(layer: SparseLinear) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and checksum of each frozen tensor of the layer itself."""
+    return {
+        key: (parameter.dtype, _checksum(parameter.detach()))
+        for key, parameter in layer.named_parameters(recurse=False)
+        if not parameter.requires_grad
+    }
+
+
+def _checksum(tensor: Tensor) -> int:
+    """sum_i (2i + 1) bits_i mod 2^64: another value in one place always changes it, an odd factor being invertible.
+
+    Computed where the tensor is, so that not the weights but one number each is read back.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    bits = tensor.contiguous().view(-1).view(integers)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK].long()
+        places = torch.arange(start, start + len(chunk), device=tensor.device)
+        total += (chunk * (2 * places + 1)).sum()
+    return int(total)
+
+
+def _count_zeros(name: str, layer: SparseLinear, step: int) -> int:
+    """Number of exact zeros in the merged weight, which must include everything off the mask."""
+    weight = layer.sparse_weight
+    with torch.no_grad():
+        if isinstance(layer, LoRSLinear):
+            merged = merge(weight, layer.lora_A, layer.lora_B, layer.scaling)
+        else:
+            merged = weight.to_dense()
+        stray = (merged != 0) & ~weight.mask()
+        if bool(stray.any()):
+            row, column = stray.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"Layer '{name}': the merged weight is {merged[row, column].item()} in row {row}, column {column}, "
+                f"which is off the mask, at step {step}; {int(stray.sum())} weights are. Training was stopped. The "
+                "mask or the merging kernel is damaged: run `lors-cuda info`, and resume from an earlier checkpoint."
+            )
+        return merged.numel() - int(torch.count_nonzero(merged))
+
+
+def save_adapters_only(accelerator: Any) -> None:
+    """Make ``accelerator.save_state`` write an adapter directory, ``adapter/``, instead of the converted model.
+
+    ``load_state`` then loads it into the model, with the checks of :func:`lors_cuda.load_adapter`. Optimizer,
+    scheduler, random state and other models are as without it. Call it once, on an ``accelerate.Accelerator``.
+
+    Raises:
+        ValueError: the accelerator uses FSDP or DeepSpeed, whose checkpoints are made of each process's part; at
+            ``save_state`` and ``load_state``: not exactly one of the prepared models has LoRS layers.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            f"The accelerator uses {kind}, which saves each process's part of the model by itself. Keep its own "
+            "save_state there, and save the adapter from the gathered model after training."
+        )
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], directory: str) -> None:
+        index = _only_converted(models)
+        weights.pop(index)
+        if accelerator.is_main_process:
+            save_adapter(models[index], Path(directory) / _ADAPTER_FOLDER)
+
+    def load(models: list[nn.Module], directory: str) -> None:
+        load_adapter(models.pop(_only_converted(models)), Path(directory) / _ADAPTER_FOLDER)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _only_converted(models: list[nn.Module]) -> int:
+    converted = [index for index, model in enumerate(models) if any(named_lors_layers(model))]
+    if len(converted) != 1:
+        raise ValueError(
+            f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a "
+            "place for one. Save the others with lors_cuda.save_adapter yourself."
+        )
+    return converted[0]

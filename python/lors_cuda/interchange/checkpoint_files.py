@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# What a model directory says about itself (config.json), and its safetensors files: names checked against the index
+# before a tensor is read, then read one weight at a time. Used by checkpoint.py; knows no model.
+"""Reading and writing the files of a compressed checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .._files import replace_file
+from .bitmask import FORMATS, PARTS, decode_weight, encode_weight
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+DENSE = "dense"
+# Where compressed-tensors has kept its configuration: since 0.7, in 0.4 to 0.6, and, each by itself, in 0.3.
+COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config", "sparseml_quantization_config")
+_PART_NAMES = frozenset(part for parts in PARTS.values() for part in parts)
+
+
+def require(package: str) -> Any:
+    """Import what torch alone does not bring, or say how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise ModuleNotFoundError(
+            f"Model directories are read and written with the package {error.name}, which is not installed: "
+            "pip install 'lors-cuda[hf]'",
+            name=error.name,
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not readable JSON: it is truncated or corrupted ({error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, and it must be a JSON object.")
+    return content
+
+
+def stored_format(directory: Path) -> str | None:
+    """The format that a model directory's config.json names: one of FORMATS, ``"dense"`` (named, yet stored as it is),
+    or None where it names none.
+
+    Raises:
+        ValueError: a quantized checkpoint or another compressed format, by its name; or a damaged config.json.
+    """
+    config = read_json(directory / CONFIG_NAME)
+    found = None
+    for key in COMPRESSION_KEYS:
+        block = config.get(key)
+        if not block:
+            continue
+        if not isinstance(block, dict):
+            raise ValueError(f"'{directory / CONFIG_NAME}' is corrupted: its {key} is a {type(block).__name__}.")
+        _refuse_quantized(directory, block)
+        sparsity = block if key == "sparsity_config" else block.get("sparsity_config") or {}
+        name = sparsity.get("format") or DENSE if isinstance(sparsity, dict) else sparsity
+        if name != DENSE and name not in FORMATS:
+            raise ValueError(
+                f"'{directory}' is stored in the compressed format {name!r}; {', '.join(FORMATS)} and dense are read. "
+                "Decompress it with the tool that wrote it, and save it as dense safetensors."
+            )
+        found = name if found in (None, DENSE) else found
+    return found
+
+
+def _refuse_quantized(directory: Path, block: dict[str, Any]) -> None:
+    method = block.get("quant_method")
+    inner = block.get("quantization_config")
+    groups = block.get("config_groups") or (isinstance(inner, dict) and inner.get("config_groups"))
+    transforms = block.get("transform_config")
+    kind = None
+    if method not in (None, "compressed-tensors"):
+        kind = f"quantized with {method!r}"
+    elif groups or block.get("kv_cache_scheme"):
+        kind = f"quantized by compressed-tensors in the format {block.get('format')!r}"
+    elif block.get("format") not in (None, DENSE, *FORMATS):
+        kind = f"stored in the compressed format {block['format']!r}"
+    elif transforms:
+        kind = "transformed by compressed-tensors (transform_config)"
+    if kind:
+        raise ValueError(
+            f"The model in '{directory}' is {kind}; its weights must be float32, bfloat16 or float16. Use the "
+            "checkpoint it was made from, or decompress it with the tool that wrote it and save that."
+        )
+
+
+def read_tensors(directory: Path, format: str) -> dict[str, Tensor]:
+    """Every tensor of a model directory's safetensors files, dense and on the CPU, decoded one weight at a time.
+
+    Names are checked before the first tensor is read: shards that are missing, truncated or disagree with the index,
+    and compressed weights that lack a part.
+
+    Args:
+        format: one of FORMATS, or ``"dense"``.
+
+    Raises:
+        ValueError: anything that is missing, damaged or does not go together, by its name.
+    """
+    with contextlib.ExitStack() as stack:
+        shards = {path: stack.enter_context(_open(path)) for path in _shard_paths(directory)}
+        where: dict[str, Any] = {}
+        for path, shard in shards.items():
+            for name in shard.keys():  # noqa: SIM118 (no mapping)
+                if name in where:
+                    raise ValueError(f"'{directory}' holds the tensor '{name}' twice, also in '{path.name}'.")
+                where[name] = shard
+        _check_index(directory, shards)
+        plain, compressed = _group(directory, where, format)
+        tensors = {name: _tensor(directory, where[name], name) for name in plain}
+        for name, keys in compressed.items():
+            parts = {part: _tensor(directory, where[key], key) for part, key in keys.items()}
+            tensors[name] = decode_weight(parts, format, name)
+        return tensors
+
+
+def _group(directory: Path, names: Collection[str], format: str) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The tensors that are stored as they are, and {weight: {part: tensor}} of the compressed ones."""
+    stems: dict[str, dict[str, str]] = {}
+    plain = []
+    for name in names:
+        stem, _, part = name.rpartition(".")
+        if part in _PART_NAMES and stem:
+            stems.setdefault(stem, {})[part] = name
+        else:
+            plain.append(name)
+    if format == DENSE and stems:
+        stem, parts = next(iter(stems.items()))
+        raise ValueError(
+            f"'{directory / CONFIG_NAME}' names no compressed format, but the files hold '{stem}' in parts "
+            f"({', '.join(sorted(parts))}): they do not belong together. Copy the checkpoint again."
+        )
+    # Up to 0.8.1 compressed-tensors put the parts below a parameter's whole name, since 0.9 below its module's.
+    whole = any(stem.endswith(".weight") for stem in stems)
+    compressed = {stem if whole else f"{stem}.weight": parts for stem, parts in stems.items()}
+    for weight, parts in compressed.items():
+        lacking = [part for part in PARTS[format] if part not in parts]
+        if lacking:
+            raise ValueError(
+                f"'{directory}' is incomplete: the compressed weight '{weight}' has no "
+                f"{', '.join(map(repr, lacking))}. Copy the checkpoint again."
+            )
+        if weight in names:
+            raise ValueError(f"'{directory}' holds '{weight}' both dense and compressed. Copy the checkpoint again.")
+    return plain, compressed
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS_NAME).is_file():
+        return [directory / WEIGHTS_NAME]
+    if not (directory / INDEX_NAME).is_file():
+        raise ValueError(
+            f"'{directory}' has neither {WEIGHTS_NAME} nor {INDEX_NAME}; compressed checkpoints are read from "
+            "safetensors files only."
+        )
+    paths = [directory / file for file in sorted(set(_weight_map(directory).values()))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(
+                f"'{directory}' is incomplete: its {INDEX_NAME} names '{path.name}', which is not there. Copy it too."
+            )
+    return paths
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    index = directory / INDEX_NAME
+    weight_map = read_json(index).get("weight_map")
+    # A name, not a path: an index may not lead out of its directory.
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise ValueError(f"'{index}' is corrupted: its weight_map must give each tensor the name of a file beside it.")
+    return weight_map
+
+
+def _is_file_name(value: object) -> bool:
+    if not isinstance(value, str) or value in ("", ".", "..") or "\0" in value:
+        return False
+    return Path(value).name == value and len(os.fsencode(value)) <= 255
+
+
+def _check_index(directory: Path, shards: Mapping[Path, Any]) -> None:
+    if [path.name for path in shards] == [WEIGHTS_NAME]:
+        return  # transformers does not look at an index then
+    held = {path.name: set(shard.keys()) for path, shard in shards.items()}
+    for name, file in _weight_map(directory).items():
+        if name not in held[file]:
+            raise ValueError(
+                f"'{directory / INDEX_NAME}' says that '{name}' is in '{file}', where it is not: they do not belong "
+                "together. Copy the checkpoint again."
+            )
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file; opening it checks its header against its size."""
+    safetensors = require("safetensors")
+    try:
+        opened = safetensors.safe_open(str(path), framework="pt")
+    except Exception as error:  # a type of its own, and others for a damaged header
+        raise ValueError(
+            f"'{path}' is not a readable safetensors file: it is truncated or corrupted ({error}). Copy it again."
+        ) from None
+    with opened as shard:
+        yield shard
+
+
+def _tensor(directory: Path, shard: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = shard.get_tensor(name)
+    except Exception as error:  # a dtype that this torch or safetensors does not have
+        raise ValueError(f"The tensor '{name}' in '{directory}' could not be read: {error}.") from None
+    return tensor
+
+
+def compress_files(directory: Path, weights: Collection[str], format: str, sparsity: Mapping[str, Any]) -> None:
+    """Rewrite dense safetensors: ``weights`` (names of tensors) in ``format``, and ``sparsity`` in config.json.
+
+    One shard at a time is in memory. The directory must be new and private: a reader in between would find both kinds.
+    """
+    safetensors_torch = require("safetensors.torch")
+    paths = _shard_paths(directory)
+    weight_map, total = {}, 0
+    for path in paths:
+        with _open(path) as shard:
+            tensors: dict[str, Tensor] = {}
+            for name in shard.keys():  # noqa: SIM118
+                tensor = shard.get_tensor(name)
+                if name in weights:
+                    stem = name.removesuffix(".weight")
+                    tensors.update({f"{stem}.{part}": t for part, t in encode_weight(tensor, format).items()})
+                else:
+                    tensors[name] = tensor
+            rewritten = path.with_suffix(".rewritten")
+            safetensors_torch.save_file(tensors, str(rewritten), metadata={"format": "pt"})
+        os.replace(rewritten, path)
+        weight_map.update(dict.fromkeys(tensors, path.name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if (directory / INDEX_NAME).is_file():
+        index = read_json(directory / INDEX_NAME)
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+        index["weight_map"] = weight_map
+        replace_file(directory / INDEX_NAME, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+    config = read_json(directory / CONFIG_NAME)
+    sparsity = {**sparsity, "format": format}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    replace_file(directory / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

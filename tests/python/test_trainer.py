@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers.Trainer on a converted model: mixed precision, checkpointing, accumulation, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
+from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
+from lors_cuda.hf import LoRSTrainerMixin
+from models import assert_unchanged, refused, snapshot, tiny_llama
+from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "training_args.bin"}
+RESUME_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def adapters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+def test_gradient_checkpointing_in_both_modes_changes_nothing(tmp_path, gradient, reentrant):
+    plain = make_trainer(tmp_path, model=converted(gradient=gradient), bf16=True, save_strategy="no")
+    start = adapters(plain.model)
+    plain.train()
+    trained = adapters(plain.model)
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+    trainer = make_trainer(
+        tmp_path,
+        model=converted(gradient=gradient),
+        bf16=True,
+        save_strategy="no",
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    trainer.train()
+    # What is recomputed is what was computed: the same operators on the same values, on the CPU bit for bit.
+    assert losses(trainer) == losses(plain)
+    assert_same(adapters(trainer.model), trained)
+
+
+def test_a_bfloat16_model_trains_float32_adapters_and_merges_with_every_zero(tmp_path):
+    model = get_lors_model(tiny_llama(dtype=torch.bfloat16), LoRSConfig(r=4, lora_alpha=8))
+    masks = {name: layer.sparse_weight.mask() for name, layer in named_lors_layers(model)}
+    start = adapters(model)
+    trainer = make_trainer(tmp_path, model=model, bf16=True, save_strategy="no")
+    trainer.train()
+    trained = adapters(trainer.model)
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+    merged = merge_and_unload(trainer.model)
+    for name, mask in masks.items():
+        assert not merged.get_submodule(name).weight[~mask].any(), name
+
+
+def test_gradient_accumulation_is_the_larger_batch(tmp_path):
+    accumulated = make_trainer(tmp_path, save_strategy="no", max_steps=1)
+    whole = make_trainer(
+        tmp_path, save_strategy="no", max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    for trainer in (accumulated, whole):
+        trainer.train()
+    first, second = accumulated.state.log_history[0], whole.state.log_history[0]
+    # Sums in another order: a few units of float32's last place, of numbers that are means over the same tokens.
+    for key in ("loss", "grad_norm"):
+        assert first[key] == pytest.approx(second[key], rel=16 * torch.finfo(torch.float32).eps), key
+
+
+@pytest.mark.parametrize("kind", [AdapterTrainer, transformers.Trainer], ids=["mixin", "plain"])
+@pytest.mark.parametrize("layout", ["2:4", "bitmap"])
+def test_resumes_with_the_same_loss_curve(tmp_path, kind, layout):
+    first = make_trainer(tmp_path, model=converted(layout=layout), kind=kind, bf16=True)
+    first.train()
+    files = {path.name for path in checkpoint(tmp_path).iterdir()}
+    if kind is AdapterTrainer:
+        assert files == ADAPTER_FILES | RESUME_FILES
+    else:  # what the documentation says happens without the mixin
+        assert {"model.safetensors", "config.json"} | RESUME_FILES <= files
+    again = make_trainer(tmp_path, model=converted(layout=layout), kind=kind, bf16=True)
+    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
+    assert len(losses(again)) == STEPS
+    assert losses(again) == losses(first)
+    assert_same(adapters(again.model), adapters(first.model))
+
+
+def test_a_checkpoint_is_an_adapter_directory(tmp_path):
+    trainer = make_trainer(tmp_path, model=converted(modules_to_save=["model.norm"]))
+    trainer.train()
+    model = load_adapter(tiny_llama(), checkpoint(tmp_path, STEPS))
+    assert_same(adapters(model), adapters(trainer.model))
+    trainer.save_model(str(tmp_path / "last"))
+    assert {path.name for path in (tmp_path / "last").iterdir()} == ADAPTER_FILES
+
+
+def test_the_tokenizer_is_saved_beside_the_adapter(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.processing_class = transformers.ByT5Tokenizer()
+    trainer.save_model()
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
+
+
+def test_a_whole_checkpoint_is_resumed_through_the_mixin(tmp_path):
+    first = make_trainer(tmp_path, kind=transformers.Trainer)
+    first.train()
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
+    assert losses(again) == losses(first)
+
+
+def test_a_trainer_without_the_mixin_refuses_its_checkpoints(tmp_path):
+    make_trainer(tmp_path).train()
+    plain = make_trainer(tmp_path, kind=transformers.Trainer)
+    refused(ValueError, lambda: plain.train(resume_from_checkpoint=str(checkpoint(tmp_path))), "checkpoint")
+
+
+def test_resuming_on_another_mask_is_refused_and_changes_nothing(tmp_path):
+    make_trainer(tmp_path).train()
+    other = make_trainer(tmp_path, model=converted(seed=1))
+    before = snapshot(other.model)
+    refused(
+        ValueError,
+        lambda: other.train(resume_from_checkpoint=str(checkpoint(tmp_path))),
+        "another sparsity mask",
+        "layers.0.self_attn.q_proj",
+    )
+    assert_unchanged(other.model, before)
+
+
+def test_importing_it_without_transformers_is_explained():
+    code = "import sys; sys.modules['transformers'] = None; import lors_cuda; import lors_cuda.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: lors_cuda.hf needs transformers")
+    assert "pip install 'lors-cuda[hf]'" in last
+
+
+def test_a_process_that_is_not_to_save_writes_nothing(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.save_model(str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_trainer_keeps_its_own_checkpoints(tmp_path, sharding):
+    calls = []
+
+    class Sharded:
+        is_fsdp_enabled = is_deepspeed_enabled = False
+        state = transformers.TrainerState(best_model_checkpoint=str(tmp_path))
+
+        def _save(self, output_dir=None, state_dict=None):
+            calls.append((output_dir, state_dict))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            calls.append((resume_from_checkpoint, model))
+
+        def _load_best_model(self):
+            calls.append("best")
+
+    class Adapter(LoRSTrainerMixin, Sharded):
+        pass
+
+    (tmp_path / "adapter_config.json").write_text("{}")  # even there
+    trainer = Adapter()
+    setattr(trainer, sharding, True)
+    trainer._save("where", {"a": 1})
+    trainer._load_from_checkpoint(str(tmp_path), "model")
+    trainer._load_best_model()
+    assert calls == [("where", {"a": 1}), (str(tmp_path), "model"), "best"]
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        learning_rate=3.0,  # so high that the loss rises and the first checkpoint is the best
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    assert not best.endswith(f"-{STEPS}")
+    assert_same(adapters(trainer.model), adapters(load_adapter(tiny_llama(), best)))
