@@ -67,9 +67,9 @@ struct SparseProducts::State {
   const cusparselt::Library& library;
   const int64_t maximum;
   cusparselt::Handle handle;
-  Status problem;  // why the library does not serve this device
-  mutable std::mutex mutex;
-  Order order;  // the latest used first
+  Status problem;                      // why the library does not serve this device
+  mutable std::recursive_mutex mutex;  // again by a plan that dies under it
+  Order order;                         // the latest used first
   std::map<Key, Order::iterator> plans;
   std::map<Key, cusparselt::Algorithm> algorithms;
   std::map<Key, SparseProductSizes> sizes;
@@ -125,7 +125,11 @@ void SparseProducts::State::keep(const Key& key, std::shared_ptr<Entry> entry) {
 Status SparseProducts::State::make(const SparseProductArgs& args, const CudaHost& host, std::shared_ptr<Entry>& made) {
   const Key& key = args.problem;
   const auto init = [&](const cusparselt::Algorithm* known) {
-    made = std::make_shared<Entry>(handle);
+    // Whoever lets a plan go last, perhaps after it was dropped here, does so under the lock too.
+    made = std::shared_ptr<Entry>(new Entry(handle), [this](Entry* entry) {
+      const std::lock_guard lock(mutex);
+      delete entry;
+    });
     return made->plan.init(key.out_features, key.in_features, key.tokens, key.dtype, key.input_gradient, known);
   };
   const auto known = algorithms.find(key);
