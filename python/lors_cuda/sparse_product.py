@@ -161,8 +161,9 @@ def library_metadata(values: Tensor, metadata: Tensor) -> Tensor | None:
     # Every group has two here, so the library has no choice of its own where it puts them.
     full = torch.tensor(_full_codes(), dtype=torch.uint8, device=values.device)[metadata.int()]
     dense = lors.sparse24_decompress(_pattern(values), full)
+    del full
     compressed = lors.sparse_product_compress(dense)
-    del full, dense
+    del dense
     if not torch.equal(compressed[: values.nbytes].view(values.dtype).view(values.shape), _pattern(values)):
         return None
     return compressed[values.nbytes :].clone()
