@@ -1,4 +1,5 @@
-# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, FUZZ_SECONDS, FUZZ_SEED.
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, FUZZ_SECONDS, FUZZ_SEED;
+# those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
@@ -6,6 +7,19 @@ TORCH_INDEX ?=
 # Whether the editable install has the CUDA half: without a GPU it could only be compiled, which `make kernels` and `make wheel` do.
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHS ?= 80;90a
+# What "all" stands for: the architectures whose kernels are held to their budget of registers.
+ALL_ARCHS := 80;86;89;90a;100a;120a
+ifeq ($(CUDA_ARCHS),all)
+override CUDA_ARCHS := $(ALL_ARCHS)
+endif
+# `make wheel`: the CUDA half (AUTO, ON, OFF), the label in the version (ON, OFF), the platform tag (auto: what this machine's
+# compiler and C library allow; e.g. manylinux_2_28_x86_64: that one, or fail).
+WHEEL_CUDA ?= AUTO
+WHEEL_LABEL ?= ON
+WHEEL_PLAT ?= auto
+# `make wheel-matrix`: what the wheel is tried under.
+WHEEL_PYTHONS ?= 3.10 3.11 3.12 3.13
+WHEEL_TORCHES ?= 2.10.0 newest
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
@@ -18,7 +32,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel docs docs-serve install clean
+.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
+	test-sdist docs docs-serve install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
@@ -90,22 +105,38 @@ bench-cpp: $(VENV)/.ready
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu
 
-# With the CUDA half wherever there is nvcc, whatever the editable install beside it has.
+# With the CUDA half wherever there is nvcc, whatever the editable install beside it has. CMake first says what the wheel will
+# hold, and the label comes from that; WHEEL_LABEL=OFF leaves it out, for an index that refuses labels.
+# libtorch.so is torch's, which the wheel requires; every other library must be one that every Linux of the tag has.
 wheel: $(VENV)/.ready
-	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . \
-		'--config-settings=cmake.define.LORS_CUDA=AUTO' '--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
-	ls -l dist
+	rm -rf dist/*.whl build/wheelhouse
+	$(CMAKE) -S . -B build/label -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=$(WHEEL_CUDA) '-DLORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+	LORS_WHEEL_LABEL=$(WHEEL_LABEL) $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheelhouse . \
+		--config-settings=build-dir=build/wheel '--config-settings=cmake.define.LORS_CUDA=$(WHEEL_CUDA)' \
+		'--config-settings=cmake.define.LORS_CUDA_ARCHS=$(CUDA_ARCHS)'
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch.so --only-plat --plat $(WHEEL_PLAT) \
+		--wheel-dir dist build/wheelhouse/*.whl
+	$(BIN)/python tests/wheel/check_wheel.py dist/*.whl
 
 # The wheel by itself: an environment that borrows .venv's torch, but not the editable install beside it.
 test-wheel: wheel
-	rm -rf build/wheel-venv
-	$(PYTHON) -m venv build/wheel-venv
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	build/wheel-venv/bin/python -m pip install --quiet --no-deps dist/*.whl
-	cd build && wheel-venv/bin/lors-cuda info
-	build/wheel-venv/bin/python -m pytest $(PYTEST_ARGS) tests/python/test_package.py
+	$(BIN)/python tests/wheel/try_wheel.py dist/*.whl
+
+# The same under other torches and every Python there is (gigabytes per torch, so no part of CI).
+wheel-matrix: wheel
+	$(BIN)/python tests/wheel/try_wheel.py dist/*.whl --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCHES) \
+		$(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+
+sdist: $(VENV)/.ready
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+
+# A wheel out of the sdist: without the CUDA half, so that it takes a minute, and with the plain version.
+test-sdist: sdist
+	rm -rf build/sdist-wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist-wheel dist/*.tar.gz \
+		--config-settings=cmake.define.LORS_CUDA=OFF
+	$(BIN)/python tests/wheel/try_wheel.py build/sdist-wheel/*.whl --tests tests/wheel/test_installed.py tests/python/test_package.py
 
 # The documentation site, into build/site; every warning is an error. (mkdocs-material advertises its successor on every build.)
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1

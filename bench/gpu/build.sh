@@ -47,7 +47,7 @@ with_compilers() {
     nvcc_root=$(nvcc --dryrun -x cu - </dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
     nvcc_root=${nvcc_root:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
   fi
-  sed -e "s/@PROJECT_VERSION@/$(sed -n 's/.*project(lors_cuda VERSION \([0-9.]*\).*/\1/p' "$root/CMakeLists.txt")/" \
+  sed -e "s/@LORS_VERSION@/$(sed -n 's/.*project(lors_cuda VERSION \([0-9.]*\).*/\1/p' "$root/CMakeLists.txt")/" \
     -e "s/@CMAKE_CXX_COMPILER_ID@ @CMAKE_CXX_COMPILER_VERSION@/GNU $(g++ -dumpfullversion)/" \
     -e "s/@LORS_CUDA_VERSION@/$version/" -e "s/@LORS_CUDA_ARCHS_TEXT@/${arch/none/}/" \
     "$root/csrc/torch/build_info.h.in" >"$out/build_info.h"

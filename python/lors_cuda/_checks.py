@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._library import check_device
+from ._sharded import is_sharded
 
 if TYPE_CHECKING:
     from .sparse import SparseWeight
@@ -23,10 +24,21 @@ def check_gradient(gradient: str) -> None:
         raise ValueError(f"gradient is {gradient!r}; it must be 'lors' or 'exact'.")
 
 
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Refuse a DTensor."""
+    if is_sharded(tensor):
+        raise ValueError(
+            f"{name} is a DTensor, a part of a tensor that several processes hold, and LoRS computes on whole ones. "
+            "Under fully_shard call the module that it was applied to, which gathers its parameters; convert and merge "
+            "a model outside fully_shard; tensor parallelism is not supported."
+        )
+
+
 def check_tensor(name: str, value: object) -> None:
-    """Refuse what is no tensor, or one of torch's own sparse layouts."""
+    """Refuse what is no tensor, a DTensor, or one of torch's own sparse layouts."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor.")
+    check_whole(name, value)
     if value.layout != torch.strided:
         raise ValueError(f"{name} has the layout {value.layout}; it must be strided: call its to_dense().")
 

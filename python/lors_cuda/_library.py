@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,18 +37,31 @@ lors = torch.ops.lors
 BUILD: dict[str, str] = json.loads(lors.build_info())
 
 
+def _wheel_label(cuda_version: str, archs: Iterable[str]) -> str:
+    """What a wheel for this CUDA and these architectures is labelled (cmake/LorsVersion.cmake), as pip wants it."""
+    return "+" + ".".join([f"cu{cuda_version.split('.')[0]}", *(f"sm{arch}" for arch in archs)])
+
+
 def _load_cuda_half() -> str | None:
     """Register the CUDA kernels, which touches no device; why there are none, as a sentence without its full stop."""
     built, running = BUILD["cuda_version"], torch.version.cuda
     if not built:
-        return "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+        none = "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+        if running is None:
+            return none
+        return (
+            f"{none}; beside torch {torch.__version__} install the wheel labelled {_wheel_label(running, [])} and your "
+            f"GPU's architecture, e.g. {_wheel_label(running, ['90a'])} for compute capability 9.0"
+        )
     if running is None:
         return f"the installed torch {torch.__version__} was built without CUDA"
     # NOTE: a library of another CUDA major may well load (its runtime is linked statically); that proves nothing.
     if built.split(".")[0] != running.split(".")[0]:
+        archs = BUILD["cuda_archs"].split(",")
         return (
-            f"this build of lors_cuda is for CUDA {built} and the installed torch {torch.__version__} for CUDA "
-            f"{running}: install the wheel for CUDA {running.split('.')[0]}, or build from source beside that toolkit"
+            f"this build of lors_cuda is for CUDA {built} ({_wheel_label(built, archs)}) and the installed torch "
+            f"{torch.__version__} for CUDA {running}: install the wheel labelled {_wheel_label(running, archs)}, or "
+            f"build it beside that toolkit (make wheel), or install a torch for CUDA {built.split('.')[0]}"
         )
     try:
         if not _load("_ops_cuda"):

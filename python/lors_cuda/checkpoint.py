@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._processes import process_rank, together
+from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
 from .adapter_files import (
     DTYPES,
     FORMAT_VERSION,
@@ -31,40 +34,52 @@ from .model import check_targets, convert, joined, named_lors_layers
 from .sparse import SparseWeight
 
 _NAMES_SHOWN = 6
+_WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of a converted model, and the modules in modules_to_save, to `directory` in PEFT's format.
 
     Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
-    disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile or
-    DistributedDataParallel the names are those of the inner model; with several processes, call it in one.
+    disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile, DistributedDataParallel or
+    DeepSpeed the names are those of the inner model. With several processes, call it in one, unless the model is under
+    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
 
     Raises:
         ValueError: the model has no LoRS layers, or layers with and without use_rslora.
         OSError: the files could not be written (the system's reason is given).
         ImportError: safetensors is not installed.
+        RuntimeError: under fully_shard, it failed in another process.
     """
     require_safetensors()
     model = _unwrapped(model)
+    check_gathered(model)
+    sharded = reshard(model)
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError("The model has no LoRS layers, so there is no adapter to save. Call get_lors_model first.")
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole(layer.lora_A)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole(layer.lora_B)
     for name, tensor in _saved_tensors(model, config).items():
-        tensors[PREFIX + name] = tensor
-    write_adapter(Path(directory), tensors, _config_fields(model, layers, config))
+        tensors[PREFIX + name] = whole(tensor)
+    fields = _config_fields(model, layers, config)
+    if not sharded:
+        write_adapter(Path(directory), tensors, fields)
+        return
+    with together():
+        if process_rank() == 0:
+            write_adapter(Path(directory), tensors, fields)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_mask: bool = True) -> nn.Module:
     """Load an adapter directory into `model`, converting it first if it has no LoRS layers yet; in place.
 
     Every name, shape, rank, scaling, dtype and mask fingerprint is checked before anything is changed. A directory
-    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on.
+    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on. A model
+    under fully_shard must be converted already; all processes load together, each from the directory.
 
     Args:
         model: the sparse base model, or a model converted with the same targets, ranks and scaling.
@@ -82,7 +97,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
     """
     require_safetensors()
     inner = _unwrapped(model)
-    adapter = read_adapter(Path(directory))
+    check_gathered(inner)
+    with together() if reshard(inner) else contextlib.nullcontext():
+        adapter = read_adapter(Path(directory))
     layers = dict(named_lors_layers(inner))
     targets: list[Target] = []
     if layers:
@@ -98,12 +115,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
             for which, tensor in adapter.adapters[name].items():
                 setattr(layer, which, nn.Parameter(tensor.to(layer.lora_A.device, copy=True)))
     existing = inner.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(adapter.adapters[name]["lora_A"])
-            layer.lora_B.copy_(adapter.adapters[name]["lora_B"])
-        for name, tensor in adapter.saved.items():
-            existing[name].copy_(tensor)
+    for name, layer in layers.items():
+        copy_whole(layer.lora_A, adapter.adapters[name]["lora_A"])
+        copy_whole(layer.lora_B, adapter.adapters[name]["lora_B"])
+    for name, tensor in adapter.saved.items():
+        copy_whole(existing[name], tensor)
     return model
 
 
@@ -147,10 +163,11 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
     PEFT 0.21 reads it: it warns about the one field it does not know, "lors", and ignores it. It then applies the
     adapter unmasked, so PEFT alone reproduces our model only up to the masked entries.
     """
+    kind = original_class(model)
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
@@ -168,7 +185,7 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
             "format_version": FORMAT_VERSION,
             "gradient": config.gradient,
             "layout": config.layout,
-            "mask_fingerprints": {name: layer.sparse_weight.fingerprint() for name, layer in layers.items()},
+            "mask_fingerprints": {name: layer.whole_weight().fingerprint() for name, layer in layers.items()},
         },
     }
 
@@ -206,7 +223,9 @@ def _fit_converted(
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()
     problems += _fit_saved(_saved_tensors(model, saving), adapter)
-    fingerprints = {name: layer.sparse_weight.fingerprint for name, layer in layers.items()}
+    fingerprints: dict[str, Callable[[], str]] = {
+        name: partial(_layer_fingerprint, layer) for name, layer in layers.items()
+    }
     return problems or _fit_masks(fingerprints, adapter, strict_mask)
 
 
@@ -232,6 +251,10 @@ def _fit_unconverted(model: nn.Module, adapter: SavedAdapter, strict_mask: bool)
     if not problems:
         check_targets(targets, adapter.config)
     return targets, problems
+
+
+def _layer_fingerprint(layer: LoRSLinear) -> str:
+    return layer.whole_weight().fingerprint()
 
 
 def _fingerprint(linear: nn.Linear) -> str:
@@ -299,13 +322,13 @@ def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DistributedDataParallel, whose prefixes do not belong into the file."""
+    """Return the model inside the wrappers whose prefixes do not belong into the file."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     while True:
-        inner = model._modules.get("_orig_mod")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
+        inner = model._modules.get("_orig_mod")  # torch.compile's
+        if any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__):
+            inner = model._modules.get("module")
         if inner is None:
             return model
         model = inner

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight
+from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
 from ._library import lors
 from .merged_weight import MergedWeight
 from .sparse import SparseWeight
@@ -110,7 +110,11 @@ def lors_linear(
         stored.transposable,
         products,
     )
-    return output.view(*input.shape[:-1], stored.shape[0])
+    if input.dim() == 2:
+        return output
+    # As torch's own linear, not a view: what is written into a view of a fresh result costs autograd a copy of its
+    # history, and fully_shard loses its hook on it.
+    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], stored.shape[0]))
 
 
 def merge(
@@ -149,6 +153,7 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if isinstance(weight, SparseWeight):
         if mask is not None:
             raise ValueError("mask was given together with a SparseWeight, which has its own; leave mask out.")
+        check_whole("weight", weight.values)
         check_frozen(weight.values)
         return weight
     check_weight(weight)

@@ -123,7 +123,7 @@ class LoRSTrainerMixin:
     :func:`lors_cuda.load_adapter`: another base mask, rank or target is refused. A whole-model checkpoint, written
     without the mixin, is resumed as the Trainer does it.
 
-    Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: no process has the whole adapter there.
+    Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: each process holds a part there.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._checks import check_whole
+from ._processes import summed, together
 from ._running import device_of, progress_bar, running, to_device
+from ._sharded import check_gathered
 from .config import LoRSConfig, Target, find_targets
 from .linear import LoRSLinear
 from .model import joined, named_lors_layers, require_unconverted
@@ -43,8 +45,9 @@ def estimate_gradients(
     it was, also after an error: training flags, requires_grad, existing gradients. Memory: one float32 accumulator per
     target on the host, and beside them the gradient of one layer at a time on the device (LoRA-GA ran out of memory
     here, LoRA-GA issue 14). NOTE: where one linear stands in the model several times, autograd itself holds its
-    partial sum until its first use is reached. With torch.distributed initialised, every process gives its own
-    batches and gets the mean over all of them.
+    partial sum until its first use is reached. With torch.distributed initialised, every process calls it on a model
+    of its own (not under DistributedDataParallel or fully_shard), gives its own batches, none in some if need be, and
+    gets the mean over all of them; where it fails in one process, it fails in all.
 
     Args:
         model: the sparse model; its target weights are floating-point [N, K].
@@ -75,31 +78,33 @@ def estimate_gradients(
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     targets = find_targets(model, LoRSConfig() if config is None else config)
     sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
-    count, error = 0, None
-    try:
-        with _only_weights_require_grad(model, targets), _collected(targets, sums) as first_bad, torch.enable_grad():
-            for batch in progress_bar(
-                itertools.islice(batches, steps),
-                total=_expected(batches, steps),
-                description="estimating gradients",
-                unit="batch",
-                shown=progress,
-            ):
-                torch.autograd.backward(_loss(model, batch, loss_fn, count))
-                if first_bad:
-                    raise ValueError(
-                        f"The gradient of the loss with respect to the weight of '{first_bad[0]}' has NaN or "
-                        f"infinity in batch {count}. Check that batch, or run the estimate in float32 or bfloat16."
-                    )
-                count += 1
-        if count == 0:
-            raise ValueError("batches is empty, and at least one batch is needed to estimate gradients.")
-    except Exception as caught:
-        # Other processes wait in a collective; they are told before this one gives up.
-        error = caught
-    count = _total_count(count, error, targets)
-    for target in targets:
-        _sum_over_processes(sums[target.name], target.module.weight.device).div_(count)
+    count = 0
+    # Other processes would wait in a collective for one that gave up alone.
+    with (
+        together(),
+        _only_weights_require_grad(model, targets),
+        _collected(targets, sums) as first_bad,
+        torch.enable_grad(),
+    ):
+        for batch in progress_bar(
+            itertools.islice(batches, steps),
+            total=_expected(batches, steps),
+            description="estimating gradients",
+            unit="batch",
+            shown=progress,
+        ):
+            torch.autograd.backward(_loss(model, batch, loss_fn, count))
+            if first_bad:
+                raise ValueError(
+                    f"The gradient of the loss with respect to the weight of '{first_bad[0]}' has NaN or "
+                    f"infinity in batch {count}. Check that batch, or run the estimate in float32 or bfloat16."
+                )
+            count += 1
+    count = int(summed(torch.tensor(count)))
+    if count == 0:
+        raise ValueError("batches is empty, and at least one batch is needed to estimate gradients.")
+    for name, gradient in sums.items():
+        sums[name] = summed(gradient).div_(count)
     return sums
 
 
@@ -118,7 +123,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Raises:
         ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
-            problem is named and nothing is changed.
+            problem is named and nothing is changed. The model is sharded already.
         TypeError: `gradients` is no mapping of tensors.
     """
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
@@ -132,6 +137,8 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
+    check_gathered(model)
+    check_whole("lora_A", next(iter(layers.values())).lora_A)
     problems = _problems(layers, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")
@@ -265,32 +272,3 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tens
 
 def _expected(batches: Iterable[Any], steps: int) -> int:
     return min(steps, len(batches)) if isinstance(batches, Sized) else steps
-
-
-def _total_count(count: int, error: Exception | None, targets: list[Target]) -> int:
-    """Return the number of batches of all processes; raise here, in step with the others, if any process failed."""
-    if not _distributed():
-        if error is not None:
-            raise error
-        return count
-    status = torch.tensor([count, int(error is not None)], device=targets[0].module.weight.device)
-    dist.all_reduce(status)
-    if error is not None:
-        raise error
-    total, failed = status.tolist()
-    if failed:
-        raise RuntimeError(f"estimate_gradients failed in {failed} other process(es); see the error there.")
-    return int(total)
-
-
-def _sum_over_processes(gradient: Tensor, device: torch.device) -> Tensor:
-    """Add up one layer's accumulator over all processes, on the weight's device (NCCL needs it there)."""
-    if _distributed():
-        on_device = gradient.to(device)
-        dist.all_reduce(on_device)
-        gradient.copy_(on_device)
-    return gradient
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_gradient
+from ._checks import check_gradient, check_whole
 from .functional import lors_linear, merge
 from .merged_weight import MergedWeight
 from .sparse import SparseWeight
@@ -156,8 +156,9 @@ class LoRSLinear(SparseLinear):
         return make_linear(merged, self.bias).train(self.training)
 
     def check_finite(self, name: str = "") -> None:
-        """Refuse a NaN or an infinity in the weight or the adapter, naming the first place."""
+        """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            check_whole(which, tensor)
             if not torch.isfinite(tensor).all():
                 tensor = self.weight if which == "weight" else tensor
                 finite = torch.isfinite(tensor)

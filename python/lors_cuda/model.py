@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._device_map import hand_over_placement
+from ._sharded import check_gathered, is_partitioned
 from .config import LoRSConfig, Target, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
@@ -102,10 +103,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), or the model
-            has no LoRS layers; nothing is changed then.
+        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), the model has
+            no LoRS layers, or its parameters are sharded among processes; nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
+    check_gathered(model)
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
@@ -153,9 +155,16 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
     Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts neither.
 
     Raises:
-        ValueError: the model has no LoRS layers, or its parameters were made under `torch.inference_mode`.
+        ValueError: the model has no LoRS layers, or is sharded, or its parameters were made under
+            `torch.inference_mode`.
     """
     layers = [layer for _, layer in _lors_layers_with_names(model)]
+    if is_partitioned(model):
+        # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
+        raise ValueError(
+            "The model is sharded by fully_shard or DeepSpeed's ZeRO-3, and merge_cache would hold every merged weight "
+            "whole in each process, without seeing when it changes. Use it on a model that one process holds."
+        )
     for layer in layers:
         MergedWeight.check_countable(layer.parameters())
     before = [layer.merged_weight for layer in layers]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight
+from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
 from .sparse_product import is_transposable, library_metadata
 
@@ -185,6 +185,7 @@ class SparseWeight:
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_decompress(self.values, self.index)
         if self.layout == "bitmap":
@@ -193,12 +194,14 @@ class SparseWeight:
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
+        check_whole("values", self.values)
         if self.layout == "dense" and self.mask_bits is None:
             return self.values != 0
         return lors.mask_unpack(self.packed_mask(), self.shape[1])
 
     def packed_mask(self) -> Tensor:
         """The mask as bits: int32 [N, ceil(K/32)], bit k % 32 of word k / 32."""
+        check_whole("values", self.values)
         if self.layout == "2:4":
             return lors.sparse24_mask(self.index, self.shape[1])
         return lors.mask_nonzero(self.values) if self.mask_bits is None else self.mask_bits
@@ -213,6 +216,7 @@ class SparseWeight:
             ValueError: a dtype other than float32, bfloat16, float16 and float64.
             RuntimeError: no kernel of this build serves the device.
         """
+        check_whole("values", self.values)
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
             values, bits, index = (
@@ -246,6 +250,7 @@ class SparseWeight:
             TypeError: an adapter is no tensor.
             ValueError: shapes, dtypes or devices do not fit.
         """
+        check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
             if self.layout == "2:4":

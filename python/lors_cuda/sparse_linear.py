@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._sharded import is_sharded, local_part, whole
 from .sparse import SparseWeight
 from .sparse_product import is_transposable, library_metadata
 
@@ -75,6 +76,12 @@ class SparseLinear(nn.Module):
             transposable=self.weight_transposable,
         )
 
+    def whole_weight(self) -> SparseWeight:
+        """``sparse_weight``, gathered from all processes where ``fully_shard`` has cut it into parts; a collective."""
+        values, bits, index = (None if t is None else whole(t) for t in self._stored())
+        assert values is not None
+        return SparseWeight(values, bits, index, in_features=self.in_features)
+
     @property
     def weight(self) -> Tensor:
         return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
@@ -89,10 +96,12 @@ class SparseLinear(nn.Module):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         before = self.weight_values.detach()  # the parameter itself may be given the converted data
-        super()._apply(fn, recurse)
         # A conversion to a smaller type may round a kept weight to zero; the mask must not lose it.
-        implicit = self.weight_index is None and self.weight_mask is None
-        if implicit and self.weight_values.dtype != before.dtype and before.device.type != "meta":
+        implicit = self.weight_index is None and self.weight_mask is None and before.device.type != "meta"
+        if implicit and is_sharded(before):
+            _check_keeps_mask(before, fn)
+        super()._apply(fn, recurse)
+        if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
             self.weight_mask = _frozen(None if bits is None else bits.to(self.weight_values.device))
         if self.weight_values.dtype != before.dtype or self.weight_values.device != before.device:
@@ -123,8 +132,7 @@ class SparseLinear(nn.Module):
             if problem is not None:
                 errors.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
                 return
-            for name, tensor in zip(_TENSORS, (values, bits, index), strict=True):
-                own = getattr(self, name)
+            for name, tensor, own in zip(_TENSORS, (values, bits, index), self._stored(), strict=True):
                 if tensor is None or own is None or own.shape != tensor.shape:
                     dtype = self.weight_values.dtype if name == "weight_values" else getattr(tensor, "dtype", None)
                     device = self.weight_values.device
@@ -140,14 +148,21 @@ class SparseLinear(nn.Module):
                 self.weight_transposable = is_transposable(values, index)
 
     def _weight_problem(self, values: Tensor, bits: Tensor | None, index: Tensor | None) -> str | None:
-        """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can."""
-        layout = "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
-        own = self.sparse_weight.layout
+        """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can.
+
+        Where both are sharded the weight is gathered to be checked, so that all processes must load together.
+        """
+        layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             return (
                 f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
                 f"with layout='{layout}' before loading it."
             )
+        problem = self._sharding_problem(values, bits, index)
+        if problem is not None:
+            return problem
+        values = whole(values)
+        bits, index = (None if tensor is None else whole(tensor) for tensor in (bits, index))
         needed, shape = (self.out_features, self.in_features), values.shape
         try:
             if index is not None and layout == "2:4":
@@ -168,10 +183,31 @@ class SparseLinear(nn.Module):
             return f"weight_mask is {given}; it must be torch.int32 with shape {words}."
         return None
 
+    def _sharding_problem(self, *given: Tensor | None) -> str | None:
+        if is_sharded(self.weight_values) != is_sharded(given[0]):
+            sharded = "the layer is sharded and the state is not"
+            if is_sharded(given[0]):
+                sharded = "the state is sharded and the layer is not"
+            return (
+                f"{sharded}; load it by set_model_state_dict of torch.distributed.checkpoint.state_dict, a whole state "
+                "with StateDictOptions(full_state_dict=True)."
+            )
+        if is_sharded(self.weight_values):
+            for name, tensor, own in zip(_TENSORS, given, self._stored(), strict=True):
+                if getattr(tensor, "shape", None) != getattr(own, "shape", None):
+                    return (
+                        f"the state's {name} does not have the layer's shape, so its weight has another mask, and a "
+                        "layer that is sharded cannot take that on. Load it before fully_shard."
+                    )
+        return None
+
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        return self.weight_values, self.weight_mask, self.weight_index
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={self.sparse_weight.layout!r}"
+            f"layout={_layout(self.weight_index)!r}"  # also where the tensors are partitioned and empty
         )
 
 
@@ -189,6 +225,21 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear
+
+
+def _layout(index: Tensor | None) -> str:
+    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
+
+
+def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a conversion that rounds a kept weight of a sharded layer to zero: it cannot be given a mask any more."""
+    local = local_part(values)
+    converted = fn(local)
+    if converted.dtype != local.dtype and bool(((converted == 0) & (local != 0)).any()):
+        raise ValueError(
+            "The conversion rounds weights that are kept to zero, and the layer, sharded by fully_shard, cannot be "
+            "given a mask that keeps them. Convert the model's dtype before fully_shard."
+        )
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._processes import (
+    copy_from_first,
+    from_first,
+    gathered,
+    process_count,
+    process_rank,
+    sum_gradients,
+    summed,
+    together,
+)
 from ._running import annotate, device_of, progress_bar, running, to_device
+from ._sharded import is_sharded
 from .data import ShuffledOrder, TokenDataset, count_loss_tokens
 from .training_files import CHECKPOINT_NAME, Checkpoint, StepLog, load_checkpoint, save_checkpoint
 
@@ -28,14 +39,15 @@ class TrainingConfig:
 
     Args:
         steps: number of optimizer steps.
-        batch_size: sequences per forward pass.
-        accumulate: forward passes per step; the step's loss is the mean over all their tokens.
+        batch_size: sequences per forward pass, in each process.
+        accumulate: forward passes per step, in each process; the step's loss is the mean over the tokens of all of
+            them in all processes.
         lr: peak learning rate of AdamW, reached after the warmup.
         schedule: "cosine" (down to zero at the last step) or "constant", after the warmup.
         warmup_steps: linear warmup; None: 3 % of the steps.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm; None: not clipped.
-        seed: order of the data and dropout.
+        seed: order of the data and dropout, which differs between processes.
         checkpoint_every: steps between checkpoints; 0: only at the end.
 
     Raises:
@@ -111,6 +123,11 @@ def train(
     checkpoint with the same loss curve: on the CPU with the same number of threads, bit for bit. The global random
     state is left as it was.
 
+    With torch.distributed initialised, every process calls it with its own copy of the model and the same data and
+    configuration. Step by step they share the batches that one process with ``accumulate`` times as large takes, so
+    that the curve is the same up to the order of sums (and dropout); the first process alone writes. An error in one
+    process ends all.
+
     Args:
         model: ``model(**batch).loss`` is the mean loss over the batch's label tokens, as in transformers.
         data: the examples; each step takes ``accumulate`` batches of ``config``'s shuffled order.
@@ -124,66 +141,82 @@ def train(
         One entry per step, those before a resume included: step (from 1), loss, lr, grad_norm, tokens, seconds.
 
     Raises:
-        ValueError: nothing to train or to resume with these settings.
+        ValueError: nothing to train or to resume with these settings; a model under DistributedDataParallel or
+            fully_shard.
         OSError: the log or a checkpoint could not be written; the last checkpoint is complete.
         FloatingPointError: the loss or the gradient of a step is not finite; the parameters are those before that step.
+        RuntimeError: another process failed, and says why.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not parameters:
-        raise ValueError("No parameter of the model requires grad, so there is nothing to train.")
+    parameters = _trained(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
-    settings = {**asdict(config), "data": data.fingerprint, **(identity or {})}
+    settings = {**asdict(config), "data": data.fingerprint, "processes": process_count(), **(identity or {})}
     del settings["checkpoint_every"]  # the only one that does not change the curve
     order = ShuffledOrder(len(data), config.batch_size, config.seed)
     device = device_of(model)
     on_cuda = device.type == "cuda"
+    first = process_rank() == 0
+    saving = from_first(directory is not None)
+    directory = directory if first else None
     with torch.random.fork_rng([device] if on_cuda else []), running(model, training=True):
-        _seed(config.seed, device)
-        checkpoint = load_checkpoint(directory, settings, parameters) if resume and directory is not None else None
-        start = 0
-        if checkpoint is not None:
-            start = checkpoint.step
-            _restore(checkpoint, parameters, optimizer, scheduler, device)
-        elif directory is not None:
-            # A checkpoint of an earlier run must not be what this one is resumed from.
-            (directory / CHECKPOINT_NAME).unlink(missing_ok=True)
-        log = StepLog(directory, start)
+        _seed(config.seed + process_rank(), device)
+        checkpoint = None
+        with together():
+            if resume and directory is not None:
+                checkpoint = load_checkpoint(directory, settings, parameters)
+            elif directory is not None:
+                # A checkpoint of an earlier run must not be what this one is resumed from.
+                (directory / CHECKPOINT_NAME).unlink(missing_ok=True)
+        checkpoint = from_first(checkpoint)
+        start = 0 if checkpoint is None else checkpoint.step
+        with together():
+            if checkpoint is not None:
+                _restore(checkpoint, parameters, optimizer, scheduler, device)
+            log = StepLog(directory, start)
+        log.entries = from_first(log.entries)
+        copy_from_first(list(parameters.values()))
         with log:
             bar = progress_bar(
                 range(start, config.steps),
                 total=config.steps - start,
                 description="training",
                 unit="step",
-                shown=progress,
+                shown=progress and first,
             )
             for step in bar:
                 began = time.perf_counter()
-                micro = [
-                    data.batch(order.indices(step * config.accumulate + part)) for part in range(config.accumulate)
-                ]
-                lr = scheduler.get_last_lr()[0]
-                loss, tokens = _accumulate(model, micro, step + 1, device)
-                norm = _clip(list(parameters.values()), config.max_grad_norm, step + 1)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
-                entry = {
-                    "step": step + 1,
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "tokens": tokens,
-                    "seconds": time.perf_counter() - began,
-                }
-                log.append(entry)
-                annotate(bar, f"loss {loss:.3f}")
-                if on_step is not None:
-                    on_step(entry)
+                with together():
+                    batches, tokens = _share(data, order, step, config.accumulate)
+                    lr = scheduler.get_last_lr()[0]
+                    loss = _accumulate(model, batches, tokens, step + 1, device)
+                # One collective after backward, not DistributedDataParallel's during it: adapters are small, and a
+                # process that fails in its backward can still tell the others.
+                loss = float(summed(torch.tensor(loss, dtype=torch.float64)))
+                sum_gradients(list(parameters.values()))
+                with together():
+                    norm = _clip(list(parameters.values()), config.max_grad_norm, step + 1)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    scheduler.step()
+                    entry = {
+                        "step": step + 1,
+                        "loss": loss,
+                        "lr": lr,
+                        "grad_norm": norm,
+                        "tokens": tokens,
+                        "seconds": time.perf_counter() - began,
+                    }
+                    log.append(entry)
+                    annotate(bar, f"loss {loss:.3f}")
+                    if on_step is not None:
+                        on_step(entry)
                 is_last = step + 1 == config.steps
-                if directory is not None and (is_last or _is_due(step + 1, config.checkpoint_every)):
-                    log.flush()
-                    save_checkpoint(directory, _snapshot(step + 1, settings, parameters, optimizer, scheduler, device))
+                if saving and (is_last or _is_due(step + 1, config.checkpoint_every)):
+                    state = _snapshot(step + 1, settings, parameters, optimizer, scheduler, device)
+                    with together():
+                        if directory is not None:
+                            log.flush()
+                            save_checkpoint(directory, state)
     return log.entries
 
 
@@ -219,14 +252,46 @@ def evaluate(model: nn.Module, data: TokenDataset, *, batch_size: int = 8, progr
     return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, tokens)
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name.
+
+    Raises:
+        ValueError: there are none, or the model is one that averages gradients itself.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "The model is wrapped in DistributedDataParallel, but train adds the gradients of all processes up itself; "
+            "pass model.module."
+        )
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("No parameter of the model requires grad, so there is nothing to train.")
+    if any(is_sharded(parameter) for parameter in parameters.values()):
+        raise ValueError(
+            "The model is sharded by fully_shard, but train needs a whole copy of it in each process; pass the model "
+            "before fully_shard, or write the loop yourself (examples/train_distributed.py)."
+        )
+    return parameters
+
+
+def _share(data: TokenDataset, order: ShuffledOrder, step: int, accumulate: int) -> tuple[list[dict[str, Tensor]], int]:
+    """This process's batches of a step, and the number of label tokens in those of all processes."""
+    every = range(step * accumulate * process_count(), (step + 1) * accumulate * process_count())
+    indices = [order.indices(number) for number in every]
+    mine = [data.batch(chosen) for chosen in indices[process_rank() :: process_count()]]
+    return mine, sum(count_loss_tokens(data.examples[index][1]) for chosen in indices for index in chosen)
+
+
 def _accumulate(
-    model: nn.Module, batches: list[dict[str, Tensor]], step: int, device: torch.device
-) -> tuple[float, int]:
-    """Backward through all of a step's batches, each weighted by its label tokens; returns their mean loss."""
-    counts = [count_loss_tokens(batch["labels"]) for batch in batches]
-    total = sum(counts)
-    mean = 0.0
-    for batch, count in zip(batches, counts, strict=True):
+    model: nn.Module, batches: list[dict[str, Tensor]], total: int, step: int, device: torch.device
+) -> float:
+    """Backward through this process's batches, each weighted by its part of the step's ``total`` label tokens.
+
+    Returns:
+        Their part of the step's mean loss.
+    """
+    part = 0.0
+    for batch in batches:
         loss = model(**to_device(batch, device)).loss
         value = loss.item()
         if not math.isfinite(value):
@@ -234,10 +299,10 @@ def _accumulate(
                 f"The loss is {value} at step {step}; training stopped before that step. Use a lower learning rate, or "
                 "check the data and the model."
             )
-        share = count / total
-        (loss if len(batches) == 1 else loss * share).backward()
-        mean += value * share
-    return mean, total
+        share = count_loss_tokens(batch["labels"]) / total
+        (loss if share == 1 else loss * share).backward()
+        part += value * share
+    return part
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float | None, step: int) -> float:
@@ -276,8 +341,8 @@ def _snapshot(
         parameters={name: parameter.detach().cpu() for name, parameter in parameters.items()},
         optimizer=optimizer.state_dict(),
         scheduler=scheduler.state_dict(),
-        cpu_rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        cpu_rng=gathered(torch.get_rng_state()),
+        cuda_rng=gathered(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
     )
 
 
@@ -293,6 +358,7 @@ def _restore(
             parameter.copy_(checkpoint.parameters[name])
     optimizer.load_state_dict(checkpoint.optimizer)
     scheduler.load_state_dict(checkpoint.scheduler)
-    torch.set_rng_state(checkpoint.cpu_rng)
+    rank = process_rank()
+    torch.set_rng_state(checkpoint.cpu_rng[rank].clone())  # a copy: torch 2.13 dies of a view into a larger tensor
     if checkpoint.cuda_rng is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(checkpoint.cuda_rng, device)
+        torch.cuda.set_rng_state(checkpoint.cuda_rng[rank].clone(), device)

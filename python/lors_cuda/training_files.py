@@ -23,12 +23,15 @@ from ._files import not_written, replace_file
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "training.jsonl"
 PLOT_NAME = "loss.png"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass
 class Checkpoint:
-    """Everything that training needs to go on after ``step`` as if it had never stopped."""
+    """Everything that training needs to go on after ``step`` as if it had never stopped.
+
+    The random states have one row for each process.
+    """
 
     step: int
     settings: dict[str, Any]

@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -20,3 +23,11 @@ def edit_config(directory: Path, **changes: object) -> None:
         else:
             fields[key] = value
     path.write_text(json.dumps(fields))
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Equal configurations, and equal tensors bit for bit."""
+    assert json.loads((one / FILES[0]).read_text()) == json.loads((other / FILES[0]).read_text())
+    tensors, expected = load_file(one / FILES[1]), load_file(other / FILES[1])
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)

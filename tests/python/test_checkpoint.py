@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from adapter_directories import FILES, Q_PROJ, edit_config
+from adapter_directories import FILES, Q_PROJ, assert_same_files, edit_config
 from lors_cuda.checkpoint import load_adapter, save_adapter
 from lors_cuda.config import LoRSConfig
 from lors_cuda.linear import LoRSLinear
@@ -51,13 +49,6 @@ def test_round_trip(tmp_path, fields, dtype):
         for (name, layer), (_, expected) in zip(named_lors_layers(other), named_lors_layers(model), strict=True):
             assert (layer.r, layer.scaling, layer.gradient) == (expected.r, expected.scaling, expected.gradient), name
             assert layer.lora_A.dtype == expected.lora_A.dtype == torch.float32
-
-
-def assert_same_files(one, other) -> None:
-    assert json.loads((one / FILES[0]).read_text()) == json.loads((other / FILES[0]).read_text())
-    tensors, expected = load_file(one / FILES[1]), load_file(other / FILES[1])
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):

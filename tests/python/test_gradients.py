@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
 import sys
-import textwrap
 import weakref
 
 import pytest
@@ -265,60 +263,3 @@ def test_the_progress_bar_shows_on_a_terminal_only(monkeypatch, terminal):
     estimate_gradients(tiny_net(), iter(regression_batches(3)), loss_fn=regression_loss, steps=2)
     estimate_gradients(tiny_net(), regression_batches(3), loss_fn=regression_loss, progress=False)
     assert shown == ([3, 2] if terminal else [])
-
-
-PROCESS = """
-    import sys, torch
-    import torch.distributed as dist
-    from lors_cuda.init import estimate_gradients
-    sys.path.insert(0, sys.argv[4])
-    from test_gradients import regression_batches, regression_loss, tiny_net
-    rank, store, mode = int(sys.argv[1]), sys.argv[2], sys.argv[5]
-    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-    batches = regression_batches(3)
-    mine = batches[:2] if rank == 0 else batches[2:]
-    if mode == "fail" and rank == 1:
-        mine = []
-    try:
-        torch.save(estimate_gradients(tiny_net(), mine, loss_fn=regression_loss), sys.argv[3])
-    except Exception as error:
-        print(type(error).__name__, error)
-    dist.destroy_process_group()
-"""
-
-
-def two_processes(folder, mode: str) -> list[str]:
-    here = str(__import__("pathlib").Path(__file__).parent)
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "store"), str(folder / f"{rank}.pt"), here, mode],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        return [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_every_process_gets_the_mean_over_the_batches_of_all(tmp_path):
-    output = two_processes(tmp_path, "mean")
-    expected = estimate_gradients(tiny_net(), regression_batches(3), loss_fn=regression_loss)
-    for rank in (0, 1):  # process 0 has two batches, process 1 one: a mean of means would differ
-        assert (tmp_path / f"{rank}.pt").exists(), output[rank]
-        gradients = torch.load(tmp_path / f"{rank}.pt")
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name])
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_no_process_waits_for_one_that_failed(tmp_path):
-    output = two_processes(tmp_path, "fail")
-    assert "RuntimeError estimate_gradients failed in 1 other process(es)" in output[0]
-    assert "ValueError batches is empty" in output[1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cases import Case, floats, lors, make_case
+from lors_cuda import _library
 from test_formats import FORMATS
 
 N, K, R, T = 6, 33, 3, 5
@@ -53,7 +54,11 @@ OPS = (*ADAPTED, "mask_pack", "mask_unpack")
 
 def test_every_op_is_here():
     known = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
-    assert known == {f"lors::{op}" for op in (*OPS, *FORMATS)} | {"lors::build_info"}
+    expected = {f"lors::{op}" for op in (*OPS, *FORMATS)} | {"lors::build_info"}
+    if _library._CUDA_MISSING is None:  # the CUDA half brings some of its own, with or without a GPU
+        expected.add("lors::cuda_device_problem")
+        expected |= {f"lors::sparse_product_{word}" for word in ("compress", "problem", "info", "clear", "set")}
+    assert known == expected
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])

@@ -9,6 +9,17 @@ namespace lors {
 
 namespace {
 __global__ void architecture_probe() {}
+
+// Both architectures, and the wheel that fits (its label: cmake/LorsVersion.cmake).
+std::string no_code_for(int index, int major, int minor) {
+  const std::string number = std::to_string(major) + std::to_string(minor);
+  const std::string found = "CUDA device " + std::to_string(index) + " has architecture sm_" + number +
+                            ", and this build of lors_cuda holds code for " LORS_CUDA_ARCHS_TEXT " only; ";
+  if (major < 8) return found + "lors_cuda needs sm_80 or newer.";
+  const std::string arch = number + (major >= 9 ? "a" : "");  // from 9.0 on with the architecture's own instructions
+  return found + "install the wheel labelled +cu" + std::to_string(CUDART_VERSION / 1000) + ".sm" + arch +
+         ", or build it: make wheel CUDA_ARCHS=" + arch + ".";
+}
 }  // namespace
 
 Status cuda_device_supported(int index) {
@@ -25,12 +36,8 @@ Status cuda_device_supported(int index) {
   error = cudaFuncGetAttributes(&attributes, architecture_probe);
   cudaGetLastError();
   const cudaError_t restored = cudaSetDevice(before);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    return Status::error(
-        "CUDA device " + std::to_string(index) + " has architecture sm_" + std::to_string(major) + std::to_string(minor) +
-        ", and this build of lors_cuda holds code for " LORS_CUDA_ARCHS_TEXT " only; build it with LORS_CUDA_ARCHS=" +
-        std::to_string(major) + std::to_string(minor) + ".");
-  }
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    return Status::error(no_code_for(index, major, minor));
   if (error == cudaSuccess) error = restored;
   if (error != cudaSuccess) return Status::error(std::string("CUDA answered: ") + cudaGetErrorString(error) + ".");
   return {};

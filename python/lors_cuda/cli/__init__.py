@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .._processes import OtherProcessFailed, is_first, launched
+
 COMMANDS = {
     "info": "show versions, devices and which kernels serve this machine",
     "prune": "make a model sparse (magnitude or Wanda; 2:4 or unstructured)",
@@ -26,6 +28,7 @@ COMMANDS = {
     "eval": "measure perplexity, with and without an adapter",
     "demo": "the whole story on a small model and real text, offline",
 }
+DISTRIBUTED = ("finetune", "info")  # what may run under torchrun
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib")
 
@@ -59,18 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         args = _parse(arguments)
+        if launched() and args.command not in DISTRIBUTED:
+            raise UsageError(f"'{args.command}' runs in one process, not under torchrun; only finetune shares its work")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             result = _module(args.command).run(args)
-        if args.json:
+        if args.json and is_first():
             print(json.dumps(_plain(result), indent=2))
         sys.stdout.flush()
     except SystemExit as exit:  # argparse's --help and --version
         return exit.code if isinstance(exit.code, int) else DONE
     except UsageError as error:
-        return _fail(str(error), WRONG_USAGE, debug)
+        return _fail(str(error), WRONG_USAGE, debug) if is_first() else WRONG_USAGE
+    except OtherProcessFailed:
+        return FAILED  # that one has said why
     except KeyboardInterrupt:
-        return _fail("interrupted", FAILED, debug)
+        return _fail("interrupted", FAILED, debug) if is_first() else FAILED
     except BrokenPipeError:
         # The reader went away (`| head`). Python would complain once more when it flushes stdout at its end.
         with contextlib.suppress(OSError, ValueError):
@@ -128,7 +135,8 @@ def _fail(message: str, code: int, debug: bool) -> int:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    if category is UserWarning:  # ours; deprecations inside other packages are not for this program's users
+    # UserWarning: ours; deprecations inside other packages are not for this program's users.
+    if category is UserWarning and is_first():
         print(f"lors-cuda: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

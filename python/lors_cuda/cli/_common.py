@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from .._library import build_info
+from .._processes import is_first, launched
 from ..data import TokenDataset, load_data
 from ..interchange import load_sparse_checkpoint
 from ..interchange.checkpoint import first_line, write_model
@@ -79,8 +81,8 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_si
 
 
 def say(args: argparse.Namespace, text: str) -> None:
-    """Print for a person; nothing under --json."""
-    if not args.json:
+    """Print for a person, from one process; nothing under --json."""
+    if not args.json and is_first():
         print(text, flush=True)
 
 
@@ -90,7 +92,7 @@ def load_model(directory: Path, device: str = "auto") -> nn.Module:
     Raises:
         RuntimeError: the device cannot be used; and as load_sparse_checkpoint.
     """
-    target = _device(device)
+    target = find_device(device)
     _quiet_transformers()
     moved: nn.Module = load_sparse_checkpoint(directory).to(target)
     return moved
@@ -213,15 +215,30 @@ def sparsity_result(layers: Sequence[LayerSparsity]) -> dict[str, float]:
     return {layer.name: layer.sparsity for layer in layers}
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of --device; under torchrun, where it names no GPU by number, each process its own.
+
+    Raises:
+        ValueError, RuntimeError: it names no device, or one that is not here.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and build_info()["cuda_available"] else "cpu")
+        name = "cuda" if torch.cuda.is_available() and build_info()["cuda_available"] else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device is {name!r}; it must be a device such as cpu or cuda:0.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device is {name!r}, but torch finds no CUDA device; use --device cpu.")
+    if device.type == "cuda" and launched():
+        if device.index is not None:
+            raise ValueError(f"--device is {name!r}, but under torchrun each process has a GPU of its own; use cuda.")
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            raise RuntimeError(
+                f"torchrun has started {wanted} processes on a machine with {there} GPU(s); use --nproc-per-node "
+                f"{there}, or --device cpu."
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 

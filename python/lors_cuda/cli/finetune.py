@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # lors-cuda finetune: adapter_config.json, adapter_model.safetensors, training.jsonl, loss.png, run.json, checkpoint.pt
-# in one directory. Killed at any time, the same command with --resume goes on from the last checkpoint.
+# in one directory. Killed at any time, the same command with --resume goes on from the last checkpoint. torchrun
+# runs it in several processes, each with a copy of the model and its part of every step's batches.
 """``lors-cuda finetune``: train a LoRS adapter on a sparse model."""
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from .. import __version__
 from .._checks import GRADIENTS
 from .._files import replace_file
+from .._processes import alike, from_first, group, is_first, process_count, process_rank, together
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
 from ..config import ALL_LINEAR, LoRSConfig, find_targets
@@ -32,6 +34,7 @@ from ._common import (
     add_data,
     add_model,
     describe_data,
+    find_device,
     load_dataset,
     load_model,
     non_negative_int,
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="learning rate after the warmup")
     parser.add_argument("--warmup-steps", type=non_negative_int, metavar="N", help="3 %% of the steps if left out")
     parser.add_argument("--steps", type=positive_int, default=200, help="optimizer steps")
-    parser.add_argument("--accumulate", type=positive_int, default=1, metavar="N", help="batches per optimizer step")
+    parser.add_argument("--accumulate", type=positive_int, default=1, metavar="N", help="batches per step and process")
     parser.add_argument("--seed", type=int, default=0, help="order of the data, start of the adapters, dropout")
     parser.add_argument(
         "--checkpoint-every", type=non_negative_int, default=50, metavar="STEPS", help="0: at the end only"
@@ -79,45 +82,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, convert, start or resume, train, and save."""
-    training = TrainingConfig(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        lr=args.lr,
-        schedule=args.schedule,
-        warmup_steps=args.warmup_steps,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-    )
-    config = LoRSConfig(
-        r=args.rank,
-        lora_alpha=args.alpha,
-        target_modules=args.target_modules or ALL_LINEAR,
-        layout=args.layout,
-        gradient=args.gradient,
-        use_rslora=args.use_rslora,
-    )
-    _check_output(args)
-    # Asked for before an hour of training, not after it.
-    import matplotlib  # noqa: F401
+    """Load, convert, start or resume, train, and save; under torchrun in all its processes, of which one writes."""
+    with alike():
+        training = TrainingConfig(
+            steps=args.steps,
+            batch_size=args.batch_size,
+            accumulate=args.accumulate,
+            lr=args.lr,
+            schedule=args.schedule,
+            warmup_steps=args.warmup_steps,
+            seed=args.seed,
+            checkpoint_every=args.checkpoint_every,
+        )
+        config = LoRSConfig(
+            r=args.rank,
+            lora_alpha=args.alpha,
+            target_modules=args.target_modules or ALL_LINEAR,
+            layout=args.layout,
+            gradient=args.gradient,
+            use_rslora=args.use_rslora,
+        )
+        device = find_device(args.device)
+    with group(device):
+        return _run(args, training, config)
 
-    require_safetensors()
-    model = load_model(args.model, args.device)
-    sparsity = total_sparsity(measure_sparsity(model, config))
-    data = load_dataset(args, model)
+
+def _run(args: argparse.Namespace, training: TrainingConfig, config: LoRSConfig) -> dict[str, Any]:
+    with together():
+        if is_first():
+            _check_output(args)
+        # Asked for before an hour of training, not after it.
+        import matplotlib  # noqa: F401
+
+        require_safetensors()
+        model = load_model(args.model, args.device)
+        sparsity = total_sparsity(measure_sparsity(model, config))
+        data = load_dataset(args, model)
+        check_targets(find_targets(model, config), config)  # before the work of estimating gradients
     say(args, f"Model: '{args.model}', sparsity {sparsity:.2%}. Data: {describe_data(data)}.")
-    resuming = args.resume and (args.output / CHECKPOINT_NAME).is_file()
+    if process_count() > 1:
+        say(args, f"{process_count()} processes; {process_count() * args.accumulate} batches make a step.")
+    resuming = from_first(args.resume and (args.output / CHECKPOINT_NAME).is_file())
     if args.resume and not resuming:
         say(args, "There is no checkpoint yet; training starts from the beginning.")
     _convert(args, model, config, data, resuming)
     identity = {**config.to_dict(), "init": args.init, "base": _base_fingerprint(model)}
     if args.init == "gradient":
         identity["init_batches"] = args.init_batches
-    if args.overwrite:
-        _remove_run(args.output)
-    if not resuming:
-        _write_run(args, None)
+    with together():
+        if is_first() and args.overwrite:
+            _remove_run(args.output)
+        if is_first() and not resuming:
+            _write_run(args, None)
     entries = train(
         model,
         data,
@@ -126,14 +142,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
         identity=identity,
         progress=not args.json,
-        on_step=None if args.json or sys.stdout.isatty() else _report(training.steps),
+        on_step=_report(training.steps) if is_first() and not args.json and not sys.stdout.isatty() else None,
     )
-    save_adapter(model, args.output)
-    plot_loss(entries, args.output / PLOT_NAME)
     window = min(10, len(entries))
     last = sum(entry["loss"] for entry in entries[-window:]) / window
     result = {
         "output": str(args.output),
+        "processes": process_count(),
         "steps": training.steps,
         "first_loss": entries[0]["loss"],
         "last_loss": last,
@@ -145,7 +160,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "log": str(args.output / LOG_NAME),
         "plot": str(args.output / PLOT_NAME),
     }
-    _write_run(args, result)
+    with together():
+        if is_first():
+            save_adapter(model, args.output)
+            plot_loss(entries, args.output / PLOT_NAME)
+            _write_run(args, result)
     say(
         args,
         f"Loss {result['first_loss']:.4f} at the first step, {last:.4f} over the last {window}; "
@@ -181,15 +200,18 @@ def _convert(
     args: argparse.Namespace, model: nn.Module, config: LoRSConfig, data: TokenDataset, resuming: bool
 ) -> None:
     """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed."""
-    check_targets(find_targets(model, config), config)  # before the work of estimating gradients
     gradients = None
     if args.init == "gradient" and not resuming:
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
-        gradients = estimate_gradients(model, batches, steps=len(batches), config=config, progress=not args.json)
-    torch.manual_seed(args.seed)
-    get_lors_model(model, config)
-    if gradients is not None:
-        init_from_gradients(model, gradients)
+        mine = batches[process_rank() :: process_count()]
+        gradients = estimate_gradients(
+            model, mine, steps=args.init_batches, config=config, progress=is_first() and not args.json
+        )
+    with together():
+        torch.manual_seed(args.seed)
+        get_lors_model(model, config)
+        if gradients is not None:
+            init_from_gradients(model, gradients)
 
 
 def _base_fingerprint(model: nn.Module) -> str:

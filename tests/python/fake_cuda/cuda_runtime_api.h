@@ -1,11 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The few calls of the CUDA runtime that csrc/torch/cuda_ops.cpp and the core's host code make, for a machine without it: what
-// they do stands in runtime.h, and in binding.cpp where the device comes in.
+// they do stands in runtime.h, and in binding.cpp and device.cpp where the device comes in.
 #pragma once
 
 #include <cstddef>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+#ifndef CUDART_VERSION
+#define CUDART_VERSION 13000
+#endif
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -14,13 +23,15 @@ enum cudaDeviceAttr {
 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+struct cudaFuncAttributes {};
 struct FakeStream;
 struct FakeEvent;
 using cudaStream_t = FakeStream*;
 using cudaEvent_t = FakeEvent*;
 
-cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)());
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
