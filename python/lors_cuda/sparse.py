@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
+from .sparse_product import is_transposable, library_metadata
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
 
@@ -29,6 +31,9 @@ class SparseWeight:
     | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
     | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
 
+    A 2:4 weight may also have ``library_metadata`` (uint8: what cuSPARSELt puts behind its values, made where the
+    library serves); ``transposable`` says whether its mask is 2:4 along out_features too. See docs/sparse-products.md.
+
     docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
     :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
     """
@@ -40,10 +45,14 @@ class SparseWeight:
         index: Tensor | None = None,
         *,
         in_features: int | None = None,
+        library_metadata: Tensor | None = None,
+        transposable: bool = False,
     ) -> None:
         self.values = values
         self.mask_bits = mask_bits
         self.index = index
+        self.library_metadata = library_metadata
+        self.transposable = transposable
         if index is None:
             self.layout, self.shape = "dense", values.shape
         elif index.dtype == torch.uint8:
@@ -73,12 +82,15 @@ class SparseWeight:
         if mask is not None:
             check_mask(mask, values)
         bits = None if mask is None else lors.mask_pack(mask)
+        report = _inspect(values, bits) if layout in ("auto", "2:4") else None
         if layout == "auto":
-            layout = _smallest_layout(values, bits)
+            layout = _smallest_layout(values, bits, report)
         elif layout == "2:4":
-            _check_sparse24(values, bits)
+            _check_sparse24(values, report)
         if layout == "2:4":
-            return cls(*_sparse24_arguments(lors.sparse24_compress(values, bits)))
+            transposable = report is not None and report[2] == 0
+            values, metadata = lors.sparse24_compress(values, bits)
+            return cls._sparse24(values, metadata, transposable)
         if layout == "bitmap":
             return _bitmap(values, lors.mask_nonzero(values) if bits is None else bits)
         return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), bits)
@@ -107,7 +119,14 @@ class SparseWeight:
                     f"byte is 0x{int(metadata[row, byte]):02x}, which is no code of two positions, or a slot it does "
                     "not use is not zero. Compress the dense weight again, or load another copy of the file."
                 )
-        return cls(values.detach().contiguous(), None, metadata.contiguous())
+        values, metadata = values.detach().contiguous(), metadata.contiguous()
+        return cls._sparse24(values, metadata, is_transposable(values, metadata))
+
+    @classmethod
+    def _sparse24(cls, values: Tensor, metadata: Tensor, transposable: bool) -> SparseWeight:
+        """A 2:4 weight that has just come to its device."""
+        extra = library_metadata(values, metadata)
+        return cls(values, None, metadata, library_metadata=extra, transposable=transposable)
 
     @classmethod
     def from_bitmap(cls, values: Tensor, mask_bits: Tensor, row_offsets: Tensor, in_features: int) -> SparseWeight:
@@ -155,7 +174,8 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
-        return sum(t.nbytes for t in (self.values, self.mask_bits, self.index) if t is not None)
+        tensors = (self.values, self.mask_bits, self.index, self.library_metadata)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     @property
     def density(self) -> float:
@@ -199,12 +219,17 @@ class SparseWeight:
         check_whole("values", self.values)
         if not isinstance(device_or_dtype, torch.dtype):
             check_device(torch.device(device_or_dtype))
-            return self._with(
-                *(None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index))
+            values, bits, index = (
+                None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index)
             )
+            if self.layout == "2:4" and values is not None and index is not None:
+                return self._sparse24(values, index, self.transposable)
+            return self._with(values, bits, index)
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
+        if self.layout == "2:4" and self.index is not None:
+            return self._sparse24(values, self.index, self.transposable)
         bits = self.mask_bits
         if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
             bits = lors.mask_nonzero(self.values)
@@ -249,7 +274,19 @@ class SparseWeight:
     def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""
         assert values is not None
-        return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
+        extra, transposable = self.library_metadata, self.transposable
+        return SparseWeight(
+            values, mask_bits, index, in_features=self.shape[1], library_metadata=extra, transposable=transposable
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library's metadata is made where the weight arrives: a file may be read beside another version of it.
+        return {**self.__dict__, "library_metadata": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.layout == "2:4" and self.index is not None:
+            self.library_metadata = library_metadata(self.values, self.index)
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
@@ -264,15 +301,23 @@ def check_fits(weight: Tensor, layout: str) -> None:
     check_layout(layout)
     check_weight(weight)
     if layout == "2:4":
-        _check_sparse24(weight, None)
+        _check_sparse24(weight, _inspect(weight, None))
 
 
-def _smallest_layout(weight: Tensor, bits: Tensor | None) -> str:
+def _inspect(weight: Tensor, bits: Tensor | None) -> list[int] | None:
+    """What lors::sparse24_inspect reports; None where there is nothing to look at."""
+    if weight.device.type == "meta" or weight.shape[1] % 4:
+        return None
+    report: list[int] = lors.sparse24_inspect(weight, bits).tolist()
+    return report
+
+
+def _smallest_layout(weight: Tensor, bits: Tensor | None, report: list[int] | None) -> str:
     """The layout "auto" stands for. A weight on the meta device has no values to go by, and stays dense."""
     N, K = weight.shape
     if weight.device.type == "meta":
         return "dense"
-    if K % 4 == 0 and not lors.sparse24_inspect(weight, bits)[0].item():
+    if report is not None and report[0] == 0:
         return "2:4"
     words = (K + 31) // 32
     kept = lors.bitmap_offsets(lors.mask_nonzero(weight) if bits is None else bits, K)[-1].item()
@@ -281,16 +326,14 @@ def _smallest_layout(weight: Tensor, bits: Tensor | None) -> str:
     return "bitmap" if bitmap < dense else "dense"
 
 
-def _check_sparse24(weight: Tensor, bits: Tensor | None) -> None:
+def _check_sparse24(weight: Tensor, report: list[int] | None) -> None:
     N, K = weight.shape
     if K % 4:
         raise ValueError(
             f"weight has shape {(N, K)}; layout '2:4' needs in_features to be a multiple of 4. Use layout='bitmap' or "
             "layout='auto'."
         )
-    if weight.device.type == "meta":
-        return
-    count, first, _ = lors.sparse24_inspect(weight, bits).tolist()
+    count, first = (0, 0) if report is None else report[:2]
     if count:
         row, group = divmod(first, K // 4)
         raise ValueError(
@@ -298,10 +341,6 @@ def _check_sparse24(weight: Tensor, bits: Tensor | None) -> None:
             f"weights, the first at row {row}, column {4 * group}. Prune it to 2:4 (`lors-cuda prune --pattern 2:4`), "
             "or use layout='bitmap' or layout='auto'."
         )
-
-
-def _sparse24_arguments(compressed: tuple[Tensor, Tensor]) -> tuple[Tensor, None, Tensor]:
-    return compressed[0], None, compressed[1]
 
 
 def _bitmap(weight: Tensor, bits: Tensor) -> SparseWeight:

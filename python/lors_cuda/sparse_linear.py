@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ._sharded import is_sharded, local_part, whole
 from .sparse import SparseWeight
+from .sparse_product import is_transposable, library_metadata
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
@@ -30,12 +31,16 @@ class SparseLinear(nn.Module):
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
         weight: the weight, dense [out_features, in_features].
+        weight_library_metadata, weight_transposable: of ``sparse_weight``. Not in the state: both are made again where
+            the weight arrives.
     """
 
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
     bias: nn.Parameter | None
+    weight_library_metadata: Tensor | None
+    weight_transposable: bool
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -44,6 +49,8 @@ class SparseLinear(nn.Module):
         for name, tensor in zip(_TENSORS, tensors, strict=True):
             self.register_parameter(name, _frozen(tensor))
         self.bias = _frozen(None if bias is None else bias.detach())
+        self.weight_library_metadata = sparse_weight.library_metadata
+        self.weight_transposable = sparse_weight.transposable
 
     @classmethod
     def compress(cls, linear: nn.Linear, layout: str = "auto", mask: Tensor | None = None) -> SparseLinear:
@@ -60,7 +67,14 @@ class SparseLinear(nn.Module):
 
     @property
     def sparse_weight(self) -> SparseWeight:
-        return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
+        return SparseWeight(
+            self.weight_values,
+            self.weight_mask,
+            self.weight_index,
+            in_features=self.in_features,
+            library_metadata=self.weight_library_metadata,
+            transposable=self.weight_transposable,
+        )
 
     def whole_weight(self) -> SparseWeight:
         """``sparse_weight``, gathered from all processes where ``fully_shard`` has cut it into parts; a collective."""
@@ -90,7 +104,23 @@ class SparseLinear(nn.Module):
         if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
             self.weight_mask = _frozen(None if bits is None else bits.to(self.weight_values.device))
+        if self.weight_values.dtype != before.dtype or self.weight_values.device != before.device:
+            self._arrived()
         return self
+
+    def _arrived(self) -> None:
+        """Make again what depends on the device and the type that the weight has now."""
+        values, index = self.weight_values, self.weight_index
+        self.weight_library_metadata = None
+        if index is not None and index.dtype == torch.uint8 and not hasattr(values, "to_local"):  # a shard is no weight
+            self.weight_library_metadata = library_metadata(values.detach(), index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weight_library_metadata": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._arrived()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
@@ -112,6 +142,10 @@ class SparseLinear(nn.Module):
                         _frozen(None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)),
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if values is not None:
+            self._arrived()
+            if index is not None and index.dtype == torch.uint8 and not hasattr(values, "to_local"):
+                self.weight_transposable = is_transposable(values, index)
 
     def _weight_problem(self, values: Tensor, bits: Tensor | None, index: Tensor | None) -> str | None:
         """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can.

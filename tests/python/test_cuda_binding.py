@@ -7,46 +7,21 @@ What goes to which kernel, in which dtype, on which stream, with whose memory; t
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
-import subprocess
 
 import pytest
 import torch
 
 import cases
+import fake_binding
 from cases import make_case
 from expectations import check_adapter_grads, check_linear, check_linear_backward, check_merge, check_merge_backward
 from test_formats import FORMATS, arguments
 from test_linear_op import combinations
 
-HERE = pathlib.Path(__file__).parent
-CORE = HERE.parents[1] / "csrc" / "core"
-TORCH = pathlib.Path(torch.__file__).parent
-
 
 @pytest.fixture(scope="module")
-def fake(tmp_path_factory):
-    """torch.ops.lors_on_cpu: the operators of cuda_ops.cpp on CPU tensors."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("fake_cuda") / "binding.so"
-    command = [*compiler.split(), "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi"]
-    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    command += ["-isystem", str(TORCH / "include"), f"-I{HERE / 'fake_cuda'}", f"-I{CORE}", f"-I{CORE / 'include'}"]
-    command += [
-        str(HERE / "fake_cuda" / "binding.cpp"),
-        "-o",
-        str(library),
-        "-Wl,--no-as-needed",
-        str(TORCH / "lib" / "libtorch.so"),
-    ]
-    command += ["-Wl,--allow-shlib-undefined", f"-Wl,-rpath,{TORCH / 'lib'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    torch.ops.load_library(str(library))
-    return torch.ops.lors_on_cpu
+def fake():
+    return fake_binding.load()
 
 
 @pytest.fixture

@@ -55,8 +55,9 @@ OPS = (*ADAPTED, "mask_pack", "mask_unpack")
 def test_every_op_is_here():
     known = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
     expected = {f"lors::{op}" for op in (*OPS, *FORMATS)} | {"lors::build_info"}
-    if _library._CUDA_MISSING is None:  # the CUDA half brings one of its own, with or without a GPU
+    if _library._CUDA_MISSING is None:  # the CUDA half brings some of its own, with or without a GPU
         expected.add("lors::cuda_device_problem")
+        expected |= {f"lors::sparse_product_{word}" for word in ("compress", "problem", "info", "clear", "set")}
     assert known == expected
 
 
