@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._files import replace_file
 from ._library import BUILD, lors
 
 PRODUCTS = ("auto", "dense", "sparse")
@@ -108,10 +109,7 @@ def save_product_choices(path: str | os.PathLike[str], device: int | None = None
         **_machine(device),
         "choices": [dataclasses.asdict(choice) for choice in choices],
     }
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(target)
+    replace_file(Path(path), (json.dumps(document, indent=1) + "\n").encode())
     return len(choices)
 
 

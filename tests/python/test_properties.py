@@ -111,8 +111,9 @@ def test_tokens_are_independent(device, data):
     end = data.draw(st.integers(begin + 1, T))
     part = case.replace(input=case.input[begin:end], grad_output=case.grad_output[begin:end])
     check_linear(case.linear()[begin:end], part)
-    # A row of NaN stays in its row, where torch's own product keeps it there. With AMX torch 2.13 reads a 16-bit row whose
-    # length is no multiple of 16 past its end, times zero: finite numbers do not show in the row before, NaN does.
+    # A row of NaN stays in its row, where torch's own product keeps it there. With AMX torch 2.13 reads a 16-bit row
+    # whose length is no multiple of 16 past its end, times zero: there a finite number is lost in the row before, and
+    # NaN is not.
     others = torch.arange(T, device=case.input.device) != begin
     spoiled = case.replace(input=case.input.clone())
     spoiled.input[begin] = float("nan")
