@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             protocol,
             density=arguments.density,
             seed=arguments.seed,
+            warm=arguments.quick,  # a small weight is cold among hundreds of thousands of copies only
             device=arguments.device,
         )
         save()

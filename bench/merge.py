@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocol,
         density=arguments.density,
         seed=arguments.seed,
-        warm=arguments.warm,
+        warm=arguments.warm or arguments.quick,  # as in linear.py
         device=arguments.device,
     )
     note = report.target_note(where)
