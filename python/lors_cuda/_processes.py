@@ -26,6 +26,20 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def check_launcher() -> None:
+    """Refuse another launcher's processes, which would all do the whole work and write over each other.
+
+    Raises:
+        RuntimeError: the environment says that this is one of several, and torchrun did not start them.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not launched() and all(name in os.environ for name in names) and os.environ["WORLD_SIZE"] not in ("", "0", "1"):
+        raise RuntimeError(
+            f"This is process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} by its environment, and torchrun did "
+            "not start it. Start it by torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE for a single process."
+        )
+
+
 def is_first() -> bool:
     """Whether this is the process that speaks and writes: the only one, or number 0; also before it met the others."""
     return not launched() or int(os.environ["RANK"]) == 0

@@ -23,7 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
-# The peft_type of what lors_cuda.peft saves. A PEFT that does not know it stops and shows it, instead of applying the
+# The peft_type of what lors_cuda saves. A PEFT that does not know it stops and shows it, instead of applying the
 # adapter unmasked.
 PEFT_TYPE = "LORS: import lors_cuda.peft before loading this adapter"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -115,11 +115,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     unsupported = [name for name in _UNSUPPORTED if fields.get(name)]
     if fields.get("bias") not in (None, "none"):
         unsupported.append("bias")
-    if fields.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if fields.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         unsupported.append("init_lora_weights")  # pissa, olora, loftq and the like change the base weight
     if unsupported:
         used = ", ".join(f"{name}={fields[name]!r}" for name in unsupported)
-        raise ValueError(f"'{path}' uses {used}, which LoRS layers do not have. Train the adapter without it.")
+        raise ValueError(
+            f"'{path}' uses {used}, which LoRS layers do not have. Try "
+            "lors_cuda.peft.from_pretrained, which has more of PEFT, or train the adapter without it."
+        )
     return fields
 
 

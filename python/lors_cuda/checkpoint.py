@@ -22,13 +22,14 @@ from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
 from .adapter_files import (
     DTYPES,
     FORMAT_VERSION,
+    PEFT_TYPE,
     PREFIX,
     SavedAdapter,
     read_adapter,
     require_safetensors,
     write_adapter,
 )
-from .config import LoRSConfig, Target, find_targets, saved_modules
+from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
 from .linear import LoRSLinear
 from .model import check_targets, convert, joined, named_lors_layers
 from .sparse import SparseWeight
@@ -57,7 +58,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     sharded = reshard(model)
     layers = dict(named_lors_layers(model))
     if not layers:
-        raise ValueError("The model has no LoRS layers, so there is no adapter to save. Call get_lors_model first.")
+        raise ValueError(f"The model has no LoRS layers, so there is no adapter to save. {conversion_advice(model)}")
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -158,14 +159,14 @@ def _config_of(model: nn.Module, layers: dict[str, LoRSLinear]) -> LoRSConfig:
 
 
 def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRSConfig) -> dict[str, Any]:
-    """Return the content of adapter_config.json.
+    """Return the content of adapter_config.json, as PEFT writes it but for `peft_type` and our own field "lors".
 
-    PEFT 0.21 reads it: it warns about the one field it does not know, "lors", and ignores it. It then applies the
-    adapter unmasked, so PEFT alone reproduces our model only up to the masked entries.
+    PEFT reads it once lors_cuda.peft is imported. Without that it stops at the `peft_type`: it would apply the adapter
+    unmasked.
     """
     kind = original_class(model)
     return {
-        "peft_type": "LORA",
+        "peft_type": PEFT_TYPE,
         "task_type": None,
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,

@@ -168,6 +168,11 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
             computed (torch.nn.utils.prune or parametrize), shared with another module, or on the meta device.
     """
     config.validate()
+    if has_peft_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of PEFT, whose own linears would be taken for the model's. Work on "
+            "the base model (model.unload() gives it back), or stay with PEFT: lors_cuda.peft has masked adapters."
+        )
     heads = output_heads(model) if config.target_modules == ALL_LINEAR else []
     names_of: dict[nn.Module, list[str]] = {}
     holders: dict[torch.Tensor, list[nn.Module]] = {}
@@ -220,6 +225,21 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
             children = dict(module.named_children())
             heads += [children[name] for name in _CLASSIFIER_HEADS if name in children]
     return heads
+
+
+def has_peft_adapters(model: nn.Module) -> bool:
+    """Tell whether PEFT has put layers of its own into the model; PEFT is not imported for it."""
+    return any(kind.__name__ == "BaseTunerLayer" for module in model.modules() for kind in type(module).__mro__)
+
+
+def conversion_advice(model: nn.Module) -> str:
+    """What to do with a model that has no LoRS layers where some are needed."""
+    if has_peft_adapters(model):
+        return (
+            "It is a PEFT model: use PEFT's own save_pretrained, merge_and_unload and disable_adapter, and "
+            "lors_cuda.peft for the rest."
+        )
+    return "Convert it with get_lors_model or load_adapter first."
 
 
 def saved_modules(model: nn.Module, config: LoRSConfig) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._device_map import hand_over_placement
 from ._sharded import check_gathered, is_partitioned
-from .config import LoRSConfig, Target, find_targets, saved_modules
+from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
 from .sparse import check_fits
@@ -253,7 +253,7 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
         if isinstance(module, LoRSLinear):
             names_of.setdefault(module, []).append(name)
     if not names_of:
-        raise ValueError("The model has no LoRS layers. Convert it with get_lors_model or load_adapter first.")
+        raise ValueError(f"The model has no LoRS layers. {conversion_advice(model)}")
     return [(names, layer) for layer, names in names_of.items()]
 
 

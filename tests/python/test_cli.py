@@ -23,6 +23,7 @@ from cli_calls import (
     safetensors_torch,
     succeeded,
 )
+from lors_cuda import LoRSConfig, get_lors_model, load_sparse_checkpoint, save_adapter
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -92,6 +93,7 @@ def test_kill_resume_merge_and_evaluate(home, tmp_path, capsys):
     adapted, plain = evaluated("--model", sparse, "--adapter", run), evaluated("--model", merged)
     assert adapted["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
     assert adapted["perplexity"] < 0.5 * adapted["perplexity_without_adapter"]
+    assert adapted["perplexity_without_adapter"] == evaluated("--model", sparse)["perplexity"]
     assert plain["sparsity"] == 0.5
 
 
@@ -194,3 +196,18 @@ def test_every_failure_is_one_line(capsys, monkeypatch, problem, message):
     assert capsys.readouterr().err == f"lors-cuda: error: {message}\n"
     assert call("info", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_eval_without_the_adapter_is_the_base_also_where_modules_were_trained(home, tmp_path, capsys):
+    sparse, adapter = home / "sparse", tmp_path / "adapter"
+    model = load_sparse_checkpoint(sparse)
+    get_lors_model(model, LoRSConfig(r=2, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    save_adapter(model, adapter)
+    measured = []
+    for more in ([], ["--adapter", adapter]):
+        capsys.readouterr()
+        assert call("eval", "--model", sparse, "--data", home / "text.txt", *SHORT, "--json", *more) == 0
+        measured.append(json.loads(capsys.readouterr().out))
+    assert measured[1]["perplexity_without_adapter"] == measured[0]["perplexity"] != measured[1]["perplexity"]

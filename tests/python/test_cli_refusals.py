@@ -152,6 +152,10 @@ def test_output_directories_are_never_overwritten_silently(home, adapter, tmp_pa
     assert "is a file" in failed(capsys, *finetune(home, data))
     assert "is a file" in failed(capsys, *prune, data)
     assert tree(foreign) == {"thesis.tex": b"years of work"}
+    (foreign / "config.json").write_text("{}")  # now it looks like a model
+    for command in (prune, merge):
+        assert "holds 'thesis.tex' beside a model" in failed(capsys, *command, foreign, "--overwrite")
+    assert (foreign / "thesis.tex").read_text() == "years of work"
     before = tree(adapter)
     error = failed(capsys, *finetune(home, adapter))
     assert "--resume" in error
@@ -223,3 +227,23 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(home, adap
     assert call(*finetune(home, run, "--resume")) == 0
     assert "starts from the beginning" in capsys.readouterr().out
     assert curve(run) == curve(adapter)
+
+
+def test_processes_of_another_launcher_are_refused(home, tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "process 1 of 2 by its environment, and torchrun did not start it" in failed(
+        capsys, *finetune(home, tmp_path / "run")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-1", "one"])
+def test_seeds_that_are_none(home, tmp_path, capsys, seed):
+    assert call(*finetune(home, tmp_path / "run", "--seed", seed)) == 2
+    assert f"'{seed}' is not an integer" in capsys.readouterr().err
+
+
+def test_devices_without_kernels_are_refused(home, tmp_path, capsys):
+    error = failed(capsys, *finetune(home, tmp_path / "run", "--device", "xpu"))
+    assert "--device is 'xpu', and there are no kernels for it" in error

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from lors_cuda import estimate_gradients, get_lors_model, merge_and_unload, save_adapter
 from lors_cuda.config import LoRSConfig, find_targets, output_heads, pattern_matches, saved_modules
-from models import assert_unchanged, refused, snapshot, tiny_llama, tiny_net
+from lors_cuda.pruning import measure_sparsity, prune
+from models import assert_unchanged, batch, refused, snapshot, tiny_llama, tiny_net
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -290,4 +292,20 @@ def test_selection_changes_nothing():
     model = tiny_llama()
     before = snapshot(model)
     names(model)
+    assert_unchanged(model, before)
+
+
+def test_peft_models_are_refused_by_what_would_take_their_adapters_for_the_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
+    before = snapshot(model)
+    for call in (
+        lambda: get_lors_model(model),
+        lambda: estimate_gradients(model, [batch()]),
+        lambda: prune(model, method="magnitude"),
+        lambda: measure_sparsity(model),
+    ):
+        refused(ValueError, call, "has adapters of PEFT", "lors_cuda.peft")
+    for call in (lambda: save_adapter(model, "nowhere"), lambda: merge_and_unload(model)):
+        refused(ValueError, call, "It is a PEFT model: use PEFT's own save_pretrained")
     assert_unchanged(model, before)

@@ -148,7 +148,18 @@ def test_our_directories_load_without_peft(tmp_path):
 def test_directories_of_save_adapter_load(saved):
     model, directory = saved
     assert torch.equal(logits(from_pretrained(tiny_llama(), directory)), logits(model))
+    stock = peft.PeftModel.from_pretrained(tiny_llama(), directory)
+    assert torch.equal(logits(stock), logits(model))
     refused(ValueError, lambda: from_pretrained(tiny_llama(seed=1), directory), "another sparsity mask")
+
+
+def test_peft_alone_stops_at_directories_of_save_adapter(saved, monkeypatch):
+    _, directory = saved
+    without_us(monkeypatch)
+    model = tiny_llama()
+    before = snapshot(model)
+    refused(KeyError, lambda: peft.PeftModel.from_pretrained(model, directory), "import lors_cuda.peft before loading")
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(

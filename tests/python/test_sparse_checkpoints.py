@@ -335,3 +335,10 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_left(tmp_path):
     before = (path / "model.safetensors").read_bytes()
     refused(FileExistsError, lambda: save_sparse_checkpoint(model, path), "not an empty directory")
     assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(tmp_path):
+    directory = saved(tmp_path / "model")
+    edit_json(directory / "config.json", lambda config: config.update(num_hidden_layers=1))
+    with pytest.warns(UserWarning, match=r"hold 'model\.layers\.1\..*' and \d+ more tensors that LlamaForCausalLM"):
+        load_sparse_checkpoint(directory)

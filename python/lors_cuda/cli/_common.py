@@ -32,6 +32,8 @@ _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates",
 )  # fmt: skip
+# What else a model's directory holds, as transformers and the commands here write it.
+_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 
 
 def positive_int(text: str) -> int:
@@ -48,6 +50,14 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """An option's value that is an integer of at least 0."""
     return 0 if text == "0" else positive_int(text)
+
+
+def seed_number(text: str) -> int:
+    """An option's value that torch takes as a seed: an integer from 0 to 2^63 - 1."""
+    number = non_negative_int(text)
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer below 2^63")
+    return number
 
 
 def positive_float(text: str) -> float:
@@ -182,6 +192,13 @@ def check_new(directory: Path, sources: Sequence[Path], *, overwrite: bool) -> N
                 f"The output directory '{directory}' holds no model (config.json), so --overwrite does not replace it; "
                 "remove it yourself, or choose another one."
             )
+        known = (*_MODEL_FILES, *_TOKENIZER_FILES)
+        foreign = [entry.name for entry in sorted(directory.iterdir()) if not any(entry.match(one) for one in known)]
+        if foreign:
+            raise FileExistsError(
+                f"The output directory '{directory}' holds '{foreign[0]}' beside a model, and --overwrite would "
+                "remove it; remove it yourself, or choose another directory."
+            )
 
 
 def save_model(model: nn.Module, source: Path, directory: Path, format: str = "dense") -> None:
@@ -229,6 +246,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"--device is {name!r}; it must be a device such as cpu or cuda:0.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device is {name!r}, but torch finds no CUDA device; use --device cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, and there are no kernels for it; use cpu or cuda.")
     if device.type == "cuda" and launched():
         if device.index is not None:
             raise ValueError(f"--device is {name!r}, but under torchrun each process has a GPU of its own; use cuda.")

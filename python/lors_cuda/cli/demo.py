@@ -31,7 +31,7 @@ from ..model import get_lors_model, merge_and_unload
 from ..pruning import measure_sparsity, prune, total_sparsity
 from ..training import TrainingConfig, evaluate, train
 from . import UsageError
-from ._common import _quiet_transformers, load_model, positive_float, positive_int, save_model, say
+from ._common import _quiet_transformers, load_model, positive_float, positive_int, save_model, say, seed_number
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
 from ._demo_report import Row, notes, plot, table, whats_next
 from ._demo_text import language_reference, split_topics
@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("lors-demo"), metavar="DIR", help="where models, table and plot go"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the model's start, the adapters and the data order")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the model's start, the adapters and the data order"
+    )
     parser.add_argument("--dense-steps", type=positive_int, default=700, help="training steps of the dense model")
     parser.add_argument("--steps", type=positive_int, default=100, help="fine-tuning steps of each method")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of the fine-tuning")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_adapter
-from ..model import disable_adapter
 from ..pruning import measure_sparsity, total_sparsity
 from ..training import evaluate
 from ._common import add_data, add_model, describe_data, load_dataset, load_model, say
@@ -26,8 +25,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model, args.device)
     sparsity = total_sparsity(measure_sparsity(model))
     data = load_dataset(args, model)
-    if args.adapter is not None:
-        load_adapter(model, args.adapter)
     say(args, f"Data: {describe_data(data)}. Sparsity of the model: {sparsity:.2%}.")
     options = {"batch_size": args.batch_size, "progress": not args.json}
     result: dict[str, Any] = {"tokens": data.loss_tokens, "sparsity": sparsity}
@@ -35,8 +32,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         measured = evaluate(model, data, **options)
         say(args, f"Perplexity {measured.perplexity:.4f}")
         return {**result, "loss": measured.loss, "perplexity": measured.perplexity}
-    with disable_adapter(model):
-        without = evaluate(model, data, **options)
+    without = evaluate(model, data, **options)  # before it: modules_to_save are part of the adapter
+    load_adapter(model, args.adapter)
     measured = evaluate(model, data, **options)
     say(args, f"Perplexity {without.perplexity:.4f} without the adapter, {measured.perplexity:.4f} with it")
     return {

@@ -19,7 +19,7 @@ from torch import nn
 from .. import __version__
 from .._checks import GRADIENTS
 from .._files import replace_file
-from .._processes import alike, from_first, group, is_first, process_count, process_rank, together
+from .._processes import alike, check_launcher, from_first, group, is_first, process_count, process_rank, together
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
 from ..config import ALL_LINEAR, LoRSConfig, find_targets
@@ -41,6 +41,7 @@ from ._common import (
     positive_float,
     positive_int,
     say,
+    seed_number,
 )
 
 RUN_NAME = "run.json"
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup-steps", type=non_negative_int, metavar="N", help="3 %% of the steps if left out")
     parser.add_argument("--steps", type=positive_int, default=200, help="optimizer steps")
     parser.add_argument("--accumulate", type=positive_int, default=1, metavar="N", help="batches per step and process")
-    parser.add_argument("--seed", type=int, default=0, help="order of the data, start of the adapters, dropout")
+    parser.add_argument("--seed", type=seed_number, default=0, help="order of the data, start of the adapters, dropout")
     parser.add_argument(
         "--checkpoint-every", type=non_negative_int, default=50, metavar="STEPS", help="0: at the end only"
     )
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, convert, start or resume, train, and save; under torchrun in all its processes, of which one writes."""
+    check_launcher()
     with alike():
         training = TrainingConfig(
             steps=args.steps,
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config = LoRSConfig(
             r=args.rank,
             lora_alpha=args.alpha,
-            target_modules=args.target_modules or ALL_LINEAR,
+            target_modules=ALL_LINEAR if args.target_modules in (None, [ALL_LINEAR]) else args.target_modules,
             layout=args.layout,
             gradient=args.gradient,
             use_rslora=args.use_rslora,

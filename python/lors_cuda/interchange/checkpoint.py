@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        warnings.warn(
+            f"The files in '{directory}' hold '{unexpected[0]}' and {len(unexpected) - 1} more tensors that "
+            f"{type(model).__name__} has no place for; they are left out. See whether config.json belongs to them.",
+            stacklevel=2,
         )
     return model
 
