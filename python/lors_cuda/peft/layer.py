@@ -114,7 +114,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
         values = self.stored_values if self.unmerged_values is None else self.unmerged_values
         if isinstance(self.base_layer, SparseLinear):
             stored = self.base_layer.sparse_weight
-            return SparseWeight(values, stored.mask_bits, stored.index, in_features=self.in_features)
+            return stored._with(values, stored.mask_bits, stored.index)
         return SparseWeight(values)
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
