@@ -37,7 +37,7 @@ class SparsityCallback(TrainerCallback):
     Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must
     be bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time)
     exactly zero off the mask. The Trainer's next log then has ``sparsity``: the share of exact zeros in the merged
-    weights of all checked layers.
+    weights of all checked layers. In a model of lors_cuda.peft the active adapters are merged.
 
     Raises (from ``trainer.train()``):
         RuntimeError: a layer was changed; it is named, and no checkpoint of that step is written.
@@ -60,11 +60,11 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._checksums = {name: _checksums(layer) for name, layer in _layers(kwargs["model"])}
+        self._checksums = {name: _checksums(stored) for name, _, stored in _layers(kwargs["model"])}
         if not self._checksums:
             raise ValueError(
-                "SparsityCallback found no LoRS layers in the model. Convert it with lors_cuda.get_lors_model before "
-                "the Trainer is made, or leave the callback out."
+                "SparsityCallback found no LoRS layers in the model. Convert it with lors_cuda.get_lors_model, or "
+                "adapt it with lors_cuda.peft, before the Trainer is made, or leave the callback out."
             )
         self._checked_at = state.global_step
 
@@ -92,15 +92,16 @@ class SparsityCallback(TrainerCallback):
 
     def _check(self, model: nn.Module, step: int) -> None:
         zeros = weights = 0
-        layers = dict(_layers(model))
-        gone = next((name for name in self._checksums if name not in layers), None)
+        layers = list(_layers(model))
+        names = {name for name, _, _ in layers}
+        gone = next((name for name in self._checksums if name not in names), None)
         if gone is not None:
             raise RuntimeError(
                 f"Layer '{gone}' is no LoRS layer any more at step {step}, and was one when training began. Training "
                 "was stopped. Merge or replace layers after trainer.train() only."
             )
-        for name, layer in layers.items():
-            before, now = self._checksums.get(name), _checksums(layer)
+        for name, layer, stored in layers:
+            before, now = self._checksums.get(name), _checksums(stored)
             if before != now:
                 tensor = next((key for key in now if before is None or before.get(key) != now[key]), "the weight")
                 raise RuntimeError(
@@ -173,24 +174,47 @@ def _is_adapter(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / CONFIG_NAME).is_file()
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+def _is_peft_layer(module: nn.Module) -> bool:
+    """Whether it is a LoRS layer of lors_cuda.peft, which is not imported here: peft may be missing."""
+    return "merged_weight" in vars(module) and isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+    """Iterate over (name, layer, the module that holds its frozen tensors): for PEFT's layers that is their base."""
+    bases = set()
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            if hasattr(module.weight_values, "device_mesh"):
-                raise ValueError(
-                    f"SparsityCallback checks whole layers, and the parameters of '{name}' are sharded over several "
-                    "processes (DTensor). Leave the callback out, and check the merged model after training."
-                )
-            yield name, module
+        stored = module
+        if _is_peft_layer(module):
+            stored = module.get_submodule("base_layer")
+            bases.add(stored)
+        elif not isinstance(module, SparseLinear) or module in bases:
+            continue
+        if any(hasattr(parameter, "device_mesh") for parameter in stored.parameters(recurse=False)):
+            raise ValueError(
+                f"SparsityCallback checks whole layers, and the parameters of '{name}' are sharded over several "
+                "processes (DTensor). Leave the callback out, and check the merged model after training."
+            )
+        yield name, module, stored
 
 
-def _checksums(layer: SparseLinear) -> dict[str, tuple[torch.dtype, int]]:
-    """Dtype and checksum of each frozen tensor of the layer itself."""
+def _checksums(stored: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and checksum of each frozen tensor of the module itself."""
     return {
         key: (parameter.dtype, _checksum(parameter.detach()))
-        for key, parameter in layer.named_parameters(recurse=False)
+        for key, parameter in stored.named_parameters(recurse=False)
         if not parameter.requires_grad
     }
+
+
+def _merged(layer: Any) -> Tensor:
+    """The weight [N, K] that the layer multiplies by when it is evaluated."""
+    weight = layer.sparse_weight
+    if isinstance(layer, LoRSLinear):
+        return merge(weight, layer.lora_A, layer.lora_B, layer.scaling)
+    if isinstance(layer, SparseLinear):
+        return weight.to_dense()
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    return merge(weight, *layer.stacked(names)) if names else weight.to_dense()
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -208,15 +232,11 @@ def _checksum(tensor: Tensor) -> int:
     return int(total)
 
 
-def _count_zeros(name: str, layer: SparseLinear, step: int) -> int:
+def _count_zeros(name: str, layer: Any, step: int) -> int:
     """Number of exact zeros in the merged weight, which must include everything off the mask."""
-    weight = layer.sparse_weight
     with torch.no_grad():
-        if isinstance(layer, LoRSLinear):
-            merged = merge(weight, layer.lora_A, layer.lora_B, layer.scaling)
-        else:
-            merged = weight.to_dense()
-        stray = (merged != 0) & ~weight.mask()
+        merged = _merged(layer)
+        stray = (merged != 0) & ~layer.sparse_weight.mask()
         if bool(stray.any()):
             row, column = stray.nonzero()[0].tolist()
             raise RuntimeError(

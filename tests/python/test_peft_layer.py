@@ -262,6 +262,17 @@ def test_safe_merge_refuses_what_overflows():
     assert not layers(model)["2"].merged
 
 
+def test_names_of_no_adapter_are_not_merged():
+    model = adapted(adapters=("default", "second"))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"no adapter 'typo', so nothing was merged.*'default', 'second'"):
+            merge(adapter_names=["second", "typo"])
+        with pytest.raises(TypeError, match="must be a list of names, but is the string 'default'"):
+            merge(adapter_names="default")
+    assert not layers(model)["0"].merged
+    check_output(model)
+
+
 @every_base
 def test_delta_weight_is_masked(base):
     model = adapted(compressed(net(), base))

@@ -106,7 +106,12 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     # ---- merging: whatever can be refused is refused before the first layer is changed ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; nothing is merged if an adapter or, with ``safe_merge``, a merged weight is not finite."""
+        """As in PEFT; nothing is merged if an adapter or, with ``safe_merge``, a merged weight is not finite.
+
+        Raises:
+            ValueError: that, or a name is no adapter's.
+        """
+        self._check_names(adapter_names)
         self._check_finite(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -118,8 +123,20 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
+            self._check_names(adapter_names)
             self._check_finite(adapter_names, safe_merge, base=True)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_names(self, adapter_names: list[str] | None) -> None:
+        """Refuse names of no adapter: PEFT would merge nothing for them."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names, but is the string {adapter_names!r}.")
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r}, so nothing was merged. The model has "
+                f"{', '.join(map(repr, self.peft_config))}."
+            )
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
         """Refuse what is not finite: adapters, with ``base`` weights, with ``safe_merge`` merged weights."""
