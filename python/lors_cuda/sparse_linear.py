@@ -89,7 +89,7 @@ class SparseLinear(nn.Module):
             # Versions and addresses cannot be read here, so a mask written in place since is not noticed.
             return extra is None or extra.device == index.device
         known = self._mask_known
-        # A parameter in its place (functional_call, a replica, fully_shard's gathered one) or memory moved: another mask.
+        # Another parameter in its place (functional_call, a replica, fully_shard's gathered one), or memory moved.
         if known is None or known[0]() is not index or known[1] != index.data_ptr():
             return False
         if known[2] != _version(index) and not _capturing(index):
