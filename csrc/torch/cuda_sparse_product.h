@@ -21,23 +21,24 @@ inline void check_cuda(cudaError_t error) {
 }
 
 // The sparse way of one product: the merged values go straight to where cuSPARSELt keeps them, followed by its metadata of this
-// weight; or, without that, the dense merge is compressed by the library.
+// weight; or, without that, the dense merge is compressed by the library. The library's failures are returned, torch's thrown.
 template <typename Backend>
-void sparse_product(const AdaptedWeight<Backend>& adapted, SparseProducts& products, const ProductKey& key, Tensor& out,
-                    const Tensor& activation, const std::optional<Tensor>& bias) {
+Status sparse_product(const AdaptedWeight<Backend>& adapted, SparseProducts& products, const ProductKey& key, Tensor& out,
+                      const Tensor& activation, const std::optional<Tensor>& bias) {
   const SparseProductProblem& problem = key.problem;
   const CudaHost& host = adapted.backend.host();
   const ScalarType dtype = activation.scalar_type();
   const Tensor tokens = row_major(activation);
   SparseProductSizes sizes;
-  check_status(products.sizes(problem.out_features, problem.in_features, problem.dtype, sizes));
+  if (Status s = products.sizes(problem.out_features, problem.in_features, problem.dtype, sizes); !s.ok()) return s;
   Tensor compressed = empty(activation, {sizes.compressed}, ScalarType::Byte);
   auto* bytes = static_cast<char*>(compressed.mutable_data_ptr());
   if (key.in_place) {
     const Tensor& metadata = *adapted.sparse.library_metadata;
-    check(metadata.numel() == sizes.compressed - sizes.values, "lors::linear: library_metadata has ", metadata.numel(),
-          " bytes; cuSPARSELt ", products.version(), " makes ", sizes.compressed - sizes.values,
-          " for this weight. Make it again: SparseWeight.to(device) does.");
+    if (metadata.numel() != sizes.compressed - sizes.values)
+      return Status::error("lors::linear: library_metadata has " + std::to_string(metadata.numel()) + " bytes; cuSPARSELt " +
+                           products.version() + " makes " + std::to_string(sizes.compressed - sizes.values) +
+                           " for this weight. Make it again: SparseWeight.to(device) does.");
     adapted.merge_values(bytes);
     check_cuda(cudaMemcpyAsync(bytes + sizes.values, metadata.const_data_ptr(), metadata.numel(), cudaMemcpyDeviceToDevice,
                                static_cast<cudaStream_t>(host.stream)));
@@ -46,13 +47,13 @@ void sparse_product(const AdaptedWeight<Backend>& adapted, SparseProducts& produ
     SparseProductCompressArgs args{problem.out_features, problem.in_features, problem.dtype, problem.input_gradient};
     args.merged = merged.const_data_ptr();
     args.compressed = bytes;
-    check_status(products.compress(args, host));
+    if (Status s = products.compress(args, host); !s.ok()) return s;
   }
   SparseProductArgs args{problem, bytes, tokens.const_data_ptr(), out.mutable_data_ptr(), bias.has_value()};
   SparseProducts::Plan plan;
-  check_status(products.prepare(args, host, plan));
+  if (Status s = products.prepare(args, host, plan); !s.ok()) return s;
   if (bias) torch::stable::copy_(out, to(*bias, dtype));  // after prepare, which may overwrite it; one bias per row of output
-  check_status(products.run(args, plan, host));
+  return products.run(args, plan, host);
 }
 
 // out [T, N or K] of a 2:4 weight, in the way that is chosen.
@@ -79,10 +80,7 @@ void multiply_sparse24(const AdaptedWeight<Backend>& adapted, Tensor& out, const
                            adapted.multiply_merged(out, activation, bias, input_gradient, std::nullopt);
                            return Status();
                          },
-                         [&] {
-                           sparse_product(adapted, choices->sparse(), request.key, out, activation, bias);
-                           return Status();
-                         }};
+                         [&] { return sparse_product(adapted, choices->sparse(), request.key, out, activation, bias); }};
   check_status(choices->take(request, ways, adapted.backend.host()));
 }
 

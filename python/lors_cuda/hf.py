@@ -124,12 +124,13 @@ class LoRSTrainerMixin:
     :func:`lors_cuda.load_adapter`: another base mask, rank or target is refused. A whole-model checkpoint, written
     without the mixin, is resumed as the Trainer does it.
 
-    Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: each process holds a part there.
+    Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: each process holds a part there. So do its
+    checkpoints of models of lors_cuda.peft, which hold the adapters alone already.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer: Any = self
-        if _is_sharded(trainer):
+        if _saves_by_itself(trainer):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         if not trainer.args.should_save:
@@ -145,7 +146,7 @@ class LoRSTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
-        if _is_sharded(trainer) or not _is_adapter(resume_from_checkpoint):
+        if _saves_by_itself(trainer) or not _is_adapter(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         load_adapter(trainer.model if model is None else model, resume_from_checkpoint)
@@ -153,7 +154,7 @@ class LoRSTrainerMixin:
     def _load_best_model(self) -> None:
         trainer: Any = self
         best = trainer.state.best_model_checkpoint
-        if _is_sharded(trainer) or not _is_adapter(best):
+        if _saves_by_itself(trainer) or not _is_adapter(best):
             super()._load_best_model()  # type: ignore[misc]
             return
         load_adapter(trainer.model, best)
@@ -166,8 +167,11 @@ class LoRSTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-def _is_sharded(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+def _saves_by_itself(trainer: Any) -> bool:
+    """Whether checkpoints are the Trainer's own: sharded ones, or those of PEFT."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return True
+    return any(map(_is_peft_layer, trainer.model.modules()))
 
 
 def _is_adapter(directory: str | os.PathLike[str]) -> bool:

@@ -149,6 +149,9 @@ TEST_F(ProductChoiceTest, TheEnvironmentSaysWhatAutoIs) {
   EXPECT_TRUE(take(request(problem, "sparse"))) << "an argument is stronger";
   setenv("LORS_SPARSE_PRODUCT", "sparse", 1);
   EXPECT_TRUE(take(request(problem)));
+  const Problem odd(32, 64, 12, DType::bfloat16, false, 1);
+  take(request(odd));
+  EXPECT_EQ(message.find("LORS_SPARSE_PRODUCT is 'sparse', but "), 0u) << message;
   setenv("LORS_SPARSE_PRODUCT", "always", 1);
   take(request(problem));
   EXPECT_EQ(message, "LORS_SPARSE_PRODUCT is 'always'; it must be auto, dense or sparse.");
@@ -218,11 +221,17 @@ TEST_F(ProductChoiceTest, AFailureDuringTheMeasurementLeavesTheDenseWayAndAReaso
   }
 }
 
-TEST_F(ProductChoiceTest, OutOfMemoryDuringTheMeasurementIsAReasonToo) {
+TEST_F(ProductChoiceTest, OutOfMemoryDuringTheMeasurementDecidesNothing) {
+  const fake::Setting cost("MILLISECONDS", "0.1");
   fake::device.out_of_memory = true;
   take(request(problem));
   EXPECT_EQ(message, "");
-  EXPECT_NE(choices.all().at(0).second.note.find("out of memory"), std::string::npos);
+  EXPECT_EQ(dense_runs, 2) << "the output is the dense one's again";
+  EXPECT_THROW(take(request(problem, "sparse")), std::runtime_error);
+  EXPECT_TRUE(choices.all().empty());
+  fake::device.out_of_memory = false;
+  EXPECT_TRUE(take(request(problem)));
+  EXPECT_TRUE(choices.all().at(0).second.sparse);
 }
 
 TEST_F(ProductChoiceTest, AWrongProductIsNeverUsed) {
@@ -250,6 +259,109 @@ TEST_F(ProductChoiceTest, TinyResultsAreNoDisagreement) {
   const ProductRequest r = request(tiny);
   EXPECT_TRUE(choices.take(r, ways(r), fake::host()).ok());
   EXPECT_NE(choices.all().at(0).second.note, "");
+}
+
+// The dense one stops at 65504, the sparse one rounds up to infinity; but infinity is no rounding of a small number.
+TEST_F(ProductChoiceTest, OverflowOfOneAtTheEdgeIsNoDisagreement) {
+  Problem edge(32, 64, 16, DType::float16, true, 5);
+  std::fill(edge.X.begin(), edge.X.end(), fake::narrow(0.25, edge.dtype));
+  std::fill(edge.W.begin(), edge.W.end(), uint16_t{0});
+  for (int64_t n = 0; n < edge.N; ++n) {
+    edge.W[n * edge.K] = fake::narrow(1, edge.dtype);
+    edge.X[n % edge.T * edge.K] = fake::narrow(4, edge.dtype);
+  }
+  edge.W[0] = fake::narrow(16384, edge.dtype);
+  edge.W[1] = fake::narrow(96, edge.dtype);  // 65536 - 12: with 0.25 above the largest, below the next
+  edge.X[1] = fake::narrow(-0.125, edge.dtype);
+  const fake::Setting cost("MILLISECONDS", "0.1");
+  EXPECT_TRUE(take(request(edge)));
+  EXPECT_EQ(choices.all().at(0).second.note, "");
+  choices.clear();
+  ProductRequest r = request(edge);
+  ProductWays wrong = ways(r);
+  const auto dense = wrong.dense;
+  wrong.dense = [&] {
+    const Status s = dense();
+    static_cast<uint16_t*>(const_cast<void*>(r.output))[0] = fake::narrow(60000, edge.dtype);
+    return s;
+  };
+  EXPECT_TRUE(choices.take(r, wrong, fake::host()).ok());
+  EXPECT_NE(choices.all().at(0).second.note, "");
+}
+
+TEST_F(ProductChoiceTest, AResultThatShowsNothingDecidesNothing) {
+  const fake::Setting cost("MILLISECONDS", "0.1"), wrong("WRONG", "1");
+  for (const uint16_t activation : {uint16_t{0}, uint16_t{0x7fc0}}) {  // zeros and NaN
+    Problem silent = problem;
+    std::fill(silent.X.begin(), silent.X.end(), activation);
+    for (const char* products : {"auto", "sparse"}) {
+      for (const bool bias : {false, true}) {
+        ProductRequest r = request(silent, products);
+        r.key.bias = bias;
+        ProductWays both = ways(r);
+        both.dense = [&] {
+          ++dense_runs;
+          for (int64_t i = 0; i < silent.T * silent.N; ++i)
+            static_cast<uint16_t*>(const_cast<void*>(r.output))[i] = activation ? activation
+                                                                     : bias     ? fake::narrow(1 + i % silent.N, silent.dtype)
+                                                                                : 0;
+          return Status();
+        };
+        dense_runs = 0;
+        EXPECT_EQ(choices.take(r, both, fake::host()).message(), "");
+        EXPECT_EQ(dense_runs, 1);
+      }
+    }
+    EXPECT_EQ(sparse_runs, 0);
+  }
+  EXPECT_TRUE(choices.all().empty());
+  take(request(problem, "sparse"));
+  EXPECT_NE(message.find("by more than rounding"), std::string::npos) << "nor was it taken as compared";
+}
+
+TEST_F(ProductChoiceTest, ALoadedChoiceIsComparedOnce) {
+  const ProductChoice loaded{true, 2, 1, ""};
+  for (const char* products : {"auto", "sparse"}) {
+    choices.clear();
+    choices.set(request(problem).key, loaded);
+    EXPECT_TRUE(take(request(problem, products)));
+    EXPECT_EQ(dense_runs, 1);
+    EXPECT_TRUE(take(request(problem, products)));
+    EXPECT_EQ(dense_runs, 0);
+    EXPECT_EQ(choices.all().at(0).second.sparse_us, 1) << "and not timed again";
+    choices.set(request(problem).key, loaded);
+    const fake::Setting wrong("WRONG", "1");
+    take(request(problem, products));
+    EXPECT_EQ(message.empty(), products == std::string("auto"));
+    EXPECT_NE(choices.all().at(0).second.note.find("by more than rounding"), std::string::npos);
+  }
+}
+
+TEST_F(ProductChoiceTest, ForcedWhileAnotherMeasuresIsComparedToo) {
+  const fake::Setting wrong("WRONG", "1");
+  const ProductRequest r = request(problem), forced = [&] {
+    ProductRequest made = r;
+    made.products = "sparse";
+    return made;
+  }();
+  const ProductWays plain = ways(r);
+  ProductWays meeting = plain;
+  std::string refused;
+  meeting.sparse = [&] {
+    refused = choices.take(forced, plain, fake::host()).message();
+    return plain.sparse();
+  };
+  EXPECT_TRUE(choices.take(r, meeting, fake::host()).ok());
+  EXPECT_NE(refused.find("by more than rounding"), std::string::npos) << refused;
+}
+
+TEST_F(ProductChoiceTest, WithoutTokensThereIsNothingToChoose) {
+  const Problem empty(32, 64, 0, DType::bfloat16, true, 3);
+  for (const char* products : {"auto", "sparse"}) {
+    EXPECT_FALSE(take(request(empty, products)));
+    EXPECT_EQ(message, "");
+    EXPECT_EQ(dense_runs, 1);
+  }
 }
 
 TEST_F(ProductChoiceTest, NothingIsMeasuredUnderCapture) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lors_cuda.hf on models of lors_cuda.peft: what the callback checks."""
+"""lors_cuda.hf on models of lors_cuda.peft: what the callback checks, and checkpoints with the mixin."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
 from lors_cuda import hf
 from lors_cuda.hf import SparsityCallback
-from models import refused, tiny_llama
-from peft_models import LoRSLoraConfig, compressed, layers, peft
-from trainer_runs import STEPS, make_trainer, transformers
+from models import logits, refused, tiny_llama
+from peft_models import LoRSLoraConfig, compressed, layers, lors_peft, peft
+from trainer_runs import STEPS, checkpoint, losses, make_trainer, transformers
 
 DAMAGED = "base_model.model.model.layers.1.mlp.up_proj"
 UNPRUNED = "model.layers.1.mlp.up_proj"
@@ -104,3 +104,14 @@ def test_disabled_and_inactive_adapters_are_not_merged():
     model.add_adapter("second", LoRSLoraConfig(r=4, target_modules=["q_proj"]))
     model.set_adapter("second")
     assert torch.equal(hf._merged(layer), base)
+
+
+def test_the_mixin_leaves_checkpoints_to_peft(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    first = make_trainer(tmp_path, model=peft_llama(), **options)
+    first.train()
+    again = make_trainer(tmp_path, model=peft_llama(), **options)
+    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
+    assert losses(again) == losses(first)
+    best = lors_peft.from_pretrained(tiny_llama(), first.state.best_model_checkpoint)
+    assert torch.equal(logits(best), logits(first.model.eval()))

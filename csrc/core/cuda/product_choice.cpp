@@ -82,19 +82,34 @@ Status sample(const ProductRequest& request, const CudaHost& host, std::vector<u
   return cuda_answer(cudaStreamSynchronize(stream_of(host)));
 }
 
-// Whether two results differ by no more than roundings: in relative L2 norm, of what is finite in both. A wrong order of values
-// or metadata is off by the whole norm.
+// Whether a dense result can show a wrong sparse one: some of it is finite and comes from the product. Under a bias a product
+// of zeros leaves the same in every row.
+bool tells(const std::vector<uint16_t>& dense, const ProductKey& key) {
+  const SparseProductProblem& p = key.problem;
+  const size_t columns = p.input_gradient ? p.in_features : p.out_features;
+  for (size_t i = 0; i < dense.size(); ++i) {
+    const double value = widened(dense[i], p.dtype), added = key.bias ? widened(dense[i % columns], p.dtype) : 0;
+    if (std::isfinite(value) && std::isfinite(added) && value != added) return true;
+  }
+  return false;
+}
+
+// Whether two results differ by no more than roundings: in relative L2 norm, where the dense one is finite. A wrong order of
+// values or metadata is off by the whole norm.
 bool agree(const std::vector<uint16_t>& dense, const std::vector<uint16_t>& sparse, DType dtype) {
+  const bool wide = dtype == DType::bfloat16;
+  const double overflow = std::ldexp(1.0, wide ? 128 : 16);  // the first number that is too large
   double error = 0, norm = 0, count = 0;
   for (size_t i = 0; i < dense.size(); ++i) {
-    const double a = widened(dense[i], dtype), b = widened(sparse[i], dtype);
+    const double a = widened(dense[i], dtype);
+    double b = widened(sparse[i], dtype);
     if (!std::isfinite(a)) continue;  // overflow need not strike both: sums run in another order
-    if (!std::isfinite(b)) return false;
+    if (std::isnan(b)) return false;
+    if (std::isinf(b)) b = std::copysign(overflow, b);  // one rounding away from the largest number, far from others
     error += (a - b) * (a - b);
     norm += a * a;
     ++count;
   }
-  const bool wide = dtype == DType::bfloat16;
   const double unit_roundoff = wide ? 1.0 / 256 : 1.0 / 2048;
   const double step = wide ? 0 : std::ldexp(1.0, -24);  // between numbers so small that roundoff no longer shrinks with them
   return std::sqrt(error) <= 8 * unit_roundoff * std::sqrt(norm) + step * std::sqrt(count);
@@ -118,10 +133,14 @@ Status read(std::string_view text, const char* name, Products& products) {
   return {};
 }
 
-Status wanted(std::string_view argument, Products& products) {
-  if (Status s = read(argument, "products", products); !s.ok() || products != Products::automatic) return s;
+// `where`: what said so.
+Status wanted(std::string_view argument, Products& products, const char*& where) {
+  where = "products";
+  if (Status s = read(argument, where, products); !s.ok() || products != Products::automatic) return s;
   const char* environment = std::getenv("LORS_SPARSE_PRODUCT");
-  return environment && *environment ? read(environment, "LORS_SPARSE_PRODUCT", products) : Status();
+  if (!environment || !*environment) return {};
+  where = "LORS_SPARSE_PRODUCT";
+  return read(environment, where, products);
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -177,23 +196,26 @@ bool ProductChoices::begin_measuring(const ProductKey& key, bool forced) {
   return (forced || token_counts < kTokenCounts) && state_->measuring.insert(key).second;
 }
 
-Status ProductChoices::measure(const ProductRequest& request, const ProductWays& ways, const CudaHost& host, bool timed,
-                               ProductChoice& choice) {
+Status ProductChoices::measure(const ProductRequest& request, const ProductWays& ways, const CudaHost& host, bool forced,
+                               bool timed, std::optional<ProductChoice>& measured) {
   std::vector<uint16_t> dense, sparse;
   if (Status s = ways.dense(); !s.ok()) return s;
   if (Status s = sample(request, host, dense); !s.ok()) return s;
+  if (!tells(dense, request.key)) return {};
+  ProductChoice choice{false, 0, 0, "", true};
   try {
     choice.note = ways.sparse().message();
-  } catch (const std::exception& error) {  // of the host's: out of memory, say
-    choice.note = error.what();
+  } catch (const std::exception&) {  // the host's: out of memory, say, which may be otherwise the next time
+    if (forced) throw;
+    return ways.dense();
   }
-  if (!choice.note.empty()) return {};
-  if (Status s = sample(request, host, sparse); !s.ok()) return s;
-  if (!agree(dense, sparse, request.key.problem.dtype)) {
-    choice.note = kDisagrees;
-    return {};
+  if (choice.note.empty()) {
+    if (Status s = sample(request, host, sparse); !s.ok()) return s;
+    if (!agree(dense, sparse, request.key.problem.dtype)) choice.note = kDisagrees;
   }
-  choice.sparse = true;
+  choice.sparse = choice.note.empty();
+  measured = choice;
+  if (!choice.sparse) return forced ? Status() : ways.dense();
   if (!timed) return {};
   Event begin, end;
   if (Status s = begin.init(); !s.ok()) return s;
@@ -206,16 +228,18 @@ Status ProductChoices::measure(const ProductRequest& request, const ProductWays&
   choice.dense_us = median(dense_times);
   choice.sparse_us = median(sparse_times);
   choice.sparse = choice.sparse_us < choice.dense_us;
-  return {};
+  measured = choice;
+  return choice.sparse ? Status() : ways.dense();
 }
 
 Status ProductChoices::take(const ProductRequest& request, const ProductWays& ways, const CudaHost& host) {
   Products products = Products::automatic;
-  if (Status s = wanted(request.products, products); !s.ok()) return s;
-  if (products == Products::dense) return ways.dense();
+  const char* where = nullptr;
+  if (Status s = wanted(request.products, products, where); !s.ok()) return s;
+  if (products == Products::dense || request.key.problem.tokens == 0) return ways.dense();  // of nothing there is one way
   const bool forced = products == Products::sparse;
-  const auto refuse = [](const std::string& why) {
-    return Status::error("products is 'sparse', but " + why + " Use 'auto' or 'dense'.");
+  const auto refuse = [where](const std::string& why) {
+    return Status::error(std::string(where) + " is 'sparse', but " + why + " Use 'auto' or 'dense'.");
   };
 
   Status served = sparse_.serves(request.key.problem);
@@ -231,7 +255,8 @@ Status ProductChoices::take(const ProductRequest& request, const ProductWays& wa
   // A sparse way that failed or was wrong stays out; one that was only slower is taken where it is asked for.
   if (forced && choice && !choice->note.empty()) return refuse(choice->note);
   if (choice && !choice->sparse && !forced) return ways.dense();
-  if (choice || (forced && is_checked(request.key))) {
+  // What was loaded is compared once here too.
+  if ((choice && choice->compared) || (forced && is_checked(request.key))) {
     // Its plan may be gone, or not made yet for a choice that was loaded; under capture it cannot be made.
     return captured && !forced && !sparse_.ready(request.key.problem) ? ways.dense() : ways.sparse();
   }
@@ -239,23 +264,33 @@ Status ProductChoices::take(const ProductRequest& request, const ProductWays& wa
     return forced
                ? refuse("a CUDA graph is being captured and this product has not run before; run it once before the capture.")
                : ways.dense();
-  if (!begin_measuring(request.key, forced)) return forced ? ways.sparse() : ways.dense();
+  const bool first = begin_measuring(request.key, forced || choice);
+  if (!first && !forced) return ways.dense();  // where it is asked for, each thread that meets it now compares for itself
   struct Done {
     State& state;
-    const ProductKey& key;
+    const ProductKey* key;
     ~Done() {
+      if (!key) return;
       const std::lock_guard lock(state.mutex);
-      state.measuring.erase(key);
+      state.measuring.erase(*key);
     }
-  } done{*state_, request.key};
-  ProductChoice measured;
-  if (Status s = measure(request, ways, host, !forced, measured); !s.ok()) return s;
-  // The sparse way ran last, so where it is taken, the output holds it already. A forced product is only checked here: which
-  // way is faster is still open.
-  if (forced && measured.note.empty()) return check(request.key), Status();
-  set(request.key, measured);
-  if (forced) return refuse(measured.note);
-  return measured.sparse ? Status() : ways.dense();
+  } done{*state_, first ? &request.key : nullptr};
+  std::optional<ProductChoice> measured;
+  // Leaves the output right, except where what was forced did not go.
+  if (Status s = measure(request, ways, host, forced, !forced && !choice, measured); !s.ok()) return s;
+  if (!measured) return {};  // nothing was learnt: the next call tries again
+  if (!measured->note.empty()) {
+    set(request.key, *measured);
+    return forced ? refuse(measured->note) : Status();
+  }
+  if (choice) {
+    measured = choice;  // its times
+    measured->compared = true;
+  }
+  // A forced product is only compared: which way is faster is still open.
+  if (forced && !choice) return check(request.key), Status();
+  set(request.key, *measured);
+  return {};
 }
 
 std::vector<std::pair<ProductKey, ProductChoice>> ProductChoices::all() const {

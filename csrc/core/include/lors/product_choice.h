@@ -25,6 +25,7 @@ struct ProductChoice {
   bool sparse = false;
   double dense_us = 0, sparse_us = 0;  // medians; 0: not measured
   std::string note;                    // why it is not sparse, where that is no matter of time
+  bool compared = false;               // here, with the dense result; one that was loaded is not yet
 };
 
 // The two ways. Each computes all of the same output [T, N] (input gradient: [T, K]) in device memory, queued on the host's
@@ -48,7 +49,8 @@ class ProductChoices {
 
   // Computes the product in one of the two ways. "auto": the faster one, found by running both some times when a kind is met
   // first (which waits for the device); never under stream capture, where a kind not yet met runs densely. The results of both
-  // are compared then, and a sparse one that is not the dense one's within rounding is never used.
+  // are compared then, and a sparse one that is not the dense one's within rounding is never used. A result that can show
+  // nothing (zeros, or nothing finite) and a failure that is thrown (out of memory, say) decide nothing.
   Status take(const ProductRequest& request, const ProductWays& ways, const CudaHost& host);
 
   std::vector<std::pair<ProductKey, ProductChoice>> all() const;
@@ -65,8 +67,9 @@ class ProductChoices {
   bool is_checked(const ProductKey& key) const;
   void check(const ProductKey& key);
   bool begin_measuring(const ProductKey& key, bool forced);
-  Status measure(const ProductRequest& request, const ProductWays& ways, const CudaHost& host, bool timed,
-                 ProductChoice& choice);
+  // Leaves `measured` empty where nothing was learnt.
+  Status measure(const ProductRequest& request, const ProductWays& ways, const CudaHost& host, bool forced, bool timed,
+                 std::optional<ProductChoice>& measured);
 
   SparseProducts& sparse_;
   struct State;
