@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ._library import BUILD, lors
 PRODUCTS = ("auto", "dense", "sparse")
 _FORMAT = "lors_cuda product choices"
 _SIDES = 16  # what both sides of a weight must be multiples of
+_MULTIPLES = {"out_features": _SIDES, "in_features": _SIDES, "tokens": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,18 +152,24 @@ def library_metadata(values: Tensor, metadata: Tensor) -> Tensor | None:
 
     It depends on the mask alone, and its order is not documented: the library makes it, from a weight with this mask.
     That also shows whether its values stand where ours do, which is not documented either; None if not, or if the
-    library does not serve values [N, K/2] of this type on their device. Waits for the device.
+    library does not serve values [N, K/2] of this type on their device. Waits for the device. Where making it fails
+    (the library refuses, or memory for 2.1 times the dense weight is not there), a warning says why, and the weight
+    goes without: its sparse products are then compressed by the library each time.
     """
     N, K = values.shape[0], 2 * values.shape[1]
     served = values.dtype in (torch.bfloat16, torch.float16) and N % _SIDES == 0 and K % _SIDES == 0
     if not served or sparse_product_reason(values.device) is not None:
         return None
     # Every group has two here, so the library has no choice of its own where it puts them.
-    full = torch.tensor(_full_codes(), dtype=torch.uint8, device=values.device)[metadata.int()]
-    dense = lors.sparse24_decompress(_pattern(values), full)
-    del full
-    compressed = lors.sparse_product_compress(dense)
-    del dense
+    try:
+        full = torch.tensor(_full_codes(), dtype=torch.uint8, device=values.device)[metadata.int()]
+        dense = lors.sparse24_decompress(_pattern(values), full)
+        del full
+        compressed = lors.sparse_product_compress(dense)
+        del dense
+    except RuntimeError as error:
+        warnings.warn(f"A 2:4 weight of {N} x {K} goes without cuSPARSELt's metadata: {error}", stacklevel=2)
+        return None
     if not torch.equal(compressed[: values.nbytes].view(values.dtype).view(values.shape), _pattern(values)):
         return None
     return compressed[values.nbytes :].clone()
@@ -288,9 +296,14 @@ def _problem_of(entry: Any) -> str | None:
             return f"has {value!r} for {name}, which must be one of {', '.join(_WORDS[name])}"
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
             return f"has {value!r} for {name}"
+        multiple = _MULTIPLES.get(name)
+        if multiple and isinstance(value, int) and (value == 0 or value % multiple or value >= 2**31):
+            return f"has {value!r} for {name}, which must be a multiple of {multiple} below 2^31"
     algorithm = entry.get("algorithm")
     if algorithm is not None and not (
-        isinstance(algorithm, list) and len(algorithm) == 3 and all(type(number) is int for number in algorithm)
+        isinstance(algorithm, list)
+        and len(algorithm) == 3
+        and all(type(number) is int and abs(number) < 2**31 for number in algorithm)
     ):
         return f"has {algorithm!r} for algorithm, which must be three numbers or null"
     return None

@@ -270,8 +270,10 @@ TEST_P(SparseProductTest, RefusesWhatTheHardwareDoesNotTake) {
   EXPECT_NE(why(24, 16, 8, DType::float16).find("out_features in multiples of 16, and it is 24"), std::string::npos);
   EXPECT_NE(why(16, 20, 8, DType::float16).find("in_features in multiples of 16, and it is 20"), std::string::npos);
   EXPECT_NE(why(16, 16, 12, DType::float16).find("tokens in multiples of 8, and it is 12"), std::string::npos);
-  EXPECT_NE(why(1 << 16, 1 << 16, 8, DType::float16).find("2^32"), std::string::npos);
-  EXPECT_NE(why(16, 1 << 16, 1 << 16, DType::float16).find("2^32"), std::string::npos);
+  EXPECT_NE(why(1 << 16, 1 << 15, 8, DType::float16).find("2^31"), std::string::npos);
+  EXPECT_EQ(why((1 << 16) - 16, 1 << 15, 8, DType::float16), "");
+  EXPECT_NE(why(16, 1 << 16, 1 << 15, DType::float16).find("2^31"), std::string::npos);
+  EXPECT_EQ(why(16, 1 << 16, (1 << 15) - 8, DType::float16), "");
 }
 
 TEST_P(SparseProductTest, EveryFailureIsASentenceAndLeavesNothing) {

@@ -58,6 +58,15 @@ def test_any_other_mask_has_the_dense_input_gradient_whatever_is_asked_for(serve
     check_linear_backward(grads, case, "lors")
 
 
+def test_a_weight_that_the_library_does_not_take_goes_without_its_metadata(served, seed, monkeypatch):
+    case = problem(seed, torch.bfloat16)
+    monkeypatch.setenv("FAKE_CUSPARSELT_FAIL", "SpMMACompress2")
+    with pytest.warns(UserWarning, match=f"weight of {N} x {K} goes without cuSPARSELt's metadata: .*Compress"):
+        weight = stored(case)
+    assert weight.library_metadata is None
+    assert torch.equal(weight.to_dense(), case.weight)
+
+
 def test_a_float32_weight_under_16_bit_activations_is_recompressed(served, seed):
     case = problem(seed, torch.float32)
     case.input = case.input.bfloat16()

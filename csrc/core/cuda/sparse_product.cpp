@@ -20,7 +20,7 @@ namespace {
 using cusparselt::Version;
 
 constexpr int64_t kStructuredSides = 16, kDenseSides = 8;  // what 16-bit sides must be multiples of
-constexpr int64_t kElements = int64_t{1} << 32;            // of one matrix, less than
+constexpr int64_t kElements = int64_t{1} << 31;            // of one matrix, less than
 
 Status cuda_answer(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
@@ -181,7 +181,7 @@ Status SparseProducts::serves(const SparseProductProblem& p) const {
   if (p.tokens % kDenseSides) return not_a_multiple("the number of tokens", p.tokens, kDenseSides);
   if (p.out_features >= kElements / p.in_features ||
       (p.tokens && p.tokens >= kElements / std::max(p.out_features, p.in_features)))
-    return Status::error("cuSPARSELt takes matrices of fewer than 2^32 elements.");
+    return Status::error("cuSPARSELt takes matrices of fewer than 2^31 elements.");
   return {};
 }
 
