@@ -291,3 +291,16 @@ def test_the_extra_is_the_checked_range():
         pytest.skip("lors-cuda is not installed")
     first, before = _versions.SUPPORTED_PEFT
     assert any(need.startswith("peft") and f">={first}" in need and f"<{before}" in need for need in needs or [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "exception", "fragment"),
+    [
+        ({"init_lora_weights": 1}, ValueError, "init_lora_weights=1 is refused: it must be True, False or a name"),
+        ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict of module names and values, but is [1]"),
+        ({"alpha_pattern": "q"}, TypeError, "alpha_pattern must be a dict of module names and values, but is 'q'"),
+        ({"use_rslora": "yes"}, TypeError, "use_rslora must be True or False, but is 'yes'"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(fields, exception, fragment):
+    refused(exception, lambda: LoRSLoraConfig(target_modules=["0"], **fields), fragment)

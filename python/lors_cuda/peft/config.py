@@ -140,7 +140,7 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         check_layout(self.layout)
         check_gradient(self.gradient)
         start = self.init_lora_weights
-        if not isinstance(start, bool) and start not in _STARTS:
+        if not isinstance(start, bool) and not (isinstance(start, str) and start in _STARTS):
             raise ValueError(
                 f"init_lora_weights={start!r} is refused: {_start_problem(start)}. To start from data with every zero "
                 "kept, call lors_cuda.peft.estimate_gradients on the sparse model before get_peft_model and "
@@ -158,6 +158,12 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             )
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise ValueError("ephemeral_gpu_offload=True is refused by LoRSLoraConfig: it serves DoRA alone.")
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, but is {self.use_rslora!r}.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern or {}, Mapping):
+                raise TypeError(f"{name} must be a dict of module names and values, but is {pattern!r}.")
         _check_rank("r", self.r)
         for key, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
