@@ -299,6 +299,9 @@ def _problem_of(entry: Any) -> str | None:
         multiple = _MULTIPLES.get(name)
         if multiple and isinstance(value, int) and (value == 0 or value % multiple or value >= 2**31):
             return f"has {value!r} for {name}, which must be a multiple of {multiple} below 2^31"
+    N, K, T = (entry[name] for name in _MULTIPLES)
+    if max(N * K, N * T, K * T) >= 2**31:
+        return f"is of {T} tokens and a weight of {N} x {K}; each matrix must have fewer than 2^31 elements"
     algorithm = entry.get("algorithm")
     if algorithm is not None and not (
         isinstance(algorithm, list)

@@ -63,6 +63,7 @@ def test_choices_survive_in_a_file(served, seed, tmp_path):
         ),
         (lambda d: d["choices"][0].update(in_features=2**40), "for in_features, which must be a multiple of 16 below"),
         (lambda d: d["choices"][0].update(algorithm=[2**40, 1, 0]), "for algorithm, which must be three numbers"),
+        (lambda d: d["choices"].append({**d["choices"][0], "tokens": 2**30}), "Choice 1 in .* than 2.31 elements"),
         (lambda d: d["choices"][0].update(tokens=-8), "Choice 0 in .* has -8 for tokens"),
         (lambda d: d["choices"][0].update(dense_us=float("nan")), "Choice 0 in .* has nan for dense_us"),
         (lambda d: d["choices"][0].update(dtype="int8"), "'int8' for dtype, which must be one of bfloat16, float16"),
