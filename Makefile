@@ -136,7 +136,7 @@ test-sdist: sdist
 	rm -rf build/sdist-wheel
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist-wheel dist/*.tar.gz \
 		--config-settings=cmake.define.LORS_CUDA=OFF
-	$(BIN)/python tests/wheel/try_wheel.py build/sdist-wheel/*.whl --tests tests/wheel/test_installed.py tests/python/test_package.py
+	$(BIN)/python tests/wheel/try_wheel.py build/sdist-wheel/*.whl --tests tests/wheel/test_installed.py tests/python/repo/test_package.py
 
 # PEFT's own tests of LoRA against lors_cuda.peft, from a checkout of PEFT: make test-peft LORS_PEFT_TESTS=path/to/peft
 # Left out: what LoRSLoraConfig refuses, FSDP1, and compressed weights under the names that dense ones have.
