@@ -60,7 +60,6 @@ test-cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
-	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
 
 # The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2

@@ -60,7 +60,6 @@ struct Cpu {
 
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
-  static constexpr bool kSparseProducts = false;
   static constexpr bool kReadsMemory = true;
   static constexpr bool kMixedActivations = true;
 

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
-from .sparse_product import is_transposable, library_metadata
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
 
@@ -31,9 +29,6 @@ class SparseWeight:
     | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
     | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
 
-    A 2:4 weight may also have ``library_metadata`` (uint8: what cuSPARSELt puts behind its values, made where the
-    library serves); ``transposable`` says whether its mask is 2:4 along out_features too. See docs/sparse-products.md.
-
     docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
     :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
     """
@@ -45,14 +40,10 @@ class SparseWeight:
         index: Tensor | None = None,
         *,
         in_features: int | None = None,
-        library_metadata: Tensor | None = None,
-        transposable: bool = False,
     ) -> None:
         self.values = values
         self.mask_bits = mask_bits
         self.index = index
-        self.library_metadata = library_metadata
-        self.transposable = transposable
         if index is None:
             self.layout, self.shape = "dense", values.shape
         elif index.dtype == torch.uint8:
@@ -88,9 +79,8 @@ class SparseWeight:
         elif layout == "2:4":
             _check_sparse24(values, report)
         if layout == "2:4":
-            transposable = report is not None and report[2] == 0
             values, metadata = lors.sparse24_compress(values, bits)
-            return cls._sparse24(values, metadata, transposable)
+            return cls(values, None, metadata)
         if layout == "bitmap":
             return _bitmap(values, lors.mask_nonzero(values) if bits is None else bits)
         return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), bits)
@@ -119,14 +109,7 @@ class SparseWeight:
                     f"byte is 0x{int(metadata[row, byte]):02x}, which is no code of two positions, or a slot it does "
                     "not use is not zero. Compress the dense weight again, or load another copy of the file."
                 )
-        values, metadata = values.detach().contiguous(), metadata.contiguous()
-        return cls._sparse24(values, metadata, is_transposable(values, metadata))
-
-    @classmethod
-    def _sparse24(cls, values: Tensor, metadata: Tensor, transposable: bool) -> SparseWeight:
-        """A 2:4 weight that has just come to its device."""
-        extra = library_metadata(values, metadata)
-        return cls(values, None, metadata, library_metadata=extra, transposable=transposable)
+        return cls(values.detach().contiguous(), None, metadata.contiguous())
 
     @classmethod
     def from_bitmap(cls, values: Tensor, mask_bits: Tensor, row_offsets: Tensor, in_features: int) -> SparseWeight:
@@ -174,7 +157,7 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
-        tensors = (self.values, self.mask_bits, self.index, self.library_metadata)
+        tensors = (self.values, self.mask_bits, self.index)
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -222,14 +205,10 @@ class SparseWeight:
             values, bits, index = (
                 None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index)
             )
-            if self.layout == "2:4" and values is not None and index is not None:
-                return self._sparse24(values, index, self.transposable)
             return self._with(values, bits, index)
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
-        if self.layout == "2:4" and self.index is not None:
-            return self._sparse24(values, self.index, self.transposable)
         bits = self.mask_bits
         if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
             bits = lors.mask_nonzero(self.values)
@@ -274,19 +253,7 @@ class SparseWeight:
     def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""
         assert values is not None
-        extra, transposable = self.library_metadata, self.transposable
-        return SparseWeight(
-            values, mask_bits, index, in_features=self.shape[1], library_metadata=extra, transposable=transposable
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The library's metadata is made where the weight arrives: a file may be read beside another version of it.
-        return {**self.__dict__, "library_metadata": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.layout == "2:4" and self.index is not None:
-            self.library_metadata = library_metadata(self.values, self.index)
+        return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
