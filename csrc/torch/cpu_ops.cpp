@@ -60,6 +60,7 @@ struct Cpu {
 
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
+  static constexpr bool kSparseMatmul = false;
   static constexpr bool kReadsMemory = true;
   static constexpr bool kMixedActivations = true;
 
