@@ -134,12 +134,9 @@ sdist: $(VENV)/.ready
 	rm -f dist/*.tar.gz
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 
-# A wheel out of the sdist: without the CUDA half, so that it takes a minute, and with the plain version.
+# The sdist, installed by the README's line into an empty environment.
 test-sdist: sdist
-	rm -rf build/sdist-wheel
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist-wheel dist/*.tar.gz \
-		--config-settings=cmake.define.LORS_CUDA=OFF
-	$(BIN)/python tests/wheel/try_wheel.py build/sdist-wheel/*.whl --tests tests/wheel/test_installed.py tests/python/test_package.py
+	$(BIN)/python tests/wheel/try_sdist.py dist/*.tar.gz --torch '$(TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 
 # PEFT's own tests of LoRA against lors_cuda.peft, from a checkout of PEFT: make test-peft LORS_PEFT_TESTS=path/to/peft
 # Left out: what LoRSLoraConfig refuses, FSDP1, and compressed weights under the names that dense ones have.
