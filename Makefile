@@ -25,14 +25,14 @@ FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
 
 # Threads that wait asleep: two that spin on a shared machine slow each other down by an order of magnitude.
-demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
+demo test-python test-sim test-quick: export OMP_WAIT_POLICY ?= passive
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
+.PHONY: demo test test-quick test-python sim test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
 	test-sdist test-peft docs docs-serve install clean
 .DEFAULT_GOAL := test
 
@@ -52,7 +52,15 @@ install: $(VENV)/.ready
 demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
-test: test-cpp test-sim test-python
+test:
+	@echo 'C++ tests: 2 minutes with the first build; CUDA kernels on the simulator: 8; Python tests: 6 (on two idle cores).'
+	@echo 'For every day: make test-quick, under 3 minutes once that is built.'
+	$(MAKE) test-cpp test-sim test-python
+
+# Without torch.compile, commands, trainers and several processes, and with the fast kernels of the simulator.
+test-quick: test-cpp sim install
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(patsubst %,tests/sim/test_%.py,simulator merge mask fused_linear)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(addprefix tests/python/,ops formats layer model) -k 'not compile'
 
 test-python: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -72,10 +80,12 @@ fuzz: $(VENV)/.ready
 	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The CUDA kernels, executed on the CPU.
-test-sim: $(VENV)/.ready
+sim: $(VENV)/.ready
 	$(CMAKE) -S tests/sim -B build/sim -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DLORS_WERROR=ON
 	$(CMAKE) --build build/sim
-	LORS_SIM_BUILD=$(CURDIR)/build/sim $(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
+
+test-sim: sim
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
 
 # The CUDA kernels, compiled and held to their budget of registers (needs nvcc, no GPU).
 kernels: $(VENV)/.ready

@@ -9,13 +9,13 @@ from ._library import BUILD
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRSConfig
 from .functional import lors_linear, merge
-from .init import estimate_gradients, init_from_gradients
+from .gradient_init import estimate_gradients, init_from_gradients
 from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
-from .sparse import SparseWeight
 from .sparse_linear import SparseLinear
 from .sparse_product import load_product_choices, plan_cache_clear, plan_cache_info, save_product_choices
+from .weight import SparseWeight
 
 __version__ = BUILD["version"]
 

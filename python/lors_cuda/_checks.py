@@ -12,7 +12,7 @@ from ._library import check_device
 from ._sharded import is_sharded
 
 if TYPE_CHECKING:
-    from .sparse import SparseWeight
+    from .weight import SparseWeight
 
 GRADIENTS = ("lors", "exact")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -32,7 +32,7 @@ from .adapter_files import (
 from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
 from .linear import LoRSLinear
 from .model import check_targets, convert, joined, named_lors_layers
-from .sparse import SparseWeight
+from .weight import SparseWeight
 
 _NAMES_SHOWN = 6
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed

@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 
 from ._checks import GRADIENTS
 from ._device_map import is_offloaded, original_forward
-from .sparse import LAYOUTS
 from .sparse_product import PRODUCTS
+from .weight import LAYOUTS
 
 ALL_LINEAR = "all-linear"
 

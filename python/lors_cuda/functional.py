@@ -9,8 +9,8 @@ from torch import Tensor
 from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
 from ._library import lors
 from .merged_weight import MergedWeight
-from .sparse import SparseWeight
 from .sparse_product import check_products
+from .weight import SparseWeight
 
 
 def lors_linear(

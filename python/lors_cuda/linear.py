@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ._checks import check_gradient, check_whole
 from .functional import lors_linear, merge
 from .merged_weight import MergedWeight
-from .sparse import SparseWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 from .sparse_product import check_products
+from .weight import SparseWeight
 
 
 def check_rank(r: int, out_features: int, in_features: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._library import lors
-from .sparse import SparseWeight
+from .weight import SparseWeight
 
 
 class MergedWeight:

@@ -18,7 +18,7 @@ from ._sharded import check_gathered, is_partitioned
 from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
 from .linear import LoRSLinear, check_rank
 from .merged_weight import MergedWeight
-from .sparse import check_fits
+from .weight import check_fits
 
 _PROBLEMS_SHOWN = 5
 

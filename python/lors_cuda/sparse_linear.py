@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._sharded import is_sharded, local_part, whole
-from .sparse import SparseWeight
 from .sparse_product import is_transposable, library_metadata
+from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")

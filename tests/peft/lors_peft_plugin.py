@@ -12,12 +12,12 @@ import os
 import sys
 import types
 
-import peft
 import pytest
 import torch
 from torch import nn
 
 import lors_cuda.peft
+import peft
 
 REFUSALS = (
     "is refused by LoRSLoraConfig",

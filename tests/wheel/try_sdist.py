@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if run([interpreter, *PIP, *NEEDED]):
         return 1
-    passed = try_in(interpreter, ["tests/python/test_package.py"])
+    passed = try_in(interpreter, ["tests/python/repo/test_package.py"])
     shutil.rmtree(folder / "venv")  # gigabytes, with a CUDA build of torch
     return 0 if passed else 1
 

@@ -21,9 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What a broken wheel would break: every operator on every layout, the modules, files, and what torch.compile sees.
-NAMES = ["package", "ops", "functional", "linear_op", "merge", "gradients", "layer", "sparse", "layouts", "model"]
-NAMES += ["config", "init", "adapter_files", "checkpoint", "refusals", "environment", "compile"]
-TESTS = ["tests/wheel/test_installed.py", *(f"tests/python/test_{name}.py" for name in NAMES)]
+FILES = ["formats/test_weight", "layer/test_layer", "repo/test_package"]
+OPS = ["ops", "functional", "linear_op", "merge", "refusals", "environment", "compile"]
+MODEL = ["adapter_files", "checkpoint", "config", "gradient_init", "gradients", "layouts", "model"]
+FILES += [*(f"ops/test_{name}" for name in OPS), *(f"model/test_{name}" for name in MODEL)]
+TESTS = ["tests/wheel/test_installed.py", *(f"tests/python/{name}.py" for name in FILES)]
 NEEDED = ["pytest", "pytest-timeout", "hypothesis", "numpy", "packaging", "psutil", "safetensors"]
 
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -17,9 +17,9 @@ from torch import nn
 
 from .._library import build_info
 from .._processes import is_first, launched
+from ..compressed_tensors import load_sparse_checkpoint
+from ..compressed_tensors.checkpoint import first_line, write_model
 from ..data import TokenDataset, load_data
-from ..interchange import load_sparse_checkpoint
-from ..interchange.checkpoint import first_line, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

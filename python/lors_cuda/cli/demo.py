@@ -26,7 +26,7 @@ from ..adapter_files import require_safetensors
 from ..checkpoint import load_adapter, save_adapter
 from ..config import LoRSConfig
 from ..data import TokenDataset, load_data
-from ..init import estimate_gradients, init_from_gradients
+from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, merge_and_unload
 from ..pruning import measure_sparsity, prune, total_sparsity
 from ..training import TrainingConfig, evaluate, train

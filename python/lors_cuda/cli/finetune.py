@@ -24,12 +24,12 @@ from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
 from ..config import ALL_LINEAR, LoRSConfig, find_targets
 from ..data import TokenDataset
-from ..init import estimate_gradients, init_from_gradients
+from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import check_targets, get_lors_model, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
-from ..sparse import LAYOUTS
 from ..training import SCHEDULES, TrainingConfig, train
 from ..training_files import CHECKPOINT_NAME, LOG_NAME, PLOT_NAME, plot_loss
+from ..weight import LAYOUTS
 from ._common import (
     add_data,
     add_model,

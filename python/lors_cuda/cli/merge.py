@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._files import new_directory
 from .._library import lors
 from ..checkpoint import load_adapter
-from ..interchange.checkpoint import SAVE_FORMATS
+from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..model import merge_and_unload, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ._common import add_model, check_new, load_model, save_model, say, sparsity_result, sparsity_table

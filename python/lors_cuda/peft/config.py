@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from .._checks import check_gradient
 from ..adapter_files import FORMAT_VERSION, PEFT_TYPE
-from ..sparse import check_layout
+from ..weight import check_layout
 
 
 class PeftMethod(str, enum.Enum):

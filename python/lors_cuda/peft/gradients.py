@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The gradient-based start (init.py) for PEFT models, in the place of PEFT's initialisers that move the base weight.
+# The gradient start (gradient_init.py) for PEFT models, in place of PEFT's initialisers that move the base weight.
 """Gradient-based start of PEFT models with LoRS adapters."""
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
 
-from .. import init
+from peft import PeftModel
+
+from .. import gradient_init
 from .._sharded import check_gathered
 from ..config import LoRSConfig
 from ..sparse_linear import SparseLinear
@@ -52,7 +53,9 @@ def estimate_gradients(
     if not selected:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
     targets = LoRSConfig(target_modules="|".join(map(re.escape, selected)))
-    return init.estimate_gradients(model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=targets)
+    return gradient_init.estimate_gradients(
+        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=targets
+    )
 
 
 def init_from_gradients(
@@ -64,7 +67,7 @@ def init_from_gradients(
     Raises:
         ValueError, TypeError: as there; the model has no LoRS adapter of this name.
     """
-    init.check_start(gradients, stable_gamma)
+    gradient_init.check_start(gradients, stable_gamma)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -78,7 +81,7 @@ def init_from_gradients(
             f"The model has no LoRS adapter '{adapter_name}': call peft.get_peft_model with a LoRSLoraConfig first."
         )
     check_gathered(base)
-    init.set_from_gradients(adapters, gradients, stable_gamma)
+    gradient_init.set_from_gradients(adapters, gradients, stable_gamma)
 
 
 class _NoTuner:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..functional import lors_linear, merge
 from ..merged_weight import MergedWeight
-from ..sparse import SparseWeight
 from ..sparse_linear import SparseLinear
+from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 
 

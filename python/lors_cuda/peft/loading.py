@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
+
+from peft import PeftModel
 
 from ..adapter_files import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, read_weights
 from .config import LoRSLoraConfig

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import ALL_LINEAR, output_heads, unsuitable
 from ..linear import LoRSLinear
 from ..model import joined
-from ..sparse import SparseWeight, check_fits
 from ..sparse_linear import SparseLinear
+from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# Model directories to transformers models and back. Compressed formats are decoded here, because transformers hands
+# them to compressed-tensors, whose releases since 0.15 do not know them: the model is left with random weights.
+"""Loading and saving sparse models."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._files import new_directory
+from .._library import lors
+from ..sparse_linear import SparseLinear
+from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
+from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
+
+SAVE_FORMATS = (DENSE, *FORMATS)
+
+
+def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
+    """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
+
+    Compressed weights are decoded to dense ones with exact zeros, one at a time: beyond the model, memory is needed
+    for one weight. Every byte of them is checked before the model is made. A directory that names no compressed format
+    is left to transformers. Nothing is taken from the network, and no code from the directory is run.
+
+    Returns:
+        The transformers model, on the CPU, in the dtype its config.json names.
+
+    Raises:
+        FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantized checkpoint or another
+            compressed format, by its name; files that are missing, truncated, corrupted or do not go together, the
+            first place named; a tensor of the model that is in none of them. ModuleNotFoundError: no transformers.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"The model directory '{directory}' does not exist.")
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"'{directory}' holds no model: it has no {CONFIG_NAME}.")
+    transformers = require("transformers")
+    format = stored_format(directory)
+    tensors = None if format is None else read_tensors(directory, format)
+    try:
+        model, info = (
+            _from_files(transformers, directory) if tensors is None else _from_tensors(transformers, directory, tensors)
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle each raise their own types
+        raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random values in their place.
+        raise ValueError(
+            f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
+            "its files. Copy or save it again."
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        warnings.warn(
+            f"The files in '{directory}' hold '{unexpected[0]}' and {len(unexpected) - 1} more tensors that "
+            f"{type(model).__name__} has no place for; they are left out. See whether config.json belongs to them.",
+            stacklevel=2,
+        )
+    return model
+
+
+def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str = DENSE) -> None:
+    """Save a transformers model to a new directory, which appears whole or not at all.
+
+    Args:
+        format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which everything loads.
+            ``"sparse-24-bitmask"``: linears that are 2:4 are compressed. ``"sparse-bitmask"``: linears that take fewer
+            bytes so. The others, and all other parameters, stay dense. Both are for tools that still read them
+            (compressed-tensors 0.9 to 0.14) and for :func:`load_sparse_checkpoint`.
+
+    Raises:
+        TypeError: no transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
+            linear that the format compresses.
+        FileExistsError: the directory is not empty. OSError: the files could not be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"'{directory}' exists and is not an empty directory; choose another one.")
+    with new_directory(directory) as temporary:
+        write_model(model, temporary, format)
+
+
+def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
+    """What :func:`save_sparse_checkpoint` does, into a directory that exists and is empty."""
+    if format not in SAVE_FORMATS:
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, SAVE_FORMATS))}.")
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, with save_pretrained.")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__}; plain linears are saved. Call merge_and_unload first."
+            )
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError("The model is quantized (its config has a quantization_config); dense models are saved here.")
+    save: Any = model.save_pretrained
+    if format == DENSE:
+        save(str(directory))
+        return
+    linears = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = [name for name, weight in linears.items() if _worthwhile(weight.detach(), format)]
+    if not chosen:
+        needed = "2:4" if format == SPARSE24_BITMASK else "sparse enough"
+        raise ValueError(
+            f"None of the model's {len(linears)} linears is {needed}, so format {format!r} would compress nothing. "
+            "Prune the model, or use format 'dense'."
+        )
+    zeros = sum(int((linears[name] == 0).sum()) for name in chosen)
+    sparsity = {
+        "sparsity_structure": "2:4" if format == SPARSE24_BITMASK else "unstructured",
+        "global_sparsity": zeros / sum(linears[name].numel() for name in chosen),
+        "targets": ["Linear"],
+        "ignore": [name for name in linears if name not in chosen],
+        "registry_requires_subclass": False,
+    }
+    # Shards are rewritten one by one in memory.
+    save(str(directory), max_shard_size="2GB")
+    compress_files(directory, {f"{name}.weight" for name in chosen}, format, sparsity)
+
+
+def _worthwhile(weight: Tensor, format: str) -> bool:
+    """Whether a linear's weight is one that the format stores."""
+    N, K = weight.shape
+    if format == BITMASK:
+        kept = int(lors.bitmap_offsets(lors.mask_nonzero(weight), K)[-1])
+        return kept * weight.itemsize + N * ((K + 7) // 8) + 8 * N < weight.nbytes
+    return K % 4 == 0 and not lors.sparse24_inspect(weight, None)[0].item()
+
+
+def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+    loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+    )
+    return loaded
+
+
+def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """The same from tensors in memory, which become the model's parameters, and a config without the compression's."""
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    for key in COMPRESSION_KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
+    # The automatic class takes no state_dict without a directory; the model's own does.
+    with torch.device("meta"):
+        model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
+    )
+    model.config._name_or_path = str(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    return model, info
+
+
+def first_line(error: Exception) -> str:
+    """The type of another package's error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA operators' binding without a GPU: cuda_ops.cpp over a core of plain loops (fake_cuda/binding.cpp).
+
+What goes to which kernel, in which dtype, on which stream, with whose memory; the kernels themselves run in tests/sim.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_formats import FORMATS, arguments
+from test_linear_op import combinations
+
+import cases
+import fake_binding
+from cases import make_case
+from expectations import check_adapter_grads, check_linear, check_linear_backward, check_merge, check_merge_backward
+
+
+@pytest.fixture(scope="module")
+def fake():
+    return fake_binding.load()
+
+
+@pytest.fixture
+def ops(fake, monkeypatch):
+    """The same, in the place of lors for everything that `Case` calls; afterwards nothing is held."""
+    if os.environ.get("LORS_CUDA_FUSED"):
+        pytest.skip("LORS_CUDA_FUSED is set")
+    monkeypatch.setattr(cases, "lors", fake)
+    before = launches(fake)
+    yield fake
+    guards, scratch, now = map(int, fake.fake_state().split())
+    assert (guards, scratch) == (0, 0)
+    assert now > before, "nothing was called"
+
+
+def launches(fake) -> int:
+    return int(fake.fake_state().split()[2])
+
+
+def test_every_operator_of_the_cpu_is_there(fake):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
+    on_the_cpu = {name for name in names if has(f"lors::{name}", "CPU")}
+    assert {"merge", "linear", "mask_unpack"} <= on_the_cpu
+    assert on_the_cpu == {name for name in on_the_cpu if has(f"lors_on_cpu::{name}", "CPU")}
+
+
+def served() -> list:
+    """The combinations of test_linear_op without float64, which CUDA leaves to the CPU."""
+    return [c for c in combinations() if torch.float64 not in (c.values[1], *c.values[5])]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "explicit", "gradient", "bias", "adapter_dtypes"), served())
+def test_every_operator_meets_the_oracle(ops, seed, shape, dtype, explicit, gradient, bias, adapter_dtypes):
+    case = make_case(seed, *shape, dtype, explicit_mask=explicit, bias=bias, adapter_dtypes=adapter_dtypes)
+    if bias and shape[0] > 64:  # a 16-bit product of torch's takes its bias in 16 bits
+        case.bias = case.bias.to(dtype)
+    check_merge(case.merge(), case)
+    check_linear(case.linear(gradient), case)
+    check_linear_backward(case.linear_backward(gradient), case, gradient)
+    check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
+    grad = torch.randn(case.weight.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    actual = ops.merge_backward(grad, *case.adapted, case.scaling)
+    check_merge_backward(actual, grad, case)
+
+
+@pytest.mark.parametrize("layout", ["2:4", "bitmap"])
+@pytest.mark.parametrize(("shape", "dtype", "explicit", "gradient", "bias", "adapter_dtypes"), served()[::3])
+def test_compressed_layouts(ops, seed, layout, shape, dtype, explicit, gradient, bias, adapter_dtypes):
+    T, N, K, r = shape
+    K += -K % 4 if layout == "2:4" else 0
+    case = make_case(seed, T, N, K, r, dtype, explicit_mask=explicit, adapter_dtypes=adapter_dtypes, layout=layout)
+    check_merge(case.merge(), case)
+    check_linear(case.linear(gradient), case)
+    check_linear_backward(case.linear_backward(gradient), case, gradient)
+    check_adapter_grads(*case.adapter_grad(gradient), case, gradient)
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_operators_on_the_layouts_do_what_the_cpus_do(ops, seed, op):
+    for dtype, explicit in ((torch.float32, False), (torch.bfloat16, True)):
+        case = make_case(seed, 1, 31, 68, 3, dtype, explicit_mask=explicit, layout="2:4")
+        args = arguments(op, case)
+        actual, expected = getattr(ops, op)(*args), getattr(torch.ops.lors, op)(*args)
+        pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+def test_strided_arguments(ops, seed, gradient):
+    case = make_case(seed, 17, 31, 70, 5, explicit_mask=True, bias=True)
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat_interleave(2, -1)[..., ::2] if t.dim() == 1 else t.T.contiguous().T
+
+    fields = ("input", "weight", "mask", "lora_A", "lora_B", "bias", "grad_output")
+    other = case.replace(**{name: strided(getattr(case, name)) for name in fields})
+    assert not other.input.is_contiguous()
+    torch.testing.assert_close(other.linear(gradient), case.linear(gradient))
+    for a, b in zip(other.linear_backward(gradient), case.linear_backward(gradient), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(other.merge(), case.merge())
+
+
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+@pytest.mark.parametrize("tokens", [9, 100])
+def test_activations_of_two_dtypes(ops, seed, gradient, tokens):
+    """A gradient in another dtype than the input's: the kernels get one."""
+    case = make_case(seed, tokens, 12, 33, 3, torch.bfloat16)
+    case.grad_output = case.grad_output.half()
+    _, grad_lora_A, grad_lora_B, _ = case.linear_backward(gradient)
+    check_adapter_grads(grad_lora_A, grad_lora_B, case, gradient)
+
+
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+@pytest.mark.parametrize("needs", [(False, True, False), (True, False, False), (False, False, True)])
+def test_what_is_not_wanted_is_not_computed(ops, seed, gradient, needs):
+    case = make_case(seed, 9, 12, 33, 3)
+    before = launches(ops)
+    grads = case.linear_backward(gradient, needs)
+    assert launches(ops) == before + 1
+    assert [g.numel() > 0 for g in grads] == [*needs, False]
+
+
+def test_no_tokens(ops, seed):
+    case = make_case(seed, 0, 12, 33, 3, torch.bfloat16, bias=True)
+    assert case.linear().shape == (0, 12)
+    for grad in case.linear_backward("exact"):
+        assert grad.numel() == 0 or not grad.any()
+    case.merge()
+
+
+def test_masks_there_and_back(ops, seed):
+    mask = torch.rand(7, 70, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(ops.mask_pack(mask), torch.ops.lors.mask_pack(mask))
+    assert torch.equal(ops.mask_unpack(ops.mask_pack(mask), 70), mask)
+
+
+def test_the_grad_of_a_bias_is_rounded_once_under_autocast_too(ops, seed):
+    case = make_case(seed, 500, 12, 33, 3, torch.bfloat16, bias=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case.bias = case.bias.to(dtype)
+        plain = case.linear_backward("lors", (False, False, False))[3]
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(case.linear_backward("lors", (False, False, False))[3], plain)
+        assert torch.equal(plain, case.grad_output.float().sum(0).to(dtype))
+    case.merge()
+
+
+def test_refusals_are_the_cpus(ops, seed):
+    """The checks are the same code; a refused call leaves no guard behind."""
+    case = make_case(seed, 5, 6, 33, 3)
+    with pytest.raises(RuntimeError, match=r"lors::linear: lora_A has shape \[3, 32\]; it must be \[r, 33\]"):
+        case.replace(lora_A=case.lora_A[:, :-1]).linear()
+    case.linear()
