@@ -53,8 +53,8 @@ demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
 test:
-	@echo 'C++ tests: 2 minutes with the first build; CUDA kernels on the simulator: 8; Python tests: 6 (on two idle cores).'
-	@echo 'For every day: make test-quick, under 3 minutes once that is built.'
+	@echo 'C++ tests (2 minutes on two idle cores, building included), CUDA kernels on the simulator (5), Python tests (5).'
+	@echo 'For every day: make test-quick, under 3 minutes once this is built.'
 	$(MAKE) test-cpp test-sim test-python
 
 # Without torch.compile, commands, trainers and several processes, and with the fast kernels of the simulator.

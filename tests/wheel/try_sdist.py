@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install an sdist in an empty environment, by the line that the README gives, and run the tests of the package there.
 
-    python tests/wheel/try_sdist.py dist/*.tar.gz --torch torch==2.13.0
+python tests/wheel/try_sdist.py dist/*.tar.gz --torch torch==2.13.0
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreter is None:
         return 1
     # Without the CUDA half, so that it takes a minute.
-    activated = {"PATH": f"{interpreter.parent}{os.pathsep}{os.environ['PATH']}", "SKBUILD_CMAKE_DEFINE": "LORS_CUDA=OFF"}
+    activated = {"PATH": f"{interpreter.parent}:{os.environ['PATH']}", "SKBUILD_CMAKE_DEFINE": "LORS_CUDA=OFF"}
     line = install_line((source / "README.md").read_text())
     if run(["bash", "-c", line], cwd=source, env={**os.environ, **activated}):
         return 1
