@@ -31,6 +31,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
+CMAKE_CORE := $(CMAKE) -S . -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_WERROR=ON
 
 .PHONY: demo test test-quick test-python sim test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
 	test-sdist test-peft docs docs-serve install clean
@@ -67,7 +68,7 @@ test-python: install
 
 test-cpp: $(VENV)/.ready
 	@bash cmake/prerequisites.sh libgtest-dev gtest/gtest.h
-	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
+	$(CMAKE_CORE) -B build/cpp -DLORS_TESTS=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
 	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
@@ -75,7 +76,7 @@ test-cpp: $(VENV)/.ready
 # The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
 fuzz: $(VENV)/.ready
-	$(CMAKE) -S . -B build/fuzz -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_FUZZ=ON -DLORS_WERROR=ON
+	$(CMAKE_CORE) -B build/fuzz -DLORS_FUZZ=ON
 	$(CMAKE) --build build/fuzz --target fuzz_layouts
 	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
@@ -96,8 +97,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
-	bash -n bench/gpu/run.sh
-	bash -n bench/gpu/build.sh
+	for script in .ci/run $$(git ls-files '*.sh'); do bash -n $$script || exit; done
 	! grep -rnE '#include <(torch|ATen|c10)/' csrc/core
 
 format: $(VENV)/.ready
@@ -114,7 +114,7 @@ bench: install bench-cpp
 # The CPU kernels by themselves.
 bench-cpp: $(VENV)/.ready
 	@bash cmake/prerequisites.sh libbenchmark-dev benchmark/benchmark.h
-	$(CMAKE) -S . -B build/bench-cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_BENCH=ON -DLORS_WERROR=ON
+	$(CMAKE_CORE) -B build/bench-cpp -DLORS_BENCH=ON
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu
 
