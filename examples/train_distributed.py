@@ -1,7 +1,7 @@
 """LoRS in several processes, by FSDP2 or DistributedDataParallel; needs torch and safetensors, and no GPU.
 
 `torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --output run` (or with `--strategy ddp`). A toy
-network is pruned to 2:4 and trained to answer as before. With FSDP2 each of the two processes holds half of every tensor.
+network is pruned to 2:4 and trained to answer as before. With FSDP2 each process holds half of every tensor.
 """
 
 from __future__ import annotations
