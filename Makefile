@@ -1,5 +1,5 @@
-# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, PYTHON_TESTS, SIM_TESTS,
-# FUZZ_SECONDS, FUZZ_SEED;# those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
+# Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, PYTHON_TESTS,
+# SIM_TESTS, FUZZ_SECONDS, FUZZ_SEED; those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
