@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from test_layer import every_layout, linear_of
@@ -62,3 +64,14 @@ def test_is_the_linear_it_was_made_from(device, seed, layout, bias):
 def test_refuses_other_modules():
     with pytest.raises(TypeError, match=r"linear is a Conv1d; it must be a torch\.nn\.Linear"):
         SparseLinear.compress(nn.Conv1d(4, 4, 1))
+
+
+def test_pickles_with_what_layers_once_knew_of_a_mask_load(seed):
+    case = make_case(seed, 5, 31, 72, 2, layout="2:4")
+    layer = LoRSLinear.from_linear(linear_of(case), r=2, layout="2:4")
+    expected, weight = layer(case.input), layer.sparse_weight
+    layer.__dict__.update(weight_library_metadata=None, weight_transposable=True, _mask_known=None, products="auto")
+    weight.__dict__.update(library_metadata=None, transposable=True)
+    layer, weight = pickle.loads(pickle.dumps((layer, weight)))
+    assert torch.equal(layer(case.input), expected)
+    assert torch.equal(weight.to("cpu").to_dense(), layer.weight)
