@@ -4,9 +4,7 @@
 #pragma once
 
 #include <lors/adapter_grad.h>
-#include <lors/bitmap.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 #include <lors/sparse24.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,26 +46,6 @@ inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Refuses row offsets that lead outside the values, where asking does not wait for a device; elsewhere the tensors are what
-// lors::bitmap_validate has passed.
-template <typename Backend>
-void check_offsets(const char* op, const Backend& backend, int64_t count, const Tensor& mask, const Tensor& row_offsets,
-                   int64_t in_features) {
-  if constexpr (Backend::kReadsMemory) {
-    int64_t report[2] = {};
-    BitmapValidateArgs args;
-    args.out_features = row_offsets.size(0) - 1;
-    args.in_features = in_features;
-    args.count = count;
-    args.bits = bits(mask);
-    args.row_offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());
-    args.report = report;
-    check_status(bitmap_validate(args, backend.host()));
-    check(report[0] == 0, "lors::", op, ": row_offsets disagrees with the bits in ", report[0], " rows, first in row ",
-          report[1], " (", count, " values); pass the tensors of one SparseWeight.");
-  }
-}
-
 // How products of a 2:4 weight may be taken on the sparse tensor cores (docs/sparse-products.md); other weights and the CPU
 // have one way alone.
 struct SparseProductOptions {
@@ -93,7 +71,7 @@ struct AdaptedWeight {
         lora_B(row_major(lora_B)),
         scaling(scaling),
         sparse(std::move(sparse)) {
-    if (layout == Layout::bitmap) check_offsets(op, backend, weight.size(0), *mask, *index, K);
+    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
   int64_t out_features() const { return N; }
@@ -174,11 +152,13 @@ struct AdaptedWeight {
                        const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
     // The products with the merge inside read dense weights only.
-    const bool fused = !shared && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
+    // Without an adapter a dense weight is its own merge.
+    const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
+    const bool fused = !shared && !own && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
-      const Tensor merged = shared ? *shared : this->merged(compute, dtype);
+      const Tensor merged = shared ? *shared : own ? weight : this->merged(compute, dtype);
       return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
                               addend);
     }

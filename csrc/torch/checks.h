@@ -74,7 +74,7 @@ inline void check_served(const char* op, const char* name, const Tensor& t) {
 }
 
 // A frozen weight as an operator is given it. `index` tells the layout: none: dense; uint8 metadata: 2:4 (sparse24.h); int64
-// row offsets: bitmap (bitmap.h).
+// row offsets: bitmap (types.h).
 struct StoredWeight {
   Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]
   std::optional<Tensor> mask;  // int32 [N, ceil(K/32)]; bitmap: always
@@ -92,12 +92,12 @@ struct StoredWeight {
 inline void check_bits(const char* op, const char* name, const Tensor& bits, int64_t N, int64_t K) {
   check(bits.scalar_type() == ScalarType::Int && bits.dim() == 2 && bits.size(0) == N && bits.size(1) == mask_words(K),
         "lors::", op, ": ", name, " has shape ", shape(bits), "; it must be int32 [", N, ", ", mask_words(K),
-        "], the bits that lors::mask_pack makes of a bool mask of shape [", N, ", ", K, "].");
+        "], the packed bits of a bool mask of shape [", N, ", ", K, "].");
   check_storage(op, name, bits);
 }
 
 // values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. What the bytes say is checked where they come in
-// (lors::sparse24_validate), because a value cannot be read here without waiting for the device.
+// (lors_cuda/formats.py), because a value cannot be read here without waiting for the device.
 inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata) {
   check(values.dim() == 2 && values.size(1) % 2 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
         "; they must be [out_features, in_features / 2], an even number in each row.");
@@ -164,7 +164,6 @@ inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, c
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
         "] for a weight of shape ", stored.shape(), ".");
   const int64_t r = lora_A.size(0);
-  check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
   check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
         "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);

@@ -11,7 +11,6 @@
 
 #include "cuda/fused_linear_config.h"
 #include "cuda_sparse_product.h"
-#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
@@ -89,8 +88,10 @@ class Cuda {
   }
 
   static constexpr bool kSparseProducts = true;
-  static constexpr bool kReadsMemory = false;
   static constexpr bool kMixedActivations = false;
+
+  // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
+  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t) {}
 
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
                                  const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
@@ -123,7 +124,6 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
   Operators<Cuda>::implement(m);
-  Formats<Cuda>::implement(m);
   m.impl("sparse_product_compress", TORCH_BOX(&explained<&sparse_product_compress<Cuda>>));
 }
 

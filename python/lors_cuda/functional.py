@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
 from ._library import lors
+from .formats import pack_mask
 from .merged_weight import MergedWeight
 from .sparse_product import check_products
 from .weight import SparseWeight
@@ -160,4 +161,4 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if mask is None:
         return SparseWeight(weight)
     check_mask(mask, weight)
-    return SparseWeight(weight, lors.mask_pack(mask))
+    return SparseWeight(weight, pack_mask(mask))

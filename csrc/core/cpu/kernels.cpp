@@ -7,7 +7,6 @@
 #include "fused_linear_kernel.h"
 #include "merge_compressed_kernel.h"
 #include "merge_kernel.h"
-#include "nonzero_kernel.h"
 #include "pack_kernel.h"
 
 #define LORS_STRING_(x) #x
@@ -33,7 +32,6 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kFusedDepth * kFusedBlockColumns,
     pack_activation,
     fused_product,
-    nonzero,
 };
 
 }  // namespace lors::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// merged = weight + scaling * mask o (lora_B lora_A) for a weight of layout 2:4 or bitmap (lors/sparse24.h, lors/bitmap.h),
+// merged = weight + scaling * mask o (lora_B lora_A) for a weight of layout 2:4 or bitmap (lors/sparse24.h, lors/types.h),
 // into a dense matrix, or, for 2:4, into its own slots [N, K/2]. One pass, as merge.cuh, and the same sums: the same bits come
 // out. Launched by merge_compressed.cu.
 #pragma once
