@@ -29,7 +29,7 @@ demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 
 .PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
@@ -37,6 +37,7 @@ CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
+	@bash cmake/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
@@ -57,17 +58,16 @@ test-python: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-cpp: $(VENV)/.ready
+	@bash cmake/prerequisites.sh libgtest-dev gtest/gtest.h
 	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
 	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
 
-# The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
+# What reads compressed weights, on random and damaged bytes. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
-fuzz: $(VENV)/.ready
-	$(CMAKE) -S . -B build/fuzz -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_FUZZ=ON -DLORS_WERROR=ON
-	$(CMAKE) --build build/fuzz --target fuzz_layouts
-	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+fuzz: install
+	$(BIN)/python tests/python/formats/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The CUDA kernels, executed on the CPU.
 test-sim: $(VENV)/.ready
@@ -99,8 +99,9 @@ bench: install bench-cpp
 	$(BIN)/python bench/linear.py --dtype float32 --output build/bench/linear.json
 	$(BIN)/python bench/plot.py build/bench/linear.json
 
-# The CPU kernels by themselves (needs Google Benchmark: libbenchmark-dev).
+# The CPU kernels by themselves.
 bench-cpp: $(VENV)/.ready
+	@bash cmake/prerequisites.sh libbenchmark-dev benchmark/benchmark.h
 	$(CMAKE) -S . -B build/bench-cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_BENCH=ON -DLORS_WERROR=ON
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu

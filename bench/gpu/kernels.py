@@ -89,9 +89,9 @@ def group_of(name: str, problem: Problem) -> Group:
     if name in ("lors", "exact"):
         exact = name == "exact"
         return Group(
-            lambda p: lors.adapter_grad(
-                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, s, name, True, True
-            ),
+            lambda p: lors.linear_backward(
+                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, name, False, True, True
+            )[1:3],
             _dense_exact if exact else _four_products,
             "dY^T X in memory, masked, two products" if exact else "four matrix products",
             lambda p: truth(p, name)[1:3],

@@ -164,6 +164,7 @@ inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, c
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
         "] for a weight of shape ", stored.shape(), ".");
   const int64_t r = lora_A.size(0);
+  check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
   check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
         "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);

@@ -220,6 +220,11 @@ def _(values: Tensor, metadata: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
     return values.new_empty(values.shape)
 
 
+@torch.library.register_fake("lors::compress")
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
 # ---- autograd halves ------------------------------------------------------------------------------------------------
 # Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
 # whoever gave it keeps it anyway.

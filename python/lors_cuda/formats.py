@@ -44,7 +44,7 @@ _SLOTS = {
 
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask [N, K] as int32 [N, ceil(K/32)]: bit k % 32 of word k / 32 is column k; bits beyond K are 0."""
-    flags = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 32)).view(torch.int64)  # eight columns, a byte each
+    flags = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 32)).contiguous().view(torch.int64)  # eight columns, a byte each
     # The factor has bits 7, 14, ..., 56: the products of byte i that reach the highest byte are that of bit 56 - 7 i.
     return (flags * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32)
 
@@ -52,7 +52,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
     """The bool mask [N, in_features] of :func:`pack_mask`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (_bytes(bits).unsqueeze(-1) >> shifts & 1).bool().view(bits.shape[0], -1)[:, :in_features].contiguous()
+    return (_bytes(bits).unsqueeze(-1) >> shifts & 1).bool().flatten(1)[:, :in_features].contiguous()
 
 
 def _bytes(bits: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ def kept_values(weight: Tensor, bits: Tensor) -> Tensor:
 
 def plain_kept_values(weight: Tensor, bits: Tensor) -> Tensor:
     """The same in plain torch, bit for bit."""
-    return weight[unpack_mask(bits, weight.shape[1])] + 0.0
+    values = weight[unpack_mask(bits, weight.shape[1])]
+    return values.masked_fill_(values == 0, 0.0)
 
 
 # ---- 2:4 ------------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def check_sparse24(values: Tensor, metadata: Tensor) -> None:
             f"0x{int(metadata[row, byte]):02x}, which is no code of two positions. {_AGAIN}"
         )
     shifts = torch.tensor([0, 1, 4, 5], dtype=torch.int16, device=slots.device)
-    used = (slots.unsqueeze(-1) >> shifts & 1).bool().view(N, -1)[:, : K // 2]
+    used = (slots.unsqueeze(-1) >> shifts & 1).bool().flatten(1)[:, : K // 2]
     wrong = (values.contiguous().view(_BITS[values.itemsize]) != 0) & ~used
     if wrong.any():
         row, slot = wrong.nonzero()[0].tolist()
@@ -209,7 +210,7 @@ def check_bitmap(values: Tensor, bits: Tensor, offsets: Tensor, in_features: int
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{corrupted}: {int(wrong.sum())} of its row offsets are wrong, the first that of row {row}: it is "
+            f"{corrupted} in {int(wrong.sum())} of {len(offsets)} row offsets, first in that of row {row}: it is "
             f"{int(offsets[row])}, and {int(expected[row])} bits are set in the rows before. {_AGAIN}"
         )
     if expected[-1] != values.shape[0]:

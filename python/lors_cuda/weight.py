@@ -210,14 +210,10 @@ class SparseWeight:
             values, bits, index = (
                 None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index)
             )
-            if self.layout == "2:4" and values is not None and index is not None:
-                return self._sparse24(values, index, self.transposable)
             return self._with(values, bits, index)
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
-        if self.layout == "2:4" and self.index is not None:
-            return self._sparse24(values, self.index, self.transposable)
         bits = self.mask_bits
         if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
             bits = pack_mask(self.values != 0)
@@ -267,14 +263,12 @@ class SparseWeight:
             values, mask_bits, index, in_features=self.shape[1], library_metadata=extra, transposable=transposable
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The library's metadata is made where the weight arrives: a file may be read beside another version of it.
-        return {**self.__dict__, "library_metadata": None}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.layout == "2:4" and self.index is not None:
-            self.library_metadata = library_metadata(self.values, self.index)
+        if self.layout == "2:4":
+            self.from_sparse24(self.values, self.index)
+        elif self.layout == "bitmap":
+            self.from_bitmap(self.values, self.mask_bits, self.index, self.shape[1])
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"

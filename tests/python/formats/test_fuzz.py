@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few hundred cases of `make fuzz`, always the same, and that the fuzzer can fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import fuzz
+
+
+def test_any_bytes_are_refused_or_read_as_the_formats_say():
+    counts = Counter(fuzz.run_case(0, case) for case in range(300))
+    assert counts["random bytes", False] == counts["valid weights", True] == 100
+    assert min(counts["changed weights", True], counts["changed weights", False]) >= 10
+
+
+def test_a_door_that_takes_everything_is_found(monkeypatch):
+    for check in ("check_sparse24", "check_bitmap"):
+        monkeypatch.setattr(f"lors_cuda.weight.{check}", lambda *args: None)
+    with pytest.raises((AssertionError, RuntimeError), match="from_parts|pass the tensors of one SparseWeight"):
+        for case in range(2, 300, 3):
+            fuzz.run_case(0, case)
+
+
+def test_a_read_beyond_a_tensor_ends_the_process():
+    script = "import torch, fuzz, numpy as np; t = fuzz.guarded(np.ones(4, np.uint32), torch.int32); print(t.sum().item()); "
+    script += "torch.as_strided(t, (5,), (1,)) if False else print(__import__('ctypes').string_at(t.data_ptr(), 17))"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(fuzz.__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "4"
+    assert run.returncode < 0, run.stderr
+    assert torch.equal(fuzz.guarded(fuzz.np.arange(3, dtype=fuzz.np.int64), torch.int64), torch.arange(3))
