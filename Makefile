@@ -75,15 +75,8 @@ test-cpp: $(VENV)/.ready
 
 # What reads compressed weights, on random and damaged bytes. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
-<<<<<<< HEAD
 fuzz: install
 	$(BIN)/python tests/python/formats/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
-=======
-fuzz: $(VENV)/.ready
-	$(CMAKE_CORE) -B build/fuzz -DLORS_FUZZ=ON
-	$(CMAKE) --build build/fuzz --target fuzz_layouts
-	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
->>>>>>> main
 
 # The CUDA kernels, executed on the CPU.
 sim: $(VENV)/.ready

@@ -98,12 +98,7 @@ def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight"
         sparse = _sparse24(values, bitmask, K, name)
     else:
         sparse = _bitmap(values, bitmask, parts["row_offsets"], K, name)
-<<<<<<< HEAD
     return sparse.to_dense().reshape(shape)
-=======
-    # The stored values may include -0.0.
-    return sparse.to_dense().add_(0.0).reshape(shape)
->>>>>>> main
 
 
 def _sparse24(values: Tensor, bitmask: Tensor, K: int, name: str) -> SparseWeight:
