@@ -35,13 +35,13 @@ inline const char* name_of(DType dtype) {
 
 // What an operand holds before the first call.
 enum class Fill {
-  normal,      // random, of the problem's dtype
-  sparse,      // the same, half of it zeros
-  poison,      // an output: every bit set, which is NaN in every floating-point type
-  sum,         // float32 zeros that the call adds to
-  codes,       // bytes of 2:4 metadata, two kept in every group
-  half_bits,   // 32-bit words of a mask, half of each kept
-  offsets      // int64, multiples of `step`
+  normal,     // random, of the problem's dtype
+  sparse,     // the same, half of it zeros
+  poison,     // an output: every bit set, which is NaN in every floating-point type
+  sum,        // float32 zeros that the call adds to
+  codes,      // bytes of 2:4 metadata, two kept in every group
+  half_bits,  // 32-bit words of a mask, half of each kept
+  offsets     // int64, multiples of `step`
 };
 
 struct Operand {

@@ -105,8 +105,10 @@ struct Cpu {
     const std::vector<int64_t> wanted = row_offsets_of(op, mask, K);
     const auto* given = static_cast<const int64_t*>(row_offsets.const_data_ptr());
     const int64_t row = std::mismatch(wanted.begin(), wanted.end(), given).first - wanted.begin();
-    check(row == int64_t(wanted.size()) && wanted.back() == count, "lors::", op, ": row_offsets disagrees with the mask's bits at row ",
-          row, " of ", mask.size(0), " (", count, " values); pass the tensors of one SparseWeight.");
+    check(row == int64_t(wanted.size()), "lors::", op, ": row_offsets disagrees with the mask's bits at row ", row,
+          "; pass the tensors of one SparseWeight.");
+    check(wanted.back() == count, "lors::", op, ": the mask keeps ", wanted.back(), " values and ", count,
+          " are given; pass the tensors of one SparseWeight.");
   }
 
   void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {

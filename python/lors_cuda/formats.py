@@ -2,8 +2,8 @@
 # docs/formats.md in plain torch, for every device. One C++ operator, lors::compress, replaces a line of it on the CPU,
 # where boolean indexing is ten times slower; the other direction, stored to dense, is lors::merge without an adapter.
 #
-# A byte of 2:4 metadata describes two groups of four columns, low half first, and so does a byte of mask bits and a byte
-# of other 2:4 formats. One table of 256 entries therefore translates each of them into another.
+# A byte of 2:4 metadata describes two groups of four columns, low half first, and so does a byte of mask bits or of
+# other 2:4 formats. One table of 256 entries therefore translates each of them into another.
 """The layouts "2:4" and "bitmap", bit by bit: their specification, and the validation of untrusted tensors."""
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _SLOTS = {
 
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask [N, K] as int32 [N, ceil(K/32)]: bit k % 32 of word k / 32 is column k; bits beyond K are 0."""
-    flags = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 32)).contiguous().view(torch.int64)  # eight columns, a byte each
+    flags = (
+        torch.nn.functional.pad(mask, (0, -mask.shape[1] % 32)).contiguous().view(torch.int64)
+    )  # eight columns, a byte each
     # The factor has bits 7, 14, ..., 56: the products of byte i that reach the highest byte are that of bit 56 - 7 i.
     return (flags * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32)
 
@@ -214,4 +216,6 @@ def check_bitmap(values: Tensor, bits: Tensor, offsets: Tensor, in_features: int
             f"{int(offsets[row])}, and {int(expected[row])} bits are set in the rows before. {_AGAIN}"
         )
     if expected[-1] != values.shape[0]:
-        raise ValueError(f"{corrupted}: it has {values.shape[0]} values, and {int(expected[-1])} bits are set. {_AGAIN}")
+        raise ValueError(
+            f"{corrupted}: it has {values.shape[0]} values, and {int(expected[-1])} bits are set. {_AGAIN}"
+        )

@@ -23,7 +23,6 @@ from .formats import (
     sparse24_metadata,
     unpack_mask,
 )
-from .sparse_product import is_transposable, library_metadata
 
 LAYOUTS = ("auto", "dense", "2:4", "bitmap")
 
@@ -265,10 +264,10 @@ class SparseWeight:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.layout == "2:4":
-            self.from_sparse24(self.values, self.index)
-        elif self.layout == "bitmap":
+        if self.index is not None and self.mask_bits is not None:
             self.from_bitmap(self.values, self.mask_bits, self.index, self.shape[1])
+        elif self.index is not None:
+            self.from_sparse24(self.values, self.index)
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"

@@ -131,7 +131,8 @@ TEST_P(MergeLayouts, EveryShapeAndType) {
         for (const Problem& p : problems(N, K, r)) {
           SCOPED_TRACE(testing::Message() << N << "x" << K << " r=" << r << " " << int(p.dtype) << " to " << int(p.merged_dtype)
                                           << " rounded to " << int(p.round_to));
-          const Operands groups(p, random_groups(N, K, 2, rng), rng), any(p, random_mask(N, K, unsigned(rng() % 101), rng), rng);
+          const Operands groups(p, random_groups(N, K, 2, rng), rng),
+              any(p, random_mask(N, K, unsigned(rng() % 101), rng), rng);
           expect_same(p, groups, Layout::sparse24, nullptr, 0);
           expect_same(p, groups, Layout::bitmap, nullptr, 1);
           expect_same(p, any, Layout::bitmap, nullptr, 0);
@@ -157,7 +158,8 @@ TEST_P(MergeLayouts, LargeAndOnThreads) {
                            Problem{75, 4140, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16},
                            Problem{75, 4160, 40, DType::float64, DType::float64, DType::float64},
                            Problem{75, 4160, 40, DType::bfloat16, DType::float32, DType::bfloat16}}) {
-    const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng), any(p, random_mask(p.N, p.K, unsigned(rng() % 101), rng), rng);
+    const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng),
+        any(p, random_mask(p.N, p.K, unsigned(rng() % 101), rng), rng);
     for (const CpuHost* host : {static_cast<const CpuHost*>(nullptr), &kPieces})
       for (const int64_t shift : {0, 1}) {
         expect_same(p, groups, Layout::sparse24, host, shift);

@@ -14,9 +14,7 @@ from numerics import pack
 def mask_of(sim: Any, device: Any, metadata: np.ndarray, K: int) -> np.ndarray:
     N, words = len(metadata), (K + 31) // 32
     mask = device.empty("mask", 4 * N * words)
-    sim.sparse24_mask(
-        device, out_features=N, in_features=K, metadata=device.upload("metadata", metadata), mask=mask
-    )
+    sim.sparse24_mask(device, out_features=N, in_features=K, metadata=device.upload("metadata", metadata), mask=mask)
     return device.download(mask).view(np.uint32).reshape(N, words)
 
 

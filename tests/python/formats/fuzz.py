@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any bytes as a compressed weight, at every door: refused, or a weight that a slow reader of docs/formats.md reads alike.
+"""Any bytes as a compressed weight, at every door: refused, or the weight that a slow reader of docs/formats.md reads.
 
-`python fuzz.py --seconds 60 --seed 1`; case i of a seed is always the same, and `--case i` runs it alone. Tensors end at a
-page that cannot be read: a kernel that reads beyond them ends the process.
+`python fuzz.py --seconds 60 --seed 1`; case i of a seed is always the same, and `--case i` runs it alone. Tensors end
+at a page that cannot be read: a kernel that reads beyond them ends the process.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def accepted(door: Callable[[], Any]) -> Any:
     try:
         return door()
     except (ValueError, RuntimeError) as error:  # torch raises the latter for a state
-        assert re.search(r"corrupted|must be|must have|an even number|incomplete|wrong", str(error)), error
+        if not re.search("corrupted|incomplete|must be|an even number", str(error)):
+            raise
         return None
 
 
@@ -299,7 +300,9 @@ def main() -> int:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
         (case,) = struct.unpack("q", reached[:8])
-        print(f"fuzz: failed ({status}) in case {case}; rerun it with --seed {args.seed} --case {case}", file=sys.stderr)
+        print(
+            f"fuzz: failed ({status}) in case {case}; rerun it with --seed {args.seed} --case {case}", file=sys.stderr
+        )
     return 1 if status else 0
 
 

@@ -68,7 +68,11 @@ def test_one_dimensional_weights_of_old_releases():
     }
     assert torch.equal(decode_weight(parts, BITMASK), dense)
     parts["row_offsets"] = torch.tensor(1)
-    refused(ValueError, lambda: decode_weight(parts, BITMASK), "corrupted in 1 of 2 row offsets, first in that of row 0: it is 1")
+    refused(
+        ValueError,
+        lambda: decode_weight(parts, BITMASK),
+        "corrupted in 1 of 2 row offsets, first in that of row 0: it is 1",
+    )
 
 
 def test_values_that_are_no_numbers_are_kept():

@@ -364,8 +364,16 @@ def corrupt() -> list:
             (torch.zeros(4), bits, offsets, 12),
             "it has 4 values, and 3 bits are set",
         ),
-        (bitmap, (torch.zeros(3), bits, torch.tensor([0, 1, 3]), 12), "first in that of row 1: it is 1, and 2 bits are set in the rows before"),
-        (bitmap, (torch.zeros(3), bits, torch.tensor([0, 2, 2**62]), 12), "corrupted in 1 of 3 row offsets, first in that of row 2"),
+        (
+            bitmap,
+            (torch.zeros(3), bits, torch.tensor([0, 1, 3]), 12),
+            "first in that of row 1: it is 1, and 2 bits are set in the rows before",
+        ),
+        (
+            bitmap,
+            (torch.zeros(3), bits, torch.tensor([0, 2, 2**62]), 12),
+            "corrupted in 1 of 3 row offsets, first in that of row 2",
+        ),
         (bitmap, (torch.zeros(3), bits | 1 << 12, offsets, 12), "corrupted in 2 rows"),
     ]
 
