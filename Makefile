@@ -71,7 +71,6 @@ test-cpp: $(VENV)/.ready
 	$(CMAKE_CORE) -B build/cpp -DLORS_TESTS=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
-	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
 
 # What reads compressed weights, on random and damaged bytes. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2

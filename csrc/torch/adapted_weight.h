@@ -46,20 +46,11 @@ inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// How products of a 2:4 weight may be taken on the sparse tensor cores (docs/sparse-products.md); other weights and the CPU
-// have one way alone.
-struct SparseProductOptions {
-  std::optional<Tensor>
-      library_metadata;           // uint8: what cuSPARSELt puts behind this weight's values; nothing: it compresses each time
-  bool transposable = false;      // the mask is 2:4 along N too
-  std::string products = "auto";  // or "dense", "sparse"
-};
-
 // The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
-                double scaling, SparseProductOptions sparse = {})
+                double scaling)
       : backend(backend),
         layout(stored.layout),
         N(stored.out_features),
@@ -69,8 +60,7 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling),
-        sparse(std::move(sparse)) {
+        scaling(scaling) {
     if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
@@ -114,12 +104,6 @@ struct AdaptedWeight {
   // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
   Tensor merged_values() const {
     Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    merge_values(out.mutable_data_ptr());
-    return out;
-  }
-
-  // The same, to values [N, K/2] anywhere.
-  void merge_values(void* values) const {
     Sparse24MergeArgs args;
     args.out_features = N;
     args.in_features = K;
@@ -132,8 +116,9 @@ struct AdaptedWeight {
     args.lora_B = lora_B.const_data_ptr();
     args.lora_B_dtype = dtype_of(lora_B);
     args.scaling = scaling;
-    args.merged_values = values;
+    args.merged_values = out.mutable_data_ptr();
     check_status(lors::sparse24_merge(args, backend.host()));
+    return out;
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
@@ -141,15 +126,6 @@ struct AdaptedWeight {
   // already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
-    if constexpr (Backend::kSparseProducts)
-      if (layout == Layout::sparse24 && !shared)
-        return Backend::multiply_sparse24(*this, out, activation, bias, input_gradient);
-    multiply_merged(out, activation, bias, input_gradient, shared);
-  }
-
-  // The same by the merged weight, dense or inside the product.
-  void multiply_merged(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
-                       const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
     // The products with the merge inside read dense weights only.
     // Without an adapter a dense weight is its own merge.
@@ -244,7 +220,6 @@ struct AdaptedWeight {
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
-  SparseProductOptions sparse;
 };
 
 }  // namespace lors::binding

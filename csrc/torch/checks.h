@@ -206,21 +206,6 @@ inline void check_merged(const char* op, const Tensor& merged, const StoredWeigh
   check_same_device(op, "merged", merged, weight.values);
 }
 
-// library_metadata: bytes that belong to a 2:4 weight; products: one of three names. Whether there are as many bytes as the
-// library makes is known only where it is (cuda_sparse_product.h).
-inline void check_products(const char* op, const StoredWeight& weight, const std::optional<Tensor>& library_metadata,
-                           const std::string& products) {
-  check(products == "auto" || products == "dense" || products == "sparse", "lors::", op, ": products is '", products,
-        "'; it must be 'auto', 'dense' or 'sparse'.");
-  if (!library_metadata) return;
-  check(weight.layout == Layout::sparse24, "lors::", op, ": library_metadata was given with a weight that is not 2:4.");
-  check(
-      library_metadata->dim() == 1 && library_metadata->scalar_type() == ScalarType::Byte && library_metadata->is_contiguous(),
-      "lors::", op, ": library_metadata has shape ", shape(*library_metadata), "; it must be uint8 [bytes].");
-  check_storage(op, "library_metadata", *library_metadata);
-  check_same_device(op, "library_metadata", *library_metadata, weight.values);
-}
-
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".
 inline bool is_exact(const char* op, const std::string& gradient) {
   check(gradient == "lors" || gradient == "exact", "lors::", op, ": gradient is '", gradient,

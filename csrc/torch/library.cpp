@@ -25,11 +25,10 @@ STABLE_TORCH_LIBRARY(lors, m) {
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
-  // library_metadata, transposable, products: how a 2:4 weight may use the sparse tensor cores (docs/sparse-products.md).
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient, Tensor? merged=None, Tensor? library_metadata=None, bool transposable=False, str products=\"auto\")"
+      " str gradient, Tensor? merged=None)"
       " -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
@@ -37,7 +36,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
       " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
-      " Tensor? merged=None, bool transposable=False, str products=\"auto\")"
+      " Tensor? merged=None)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");

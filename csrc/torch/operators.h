@@ -6,7 +6,6 @@
 //   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
 //   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
-//   kSparseProducts                      whether multiply_sparse24(...) takes the products of 2:4 weights
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
 //   adapter_grad_exact(...), bias_grad(...)
@@ -54,19 +53,17 @@ struct Operators {
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                        const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
-                       const std::optional<Tensor>& merged, const std::optional<Tensor>& library_metadata, bool transposable,
-                       const std::string& products) {
+                       const std::optional<Tensor>& merged) {
     const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
     const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
     if (merged) check_merged("linear", *merged, stored, compute);
-    check_products("linear", stored, library_metadata, products);
     const Backend backend(weight);
     Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
     if (input.size(0) == 0) return to(output, dtype);
-    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling, {library_metadata, transposable, products});
+    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
     adapted.multiply(output, input, bias, false, merged);
     return to(output, dtype);
   }
@@ -75,7 +72,7 @@ struct Operators {
       const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& weight, const std::optional<Tensor>& mask,
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
       double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
-      const std::optional<Tensor>& merged, bool transposable, const std::string& products) {
+      const std::optional<Tensor>& merged) {
     const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
@@ -89,10 +86,9 @@ struct Operators {
     if (bias) check_bias("linear_backward", *bias, stored);
     const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
     if (merged) check_merged("linear_backward", *merged, stored, compute);
-    check_products("linear_backward", stored, std::nullopt, products);
 
     const Backend backend(weight);
-    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling, {std::nullopt, transposable, products});
+    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
     const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
 
     Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);

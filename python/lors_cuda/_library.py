@@ -174,9 +174,6 @@ def _(
     scaling: float,
     gradient: str,
     merged: Tensor | None = None,
-    library_metadata: Tensor | None = None,
-    transposable: bool = False,
-    products: str = "auto",
 ) -> Tensor:
     return input.new_empty((input.shape[0], lora_B.shape[0]))
 
@@ -205,8 +202,6 @@ def _(
     needs_lora_A_grad: bool,
     needs_lora_B_grad: bool,
     merged: Tensor | None = None,
-    transposable: bool = False,
-    products: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))
@@ -233,7 +228,7 @@ _INPUT, _LORA_A, _LORA_B, _BIAS = 0, 4, 5, 6  # positions among the arguments of
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged, _, transposable, products = inputs
+    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged = inputs
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -246,7 +241,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         bias if needs[_BIAS] else None,
         merged if needs[_INPUT] else None,
     )
-    ctx.scaling, ctx.gradient, ctx.transposable, ctx.products = scaling, gradient, transposable, products
+    ctx.scaling, ctx.gradient = scaling, gradient
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,8 +264,6 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         needs_lora_A_grad,
         needs_lora_B_grad,
         merged,
-        ctx.transposable,
-        ctx.products,
     )
     return (
         grad_input if needs_input_grad else None,
@@ -280,7 +273,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
-        *(None,) * 6,
+        *(None,) * 3,
     )
 
 

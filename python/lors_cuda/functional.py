@@ -10,7 +10,6 @@ from ._checks import check_adapters, check_frozen, check_gradient, check_mask, c
 from ._library import lors
 from .formats import pack_mask
 from .merged_weight import MergedWeight
-from .sparse_product import check_products
 from .weight import SparseWeight
 
 
@@ -24,7 +23,6 @@ def lors_linear(
     *,
     mask: Tensor | None = None,
     gradient: str = "lors",
-    products: str = "auto",
     cache: MergedWeight | None = None,
 ) -> Tensor:
     """A linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias`` (arXiv 2501.08582, eq. 3).
@@ -44,10 +42,6 @@ def lors_linear(
         mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
         gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
             ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
-        products: how products of a 2:4 weight are taken on a GPU: ``"sparse"`` on its sparse tensor cores, ``"dense"``
-            by the dense merged weight, ``"auto"`` in the faster way, unless the environment variable
-            LORS_SPARSE_PRODUCT names one. Other weights and devices have the dense way alone. See
-            docs/sparse-products.md.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
 
     Returns:
@@ -55,17 +49,14 @@ def lors_linear(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` or ``products`` is
-            unknown.
-        RuntimeError: no kernel of this build serves the device; ``products`` is ``"sparse"`` where that cannot be; or,
-            in a second backward, that it is not supported.
+        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
+        RuntimeError: no kernel of this build serves the device; or, in a second backward, that it is not supported.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
     check_gradient(gradient)
-    check_products(products)
     scaling = _as_float(scaling)
-    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, products, cache)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
 
 
 def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
@@ -84,7 +75,6 @@ def _linear(
     scaling: float,
     bias: Tensor | None,
     gradient: str = "lors",
-    products: str = "auto",
     cache: MergedWeight | None = None,
 ) -> Tensor:
     check_tensor("input", input)
@@ -129,9 +119,6 @@ def _linear(
         scaling,
         gradient,
         merged,
-        stored.library_metadata,
-        stored.transposable,
-        products,
     )
     if input.dim() == 2:
         return output

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +41,6 @@ class SparseWeight:
     | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
     | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
 
-    A 2:4 weight may also have ``library_metadata`` (uint8: what cuSPARSELt puts behind its values, made where the
-    library serves); ``transposable`` says whether its mask is 2:4 along out_features too. See docs/sparse-products.md.
-
     docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
     :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
     """
@@ -56,14 +52,10 @@ class SparseWeight:
         index: Tensor | None = None,
         *,
         in_features: int | None = None,
-        library_metadata: Tensor | None = None,
-        transposable: bool = False,
     ) -> None:
         self.values = values
         self.mask_bits = mask_bits
         self.index = index
-        self.library_metadata = library_metadata
-        self.transposable = transposable
         if index is None:
             self.layout, self.shape = "dense", values.shape
         elif index.dtype == torch.uint8:
@@ -160,7 +152,7 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
-        tensors = (self.values, self.mask_bits, self.index, self.library_metadata)
+        tensors = (self.values, self.mask_bits, self.index)
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -257,10 +249,7 @@ class SparseWeight:
     def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""
         assert values is not None
-        extra, transposable = self.library_metadata, self.transposable
-        return SparseWeight(
-            values, mask_bits, index, in_features=self.shape[1], library_metadata=extra, transposable=transposable
-        )
+        return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from .. import __version__
 from .._library import build_info
-from ..sparse_product import plan_cache_info
 from ._common import say
 
 _OPS = ("merge", "merge_backward", "linear", "linear_backward", "adapter_grad", "mask_pack", "mask_unpack")
@@ -38,7 +36,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for op in _OPS
     }
     reason = build["cuda_reason"]
-    plans, fixed = plan_cache_info(), os.environ.get("LORS_SPARSE_PRODUCT")
     result = {
         "lors_cuda": __version__,
         "torch": torch.__version__,
@@ -58,12 +55,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "gpus": gpus,
             "available": reason is None,
             "reason": reason,
-            "sparse_products": {
-                "available": plans.reason is None,
-                "reason": plans.reason,
-                "cusparselt": plans.library_version,
-                "environment": fixed,
-            },
         },
         "compiler": build["compiler"],
         "kernels": kernels,
@@ -77,9 +68,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"          built for {', '.join(build['cuda_archs']) or 'no architecture'}"
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")
         + f"; torch was built with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}",
-        f"2:4       {'on the sparse tensor cores' if plans.reason is None else 'as dense products: ' + plans.reason}"
-        + (f" (cuSPARSELt {plans.library_version})" if plans.library_version else "")
-        + (f"; LORS_SPARSE_PRODUCT={fixed}" if fixed else ""),
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
         f"{'kernel':<16}  CPU  CUDA",

@@ -39,30 +39,21 @@ constexpr auto real_delete_tensor_object = aoti_torch_delete_tensor_object;
 #include "../../../csrc/torch/library.cpp"
 #undef CUDA
 
-#include "runtime.h"
-
 namespace {
 
 constexpr int kDevice = 3;  // what torch's current device is inside the guard
-FakeStream stream_object;
 int guards = 0, scratch = 0, launches = 0;
+int stream_object = 0;  // the stream is its address
 std::set<AtenTensorHandle> scratch_tensors;
-double dense_milliseconds = 1;  // of a product of torch's
 
 }  // namespace
 
 cudaError_t cudaSetDevice(int) { return guards == 1 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaGetDevice(int* index) {
-  *index = kDevice;
-  return guards == 1 ? cudaSuccess : cudaErrorInvalidDevice;
-}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the device was set outside the guard"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     default: *value = 100 * 1024;  // little shared memory: 16-bit products of more than 64 tokens are then torch's
   }
   return cudaSuccess;
@@ -100,7 +91,6 @@ AOTITorchError fake_delete_tensor_object(AtenTensorHandle tensor) {
 }
 AOTITorchError fake_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
   ++launches;
-  stream_object.milliseconds += dense_milliseconds;
   return aoti_torch_cpu_mm_out(out, a, b);
 }
 AOTITorchError fake_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle a, AtenTensorHandle b,
@@ -111,7 +101,6 @@ AOTITorchError fake_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias, 
   aoti_torch_get_dtype(a, &types[2]);
   if (types[0] != types[1] || types[0] != types[2]) return 1;  // as cuBLAS would
   ++launches;
-  stream_object.milliseconds += dense_milliseconds;
   return aoti_torch_cpu_addmm_out(out, bias, a, b, beta, alpha);
 }
 }
@@ -278,20 +267,9 @@ Status cuda_device_supported(int index) { return index == 0 ? Status() : Status:
 namespace {
 // Guards and scratch still held (none, between calls) and calls of the core or of a product so far.
 std::string fake_state() { return std::to_string(guards) + " " + std::to_string(scratch) + " " + std::to_string(launches); }
-// What a test makes of the device: whether a CUDA graph is captured, and what a dense product takes.
-void fake_set(bool capturing, double milliseconds) {
-  stream_object.capturing = capturing;
-  dense_milliseconds = milliseconds;
-}
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
-  m.def("fake_state() -> str");
-  m.def("fake_set(bool capturing, float milliseconds) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
-  m.impl("fake_state", TORCH_BOX(&fake_state));
-  m.impl("fake_set", TORCH_BOX(&fake_set));
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) { m.def("fake_state() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("fake_state", TORCH_BOX(&fake_state)); }
 
 }  // namespace lors

@@ -49,7 +49,6 @@ def test_every_op_is_here():
     expected = {f"lors::{op}" for op in (*ADAPTED, *FORMATS)} | {"lors::build_info"}
     if _library._CUDA_MISSING is None:  # the CUDA half brings some of its own, with or without a GPU
         expected.add("lors::cuda_device_problem")
-        expected |= {f"lors::sparse_product_{word}" for word in ("compress", "problem", "info", "clear", "set")}
     assert known == expected
 
 
