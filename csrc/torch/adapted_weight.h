@@ -130,7 +130,9 @@ struct AdaptedWeight {
     // The products with the merge inside read dense weights only.
     // Without an adapter a dense weight is its own merge.
     const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    const bool fused = !shared && !own && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
+    // CUDA's fused kernels need an adapter.
+    const bool fused = !shared && !own && layout == Layout::dense && (r() > 0 || weight.is_cpu()) &&
+                       backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {

@@ -121,9 +121,7 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
-  Operators<Cuda>::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty if it can

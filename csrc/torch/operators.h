@@ -27,7 +27,7 @@ struct Operators {
 
   static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                       const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, true);
     const Backend backend(weight);
     return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
   }
@@ -42,7 +42,7 @@ struct Operators {
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                                const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype) {
-    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);
@@ -54,7 +54,7 @@ struct Operators {
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                        const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
                        const std::optional<Tensor>& merged) {
-    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
@@ -73,7 +73,7 @@ struct Operators {
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
       double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
       const std::optional<Tensor>& merged) {
-    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
     check(input || (!needs_lora_A_grad && !needs_lora_B_grad),

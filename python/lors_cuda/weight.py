@@ -167,9 +167,9 @@ class SparseWeight:
         return lors.merge(self.values, self.mask_bits, self.index, *self.no_adapter(), 0.0)
 
     def no_adapter(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B that add nothing: merging them is decompressing."""
+        """lora_A [0, K] and lora_B [N, 0]: merging them is decompressing."""
         N, K = self.shape
-        return self.values.new_zeros(1, K), self.values.new_zeros(N, 1)
+        return self.values.new_empty(0, K), self.values.new_empty(N, 0)
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""

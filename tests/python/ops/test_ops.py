@@ -121,7 +121,6 @@ def refusals() -> list:
         ("lora_A", f(R, K + 1), "lora_A has shape [3, 34]; it must be [r, 33]"),
         ("lora_A", f(K), "lora_A has shape [33]"),
         ("lora_A", f(R, K, 1), "lora_A has shape [3, 33, 1]"),
-        ("lora_A", f(0, K), "the rank r must be at least 1"),
         ("lora_A", f(R, K, dtype=torch.int8), "lora_A has a dtype that is not supported"),
         ("lora_A", f(R + 1, K), "lora_B has shape [6, 3]; it must be [6, 4]"),
         ("lora_B", f(N, R - 1), "lora_B has shape [6, 2]; it must be [6, 3]"),
@@ -165,7 +164,7 @@ def refusals() -> list:
     ]
     wrong = {
         "merge": adapted,
-        "merge_backward": adapted + merged,
+        "merge_backward": [*adapted, *merged, ("lora_A", f(0, K), "the rank r must be at least 1")],
         "linear": adapted + tokens + bias,
         "linear_backward": [*adapted, *tokens, *grad_output, *bias, ("input", None, "input is None; it is needed")],
     }
