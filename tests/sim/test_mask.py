@@ -11,10 +11,11 @@ from formats import compress, sparse_weight
 from numerics import pack
 
 
-def mask_of(sim: Any, device: Any, metadata: np.ndarray, K: int) -> np.ndarray:
+def mask_of(sim: Any, device: Any, metadata: np.ndarray, K: int, misalign: int = 0) -> np.ndarray:
     N, words = len(metadata), (K + 31) // 32
     mask = device.empty("mask", 4 * N * words)
-    sim.sparse24_mask(device, out_features=N, in_features=K, metadata=device.upload("metadata", metadata), mask=mask)
+    given = device.upload("metadata", metadata, misalign)
+    sim.sparse24_mask(device, out_features=N, in_features=K, metadata=given, mask=mask)
     return device.download(mask).view(np.uint32).reshape(N, words)
 
 
@@ -23,7 +24,8 @@ def test_of_valid_metadata(sim: Any) -> None:
         weight, kept = sparse_weight(seed, N, K, "float32", explicit=True, sparse24=True)
         _, metadata = compress(weight, kept)
         device = sim.Device(seed=seed, race=seed % 2 == 1)
-        np.testing.assert_array_equal(mask_of(sim, device, metadata, K), pack(kept))
+        np.testing.assert_array_equal(mask_of(sim, device, metadata, K, misalign=seed % 2), pack(kept))
+        np.testing.assert_array_equal(mask_of(sim, sim.Device(), metadata, K), pack(kept))
 
 
 def test_any_bytes_are_read_without_harm(sim: Any) -> None:

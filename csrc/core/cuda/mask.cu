@@ -16,7 +16,8 @@ Status sparse24_mask(const Sparse24MaskArgs& args, const CudaHost& host) {
   if (blocks > 0x7fffffff)
     return Status::error("sparse24_mask was given a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
                          "], more than one launch covers; split it by rows.");
-  const MaskProblem problem{args.metadata, args.mask, N, K, sparse24_metadata_bytes(K), words};
+  const bool whole_words = K % 32 == 0 && reinterpret_cast<uintptr_t>(args.metadata) % 4 == 0;
+  const MaskProblem problem{args.metadata, args.mask, N, K, sparse24_metadata_bytes(K), words, whole_words};
   return launch("sparse24_mask", sparse24_mask_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kMaskThreads), 0, host,
                 problem);
 }

@@ -13,20 +13,22 @@ struct MaskProblem {
   uint32_t* mask;                     // [N, words]
   int64_t out_features, in_features;  // N, K
   int64_t bytes, words;               // ceil(K / 8), ceil(K / 32)
+  bool whole_words;                   // metadata can be read four bytes at a time
 };
 
 __global__ void __launch_bounds__(kMaskThreads) sparse24_mask_kernel(const MaskProblem p) {
   const int64_t index = int64_t{blockIdx.x} * kMaskThreads + threadIdx.x, n = index / p.words, word = index % p.words;
   if (n >= p.out_features) return;
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t byte = 4 * word + i;
-    if (byte >= p.bytes) break;
-    const uint32_t codes = ptx::load_global(p.metadata + n * p.bytes + byte);
-    bits |= kept_by(codes & 15) << (8 * i);
-    if (8 * byte + 4 < p.in_features) bits |= kept_by(codes >> 4) << (8 * i + 4);
+  uint32_t codes = 0, bits = 0;
+  if (p.whole_words) {
+    codes = ptx::load_global(reinterpret_cast<const uint32_t*>(p.metadata) + index);
+  } else {
+    for (int64_t byte = 4 * word; byte < 4 * word + 4 && byte < p.bytes; ++byte)
+      codes |= uint32_t{ptx::load_global(p.metadata + n * p.bytes + byte)} << (8 * (byte - 4 * word));
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (32 * word + 4 * i < p.in_features) bits |= kept_by(codes >> (4 * i) & 15) << (4 * i);
   ptx::store_global(p.mask + index, bits);
 }
 
