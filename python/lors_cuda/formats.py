@@ -44,11 +44,11 @@ _SLOTS = {
 
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask [N, K] as int32 [N, ceil(K/32)]: bit k % 32 of word k / 32 is column k; bits beyond K are 0."""
-    flags = (
-        torch.nn.functional.pad(mask, (0, -mask.shape[1] % 32)).contiguous().view(torch.int64)
-    )  # eight columns, a byte each
+    N, K = mask.shape
+    words = (K + 31) // 32
+    flags = torch.nn.functional.pad(mask, (0, 32 * words - K)).flatten().view(torch.int64)  # eight columns, a byte each
     # The factor has bits 7, 14, ..., 56: the products of byte i that reach the highest byte are that of bit 56 - 7 i.
-    return (flags * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32)
+    return (flags * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32).view(N, words)
 
 
 def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
@@ -59,7 +59,7 @@ def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
 
 def _bytes(bits: Tensor) -> Tensor:
     """uint8 [N, 4 words] of int32 [N, words]."""
-    return bits.contiguous().view(torch.uint8)
+    return bits.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # contiguous() may leave odd strides
 
 
 # ---- both layouts: the kept weights ---------------------------------------------------------------------------------
