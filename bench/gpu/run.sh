@@ -19,6 +19,7 @@ golden 50 what this GPU answers to the probes of tests/golden
 check 75 every operator against float64, poisoned and repeated (bench/gpu/check.py), both ways of taking products
 kernels 100 each operator against torch and its floor (bench/gpu/kernels.py), T = 512, 2048, 8192
 layers 100 forward and backward against the peers (bench/linear.py), T = 512, 2048, 8192
+sparse 60 2:4 forward on the sparse tensor cores and dense, T = 512, 2048, 8192
 tests 120 the GPU cases of tests/python, where pytest and hypothesis are installed
 memcheck 60 compute-sanitizer: accesses out of bounds, where it is installed
 racecheck 60 compute-sanitizer: races in shared memory
@@ -75,6 +76,7 @@ part() {
       done
       return $result
       ;;
+    sparse) bench gpu/kernels.py --budget 2 --only forward24 --append --output "$OUT/kernels.json" ;;
     tests)
       "$PYTHON" -c 'import pytest, hypothesis' || lacks 'pytest or hypothesis is not installed; the part check stands in.'
       local parallel=()

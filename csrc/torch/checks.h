@@ -12,6 +12,10 @@
 #include <stdexcept>
 #include <string>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace lors::binding {
 
 using torch::headeronly::ScalarType;

@@ -77,6 +77,7 @@ struct Cpu {
 
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
+  static constexpr bool kSparseMatmul = false;
   static constexpr bool kMixedActivations = true;
 
   // The weight's gradient is formed by panels of rows, masked and contracted, and dropped.

@@ -87,6 +87,15 @@ class Cuda {
 
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
 
+  // 90 for compute capability 9.0.
+  int architecture() const {
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    return 10 * major + minor;
+  }
+
+  static constexpr bool kSparseMatmul = true;
   static constexpr bool kMixedActivations = false;
 
   // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.

@@ -7,6 +7,7 @@
 //   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
+//   kSparseMatmul                        whether torch has sparse matmuls there (sparse_matmul.h), of a device's architecture()
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once
@@ -17,6 +18,7 @@
 #include <tuple>
 
 #include "adapted_weight.h"
+#include "sparse_matmul.h"
 #include "torch_errors.h"
 
 namespace lors::binding {
@@ -61,9 +63,11 @@ struct Operators {
     const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
     if (merged) check_merged("linear", *merged, stored, compute);
     const Backend backend(weight);
-    Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
-    if (input.size(0) == 0) return to(output, dtype);
+    if (input.size(0) == 0) return empty(input, {0, stored.out_features}, dtype);
     const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
+    if constexpr (Backend::kSparseMatmul)
+      if (const std::optional<Tensor> output = sparse_matmul(adapted, input, bias, merged)) return *output;
+    Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
     adapted.multiply(output, input, bias, false, merged);
     return to(output, dtype);
   }

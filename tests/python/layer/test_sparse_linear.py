@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from test_layer import every_layout, linear_of
@@ -144,3 +146,14 @@ def test_compiled_and_exported(device, seed, layout):
         program = torch.export.export(layer, (case.input,), dynamic_shapes=({0: tokens},))
         more = torch.cat([case.input, case.input])
         assert torch.equal(program.module()(more), layer(more))
+
+
+def test_pickles_with_what_layers_once_knew_of_a_mask_load(seed):
+    case = make_case(seed, 5, 31, 72, 2, layout="2:4")
+    layer = LoRSLinear.from_linear(linear_of(case), r=2, layout="2:4")
+    expected, weight = layer(case.input), layer.sparse_weight
+    layer.__dict__.update(weight_library_metadata=None, weight_transposable=True, _mask_known=None, products="auto")
+    weight.__dict__.update(library_metadata=None, transposable=True)
+    layer, weight = pickle.loads(pickle.dumps((layer, weight)))
+    assert torch.equal(layer(case.input), expected)
+    assert torch.equal(weight.to("cpu").to_dense(), layer.weight)
