@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory for one call, from the caller's CudaHost.
+// Device memory of one call, allocated by the caller's CudaHost and given back when the launcher returns.
 #pragma once
 
 #include <lors/types.h>
 
 namespace lors::cuda {
 
-// Memory of the host: given back once the work that uses it is queued.
+// `data` is null for 0 floats. Destroyed once the work that uses it is queued, not when it has run (see CudaHost).
 class Scratch {
  public:
   Scratch(const CudaHost& host, int64_t floats) : host_(host) {
