@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// bits[k] = weight[k] != 0, with -0.0 a zero and a NaN not: the mask of a weight that has none of its own. On the bit patterns,
-// so that the element types are told apart by their size alone; the shift drops the sign.
+// bits[k] = weight[k] != 0, where -0.0 is zero and a NaN is not: the mask of a weight without an explicit one. Works on bit
+// patterns, so only the element size matters; the shift drops the sign.
 #pragma once
 
 #include "kernels.h"
@@ -26,7 +26,7 @@ inline uint32_t nonzero_word(const uint32_t* weight) {
 }
 #elif LORS_VECTOR_BYTES == 32 && defined(__AVX2__)
 inline uint32_t nonzero_word(const uint16_t* weight) {
-  // Doubled, and the comparisons of 16 elements narrowed to a byte each; the narrowing leaves the quarters as 0 2 1 3.
+  // x + x drops the sign; the comparisons of 32 elements are narrowed to a byte each, with the quarters in the order 0 2 1 3.
   const auto zeros = [](const uint16_t* p) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_cmpeq_epi16(_mm256_add_epi16(x, x), _mm256_setzero_si256());

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sixteen codes of 2:4 metadata (sparse24.h), and the code of each pattern of kept weights. Patterns are four bits, bit j
-// for position j of the group. Whatever bytes these tables are asked about, the positions they answer lie inside the group.
+// The sixteen codes of 2:4 metadata (sparse24.h) and the code of each pattern of kept weights. A pattern has bit j set where
+// position j of the group is kept. For any byte, valid or not, the positions in these tables lie inside the group.
 #pragma once
 
 #include <cstdint>
 
-// Included by kernels.cpp as well, once per instruction set: each copy belongs to its own translation unit.
+// In an anonymous namespace because kernels.cpp, compiled once per instruction set, includes it too.
 namespace {
 
 struct Sparse24Code {
