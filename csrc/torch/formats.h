@@ -116,7 +116,7 @@ struct Formats {
 
   static Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata) {
     check_sparse24("sparse24_decompress", values, metadata);
-    check_served("sparse24_decompress", "values", values);
+    check_supported("sparse24_decompress", "values", values);
     const Backend backend(values);
     const Tensor slots = row_major(values), codes = row_major(metadata);
     const int64_t N = values.size(0), K = 2 * values.size(1);
@@ -152,7 +152,7 @@ struct Formats {
 
   static Tensor sparse24_validate(const Tensor& values, const Tensor& metadata) {
     check_sparse24("sparse24_validate", values, metadata);
-    check_served("sparse24_validate", "values", values);
+    check_supported("sparse24_validate", "values", values);
     const Backend backend(values);
     const Tensor slots = row_major(values), codes = row_major(metadata);
     Tensor report = empty(values, {2}, ScalarType::Long);
@@ -217,7 +217,7 @@ struct Formats {
 
   static Tensor bitmap_decompress(const Tensor& values, const Tensor& packed, const Tensor& row_offsets, int64_t in_features) {
     check_bitmap("bitmap_decompress", values, packed, row_offsets, in_features);
-    check_served("bitmap_decompress", "values", values);
+    check_supported("bitmap_decompress", "values", values);
     const Backend backend(values);
     const Tensor contiguous = row_major(values), mask = row_major(packed), offsets = row_major(row_offsets);
     check_offsets("bitmap_decompress", backend, values.size(0), mask, offsets, in_features);
@@ -271,7 +271,7 @@ struct Formats {
   static void check_dense(const char* op, const Tensor& weight) {
     check(weight.dim() == 2, "lors::", op, ": weight has shape ", shape(weight), "; it must be [out_features, in_features].");
     check_floating(op, "weight", weight);
-    check_served(op, "weight", weight);
+    check_supported(op, "weight", weight);
   }
 
   static void check_groups(const char* op, const Tensor& weight, const std::optional<Tensor>& mask) {

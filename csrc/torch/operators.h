@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators, the same on every device: check once, allocate with torch, call the core. A Backend offers
-//   Backend(tensor)                      made after the checks, for the device `tensor` is on; lives through the call
-//   host()                               what functions of the core take
-//   product_dtype(activation)            the type a product runs in, and so the type its scratch is stored in
-//   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
-//   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
-//   fused_bias_dtype(bias)               and which type that takes its bias in
-//   kSparseProducts                      whether multiply_sparse24(...) takes the products of 2:4 weights
-//   kReadsMemory                         whether values of tensors can be read at once, without waiting for a device
-//   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
+// The operators, the same on every device: check once, allocate with torch, call the core. A Backend provides
+//   Backend(tensor)                      made after the checks, for tensor's device; lives until the call returns
+//   host()                               the CpuHost or CudaHost that the core takes
+//   product_dtype(activation)            the dtype of matmuls with this activation, and of the merged weight for them
+//   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), one dtype: torch's matmul
+//   prefers_fused_linear(...)            whether to use the core's fused_linear instead of merge + product
+//   fused_bias_dtype(bias)               the dtype in which fused_linear takes its bias
+//   kSparseProducts                      whether multiply_sparse24(...) takes the matmuls of 2:4 weights
+//   kReadsMemory                         whether tensors can be read on the host without synchronising
+//   kMixedActivations                    whether the core's adapter gradients take dY and X of different dtypes
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once
 
@@ -128,7 +128,7 @@ struct Operators {
     return {grad_lora_A, grad_lora_B};
   }
 
-  // Gives `library` the kernels of one device.
+  // Registers the kernels of this device.
   static void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("merge", TORCH_BOX(&explained<&Operators::merge>));
     library.impl("merge_backward", TORCH_BOX(&explained<&Operators::merge_backward>));
@@ -145,7 +145,7 @@ struct Operators {
           input.size(0), "; they must be the same.");
   }
 
-  // (dA, dB); what is not wanted comes back with no elements.
+  // (dA, dB); a gradient that is not needed has no elements.
   static std::tuple<Tensor, Tensor> adapter_grads(const Tensor& grad_output, const Tensor& input, const Adapted& adapted,
                                                   bool exact, bool needs_lora_A_grad, bool needs_lora_B_grad) {
     const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
