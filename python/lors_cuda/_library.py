@@ -186,23 +186,6 @@ def _fake_adapter_grads(
     return lora_A.new_empty((r if needs_lora_A_grad else 0, K)), lora_B.new_empty((N if needs_lora_B_grad else 0, r))
 
 
-@torch.library.register_fake("lors::adapter_grad")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    gradient: str,
-    needs_lora_A_grad: bool,
-    needs_lora_B_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
-
-
 @torch.library.register_fake("lors::linear_backward")
 def _(
     grad_output: Tensor,
@@ -227,70 +210,14 @@ def _(
     return grad_input, grad_lora_A, grad_lora_B, grad_bias
 
 
-@torch.library.register_fake("lors::mask_pack")
-def _(mask: Tensor) -> Tensor:
-    return mask.new_empty((mask.shape[0], (mask.shape[1] + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::mask_unpack")
-def _(bits: Tensor, in_features: int) -> Tensor:
-    return bits.new_empty((bits.shape[0], in_features), dtype=torch.bool)
-
-
-@torch.library.register_fake("lors::mask_nonzero")
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty((weight.shape[0], (weight.shape[1] + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::sparse24_inspect")
-def _(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight.new_empty((3,), dtype=torch.int64)
-
-
-@torch.library.register_fake("lors::sparse24_compress")
-def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
-    return weight.new_empty((N, K // 2)), weight.new_empty((N, (K + 7) // 8), dtype=torch.uint8)
-
-
-@torch.library.register_fake("lors::sparse24_decompress")
-def _(values: Tensor, metadata: Tensor) -> Tensor:
-    return values.new_empty((values.shape[0], 2 * values.shape[1]))
-
-
-@torch.library.register_fake("lors::sparse24_mask")
-def _(metadata: Tensor, in_features: int) -> Tensor:
-    return metadata.new_empty((metadata.shape[0], (in_features + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::sparse24_validate")
-def _(values: Tensor, metadata: Tensor) -> Tensor:
-    return values.new_empty((2,), dtype=torch.int64)
-
-
 @torch.library.register_fake("lors::sparse24_merge")
 def _(values: Tensor, metadata: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return values.new_empty(values.shape)
 
 
-@torch.library.register_fake("lors::bitmap_offsets")
-def _(bits: Tensor, in_features: int) -> Tensor:
-    return bits.new_empty((bits.shape[0] + 1,), dtype=torch.int64)
-
-
-@torch.library.register_fake("lors::bitmap_compress")
-def _(weight: Tensor, bits: Tensor, row_offsets: Tensor, count: int) -> Tensor:
-    return weight.new_empty((count,))
-
-
-@torch.library.register_fake("lors::bitmap_decompress")
-def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
-    return values.new_empty((bits.shape[0], in_features))
-
-
-@torch.library.register_fake("lors::bitmap_validate")
-def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
-    return values.new_empty((2,), dtype=torch.int64)
+@torch.library.register_fake("lors::compress")
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
 # ---- autograd halves ------------------------------------------------------------------------------------------------
@@ -371,5 +298,5 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("lors::linear", _linear_backward, setup_context=_setup_linear)
 torch.library.register_autograd("lors::merge", _merge_backward, setup_context=_setup_merge)
-for _name in ("linear_backward", "merge_backward", "adapter_grad"):
+for _name in ("linear_backward", "merge_backward"):
     torch.library.register_autograd(f"lors::{_name}", _refuse_double_backward)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
 from ._library import lors
+from .formats import pack_mask
 from .merged_weight import MergedWeight
 from .weight import SparseWeight
 
@@ -54,6 +55,28 @@ def lors_linear(
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
     check_gradient(gradient)
+    scaling = _as_float(scaling)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
+
+
+def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
+    """``Y = X W^T + bias``: :func:`lors_linear` without an adapter."""
+    stored = _stored(weight, None)
+    if stored.layout == "dense":
+        stored = SparseWeight(stored.values)  # which are zero off the mask: it need not be read
+    return _linear(input, stored, *stored.no_adapter(), 0.0, bias)
+
+
+def _linear(
+    input: Tensor,
+    stored: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    gradient: str = "lors",
+    cache: MergedWeight | None = None,
+) -> Tensor:
     check_tensor("input", input)
     device_type = stored.device.type
     # As torch does, autocast leaves float64 alone; it knows no meta device.
@@ -83,7 +106,6 @@ def lors_linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    scaling = _as_float(scaling)
     merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
     tokens = input.reshape(-1, stored.shape[1])
     output = lors.linear(
@@ -148,4 +170,4 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if mask is None:
         return SparseWeight(weight)
     check_mask(mask, weight)
-    return SparseWeight(weight, lors.mask_pack(mask))
+    return SparseWeight(weight, pack_mask(mask))

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ._sharded import is_sharded, local_part, whole
+from .functional import sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
@@ -73,8 +73,8 @@ class SparseLinear(nn.Module):
         return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the weight's dtype."""
-        return F.linear(input, self.weight, self.bias)
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
+        return sparse_linear(input, self.sparse_weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""

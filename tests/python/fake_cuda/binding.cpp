@@ -264,27 +264,6 @@ Status masked_contract(const MaskedContractArgs& a, const CudaHost& host) {
   return {};
 }
 
-Status mask_pack(const MaskPackArgs& a, const CudaHost& host) {
-  if (Status s = promised(host, {}); !s.ok()) return s;
-  const int64_t words = mask_words(a.in_features);
-  for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t w = 0; w < words; ++w) {
-      uint32_t word = 0;
-      for (int64_t k = 32 * w; k < std::min(32 * w + 32, a.in_features); ++k)
-        word |= static_cast<uint32_t>(a.mask[n * a.in_features + k]) << (k % 32);
-      a.bits[n * words + w] = word;
-    }
-  return {};
-}
-
-Status mask_unpack(const MaskUnpackArgs& a, const CudaHost& host) {
-  if (Status s = promised(host, {}); !s.ok()) return s;
-  for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t k = 0; k < a.in_features; ++k)
-      a.mask[n * a.in_features + k] = a.bits[n * mask_words(a.in_features) + k / 32] >> (k % 32) & 1;
-  return {};
-}
-
 Status cuda_device_supported(int index) { return index == 0 ? Status() : Status::error("Device 1 is of another kind."); }
 
 namespace {
