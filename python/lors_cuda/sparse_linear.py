@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._sharded import is_sharded, local_part, whole
+from ._distributed import is_sharded, local_part, whole
 from .sparse_product import is_transposable, library_metadata
 from .weight import SparseWeight
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byte_model import TEXT, byte_tokenizer, full_disk
 from lors_cuda import estimate_gradients, init_from_gradients
-from lors_cuda._processes import OtherProcessFailed, copy_from_first, from_first, sum_gradients
+from lors_cuda._distributed import OtherProcessFailed, copy_from_first, from_first, sum_gradients
 from lors_cuda.data import TokenDataset
 from lors_cuda.training import TrainingConfig, train
 from lors_cuda.training_files import CHECKPOINT_NAME, LOG_NAME, read_log
