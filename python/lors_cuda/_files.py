@@ -98,7 +98,7 @@ def move_directory(source: Path, path: Path, *, replace: bool) -> None:
 def seal(directory: Path) -> None:
     """List the directory's files with their lengths and checksums in its ``checksums.json``."""
     files = {str(file.relative_to(directory)): _checksum(file) for file in directory.rglob("*") if file.is_file()}
-    replace_file(directory / SEAL_NAME, (json.dumps(files, indent=1) + "\n").encode())
+    replace_file(directory / SEAL_NAME, json.dumps(files, indent=1).encode())
 
 
 def damage(directory: Path) -> str | None:

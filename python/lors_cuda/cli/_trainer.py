@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# First: a package that is missing is then named as what it is.
-import accelerate  # noqa: F401
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -81,6 +79,9 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
         eval_data: TokenDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        # Else DistributedDataParallel searches in every step, finds nothing in a dense model, and says so.
+        fields = getattr(model, "config", None)
+        args.ddp_find_unused_parameters = fields is not None and any("expert" in name for name in fields.to_dict())
         super().__init__(
             model=model,
             args=args,

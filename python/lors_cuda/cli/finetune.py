@@ -182,7 +182,9 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         if is_first():
             _check_output(args)
         # Asked for before an hour of training, not after it.
+        import accelerate  # noqa: F401
         import matplotlib  # noqa: F401
+        import transformers  # noqa: F401
 
         require_safetensors()
         from . import _trainer
