@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from distributed_cases import converted, trained_values
+from distributed_cases import assert_close, converted, trained_values
 from test_command_trainer import adapted, trainer_of, unequal
 from test_gradients import regression_batches, regression_loss, tiny_net
 from torch import Tensor, nn
