@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._batches import Progress
@@ -24,7 +26,6 @@ from ..evaluation import evaluate
 from ..hf import LoRSTrainerMixin
 
 LOG_NAME = "training.jsonl"
-_SCHEDULERS = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def arguments(
@@ -39,7 +40,7 @@ def arguments(
     warmup_steps: int | None = None,
     **more: Any,
 ) -> TrainingArguments:
-    """TrainingArguments of a run that logs every step; ``warmup_steps`` None: 3 % of the steps, rounded down."""
+    """TrainingArguments of a run that logs every step; ``warmup_steps`` None: 3 % of the steps."""
     # Since 5.20 or so; the older name goes with version 6.
     checkpointing = more.pop("gradient_checkpointing", False)
     if checkpointing:
@@ -51,8 +52,8 @@ def arguments(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         learning_rate=lr,
-        lr_scheduler_type=_SCHEDULERS[schedule],
-        warmup_steps=int(0.03 * steps) if warmup_steps is None else warmup_steps,
+        lr_scheduler_type="cosine" if schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=math.ceil(0.03 * steps) if warmup_steps is None else warmup_steps,
         seed=seed % 2**32,  # numpy takes no more
         logging_steps=1,
         logging_nan_inf_filter=False,  # the mixin stops instead
@@ -98,6 +99,22 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
             )
         self._eval_data = eval_data
         self._began, self._tokens = time.perf_counter(), 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's cosine or constant rate, but with a warmup whose first step trains too."""
+        if self.lr_scheduler is None:
+            warmup, constant = int(self.args.warmup_steps), self.args.lr_scheduler_type != "cosine"
+
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return (step + 1) / (warmup + 1)
+                if constant:
+                    return 1.0
+                return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_training_steps - warmup)))
+
+            scheduled: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(scheduled, factor)
+        return self.lr_scheduler
 
     def finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is of the last step, whose log is then this trainer's: the Trainer would go on."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,9 @@ def test_accumulation_weighs_batches_by_their_tokens(padded, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"steps": 4, "warmup_steps": 2}, [0, 0.5, 1, 0.5]),
-        ({"steps": 4}, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),  # 3 % of 4 is none
-        ({"steps": 4, "warmup_steps": 2, "schedule": "constant"}, [0, 0.5, 1, 1]),
+        ({"steps": 4, "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.5]),
+        ({"steps": 4}, [0.5, 1, 0.75, 0.25]),  # 3 % of 4, rounded up
+        ({"steps": 4, "warmup_steps": 2, "schedule": "constant"}, [1 / 3, 2 / 3, 1, 1]),
     ],
 )
 def test_learning_rate(text, tmp_path, options, expected):
