@@ -25,18 +25,20 @@ FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
 
 # Threads that wait asleep: two that spin on a shared machine slow each other down by an order of magnitude.
-demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
+demo test-python test-sim test-quick: export OMP_WAIT_POLICY ?= passive
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
+CMAKE_CORE := $(CMAKE) -S . -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_WERROR=ON
 
-.PHONY: demo test test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
+.PHONY: demo test test-quick test-python sim test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
 	test-sdist test-peft docs docs-serve install clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements-dev.txt
+	@bash cmake/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
@@ -51,13 +53,22 @@ install: $(VENV)/.ready
 demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
-test: test-cpp test-sim test-python
+test:
+	@echo 'C++ tests (2 minutes on two idle cores, building included), CUDA kernels on the simulator (5), Python tests (5).'
+	@echo 'For every day: make test-quick, under 3 minutes once this is built.'
+	$(MAKE) test-cpp test-sim test-python
+
+# Without torch.compile, commands, trainers and several processes, and with the fast kernels of the simulator.
+test-quick: test-cpp sim install
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(patsubst %,tests/sim/test_%.py,simulator merge mask fused_linear)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(addprefix tests/python/,ops formats layer model) -k 'not compile'
 
 test-python: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-cpp: $(VENV)/.ready
-	$(CMAKE) -S . -B build/cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_TESTS=ON -DLORS_WERROR=ON
+	@bash cmake/prerequisites.sh libgtest-dev gtest/gtest.h
+	$(CMAKE_CORE) -B build/cpp -DLORS_TESTS=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
 	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
@@ -65,15 +76,17 @@ test-cpp: $(VENV)/.ready
 # The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
 fuzz: $(VENV)/.ready
-	$(CMAKE) -S . -B build/fuzz -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_FUZZ=ON -DLORS_WERROR=ON
+	$(CMAKE_CORE) -B build/fuzz -DLORS_FUZZ=ON
 	$(CMAKE) --build build/fuzz --target fuzz_layouts
 	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The CUDA kernels, executed on the CPU.
-test-sim: $(VENV)/.ready
+sim: $(VENV)/.ready
 	$(CMAKE) -S tests/sim -B build/sim -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DLORS_WERROR=ON
 	$(CMAKE) --build build/sim
-	LORS_SIM_BUILD=$(CURDIR)/build/sim $(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
+
+test-sim: sim
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim tests/golden
 
 # The CUDA kernels, compiled and held to their budget of registers (needs nvcc, no GPU).
 kernels: $(VENV)/.ready
@@ -84,8 +97,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
-	bash -n bench/gpu/run.sh
-	bash -n bench/gpu/build.sh
+	for script in .ci/run $$(git ls-files '*.sh'); do bash -n $$script || exit; done
 	! grep -rnE '#include <(torch|ATen|c10)/' csrc/core
 
 format: $(VENV)/.ready
@@ -99,9 +111,10 @@ bench: install bench-cpp
 	$(BIN)/python bench/linear.py --dtype float32 --output build/bench/linear.json
 	$(BIN)/python bench/plot.py build/bench/linear.json
 
-# The CPU kernels by themselves (needs Google Benchmark: libbenchmark-dev).
+# The CPU kernels by themselves.
 bench-cpp: $(VENV)/.ready
-	$(CMAKE) -S . -B build/bench-cpp -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_BENCH=ON -DLORS_WERROR=ON
+	@bash cmake/prerequisites.sh libbenchmark-dev benchmark/benchmark.h
+	$(CMAKE_CORE) -B build/bench-cpp -DLORS_BENCH=ON
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu
 
@@ -131,12 +144,9 @@ sdist: $(VENV)/.ready
 	rm -f dist/*.tar.gz
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 
-# A wheel out of the sdist: without the CUDA half, so that it takes a minute, and with the plain version.
+# The sdist, installed by the README's line into an empty environment.
 test-sdist: sdist
-	rm -rf build/sdist-wheel
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist-wheel dist/*.tar.gz \
-		--config-settings=cmake.define.LORS_CUDA=OFF
-	$(BIN)/python tests/wheel/try_wheel.py build/sdist-wheel/*.whl --tests tests/wheel/test_installed.py tests/python/repo/test_package.py
+	$(BIN)/python tests/wheel/try_sdist.py dist/*.tar.gz --torch '$(TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 
 # PEFT's own tests of LoRA against lors_cuda.peft, from a checkout of PEFT: make test-peft LORS_PEFT_TESTS=path/to/peft
 # Left out: what LoRSLoraConfig refuses, FSDP1, and compressed weights under the names that dense ones have.

@@ -157,13 +157,23 @@ def write_json(
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
-            # JSON has no NaN: a result that is not a number is written as null beside `failed`.
-            json.dump(_finite(document), file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(document_text(document))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def document_text(document: dict[str, Any]) -> str:
+    """A document as JSON: one line per row, and one per other field."""
+
+    def line(value: Any) -> str:
+        # JSON has no NaN: a result that is not a number is written as null beside `failed`.
+        return json.dumps(_finite(value), allow_nan=False)
+
+    fields = [f"{line(key)}: {line(value)}" for key, value in document.items() if key != "rows"]
+    fields.append('"rows": [\n' + ",\n".join(map(line, document["rows"])) + "\n]")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ _ROLE = re.compile(r":(?:func|meth|class|attr):`(?P<name>[\w.]+)`")
 
 
 class Roles(griffe.Extension):
-    """Turns :func:`name` into a link to `name`, which is looked up from where the docstring stands."""
+    """Turns :func:`name` into a link to `name`, which is resolved in the scope of the docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
@@ -25,7 +25,7 @@ def _link(name: str, obj: griffe.Object) -> str:
 
 
 def _full_name(name: str, obj: griffe.Object) -> str:
-    """What `name` means in `obj`'s docstring, under the name of the module that defines it."""
+    """The object that `name` refers to in `obj`'s docstring, under the name of the module that defines it."""
     first, dot, rest = name.partition(".")
     scope: griffe.Object | None = obj
     while scope is not None:

@@ -1,4 +1,4 @@
-"""What the examples beside this file run on when they are given no model: a small pruned Llama, and real text."""
+"""The examples' default model and data: a small pruned Llama, and real text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """LoRS in a training loop of your own: the three lines that change.
 
-`python examples/three_lines.py` needs torch alone. A toy network is pruned to 2:4 and
-taught to answer as it did before.
+`python examples/three_lines.py` needs torch alone. A toy network is pruned to 2:4 and trained to answer as before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRS in several processes, by FSDP2 or DistributedDataParallel; needs torch and safetensors, and no GPU.
 
 `torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --output run` (or with `--strategy ddp`). A toy
-network is pruned to 2:4 and taught to answer as it did before. With FSDP2 each process holds half of everything.
+network is pruned to 2:4 and trained to answer as before. With FSDP2 each process holds half of every tensor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(output: Path, strategy: str) -> None:
     sparse = prune(copy.deepcopy(dense))
     masks = {name: module.weight != 0 for name, module in sparse.named_modules() if isinstance(module, nn.Linear)}
 
-    # Convert first, then wrap. The stored weights are frozen parameters, so both wrappers know what to do with them.
+    # Convert first, then wrap. The stored weights are frozen parameters, which both wrappers support.
     model = lors_cuda.get_lors_model(copy.deepcopy(sparse), lors_cuda.LoRSConfig(r=8, lora_alpha=16))
     total = sum(parameter.nbytes for parameter in model.parameters())
     if strategy == "fsdp":
@@ -53,7 +53,7 @@ def main(output: Path, strategy: str) -> None:
     else:
         model = DistributedDataParallel(model)
         held = total
-    # After wrapping: these are the parameters that are trained.
+    # After wrapping, because fully_shard replaces the parameters.
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     if rank == 0:
         print(f"{processes} processes; each holds {held} of {total} bytes of parameters")
@@ -62,7 +62,7 @@ def main(output: Path, strategy: str) -> None:
     for step in range(STEPS + 1):
         inputs = torch.randn(BATCH // processes, WIDTH, generator=data)
         loss = nn.functional.mse_loss(model(inputs), dense(inputs).detach())
-        loss.backward()  # the adapters' gradients are averaged here, and nothing else is
+        loss.backward()  # averages the adapters' gradients over the processes, and nothing else
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
@@ -71,10 +71,10 @@ def main(output: Path, strategy: str) -> None:
             if rank == 0:
                 print(f"step {step:3d}  loss {mean.item() / processes:.6f}", flush=True)
 
-    # A checkpoint to go on from: each process writes its part, the frozen base is left out.
+    # A checkpoint to resume from: each process writes its part, without the frozen base.
     adapters = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     dcp.save({"adapters": adapters}, checkpoint_id=output / "checkpoint")
-    # The adapter in PEFT's format: under fully_shard all processes call it, and the first one writes.
+    # The adapter in PEFT's format: under fully_shard all processes call it, and process 0 writes.
     if strategy == "fsdp" or rank == 0:
         lors_cuda.save_adapter(model, output / "adapter")
 

@@ -18,7 +18,7 @@ from lors_cuda.hf import save_adapters_only
 
 
 def sequences(count: int = 64, length: int = 32) -> list[torch.Tensor]:
-    """Numbers that count up by one: something that can be learnt."""
+    """Sequences that count up by one, a task that can be learnt."""
     starts = torch.randint(64, (count,), generator=torch.Generator().manual_seed(0))
     return [(start + torch.arange(length)) % 64 for start in starts]
 

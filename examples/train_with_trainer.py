@@ -1,7 +1,7 @@
 """LoRS with transformers.Trainer: bfloat16, gradient checkpointing and accumulation, checkpoints that resume.
 
-`python examples/train_with_trainer.py` makes itself a small pruned model and takes Python's own documentation for text;
-`--model DIR` takes a pruned checkpoint of yours. After a kill, the same command with `--resume` goes on.
+`python examples/train_with_trainer.py` trains a small pruned model on Python's own documentation; `--model DIR` trains
+your own pruned checkpoint. After a kill, repeat the command with `--resume`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""LoRS with TRL's SFTTrainer: the trainer is TRL's own, the model a converted one, the checkpoints adapters.
+"""LoRS with TRL's SFTTrainer: a converted model, and checkpoints of the adapter's size.
 
-`python examples/train_with_trl.py` makes itself a small pruned model and takes Python's own documentation for text.
+`python examples/train_with_trl.py` trains a small pruned model on Python's own documentation.
 It needs trl (`pip install trl`).
 """
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --output")
     args = parser.parse_args(argv)
 
-    model, tokenizer = pruned_llama(), ByT5Tokenizer()  # put from_pretrained of a pruned checkpoint of yours here
+    model, tokenizer = pruned_llama(), ByT5Tokenizer()  # or from_pretrained of your pruned checkpoint
     model = lors_cuda.get_lors_model(model, lors_cuda.LoRSConfig(r=8, lora_alpha=16))
 
     trainer = AdapterSFTTrainer(
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     trainer.train(resume_from_checkpoint=args.resume)
 
-    trainer.save_model(args.output / "adapter")  # load_adapter or `lors-cuda merge` takes it from there
+    trainer.save_model(args.output / "adapter")  # for load_adapter or `lors-cuda merge`
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the adapter is in {args.output / 'adapter'}")
     return losses

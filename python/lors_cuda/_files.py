@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Files and directories that are replaced whole or not at all: written beside their final name, flushed, renamed.
-# Used for checkpoints, logs, plots and model directories. A kill or a full disk leaves what was there before.
-# A sealed directory also lists its files with their checksums, so that a copy that was cut short is recognised.
+# Files and directories are written beside their final name, flushed and renamed, so a kill or a full disk leaves the
+# old content; a sealed directory also lists its files with checksums. Used for checkpoints, logs, plots and models.
 """Atomic output."""
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ SEAL_NAME = "checksums.json"
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader finds the old file or the new one, never a part.
+    """Write ``content`` to ``path`` so that a reader finds the old file or the new one, never a partial one.
 
     Raises:
-        OSError: with the system's reason; the old file is as it was.
+        OSError: with the system's reason; the old file is unchanged.
     """
     replace_files(path.parent, {path.name: content})
 
@@ -31,7 +30,7 @@ def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
     """Write all files beside their final names, flush them, then rename them in order; leave no temporary file.
 
     Raises:
-        OSError: with the system's reason; files not yet renamed are as they were.
+        OSError: with the system's reason; files not yet renamed are unchanged.
     """
     pairs = [(_beside(directory / name), directory / name) for name in contents]
     try:
@@ -58,12 +57,12 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside ``path``; it becomes ``path`` when the block ends without an error.
 
     Args:
-        path: must not exist, or be an empty directory, unless ``replace``: what stands there is then removed, after
-            the new directory is complete. NOTE: that takes two renames; killed between them, the old directory
-            stands beside ``path`` under a hidden name that ends in ``.old``.
+        path: must not exist, or be an empty directory, unless ``replace``: its old content is then removed once the
+            new directory is complete. NOTE: that takes two renames; a kill between them leaves the old directory
+            beside ``path``, under a hidden name that ends in ``.old``.
 
     Raises:
-        OSError: the files could not be written (also where safetensors reports it); ``path`` is as it was.
+        OSError: the files could not be written (also if safetensors reports it); ``path`` is unchanged.
     """
     temporary = _beside(path)
     try:
@@ -137,7 +136,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
-    """The error for a file or directory that could not be written, as a sentence."""
+    """The error for a file or directory that could not be written."""
     why = getattr(reason, "strerror", None) or str(reason)
     return OSError(
         number,
@@ -147,7 +146,7 @@ def not_written(path: Path, reason: Exception, number: int | None = None) -> OSE
 
 
 def flush_directory(path: Path) -> None:
-    """Make renames in ``path`` durable, where the system can flush a directory."""
+    """Make renames in ``path`` durable, if the system can flush a directory."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -166,6 +165,6 @@ def _checksum(file: Path) -> list[int | str]:
 
 
 def _beside(path: Path, ending: str = "tmp") -> Path:
-    # In the same directory, because a rename is atomic within one file system only; unique, because two processes
-    # may be told to write to one place by mistake.
+    # In the same directory, because a rename is atomic only within a file system; unique, because two processes may be
+    # told to write to one place by mistake.
     return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{ending}"

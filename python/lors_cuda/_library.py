@@ -30,7 +30,7 @@ def _load(name: str) -> bool:
 if not _load("_ops"):
     raise ImportError(
         "lors_cuda's compiled operators (_ops.so) were not found beside the package. Install the package with "
-        "`pip install --no-build-isolation .` from its sources, or from a wheel; a source folder alone cannot run."
+        "`pip install .` from its sources, or from a wheel; a source folder alone cannot run."
     )
 
 lors = torch.ops.lors

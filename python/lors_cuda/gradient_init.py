@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# Better adapter initialisation: G = mean over batches of dLoss/dW [N, K]; G = U S V^T; lora_A = V[:, :r]^T / gamma,
-# lora_B = 0. estimate_gradients runs on the sparse model before conversion, init_from_gradients on the converted one.
-# Trains nothing; the mask plays no part here: G is the gradient with respect to the whole weight, as in the paper.
-"""Gradient-based start of the adapters (LoRS, arXiv 2501.08582)."""
+# G = mean over batches of dLoss/dW [N, K]; G = U S V^T; lora_A = V[:, :r]^T / gamma, lora_B = 0.
+# estimate_gradients runs on the sparse model before conversion, init_from_gradients on the converted one.
+# The mask is not used: G is the gradient with respect to the whole weight, as in the paper.
+"""Gradient-based initialisation of the adapters (LoRS, arXiv 2501.08582)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def estimate_gradients(
 ) -> dict[str, Tensor]:
     """Average the gradient of the loss with respect to each target weight over a few calibration batches.
 
-    Call it on the sparse model, before get_lors_model. The model runs in eval mode (no dropout) and is left exactly as
-    it was, also after an error: training flags, requires_grad, existing gradients. Memory: one float32 accumulator per
-    target on the host, and beside them the gradient of one layer at a time on the device (LoRA-GA ran out of memory
-    here, LoRA-GA issue 14). NOTE: where one linear stands in the model several times, autograd itself holds its
-    partial sum until its first use is reached. With torch.distributed initialised, every process calls it on a model
-    of its own (not under DistributedDataParallel or fully_shard), gives its own batches, none in some if need be, and
-    gets the mean over all of them; where it fails in one process, it fails in all.
+    Call it on the sparse model, before get_lors_model. The model runs in eval mode (no dropout); training flags,
+    requires_grad and existing gradients are restored afterwards, also after an error. Memory: one float32 accumulator
+    per target on the host, and the gradient of one layer at a time on the device (LoRA-GA ran out of memory here,
+    LoRA-GA issue 14). NOTE: if the model uses one linear several times, autograd holds its partial gradient until
+    backward reaches the first use. With torch.distributed initialised, every process must call this on its own model
+    (not under DistributedDataParallel or fully_shard) with its own batches, possibly none, and gets the mean over all
+    processes; an error in one process raises in all.
 
     Args:
         model: the sparse model; its target weights are floating-point [N, K].
-        batches: what `loss_fn` takes; at most `steps` are drawn from it, fewer if it has fewer.
+        batches: arguments for `loss_fn`; at most `steps` of them are used.
         steps: number of batches, at least 1 (per process).
         loss_fn: `loss_fn(model, batch)` returns the scalar loss; None: `model(**batch).loss`, the batch moved to the
             model's device.
@@ -57,7 +57,7 @@ def estimate_gradients(
         config: selects the targets; None: LoRSConfig(), which is "all-linear".
 
     Returns:
-        {module name: mean gradient}, float32 [N, K] on the CPU; zeros for a weight that no batch reached.
+        {module name: mean gradient}, float32 [N, K] on the CPU; zeros for a weight that took part in no batch.
 
     Raises:
         ValueError: no batches; a gradient or loss is not finite (the module and batch are named); no target matches;
@@ -77,7 +77,7 @@ def estimate_gradients(
     targets = find_targets(model, LoRSConfig() if config is None else config)
     sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
     count = 0
-    # Other processes would wait in a collective for one that gave up alone.
+    # An error in one process must raise in all: the others would wait for it in the next collective.
     with (
         together(),
         _only_weights_require_grad(model, targets),
@@ -110,9 +110,9 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
     """Set lora_A to the leading right singular vectors of each layer's gradient, lora_B to zero.
 
     With G = U S V^T: lora_A = V[:, :r]^T / stable_gamma (arXiv 2501.08582). The model's output is unchanged, because
-    lora_B is zero. The decomposition is torch.svd_lowrank with q = min(4 r, N, K), exact where q is min(N, K); it is
-    seeded, so that equal gradients give equal adapters, and leaves the global random state alone. A layer whose
-    gradient is all zero (never reached) has no leading direction: it keeps its lora_A.
+    lora_B is zero. The decomposition is torch.svd_lowrank with q = min(4 r, N, K), or an exact SVD if q is min(N, K);
+    seeded, so that equal gradients give equal adapters, without changing the global random state. A layer whose
+    gradient is all zero has no leading direction and keeps its lora_A.
 
     Args:
         model: a converted model.
@@ -120,9 +120,9 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
         stable_gamma: finite, greater than 0.
 
     Raises:
-        ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity; every
-            problem is named and nothing is changed. The model is sharded already.
-        TypeError: `gradients` is no mapping of tensors.
+        ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity (all
+            problems are listed and nothing is changed); the model is already sharded.
+        TypeError: `gradients` is not a mapping of tensors.
     """
     check_start(gradients, stable_gamma)
     if not isinstance(model, nn.Module):
@@ -137,10 +137,10 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 def set_from_gradients(
     adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor], stable_gamma: float
 ) -> None:
-    """Set the pairs lora_A [r, K], lora_B [N, r] as `init_from_gradients` does, which has called `check_start`.
+    """Set pairs lora_A [r, K], lora_B [N, r] for `init_from_gradients`; the caller has called `check_start`.
 
     Raises:
-        ValueError: as there; nothing is changed.
+        ValueError: as `init_from_gradients`; nothing is changed.
     """
     check_whole("lora_A", next(iter(adapters.values()))[0])
     problems = _problems(adapters, gradients)
@@ -160,7 +160,7 @@ def set_from_gradients(
 
 
 def check_start(gradients: Mapping[str, Tensor], stable_gamma: float) -> None:
-    """Refuse arguments of `init_from_gradients` that are wrong by themselves."""
+    """Refuse arguments of `init_from_gradients` that are wrong for any model."""
     if isinstance(stable_gamma, bool) or not isinstance(stable_gamma, (int, float)):
         raise TypeError(f"stable_gamma must be a number, but is {stable_gamma!r}.")
     if not (math.isfinite(stable_gamma) and stable_gamma > 0):
@@ -201,7 +201,7 @@ def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
         return exact[:r]
     on_cuda = matrix.device.type == "cuda"
     with torch.random.fork_rng(devices=[matrix.device] if on_cuda else []):
-        # Not torch.manual_seed: it would also seed devices whose state is not kept here.
+        # torch.manual_seed would also seed devices whose state is not restored here.
         if on_cuda:
             with torch.cuda.device(matrix.device):
                 torch.cuda.manual_seed(_SEED)
@@ -213,7 +213,7 @@ def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
 
 @contextlib.contextmanager
 def _only_weights_require_grad(model: nn.Module, targets: list[Target]) -> Iterator[None]:
-    """Eval mode, gradients for the target weights only; everything as before afterwards."""
+    """Eval mode, gradients for the target weights only; restores everything afterwards."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     existing = [(target.module.weight, target.module.weight.grad) for target in targets]
     try:
@@ -233,9 +233,9 @@ def _only_weights_require_grad(model: nn.Module, targets: list[Target]) -> Itera
 
 @contextlib.contextmanager
 def _collected(targets: list[Target], sums: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Add each weight's gradient to its sum on the host the moment it is complete, and free it.
+    """Add each weight's gradient to its sum on the host as soon as it is complete, and free it.
 
-    Yields a list that stays empty as long as every gradient is finite, and then holds the name of the first bad one.
+    Yields a list that stays empty while every gradient is finite, and else holds the name of the first one that is not.
     """
     first_bad: list[str] = []
 
@@ -262,7 +262,7 @@ def _collected(targets: list[Target], sums: dict[str, Tensor]) -> Iterator[list[
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None, index: int) -> Tensor:
-    """Return the scalar loss of one batch, or say what is wrong with it."""
+    """Return the scalar loss of one batch, checked."""
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A 2:4 SparseWeight <-> torch.sparse.SparseSemiStructuredTensor (which torch calls a prototype; tested with 2.13).
-# CUTLASS form: our values as they are, our metadata translated and reordered, on any device. cuSPARSELt form: opaque,
-# so through a dense copy and torch's own functions on CUDA. NOTE: that half has not yet run on hardware.
+# CUTLASS form: our values, our metadata translated and reordered, on any device. cuSPARSELt form: opaque, so converted
+# by torch's own functions on CUDA, through a dense copy. NOTE: the cuSPARSELt path has not yet run on hardware.
 """To and from torch's semi-structured sparse tensors."""
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def to_torch_semi_structured(weight: SparseWeight, backend: str = "cutlass") -> Tensor:
-    """A 2:4 weight as torch's semi-structured tensor, for torch's own sparse products on CUDA.
+    """A 2:4 weight as torch's semi-structured tensor, for torch's own sparse matmuls on CUDA.
 
-    torch's form has two kept positions in every group of four: where fewer are kept, a zero is kept too, so the mask is
-    not in it. Keep ``weight.mask()`` beside it where that matters, and give it to :func:`from_torch_semi_structured`.
+    torch's form keeps exactly two positions of every group of four, zeros included, so it does not hold the exact mask.
+    If that matters, keep ``weight.mask()`` and give it to :func:`from_torch_semi_structured`.
 
     Args:
         weight: [N, K] of layout ``"2:4"``, float16 or bfloat16.
@@ -45,8 +45,8 @@ def to_torch_semi_structured(weight: SparseWeight, backend: str = "cutlass") -> 
         torch.sparse.SparseSemiStructuredTensorCUTLASS or ...CUSPARSELT, [N, K].
 
     Raises:
-        TypeError: no SparseWeight. ValueError: another layout, dtype, size or backend. RuntimeError: no CUDA, or no
-            cuSPARSELt, where it is needed.
+        TypeError: not a SparseWeight. ValueError: another layout, dtype, size or backend. RuntimeError: CUDA or
+            cuSPARSELt is needed and missing.
     """
     _check_backend(backend)
     if not isinstance(weight, SparseWeight):
@@ -77,13 +77,13 @@ def from_torch_semi_structured(tensor: Tensor, mask: Tensor | None = None) -> Sp
     Args:
         tensor: [N, K] of torch.sparse.SparseSemiStructuredTensorCUTLASS (any device) or ...CUSPARSELT (CUDA; read
             through its ``to_dense()``), float16 or bfloat16, as ``to_sparse_semi_structured`` makes it.
-        mask: bool [N, K], True where kept. None: kept where the value is not 0. torch's form does not tell a kept zero
-            from a zero that fills a group, so a weight that kept one needs its mask here.
+        mask: bool [N, K], True where kept. None: kept where the value is not 0. torch's form does not distinguish a
+            kept zero from a filler, so a weight with kept zeros needs its mask here.
 
     Raises:
-        TypeError: another class. ValueError: metadata with a code that does not occur (the first place is named), a
-            shape or dtype that does not fit, a transposed tensor, or a mask that disagrees: a value that is not 0
-            outside it, or more than two kept in a group. RuntimeError: a cuSPARSELt tensor off CUDA.
+        TypeError: another class. ValueError: metadata with an invalid code (the first place is named), a wrong shape or
+            dtype, a transposed tensor, or a mask that disagrees: a nonzero value outside it, or more than two kept in
+            a group. RuntimeError: a cuSPARSELt tensor that is not on CUDA.
     """
     backend = next((name for name in _MULTIPLES if isinstance(tensor, _tensor_class(name))), None)
     if backend is None:
@@ -115,7 +115,7 @@ def from_torch_semi_structured(tensor: Tensor, mask: Tensor | None = None) -> Sp
 
 
 def _from_cutlass(packed: Tensor, meta: Tensor | None, shape: torch.Size) -> Tensor:
-    """The dense tensor of the CUTLASS form; every code is checked before any value is placed."""
+    """The dense tensor of the CUTLASS form; all codes are checked first."""
     N, K = shape
     if packed.shape != (N, K // 2):
         raise ValueError(f"packed has shape {tuple(packed.shape)}; a tensor of shape {(N, K)} needs {(N, K // 2)}.")
@@ -129,7 +129,7 @@ def _from_cutlass(packed: Tensor, meta: Tensor | None, shape: torch.Size) -> Ten
     if meta.device != packed.device:
         raise ValueError(f"meta is on {meta.device} and packed on {packed.device}; move them to the same device.")
     codes = _restore(meta).view(torch.uint8)
-    # Both positions of a code are kept here, fillers too: a valid code with two positions is one of ours as it is.
+    # Fillers count as kept here, so every valid code has two positions and equals ours.
     wrong = translate(codes, byte_table({code: code for code in FULL.values()}), K) < 0
     if bool(wrong.any()):
         row, byte = wrong.nonzero()[0].tolist()
@@ -151,7 +151,7 @@ def _to_cusparselt(weight: SparseWeight) -> Tensor:
 
 def _from_cusparselt(tensor: Tensor) -> Tensor:
     _require_cuda("tensor", tensor.device, "the cuSPARSELt form is opaque, and only cuSPARSELt on CUDA reads it")
-    # A product with the identity, and so exact: each output is one value times 1.
+    # torch multiplies by the identity, which is exact: each output is one value times 1.
     return tensor.to_dense()
 
 
@@ -166,9 +166,8 @@ def _reorder(meta: Tensor) -> Tensor:
     """Logical int16 metadata [N, K/16] in the order that CUTLASS reads it (its reorder_meta with
     ColumnMajorInterleaved<2>; torch/sparse/_semi_structured_conversions.py).
 
-    Row 32a + 16b + 8c + d goes to row 32a + 4d + 2b + c; in each 2 x 2 block there, the two off the diagonal change
-    places; then pairs of columns are stored one after the other. As a permutation of axes the exchange is of c with the
-    column's lowest bit.
+    Row 32a + 16b + 8c + d goes to row 32a + 4d + 2b + c; each 2 x 2 block there is transposed; then pairs of columns
+    are stored one after the other. As a permutation of axes, the transposition swaps c with the column's lowest bit.
     """
     N, columns = meta.shape
     split = meta.view(N // 32, 2, 2, 8, columns // 2, 2)  # a, b, c, d, column / 2, column % 2

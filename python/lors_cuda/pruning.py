@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# Magnitude and Wanda pruning: a score per weight, and of each group or row the highest scores are kept.
+# Magnitude and Wanda pruning: score every weight, keep the highest scores of each group or row.
 # Wanda: score[n, k] = |weight[n, k]| * ||X[:, k]||_2 (arXiv 2306.11695), calibrated block by block.
-# Called by `lors-cuda prune` and the demo; writes exact zeros into the dense weights, stores nothing else.
+# Called by `lors-cuda prune` and the demo; writes exact zeros into the dense weights and changes nothing else.
 """Make a dense model sparse: magnitude and Wanda pruning, N:M or unstructured.
 
-Why own code: torchao removed its sparsity package, WandaSparsifier included, in 2026 (pytorch/ao pull request 4728),
+Why no library: torchao removed its sparsity package, WandaSparsifier included, in 2026 (pytorch/ao pull request 4728),
 and torch 2.13's own pruners do not look at activations: ``torch.ao.pruning.WeightNormSparsifier`` and
 ``torch.nn.utils.prune`` score the weight alone, and the latter selects per tensor where Wanda selects per row.
 Magnitude is the same selection with a simpler score; the tests compare it with both of torch's pruners.
@@ -26,7 +26,7 @@ from ._batches import device_of, progress_bar, running, to_device
 from .config import LoRSConfig, Target, find_targets
 
 METHODS = ("magnitude", "wanda")
-# Selection sorts this many scores at a time: a 4096 x 11008 layer would otherwise need 0.7 GB of indices and scores.
+# Scores sorted at a time: a 4096 x 11008 layer at once would need 0.7 GB of indices and scores.
 _SCORES_AT_ONCE = 1 << 22
 
 
@@ -71,7 +71,7 @@ class SparsityPattern:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """How many of a layer's weights are zero.
+    """The number of zeros in a layer's weight.
 
     Attributes:
         name: the module's name in the model.
@@ -100,19 +100,19 @@ def prune(
 ) -> list[LayerSparsity]:
     """Set the least important weights of every target linear to exactly +0, in place.
 
-    ``"magnitude"`` scores |W|; ``"wanda"`` scores |W[n, k]| * ||X[:, k]||_2 over the calibration tokens, padding left
-    out (arXiv 2306.11695). N:M patterns keep the best N of each aligned group of M along a row. Unstructured: Wanda
-    compares within each output row, magnitude within each layer (as the Wanda paper's baseline). Equal scores: the
-    lower column is kept. Wanda goes through the model's blocks in order, so that each block is calibrated on the
-    outputs of the already pruned ones; it stores one hidden state per calibration token, and one [K] sum per layer.
+    ``"magnitude"`` scores |W|; ``"wanda"`` scores |W[n, k]| * ||X[:, k]||_2 over the calibration tokens without padding
+    (arXiv 2306.11695). N:M patterns keep the best N of each aligned group of M along a row. Unstructured: Wanda
+    compares within each output row, magnitude within each layer (as the Wanda paper's baseline). Of equal scores the
+    lower column is kept. Wanda prunes the model's blocks in order, so that each block is calibrated on the outputs of
+    the pruned blocks before it; it stores one hidden state per calibration token and one [K] sum per layer.
 
     Args:
         model: a model with nn.Linear layers, floating-point weights [N, K].
         pattern: see :meth:`SparsityPattern.parse`.
         method: "magnitude" or "wanda".
-        batches: for Wanda: keyword arguments of the model (labels are left out); used several times.
+        batches: for Wanda: keyword arguments of the model (labels are dropped); iterated several times.
         config: selects the targets; None: every nn.Linear except the output head ("all-linear").
-        progress: show a bar on a terminal.
+        progress: show a progress bar on a terminal.
 
     Returns:
         The sparsity of each pruned layer, in the model's order.
@@ -151,7 +151,7 @@ def total_sparsity(layers: Iterable[LayerSparsity]) -> float:
 
 
 def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Choose what is kept, row by row.
+    """Choose the kept weights, row by row.
 
     Args:
         scores: [N, K] finite floats, larger = more important.
@@ -165,7 +165,7 @@ def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
         kept, group = K - round(pattern.sparsity * K), K
     else:
         kept, group = pattern.kept, pattern.group
-    # -inf fills the last group up: the filler is chosen last, and cut off again.
+    # -inf pads the last group: padding is chosen last, and removed again.
     padded = nn.functional.pad(scores, (0, -K % group), value=-math.inf).view(N, -1, group)
     best = padded.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     mask = torch.zeros(padded.shape, dtype=torch.bool, device=scores.device).scatter_(-1, best, True)
@@ -176,7 +176,7 @@ def _prune_layer(target: Target, pattern: SparsityPattern, input_norms: Tensor |
     """Zero a layer's lowest scores; ``input_norms`` [K] float32 for Wanda, None for magnitude."""
     weight = target.module.weight
     if input_norms is None and pattern.group is None:
-        # Over the whole layer: a flat order gives the exact count also where magnitudes are equal.
+        # Over the whole layer: sorting gives the exact count even if magnitudes are equal.
         order = weight.detach().abs().flatten().sort(stable=True, descending=True).indices
         weight.view(-1)[order[order.numel() - round(pattern.sparsity * order.numel()) :]] = 0.0
         return
@@ -200,7 +200,7 @@ class _StopForward(Exception):
 
 @dataclass
 class _BlockCall:
-    """What one batch gave to one block: everything but the hidden state, which is stored for the current block only."""
+    """One block's arguments for one batch, without the hidden state, which is stored for the current block only."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -208,7 +208,7 @@ class _BlockCall:
 
 
 class _InputNorms:
-    """Sums of squares of each target's input columns, collected by hooks; padded tokens are left out."""
+    """Sums of squares of each target's input columns, collected by hooks; padding tokens are not counted."""
 
     def __init__(self, targets: list[Target]) -> None:
         self.sums = {t.name: torch.zeros(t.module.in_features, dtype=torch.float64) for t in targets}
@@ -240,7 +240,7 @@ class _InputNorms:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             input = args[0]
             mask = self.attention_mask
-            # A layer that regroups tokens (an expert) has no [batch, sequence] dims, and gets no padding either.
+            # A layer that regroups tokens (an expert) has no [batch, sequence] dims and gets no padding.
             if mask is not None and input.shape[:-1] == mask.shape and not bool(mask.all()):
                 input = input[mask]
             tokens = input.reshape(-1, input.shape[-1])
@@ -266,8 +266,8 @@ def _prune_blocks(
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in inputs]
     modules = [block for block, _ in blocks]
     recorded = [_record(model, modules, batch) for batch in inputs] if blocks else []
-    # Where some block takes more than its predecessor's output (an encoder's, say), the whole model is run for each
-    # block: the same result for more time.
+    # If a block takes more than its predecessor's output (an encoder's output, say), the whole model is run for every
+    # block: the same result, but slower.
     hidden = [entry[0] for entry in recorded if entry is not None]
     calls = [entry[1] for entry in recorded if entry is not None]
     is_chain = len(calls) == len(inputs)
@@ -298,7 +298,7 @@ def _prune_blocks(
 def _group_by_block(
     model: nn.Module, targets: list[Target]
 ) -> tuple[list[tuple[nn.Module, list[Target]]], list[Target]]:
-    """Group targets by the outermost ModuleList entry they are in; those in none, or in several, come apart."""
+    """Group targets by their outermost ModuleList entry; those in none, or in several, are returned separately."""
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     members: dict[str, list[Target]] = {}
     outside = []
@@ -323,16 +323,16 @@ def _block_name(name: str, lists: set[str]) -> str | None:
 def _record(
     model: nn.Module, blocks: list[nn.Module], batch: Mapping[str, Any]
 ) -> tuple[Tensor, list[_BlockCall]] | None:
-    """Run one batch and note what each block is called with.
+    """Run one batch and record each block's arguments.
 
     Returns:
-        The first block's hidden state and every block's other arguments; None if the blocks are no chain, each
-        called once with the very tensor that its predecessor returned.
+        The first block's hidden state and every block's other arguments; None if the blocks are not a chain, in which
+        each is called once, with the same tensor object that its predecessor returned.
     """
     order: list[nn.Module] = []
     calls: list[_BlockCall] = []
     first: list[Any] = []
-    previous: list[Any] = []  # the last block's output, and no older one: together they would be all activations
+    previous: list[Any] = []  # the last block's output only: all of them would be all activations
     linked = True
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of LoRS on one screen, in plain torch: the truth that every backend is tested against.
+"""The mathematics of LoRS on one screen, in plain torch: every backend is tested against it.
 
-Everything is evaluated in float64 whatever the inputs' dtypes. Shapes: ``input`` [..., K], ``weight`` [N, K],
+Everything is evaluated in float64, whatever the dtypes of the inputs. Shapes: ``input`` [..., K], ``weight`` [N, K],
 ``mask`` bool [N, K] or None (kept where the weight is not zero), ``lora_A`` [r, K], ``lora_B`` [N, r], ``bias`` [N].
 Source: Hu et al., "LoRS", arXiv 2501.08582.
 """
@@ -50,7 +50,7 @@ def linear_backward(
     """(dX [..., K], dA [r, K], dB [N, r], dbias [N]) in float64.
 
     ``gradient="exact"`` is the derivative of :func:`linear`; ``"lors"`` drops the mask from dA and dB and reorders the
-    products, so that nothing N x K is formed (section 3.2 of the paper, with s included).
+    matmuls, so that no [N, K] result is formed (section 3.2 of the paper, with s included).
     """
     dY, X = grad_output.double().flatten(0, -2), input.double().flatten(0, -2)
     A, B = lora_A.double(), lora_B.double()

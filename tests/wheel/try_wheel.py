@@ -28,10 +28,12 @@ FILES += [*(f"ops/test_{name}" for name in OPS), *(f"model/test_{name}" for name
 TESTS = ["tests/wheel/test_installed.py", *(f"tests/python/{name}.py" for name in FILES)]
 NEEDED = ["pytest", "pytest-timeout", "hypothesis", "numpy", "packaging", "psutil", "safetensors"]
 
+PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
 
 def run(command: Sequence[str | Path], **options: object) -> int:
     print("+", *command, flush=True)
-    return subprocess.run([str(c) for c in command], cwd=ROOT, check=False, **options).returncode
+    return subprocess.run([str(c) for c in command], **{"cwd": ROOT, "check": False, **options}).returncode
 
 
 def find_python(version: str) -> str | None:
@@ -45,24 +47,20 @@ def find_python(version: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment(folder: Path, python: str, torch: str | None, index: str | None) -> Path | None:
-    """A fresh environment with a torch, and its interpreter; None if it could not be made."""
+def fresh_environment(folder: Path, python: str, torch: str | None, index: str | None) -> Path | None:
+    """An environment with a torch alone, or this one's packages; its interpreter, or None if it could not be made."""
     shutil.rmtree(folder, ignore_errors=True)
     if run([python, "-m", "venv", folder]):
         return None
     interpreter = folder / "bin" / "python"
-    if torch is None:  # borrow this one's packages, which does not bring in an editable install beside them
+    if torch is None:  # a .pth file does not bring in an editable install beside the packages
         place = subprocess.run(
             [interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
             check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
         Path(place, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
         return interpreter
-    pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    spec = "torch" if torch == "newest" else f"torch=={torch}"
-    if run([*pip, *(["--index-url", index] if index else []), spec]) or run([*pip, *NEEDED]):
-        return None
-    return interpreter
+    return None if run([interpreter, *PIP, *(["--index-url", index] if index else []), torch]) else interpreter
 
 
 def described(interpreter: Path) -> str:
@@ -70,11 +68,9 @@ def described(interpreter: Path) -> str:
     return subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def try_in(interpreter: Path, wheel: Path, tests: Sequence[str]) -> bool:
-    """Install the wheel, ask it what it is, run the tests."""
-    if run([interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", wheel]):
-        return False
-    options = {"env": {**os.environ, "LORS_WHEEL": str(wheel), "OMP_WAIT_POLICY": "passive"}}
+def try_in(interpreter: Path, tests: Sequence[str], **variables: str) -> bool:
+    """Ask what is installed there what it is, run the tests."""
+    options = {"env": {**os.environ, **variables, "OMP_WAIT_POLICY": "passive"}}
     if run([interpreter, "-m", "lors_cuda", "info"], **options):
         return False
     return run([interpreter, "-m", "pytest", "-q", "-r", "fE", *tests], **options) == 0
@@ -88,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--torch", nargs="+", metavar="VERSION", help="torches to install, or `newest` (default: borrow)"
     )
     parser.add_argument("--index", help="the package index to take torch from")
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="test files (default: about a minute of them)")
     given = parser.parse_args(arguments)
     wheel = given.wheel.resolve()
     if given.python and not given.torch:
@@ -101,8 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         for torch in given.torch or [None]:
             folder = ROOT / "build" / "wheel-venv" / (f"{version or 'this'}-{torch or 'borrowed'}")
-            interpreter = environment(folder, python, torch, given.index)
-            passed = interpreter is not None and try_in(interpreter, wheel, given.tests)
+            spec = "torch" if torch == "newest" else torch and f"torch=={torch}"
+            interpreter = fresh_environment(folder, python, spec, given.index)
+            passed = (
+                interpreter is not None
+                and not run([interpreter, *PIP, "--no-deps", wheel])
+                and (torch is None or not run([interpreter, *PIP, *NEEDED]))
+                and try_in(interpreter, TESTS, LORS_WHEEL=str(wheel))
+            )
             what = described(interpreter) if interpreter else f"Python {version}, torch {torch}: could not be installed"
             tried, failed = tried + 1, failed + (not passed)
             rows.append(f"{'passed' if passed else 'FAILED':<9}  {what}")

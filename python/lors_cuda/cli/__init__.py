@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from .._distributed import OtherProcessFailed, is_first, launched
 
 COMMANDS = {
-    "info": "show versions, devices and which kernels serve this machine",
+    "info": "show versions, devices and which kernels run on this machine",
     "prune": "make a model sparse (magnitude or Wanda; 2:4 or unstructured)",
     "finetune": "train a LoRS adapter on a sparse model",
     "merge": "merge an adapter into its model, every zero kept",

@@ -74,7 +74,7 @@ def positive_float(text: str) -> float:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model and --device."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="directory of the model")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA where its kernels serve")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA if its kernels support this GPU")
 
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_size: int = 8) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model directories in the sparse formats of compressed-tensors; docs/interchange.md describes them bit by bit."""
+"""Model directories in the sparse formats of compressed-tensors; docs/interchange.md specifies them bit by bit."""
 
 from .checkpoint import load_sparse_checkpoint, save_sparse_checkpoint
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # One weight in compressed-tensors' formats `sparse-24-bitmask` (its releases 0.9 to 0.14) and `sparse-bitmask` (0.3 to
-# 0.14), to and from a dense tensor, by the operators of our own layouts. Used by checkpoint.py; knows no file.
+# 0.14), to and from a dense tensor, through SparseWeight. Used by checkpoint.py; reads and writes no files.
 """The tensors that compressed-tensors stored for a sparse weight."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def encode_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
     ==============  =============================================  ==========================================
 
     Raises:
-        ValueError: an unknown format, no floating weight [N, K], or, for ``"sparse-24-bitmask"``, not 2:4.
+        ValueError: an unknown format, not a floating-point weight [N, K], or, for ``"sparse-24-bitmask"``, not 2:4.
     """
     check_format(format)
     if not isinstance(weight, Tensor):
@@ -67,20 +67,20 @@ def encode_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
 
 
 def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight") -> Tensor:
-    """The dense tensor of what :func:`encode_weight` or compressed-tensors made, its zeros +0.
+    """The dense tensor of the parts that :func:`encode_weight` or compressed-tensors made; its zeros are +0.
 
-    Everything is checked before the dense tensor is made: dtypes, shapes, the number of bits in every row against its
+    Before the dense tensor is made, everything is checked: dtypes, shapes, the number of bits in every row against its
     values and offsets, bits beyond the last column, and two of every four for ``"sparse-24-bitmask"``.
 
     Args:
         parts: the tensors by the last part of their names, as in :func:`encode_weight`. ``"sparse-bitmask"`` may have a
             one-dimensional shape: compressed-tensors before 0.9 compressed every parameter.
         format: one of FORMATS.
-        name: what error messages call the weight.
+        name: the weight's name in error messages.
 
     Raises:
-        ValueError: an unknown format, a part that is missing or too much, or parts that do not go together; the message
-            names the weight and the first place.
+        ValueError: an unknown format, a missing or surplus part, or parts that contradict each other; the message names
+            the weight and the first wrong place.
     """
     check_format(format)
     if set(parts) != set(PARTS[format]):
@@ -99,7 +99,7 @@ def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight"
         sparse = _sparse24(values, bitmask, K, name)
     else:
         sparse = _bitmap(values, bitmask, parts["row_offsets"], K, name)
-    # The formats may hold a -0.0 among the values.
+    # The stored values may include -0.0.
     return sparse.to_dense().add_(0.0).reshape(shape)
 
 
@@ -122,7 +122,7 @@ def _sparse24(values: Tensor, bitmask: Tensor, K: int, name: str) -> SparseWeigh
 
 def _bitmap(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int, name: str) -> SparseWeight:
     N, held = bitmask.shape
-    # One offset for a one-dimensional weight, in any shape: it has been stored as a scalar.
+    # A one-dimensional weight has one offset, which old versions stored as a scalar.
     _check(row_offsets.reshape(-1), "row_offsets", torch.int64, (N,), name)
     if values.dim() != 1:
         _refuse(name, f"'compressed' has shape {tuple(values.shape)} and must be one-dimensional")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Model directories to transformers models and back. Compressed formats are decoded here, because transformers hands
-# them to compressed-tensors, whose releases since 0.15 do not know them: the model is left with random weights.
+# Model directories to transformers models and back. Compressed formats are decoded here because transformers passes
+# them to compressed-tensors, which since 0.15 does not support them: the model would have random weights.
 """Loading and saving sparse models."""
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ SAVE_FORMATS = (DENSE, *FORMATS)
 def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
 
-    Compressed weights are decoded to dense ones with exact zeros, one at a time: beyond the model, memory is needed
-    for one weight. Every byte of them is checked before the model is made. A directory that names no compressed format
-    is left to transformers. Nothing is taken from the network, and no code from the directory is run.
+    Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
+    one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
+    loaded by transformers. Nothing is fetched from the network, and no code from the directory is run.
 
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
 
     Raises:
         FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantized checkpoint or another
-            compressed format, by its name; files that are missing, truncated, corrupted or do not go together, the
-            first place named; a tensor of the model that is in none of them. ModuleNotFoundError: no transformers.
+            compressed format, named in the message; files that are missing, truncated, corrupted or inconsistent, with
+            the first place; a tensor of the model that no file holds. ModuleNotFoundError: no transformers.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -54,7 +54,7 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
         raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would go on with random values in their place.
+        # transformers would use random values in their place.
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
@@ -70,16 +70,16 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
 
 
 def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str = DENSE) -> None:
-    """Save a transformers model to a new directory, which appears whole or not at all.
+    """Save a transformers model to a new directory, which appears complete or not at all.
 
     Args:
-        format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which everything loads.
-            ``"sparse-24-bitmask"``: linears that are 2:4 are compressed. ``"sparse-bitmask"``: linears that take fewer
-            bytes so. The others, and all other parameters, stay dense. Both are for tools that still read them
-            (compressed-tensors 0.9 to 0.14) and for :func:`load_sparse_checkpoint`.
+        format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which every tool loads.
+            ``"sparse-24-bitmask"`` compresses the linears that are 2:4, ``"sparse-bitmask"`` those that become smaller.
+            All other parameters stay dense. Both are for tools that still read them (compressed-tensors 0.9 to 0.14)
+            and for :func:`load_sparse_checkpoint`.
 
     Raises:
-        TypeError: no transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
+        TypeError: not a transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
             linear that the format compresses.
         FileExistsError: the directory is not empty. OSError: the files could not be written.
     """
@@ -91,7 +91,7 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
 
 
 def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
-    """What :func:`save_sparse_checkpoint` does, into a directory that exists and is empty."""
+    """:func:`save_sparse_checkpoint` into a directory that exists and is empty."""
     if format not in SAVE_FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, SAVE_FORMATS))}.")
     if not hasattr(model, "save_pretrained"):
@@ -123,13 +123,13 @@ def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
         "ignore": [name for name in linears if name not in chosen],
         "registry_requires_subclass": False,
     }
-    # Shards are rewritten one by one in memory.
+    # Small shards, because compress_files holds one in memory.
     save(str(directory), max_shard_size="2GB")
     compress_files(directory, {f"{name}.weight" for name in chosen}, format, sparsity)
 
 
 def _worthwhile(weight: Tensor, format: str) -> bool:
-    """Whether a linear's weight is one that the format stores."""
+    """Whether the format compresses this weight."""
     N, K = weight.shape
     if format == BITMASK:
         kept = int(lors.bitmap_offsets(lors.mask_nonzero(weight), K)[-1])
@@ -145,12 +145,12 @@ def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str
 
 
 def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """The same from tensors in memory, which become the model's parameters, and a config without the compression's."""
+    """The same from tensors in memory, which become the model's parameters; the config loses its compression keys."""
     config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
             delattr(config, key)
-    # The automatic class takes no state_dict without a directory; the model's own does.
+    # AutoModel takes a state_dict only with a directory; the model's own class takes it alone.
     with torch.device("meta"):
         model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model, info = model_class.from_pretrained(
@@ -163,5 +163,5 @@ def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]
 
 
 def first_line(error: Exception) -> str:
-    """The type of another package's error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# What a model directory says about itself (config.json), and its safetensors files: names checked against the index
-# before a tensor is read, then read one weight at a time. Used by checkpoint.py; knows no model.
+# A model directory's config.json and safetensors files: names are checked against the index before a tensor is read,
+# then weights are read one at a time. Used by checkpoint.py; builds no model.
 """Reading and writing the files of a compressed checkpoint."""
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .bitmask import FORMATS, PARTS, decode_weight, encode_weight
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 DENSE = "dense"
-# Where compressed-tensors has kept its configuration: since 0.7, in 0.4 to 0.6, and, each by itself, in 0.3.
+# The keys of compressed-tensors' configuration: since 0.7; in 0.4 to 0.6; the last two in 0.3.
 COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config", "sparseml_quantization_config")
 _PART_NAMES = frozenset(part for parts in PARTS.values() for part in parts)
 
 
 def require(package: str) -> Any:
-    """Import what torch alone does not bring, or say how to install it."""
+    """Import an optional package, or say how to install it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -56,11 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stored_format(directory: Path) -> str | None:
-    """The format that a model directory's config.json names: one of FORMATS, ``"dense"`` (named, yet stored as it is),
-    or None where it names none.
+    """The format that a model directory's config.json names: one of FORMATS, ``"dense"`` (a sparsity config without
+    compression), or None if it names none.
 
     Raises:
-        ValueError: a quantized checkpoint or another compressed format, by its name; or a damaged config.json.
+        ValueError: a quantized checkpoint or another compressed format, named in the message; a damaged config.json.
     """
     config = read_json(directory / CONFIG_NAME)
     found = None
@@ -113,7 +113,7 @@ def read_tensors(directory: Path, format: str) -> dict[str, Tensor]:
         format: one of FORMATS, or ``"dense"``.
 
     Raises:
-        ValueError: anything that is missing, damaged or does not go together, by its name.
+        ValueError: anything missing, damaged or inconsistent, named in the message.
     """
     with contextlib.ExitStack() as stack:
         shards = {path: stack.enter_context(_open(path)) for path in _shard_paths(directory)}
@@ -133,7 +133,7 @@ def read_tensors(directory: Path, format: str) -> dict[str, Tensor]:
 
 
 def _group(directory: Path, names: Collection[str], format: str) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The tensors that are stored as they are, and {weight: {part: tensor}} of the compressed ones."""
+    """The names of uncompressed tensors, and {weight: {part: tensor name}} of the compressed ones."""
     stems: dict[str, dict[str, str]] = {}
     plain = []
     for name in names:
@@ -183,7 +183,7 @@ def _shard_paths(directory: Path) -> list[Path]:
 def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / INDEX_NAME
     weight_map = read_json(index).get("weight_map")
-    # A name, not a path: an index may not lead out of its directory.
+    # File names only: an index must not point outside its directory.
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
         raise ValueError(f"'{index}' is corrupted: its weight_map must give each tensor the name of a file beside it.")
     return weight_map
@@ -197,7 +197,7 @@ def _is_file_name(value: object) -> bool:
 
 def _check_index(directory: Path, shards: Mapping[Path, Any]) -> None:
     if [path.name for path in shards] == [WEIGHTS_NAME]:
-        return  # transformers does not look at an index then
+        return  # transformers ignores an index then
     held = {path.name: set(shard.keys()) for path, shard in shards.items()}
     for name, file in _weight_map(directory).items():
         if name not in held[file]:
@@ -213,7 +213,7 @@ def _open(path: Path) -> Iterator[Any]:
     safetensors = require("safetensors")
     try:
         opened = safetensors.safe_open(str(path), framework="pt")
-    except Exception as error:  # a type of its own, and others for a damaged header
+    except Exception as error:  # safetensors' own type, and others for a damaged header
         raise ValueError(
             f"'{path}' is not a readable safetensors file: it is truncated or corrupted ({error}). Copy it again."
         ) from None
@@ -224,7 +224,7 @@ def _open(path: Path) -> Iterator[Any]:
 def _tensor(directory: Path, shard: Any, name: str) -> Tensor:
     try:
         tensor: Tensor = shard.get_tensor(name)
-    except Exception as error:  # a dtype that this torch or safetensors does not have
+    except Exception as error:  # a dtype that this torch or safetensors does not support
         raise ValueError(f"The tensor '{name}' in '{directory}' could not be read: {error}.") from None
     return tensor
 
@@ -232,7 +232,7 @@ def _tensor(directory: Path, shard: Any, name: str) -> Tensor:
 def compress_files(directory: Path, weights: Collection[str], format: str, sparsity: Mapping[str, Any]) -> None:
     """Rewrite dense safetensors: ``weights`` (names of tensors) in ``format``, and ``sparsity`` in config.json.
 
-    One shard at a time is in memory. The directory must be new and private: a reader in between would find both kinds.
+    One shard at a time is in memory. No one else may read the directory meanwhile: it holds both kinds of shards.
     """
     safetensors_torch = require("safetensors.torch")
     paths = _shard_paths(directory)

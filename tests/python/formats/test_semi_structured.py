@@ -147,13 +147,13 @@ def test_cusparselt_off_cuda_is_refused():
 
 def test_cusparselt_round_trip_through_a_stand_in(monkeypatch):
     """The steps around torch's functions, which need CUDA; here the form is the dense weight itself."""
-    from lors_cuda.interchange import semi_structured
+    from lors_cuda import interchange
 
     compressed = []
     monkeypatch.setattr(CUSPARSELT, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: compressed.append(dense) or dense.clone())
     monkeypatch.setattr(CUSPARSELT, "to_dense", lambda tensor: tensor.packed.clone())
-    monkeypatch.setattr(semi_structured, "_require_cuda", lambda *arguments: None)
+    monkeypatch.setattr(interchange, "_require_cuda", lambda *arguments: None)
     dense = sparse24(32, 48, torch.bfloat16)
     weight = SparseWeight.from_dense(dense, "2:4")
     tensor = to_torch_semi_structured(weight, "cusparselt")

@@ -194,17 +194,17 @@ def test_decoding_holds_one_weight_at_a_time(tmp_path, monkeypatch):
     """Beyond the dense tensors themselves: the parts of a weight are let go before the next one's are read."""
     import weakref
 
-    from lors_cuda.interchange import checkpoint_files
+    from lors_cuda.compressed_tensors import files
 
     path = saved(tmp_path / "model")
-    decode, alive = checkpoint_files.decode_weight, []
+    decode, alive = files.decode_weight, []
 
     def watch(parts, format, name):
         assert all(reference() is None for reference in alive)
         alive[:] = [weakref.ref(part) for part in parts.values()]
         return decode(parts, format, name)
 
-    monkeypatch.setattr(checkpoint_files, "decode_weight", watch)
+    monkeypatch.setattr(files, "decode_weight", watch)
     assert len(read_tensors(path, "sparse-24-bitmask")) == len(tiny_llama().state_dict())
     assert len(alive) == 3
 

@@ -154,6 +154,7 @@ def test_linear_quick_writes_json_that_plots(tmp_path: Path) -> None:
     done = command(BENCH / "linear.py", *options, "--peers", *names)
     assert done.returncode == 0, done.stderr
     document = json.loads(output.read_text())
+    assert output.read_text().count("\n") == len(document["rows"]) + 7  # one line per row
     assert {"commit", "cpu_model", "threads", "torch", "lors_cuda", "date"} <= document["environment"].keys()
     assert document["protocol"]["rounds"] >= 1
     linear = [row for row in document["rows"] if row["benchmark"] == "linear"]

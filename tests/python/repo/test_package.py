@@ -112,7 +112,7 @@ def device_problems(tmp_path_factory) -> list[str]:
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     here = pathlib.Path(__file__).parents[1] / "fake_cuda"
-    core = here.parents[3] / "csrc" / "core"
+    core = here.parents[2] / "csrc" / "core"
     program = tmp_path_factory.mktemp("device") / "device"
     command = [*compiler.split(), "-std=c++20", f"-I{here}", f"-I{core}", f"-I{core / 'include'}"]
     done = subprocess.run([*command, str(here / "device.cpp"), "-o", str(program)], capture_output=True, text=True)
