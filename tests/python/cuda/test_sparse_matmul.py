@@ -98,6 +98,14 @@ def test_the_sparse_matmul_meets_the_oracle(ops, kernels, monkeypatch, seed, dty
     assert [b is not None for b in kernels.biases] == [bias]
 
 
+def test_a_weight_without_an_adapter_too(ops, kernels, monkeypatch, seed):
+    monkeypatch.setenv("LORS_SPARSE_PRODUCT", "sparse")
+    case = problem(seed)
+    case.replace(lora_A=case.lora_A[:0], lora_B=case.lora_B[:, :0]).linear()
+    (merged,) = kernels.compressed
+    assert torch.equal(merged, case.weight)
+
+
 def test_strided_tokens_and_a_bias_in_another_dtype(ops, kernels, monkeypatch, seed):
     monkeypatch.setenv("LORS_SPARSE_PRODUCT", "sparse")
     case = problem(seed, bias=True)
