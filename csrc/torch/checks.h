@@ -156,15 +156,16 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
   return stored;
 }
 
-// The same with its adapter: lora_A [r, K], lora_B [N, r].
+// The same with its adapter: lora_A [r, K], lora_B [N, r]. The merge alone takes r = 0: it decompresses.
 inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
-                                         const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B) {
+                                         const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
+                                         bool allows_no_rank = false) {
   const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A);
   const int64_t N = stored.out_features, K = stored.in_features;
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
         "] for a weight of shape ", stored.shape(), ".");
   const int64_t r = lora_A.size(0);
-  check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
+  check(r > 0 || allows_no_rank, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
   check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
         "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);

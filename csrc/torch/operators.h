@@ -28,14 +28,14 @@ struct Operators {
 
   static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                       const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, true);
     const Backend backend(weight);
     return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
   }
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                                const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype) {
-    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);

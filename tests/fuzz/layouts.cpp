@@ -106,18 +106,13 @@ struct Case {
     for (int64_t i = 0; i < N * r; ++i) lora_B.data()[i] = float((i * 5 + seed) % 11 - 5) / 8;
   }
 
-  template <typename Args>
-  Args args() const {
-    Args out;
+  MergeArgs merge_args(Layout layout, const void* weight, const uint32_t* mask, void* merged) const {
+    MergeArgs out;
     out.out_features = N;
     out.in_features = K;
     out.r = r;
     out.lora_A = lora_A.data();
     out.lora_B = lora_B.data();
-    return out;
-  }
-  MergeArgs merge_args(Layout layout, const void* weight, const uint32_t* mask, void* merged) const {
-    MergeArgs out = args<MergeArgs>();
     out.weight_layout = layout;
     out.weight = weight;
     out.weight_dtype = out.merged_dtype = out.round_to = dtype;
@@ -166,12 +161,10 @@ bool run_sparse24(const Case& c, Input& input) {
   require(merge_with(c.table, merge, nullptr));
   require(merge_with(c.table, c.merge_args(Layout::dense, dense.data(), mask.data(), merged_dense.data()), nullptr));
   require(merged == merged_dense, "the merge from 2:4 differs from the dense merge");
-  auto in_place = c.args<Sparse24MergeArgs>();
   std::copy(values.data(), values.data() + values.bytes(), slots.data());
-  in_place.values = in_place.merged_values = slots.data();
-  in_place.dtype = c.dtype;
-  in_place.metadata = metadata.data();
-  require(sparse24_merge_with(c.table, in_place, nullptr));
+  merge.weight = merge.merged = slots.data();
+  merge.merged_layout = Layout::sparse24;
+  require(merge_with(c.table, merge, nullptr));
   require(sparse24_compress({N, K, merged_dense.data(), c.dtype, mask.data(), slots_want.data(), nullptr}, nullptr));
   require(slots == slots_want, "the merge in place differs from the compressed dense merge");
 

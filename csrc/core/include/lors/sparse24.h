@@ -70,23 +70,6 @@ struct Sparse24ValidateArgs {
   int64_t* report = nullptr;  // [2], overwritten; on CUDA in device memory
 };
 
-// merged_values = the slots of weight + scaling * mask o (lora_B lora_A), the metadata unchanged: bit for bit the values that
-// compressing the dense merge with this mask gives. fp32 accumulation (float64 for float64), one rounding.
-struct Sparse24MergeArgs {
-  int64_t out_features = 0;
-  int64_t in_features = 0;
-  int64_t r = 0;
-  const void* values = nullptr;  // [N, K/2]
-  DType dtype = DType::float32;
-  const uint8_t* metadata = nullptr;  // [N, ceil(K/8)], valid
-  const void* lora_A = nullptr;       // [r, K]
-  DType lora_A_dtype = DType::float32;
-  const void* lora_B = nullptr;  // [N, r]
-  DType lora_B_dtype = DType::float32;
-  double scaling = 1.0;
-  void* merged_values = nullptr;  // [N, K/2] in dtype; may be `values` itself
-};
-
 Status sparse24_inspect(const Sparse24InspectArgs& args, const CpuHost* host);
 Status sparse24_inspect(const Sparse24InspectArgs& args, const CudaHost& host);
 Status sparse24_compress(const Sparse24CompressArgs& args, const CpuHost* host);
@@ -97,7 +80,5 @@ Status sparse24_mask(const Sparse24MaskArgs& args, const CpuHost* host);
 Status sparse24_mask(const Sparse24MaskArgs& args, const CudaHost& host);
 Status sparse24_validate(const Sparse24ValidateArgs& args, const CpuHost* host);
 Status sparse24_validate(const Sparse24ValidateArgs& args, const CudaHost& host);
-Status sparse24_merge(const Sparse24MergeArgs& args, const CpuHost* host);
-Status sparse24_merge(const Sparse24MergeArgs& args, const CudaHost& host);
 
 }  // namespace lors
