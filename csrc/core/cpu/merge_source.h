@@ -123,7 +123,7 @@ struct BitmapSource {
   const uint32_t* mask;   // the word with the tile's first column
   int64_t column;         // of the tile, modulo 32
 
-  BitmapSource(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
+  [[gnu::always_inline]] BitmapSource(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
       : cursor(job.cursors[n]),
         left(job.value_count - cursor),
         first(static_cast<const W*>(job.weight) + cursor),
@@ -175,7 +175,7 @@ struct DenseSink {
   bool streaming;  // `merged` is aligned to a vector in every row, and too large to be worth keeping in a cache
 
   template <typename Acc, int Vectors, typename Source>
-  void store_row(const Source&, int i, const Vector<Acc> (&row)[Vectors]) const {
+  [[gnu::always_inline]] void store_row(const Source&, int i, const Vector<Acc> (&row)[Vectors]) const {
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) {
       Out* out = merged + i * stride + u * kLanes<Acc>;
@@ -194,7 +194,7 @@ struct Sparse24Sink {
   bool streaming;  // as in DenseSink
 
   template <typename Acc, int Vectors, typename Source>
-  void store_row(const Source& source, int i, const Vector<Acc> (&row)[Vectors]) const {
+  [[gnu::always_inline]] void store_row(const Source& source, int i, const Vector<Acc> (&row)[Vectors]) const {
 #pragma GCC unroll 2
     for (int u = 0; u < Vectors; u += 2)
       store_slots<W, Acc>(

@@ -131,7 +131,6 @@ def refusals() -> list:
         ("lora_A", f(R, K + 1), "lora_A has shape [3, 34]; it must be [r, 33]"),
         ("lora_A", f(K), "lora_A has shape [33]"),
         ("lora_A", f(R, K, 1), "lora_A has shape [3, 33, 1]"),
-        ("lora_A", f(0, K), "the rank r must be at least 1"),
         ("lora_A", f(R, K, dtype=torch.int8), "lora_A has a dtype that is not supported"),
         ("lora_A", f(R + 1, K), "lora_B has shape [6, 3]; it must be [6, 4]"),
         ("lora_B", f(N, R - 1), "lora_B has shape [6, 2]; it must be [6, 3]"),
@@ -143,6 +142,7 @@ def refusals() -> list:
         ("mask", f(N - 1, 2, dtype=torch.int32), "mask has shape [5, 2]"),
         ("mask", f(12, dtype=torch.int32), "mask has shape [12]"),
     ]
+    rank = [("lora_A", f(0, K), "the rank r must be at least 1")]
     tokens = [
         ("input", f(T, K - 1), "input has shape [5, 32]; it must be [tokens, 33]"),
         ("input", f(2, T, K), "input has shape [2, 5, 33]; it must be [tokens, 33]"),
@@ -175,10 +175,17 @@ def refusals() -> list:
     ]
     wrong = {
         "merge": adapted,
-        "merge_backward": adapted + merged,
-        "linear": adapted + tokens + bias,
-        "linear_backward": [*adapted, *tokens, *grad_output, *bias, ("input", None, "input is None; it is needed")],
-        "adapter_grad": adapted + tokens + grad_output,
+        "merge_backward": adapted + rank + merged,
+        "linear": adapted + rank + tokens + bias,
+        "linear_backward": [
+            *adapted,
+            *rank,
+            *tokens,
+            *grad_output,
+            *bias,
+            ("input", None, "input is None; it is needed"),
+        ],
+        "adapter_grad": adapted + rank + tokens + grad_output,
         "mask_pack": [
             ("mask", f(N, K), "it must be a bool tensor [out_features, in_features]"),
             ("mask", f(N, K, 1, dtype=torch.bool), "mask has shape [6, 33, 1]"),
@@ -198,6 +205,13 @@ def refusals() -> list:
         for op, changes in wrong.items()
         for i, (name, value, message) in enumerate(changes)
     ]
+
+
+@pytest.mark.parametrize("explicit_mask", [False, True])
+def test_the_merge_without_an_adapter_is_the_masked_weight(device, explicit_mask):
+    case = make_case(7, T, N, K, R, device=device, explicit_mask=explicit_mask)
+    args = good("merge", case) | {"lora_A": case.lora_A[:0], "lora_B": case.lora_B[:, :0]}
+    assert torch.equal(lors.merge(**args), torch.where(case.kept, case.weight, 0.0))
 
 
 @pytest.mark.parametrize(("op", "name", "value", "message"), refusals())
