@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 from cases import SHAPES, Case, make_case
-from expectations import check_adapter_grads, check_linear, check_linear_backward, check_merge, check_merge_backward
+from expectations import check_linear, check_linear_backward, check_merge, check_merge_backward
 from protocol import poisoned_memory
 
 lors = torch.ops.lors
@@ -61,12 +61,6 @@ def checks(case: Case) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any],
         lambda: lors.merge_backward(grad, *adapted),
         lambda grads: check_merge_backward(grads, grad, case),
     )
-    mask = case.kept
-    yield (
-        "mask_pack",
-        lambda: lors.mask_unpack(lors.mask_pack(mask), mask.shape[1]),
-        lambda back: _same(back, mask),
-    )
     for gradient in ("lors", "exact"):
         yield f"linear {gradient}", lambda g=gradient: case.linear(g), lambda output: check_linear(output, case)
         yield (
@@ -74,16 +68,6 @@ def checks(case: Case) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any],
             lambda g=gradient: case.linear_backward(g),
             lambda grads, g=gradient: check_linear_backward(grads, case, g),
         )
-        yield (
-            f"adapter_grad {gradient}",
-            lambda g=gradient: case.adapter_grad(g),
-            lambda grads, g=gradient: check_adapter_grads(*grads, case, g),
-        )
-
-
-def _same(actual: Tensor, expected: Tensor) -> None:
-    if not torch.equal(actual, expected):
-        raise AssertionError(f"{int((actual != expected).sum())} of {expected.numel()} differ")
 
 
 def _bits(result: Any) -> list[Tensor]:

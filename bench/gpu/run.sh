@@ -19,7 +19,7 @@ golden 50 what this GPU answers to the probes of tests/golden
 check 75 every operator against float64, poisoned and repeated (bench/gpu/check.py), both ways of taking products
 kernels 100 each operator against torch and its floor (bench/gpu/kernels.py), T = 512, 2048, 8192
 layers 100 forward and backward against the peers (bench/linear.py), T = 512, 2048, 8192
-sparse 100 2:4 products on the sparse tensor cores against the dense way (bench/gpu/sparse.py), T = 512, 2048, 8192
+sparse 60 2:4 forward on the sparse tensor cores and dense, T = 512, 2048, 8192
 tests 120 the GPU cases of tests/python, where pytest and hypothesis are installed
 memcheck 60 compute-sanitizer: accesses out of bounds, where it is installed
 racecheck 60 compute-sanitizer: races in shared memory
@@ -76,7 +76,7 @@ part() {
       done
       return $result
       ;;
-    sparse) bench gpu/sparse.py --budget 0.5 --rounds 9 --tokens 512 2048 8192 --output "$OUT/sparse.json" ;;
+    sparse) bench gpu/kernels.py --budget 2 --only forward24 --append --output "$OUT/kernels.json" ;;
     tests)
       "$PYTHON" -c 'import pytest, hypothesis' || lacks 'pytest or hypothesis is not installed; the part check stands in.'
       local parallel=()
@@ -134,7 +134,7 @@ fi
 mkdir -p "$1" "$WORK" && OUT=$(cd "$1" && pwd) || exit 1
 export OUT
 log=$OUT/log.txt
-rm -f "$OUT"/{machine,golden,check,kernels,linear,sparse,bench_cuda,summary}.json "$log"
+rm -f "$OUT"/{machine,golden,check,kernels,linear,bench_cuda,summary}.json "$log"
 if ! "$PYTHON" "$root/bench/gpu/describe.py" "$OUT/machine.json" >"$log" 2> >(tee -a "$log" >&2); then
   echo "Nothing was run; $OUT/machine.json describes this machine." >&2
   exit 1

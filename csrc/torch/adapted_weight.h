@@ -4,9 +4,7 @@
 #pragma once
 
 #include <lors/adapter_grad.h>
-#include <lors/bitmap.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 #include <lors/sparse24.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,40 +46,11 @@ inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Refuses row offsets that lead outside the values, where asking does not wait for a device; elsewhere the tensors are what
-// lors::bitmap_validate has passed.
-template <typename Backend>
-void check_offsets(const char* op, const Backend& backend, int64_t count, const Tensor& mask, const Tensor& row_offsets,
-                   int64_t in_features) {
-  if constexpr (Backend::kReadsMemory) {
-    int64_t report[2] = {};
-    BitmapValidateArgs args;
-    args.out_features = row_offsets.size(0) - 1;
-    args.in_features = in_features;
-    args.count = count;
-    args.bits = bits(mask);
-    args.row_offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());
-    args.report = report;
-    check_status(bitmap_validate(args, backend.host()));
-    check(report[0] == 0, "lors::", op, ": row_offsets disagrees with the bits in ", report[0], " rows, first in row ",
-          report[1], " (", count, " values); pass the tensors of one SparseWeight.");
-  }
-}
-
-// How products of a 2:4 weight may be taken on the sparse tensor cores (docs/sparse-products.md); other weights and the CPU
-// have one way alone.
-struct SparseProductOptions {
-  std::optional<Tensor>
-      library_metadata;           // uint8: what cuSPARSELt puts behind this weight's values; nothing: it compresses each time
-  bool transposable = false;      // the mask is 2:4 along N too
-  std::string products = "auto";  // or "dense", "sparse"
-};
-
 // The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
-                double scaling, SparseProductOptions sparse = {})
+                double scaling)
       : backend(backend),
         layout(stored.layout),
         N(stored.out_features),
@@ -91,9 +60,8 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling),
-        sparse(std::move(sparse)) {
-    if (layout == Layout::bitmap) check_offsets(op, backend, weight.size(0), *mask, *index, K);
+        scaling(scaling) {
+    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
   int64_t out_features() const { return N; }
@@ -130,34 +98,26 @@ struct AdaptedWeight {
   // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
   Tensor merged_values() const {
     Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    merge_values(out.mutable_data_ptr());
+    merge_to(out.mutable_data_ptr(), Layout::sparse24, dtype_of(weight), dtype_of(weight));
     return out;
   }
-
-  // The same, to values [N, K/2] anywhere.
-  void merge_values(void* values) const { merge_to(values, Layout::sparse24, dtype_of(weight), dtype_of(weight)); }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
   // activation's dtype. `out` [T, N or K] is in the backend's product_dtype, and so is `shared`: merged, where it stands
   // already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
-    if constexpr (Backend::kSparseProducts)
-      if (layout == Layout::sparse24 && !shared)
-        return Backend::multiply_sparse24(*this, out, activation, bias, input_gradient);
-    multiply_merged(out, activation, bias, input_gradient, shared);
-  }
-
-  // The same by the merged weight, dense or inside the product.
-  void multiply_merged(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
-                       const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
     // The products with the merge inside read dense weights only.
-    const bool fused = !shared && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
+    // Without an adapter a dense weight is its own merge.
+    const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
+    // CUDA's fused kernels need an adapter.
+    const bool fused = !shared && !own && layout == Layout::dense && (r() > 0 || weight.is_cpu()) &&
+                       backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
-      const Tensor merged = shared ? *shared : this->merged(compute, dtype);
+      const Tensor merged = shared ? *shared : own ? weight : this->merged(compute, dtype);
       return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
                               addend);
     }
@@ -256,7 +216,6 @@ struct AdaptedWeight {
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
-  SparseProductOptions sparse;
 };
 
 }  // namespace lors::binding

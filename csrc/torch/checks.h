@@ -12,6 +12,10 @@
 #include <stdexcept>
 #include <string>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace lors::binding {
 
 using torch::headeronly::ScalarType;
@@ -74,7 +78,7 @@ inline void check_served(const char* op, const char* name, const Tensor& t) {
 }
 
 // A frozen weight as an operator is given it. `index` tells the layout: none: dense; uint8 metadata: 2:4 (sparse24.h); int64
-// row offsets: bitmap (bitmap.h).
+// row offsets: bitmap (types.h).
 struct StoredWeight {
   Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]
   std::optional<Tensor> mask;  // int32 [N, ceil(K/32)]; bitmap: always
@@ -92,12 +96,12 @@ struct StoredWeight {
 inline void check_bits(const char* op, const char* name, const Tensor& bits, int64_t N, int64_t K) {
   check(bits.scalar_type() == ScalarType::Int && bits.dim() == 2 && bits.size(0) == N && bits.size(1) == mask_words(K),
         "lors::", op, ": ", name, " has shape ", shape(bits), "; it must be int32 [", N, ", ", mask_words(K),
-        "], the bits that lors::mask_pack makes of a bool mask of shape [", N, ", ", K, "].");
+        "], the packed bits of a bool mask of shape [", N, ", ", K, "].");
   check_storage(op, name, bits);
 }
 
 // values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. What the bytes say is checked where they come in
-// (lors::sparse24_validate), because a value cannot be read here without waiting for the device.
+// (lors_cuda/formats.py), because a value cannot be read here without waiting for the device.
 inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata) {
   check(values.dim() == 2 && values.size(1) % 2 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
         "; they must be [out_features, in_features / 2], an even number in each row.");
@@ -156,7 +160,7 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
   return stored;
 }
 
-// The same with its adapter: lora_A [r, K], lora_B [N, r]. The merge alone takes r = 0: it decompresses.
+// The same with its adapter: lora_A [r, K], lora_B [N, r]. Without one, r = 0, the merge decompresses.
 inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
                                          const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                                          bool allows_no_rank = false) {
@@ -205,21 +209,6 @@ inline void check_merged(const char* op, const Tensor& merged, const StoredWeigh
         " and the dtype of this call's activations.");
   check_storage(op, "merged", merged);
   check_same_device(op, "merged", merged, weight.values);
-}
-
-// library_metadata: bytes that belong to a 2:4 weight; products: one of three names. Whether there are as many bytes as the
-// library makes is known only where it is (cuda_sparse_product.h).
-inline void check_products(const char* op, const StoredWeight& weight, const std::optional<Tensor>& library_metadata,
-                           const std::string& products) {
-  check(products == "auto" || products == "dense" || products == "sparse", "lors::", op, ": products is '", products,
-        "'; it must be 'auto', 'dense' or 'sparse'.");
-  if (!library_metadata) return;
-  check(weight.layout == Layout::sparse24, "lors::", op, ": library_metadata was given with a weight that is not 2:4.");
-  check(
-      library_metadata->dim() == 1 && library_metadata->scalar_type() == ScalarType::Byte && library_metadata->is_contiguous(),
-      "lors::", op, ": library_metadata has shape ", shape(*library_metadata), "; it must be uint8 [bytes].");
-  check_storage(op, "library_metadata", *library_metadata);
-  check_same_device(op, "library_metadata", *library_metadata, weight.values);
 }
 
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".

@@ -10,12 +10,16 @@
 #include <cstdlib>
 
 #include "cuda/fused_linear_config.h"
-#include "cuda_sparse_product.h"
-#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
 namespace {
+
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the next launch must not find it
+  check(false, "lors_cuda could not ask CUDA for its device: ", cudaGetErrorString(error), ".");
+}
 
 // Tensors of bytes on the current device. Giving one back as soon as the work is queued is safe: torch's allocator hands
 // memory that was allocated under a stream to later work of the same stream only, and all of a call runs on one stream.
@@ -83,14 +87,19 @@ class Cuda {
 
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
 
-  static void multiply_sparse24(const AdaptedWeight<Cuda>& adapted, Tensor& out, const Tensor& activation,
-                                const std::optional<Tensor>& bias, bool input_gradient) {
-    binding::multiply_sparse24(adapted, out, activation, bias, input_gradient);
+  // 90 for compute capability 9.0.
+  int architecture() const {
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    return 10 * major + minor;
   }
 
-  static constexpr bool kSparseProducts = true;
-  static constexpr bool kReadsMemory = false;
+  static constexpr bool kSparseMatmul = true;
   static constexpr bool kMixedActivations = false;
+
+  // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
+  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t) {}
 
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
                                  const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
@@ -121,30 +130,14 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
-  Operators<Cuda>::implement(m);
-  Formats<Cuda>::implement(m);
-  m.impl("sparse_product_compress", TORCH_BOX(&explained<&sparse_product_compress<Cuda>>));
-}
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty if it can
-  // Products on the sparse tensor cores (cuda_sparse_product.h), by device.
-  m.def("sparse_product_compress(Tensor merged, bool transposed=False) -> Tensor");
-  m.def("sparse_product_problem(int index) -> str");
-  m.def("sparse_product_info(int index) -> str");
-  m.def("sparse_product_clear(int index) -> ()");
-  m.def(
-      "sparse_product_set(int index, int out_features, int in_features, int tokens, str dtype, str operation, bool in_place,"
-      " bool bias, str products, float dense_us, float sparse_us, str note, int config, int split_k, int split_k_mode) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
   m.impl("cuda_device_problem", TORCH_BOX(&cuda_device_problem));
-  m.impl("sparse_product_problem", TORCH_BOX(&sparse_product_problem));
-  m.impl("sparse_product_info", TORCH_BOX(&sparse_product_info));
-  m.impl("sparse_product_clear", TORCH_BOX(&sparse_product_clear));
-  m.impl("sparse_product_set", TORCH_BOX(&sparse_product_set));
 }
 
 }  // namespace lors::binding

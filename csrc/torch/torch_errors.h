@@ -11,14 +11,20 @@ extern "C" __attribute__((weak, visibility("default"))) const char* torch_except
 
 namespace lors::binding {
 
+// Why torch's last call failed, in torch's words; empty where it keeps none.
+inline std::string torch_reason() {
+  const char* reason = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  return reason == nullptr ? "" : reason;
+}
+
 [[noreturn]] inline void rethrow_explained(const std::runtime_error& error) {
   const std::string message = error.what();
   // The text of STABLE_TORCH_ERROR_CODE_CHECK; sentences of our own never hold it.
   if (message.find(" API call failed at ") == std::string::npos) throw std::runtime_error(message);
-  const char* reason = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  if (reason == nullptr || *reason == '\0')
+  const std::string reason = torch_reason();
+  if (reason.empty())
     throw std::runtime_error("torch failed inside an operator of lors_cuda; its reason stands on stderr. (" + message + ")");
-  throw std::runtime_error(std::string("torch failed inside an operator of lors_cuda: ") + reason);
+  throw std::runtime_error("torch failed inside an operator of lors_cuda: " + reason);
 }
 
 template <auto op, typename Function = decltype(op)>

@@ -22,7 +22,6 @@ from torch.nn.parameter import is_lazy
 
 from ._checks import GRADIENTS
 from ._device_map import is_offloaded, original_forward
-from .sparse_product import PRODUCTS
 from .weight import LAYOUTS
 
 ALL_LINEAR = "all-linear"
@@ -52,8 +51,6 @@ class LoRSConfig:
         alpha_pattern: {regular expression: lora_alpha}, likewise.
         modules_to_save: name suffixes of modules trained and saved whole. Suffixes match at a dot: "norm" does not
             select "input_layernorm", as it would in PEFT. Linears inside these modules are not adapted.
-        products: "auto", "dense" or "sparse": how products of 2:4 weights are taken on a GPU, see
-            :func:`lors_cuda.lors_linear`. Of the run, not of the adapter: it is not saved.
 
     Raises:
         ValueError, TypeError: a field has a value that cannot work; the sentence says which and what is needed.
@@ -70,7 +67,6 @@ class LoRSConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    products: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -85,7 +81,6 @@ class LoRSConfig:
         self.lora_alpha = _alpha("lora_alpha", self.lora_alpha)
         _choice("layout", self.layout, LAYOUTS)
         _choice("gradient", self.gradient, GRADIENTS)
-        _choice("products", self.products, PRODUCTS)
         for name in ("use_rslora", "init_lora_weights"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -123,6 +118,7 @@ class LoRSConfig:
         if not isinstance(values, Mapping):
             raise TypeError(f"LoRSConfig.from_dict needs a mapping of field names, but got {type(values).__name__}.")
         known = [item.name for item in dataclasses.fields(cls)]
+        values = {name: value for name, value in values.items() if name != "products"}  # a field until 0.1.0
         unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"LoRSConfig has no field {_listed(unknown)}; its fields are {', '.join(known)}.")

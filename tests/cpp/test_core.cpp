@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public C++ API: masks, refusals, and results that do not depend on how the work is shared out.
+// The public C++ API: refusals, and results that do not depend on how the work is shared out.
 #include <gtest/gtest.h>
 #include <lors/adapter_grad.h>
 #include <lors/cpu.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 
 #include <random>
@@ -31,23 +30,6 @@ void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* conte
 }
 const CpuHost kPieces{run_in_pieces, nullptr, nullptr};
 const CpuHost* const kPool = &kPieces;
-
-TEST(Mask, PackAndUnpack) {
-  for (const int64_t K : {1, 31, 32, 33, 100}) {
-    const int64_t N = 7;
-    std::vector<uint8_t> mask(N * K), back(N * K, 2);
-    std::mt19937 rng(5);
-    for (uint8_t& m : mask) m = rng() % 2;
-    std::vector<uint32_t> bits(N * mask_words(K), 0xffffffff);
-    ASSERT_TRUE(mask_pack({N, K, mask.data(), bits.data()}, kPool).ok());
-    EXPECT_EQ(bits[0] & 1u, mask[0]);
-    if (K % 32) {
-      EXPECT_EQ(bits[mask_words(K) - 1] >> (K % 32), 0u) << "bits beyond the last column are 0";
-    }
-    ASSERT_TRUE(mask_unpack({N, K, bits.data(), back.data()}, nullptr).ok());
-    EXPECT_EQ(mask, back);
-  }
-}
 
 TEST(Core, ResultsDoNotDependOnTheThreads) {
   const int64_t T = 50, N = 700, K = 650, r = 9;

@@ -6,7 +6,6 @@
 #include "contract_kernel.h"
 #include "fused_linear_kernel.h"
 #include "merge_kernel.h"
-#include "nonzero_kernel.h"
 #include "pack_kernel.h"
 
 #define LORS_STRING_(x) #x
@@ -31,7 +30,6 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kFusedDepth * kFusedBlockColumns,
     pack_activation,
     fused_product,
-    nonzero,
 };
 
 }  // namespace lors::cpu

@@ -101,8 +101,6 @@ struct KernelTable {
   int64_t fused_scratch;                           // float32 elements of scratch each fused_product call needs
   void (*pack_activation)(const PackActivationJob&, int64_t panel_begin, int64_t panel_end);
   void (*fused_product)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch);
-  // bits [ceil(count/32)] of `count` weights in a row: which are not zero; -0.0 is a zero, bits beyond `count` are 0.
-  void (*nonzero)(const void* weight, int64_t element_size, int64_t count, uint32_t* bits);
 };
 
 // The table for this processor; LORS_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (read once).

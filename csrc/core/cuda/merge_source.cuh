@@ -14,7 +14,6 @@
 
 #include "merge_config.h"
 #include "operands.cuh"
-#include "sparse24_slots.cuh"
 
 namespace lors::cuda {
 
@@ -171,6 +170,31 @@ struct IndexTile {
     }
   }
 };
+
+// The values [slot, slot + 4) of a row of `slots`; zeros beyond its end. `slot` is a multiple of 4.
+template <typename T>
+__device__ __forceinline__ void load_four(float (&values)[4], const T* row, int64_t slot, int64_t slots, bool vectors) {
+  if (vectors) {
+    uint4 v{};
+    if (slot < slots) {
+      if constexpr (sizeof(T) == 4) {
+        v = ptx::load_global_once(reinterpret_cast<const uint4*>(row + slot));
+      } else {
+        const uint2 half = ptx::load_global(reinterpret_cast<const uint2*>(row + slot));
+        v.x = half.x, v.y = half.y;
+      }
+    }
+    float eight[8];
+    Eight<T> whole{};
+    whole.vector[0] = v;
+    whole.get(eight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = eight[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = slot + i < slots ? to_float(ptx::load_global(row + slot + i)) : 0.f;
+}
 
 template <typename W, typename Out>
 struct Sparse24Source : IndexTile {
@@ -348,6 +372,33 @@ struct DenseSink {
                                               lane_column<kSplitColumns<W, Out>>(at, c), p.in_features, p.merged_vectors, out);
   }
 };
+
+// values[position], of four in registers; +0 for position 4.
+__device__ __forceinline__ float pick(const float (&values)[8], int group, uint32_t position) {
+  float v = 0.f;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) v = position == i ? values[4 * group + i] : v;
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_four(T* row, int64_t slot, int64_t slots, bool vectors, const float (&values)[4]) {
+  if (vectors) {
+    if (slot >= slots) return;
+    const float eight[8] = {values[0], values[1], values[2], values[3]};
+    Eight<T> whole;
+    whole.set(eight);
+    const uint4 v = whole.vector[0];
+    if constexpr (sizeof(T) == 4)
+      ptx::store_global(reinterpret_cast<uint4*>(row + slot), v);
+    else
+      ptx::store_global(reinterpret_cast<uint2*>(row + slot), make_uint2(v.x, v.y));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (slot + i < slots) ptx::store_global(row + slot + i, from_float<T>(values[i]));
+}
 
 // Into the slots that the weight's own codes name, in the weight's own type: W is Out.
 template <typename W, typename Out>

@@ -98,6 +98,10 @@ def test_from_dict_names_an_unknown_field():
     refused(TypeError, lambda: LoRSConfig.from_dict(["r"]), "needs a mapping", "list")
 
 
+def test_from_dict_reads_what_had_products():
+    assert LoRSConfig.from_dict({"r": 4, "products": "sparse"}) == LoRSConfig(r=4)
+
+
 def test_a_field_reassigned_to_nonsense_is_found_on_use():
     config = LoRSConfig()
     config.r = 0

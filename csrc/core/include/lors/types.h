@@ -11,7 +11,10 @@ enum class DType : uint8_t { float64, float32, bfloat16, float16 };
 
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// How a frozen weight is stored: sparse24.h and bitmap.h describe the compressed ones.
+// How a frozen weight is stored (docs/formats.md). 2:4: sparse24.h. bitmap:
+//   values       [row_offsets[N]]   the kept weights of row 0 by column, then of row 1, ...
+//   mask         [N, ceil(K/32)]    bit k % 32 of word [n, k / 32] is column k; bits beyond K are 0
+//   row_offsets  [N + 1] int64      where each row begins in values; row_offsets[0] = 0
 enum class Layout : uint8_t { dense, sparse24, bitmap };
 
 // What a CPU call takes from the program it runs in. A null member, or no host at all, means: the calling thread alone, and
