@@ -24,15 +24,6 @@ struct Problem {
   DType dtype = DType::float32;  // of every floating-point operand
 };
 
-inline const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return "float64";
-    case DType::float32: return "float32";
-    case DType::bfloat16: return "bfloat16";
-    default: return "float16";
-  }
-}
-
 // What an operand holds before the first call.
 enum class Fill {
   normal,     // random, of the problem's dtype

@@ -37,7 +37,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def cases(device: torch.device, small: bool, large: bool) -> Iterator[tuple[str, Case]]:
-    """Every shape in every dtype, masks and adapters' dtypes taking turns."""
+    """Every shape in every dtype; masks and the adapters' dtypes alternate."""
     shapes = SMALL if small else SHAPES + (LARGE if large else ())
     dtypes = list(DTYPES)[:2] if small else list(DTYPES)
     for seed, (shape, dtype) in enumerate(itertools.product(shapes, dtypes)):
@@ -76,7 +76,7 @@ def _bits(result: Any) -> list[Tensor]:
 
 
 def problem_with(call: Callable[[], Any], check: Callable[[Any], None]) -> str | None:
-    """What is wrong, as a sentence; None if nothing is."""
+    """What is wrong, or None."""
     try:
         with poisoned_memory():
             result = call()
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--append", action="store_true", help="keep the rows that --output holds already")
     arguments = parser.parse_args(argv)
     device = arguments.device
-    # Torch may add the parts of a long 16-bit product in 16 bits. That is its choice, and not what is checked here.
+    # torch may add up the parts of a long 16-bit matmul in 16 bits, which is not what is checked here.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     where = report.environment(device)

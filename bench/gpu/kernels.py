@@ -91,8 +91,8 @@ def forward24(value: str) -> Callable[[Problem24], Tensor]:
 # --- what torch alone would do ----------------------------------------------------------------------------------------
 
 
-def _four_products(p: Problem) -> tuple[Tensor, Tensor]:
-    """The "lors" gradients as four matrix products; the thin ones are scaled."""
+def _four_matmuls(p: Problem) -> tuple[Tensor, Tensor]:
+    """The "lors" gradients as four matmuls; the thin ones are scaled."""
     grad_lora_A = ((p.grad_output @ p.lora_B).T @ p.input).mul_(p.scaling)
     grad_lora_B = (p.grad_output.T @ (p.input @ p.lora_A.T)).mul_(p.scaling)
     return grad_lora_A, grad_lora_B
@@ -131,7 +131,7 @@ def group_of(name: str, problem: Problem) -> Group:
             lambda p: lors.linear_backward(
                 p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, name, False, True, True
             )[1:3],
-            _dense_exact if exact else _four_products,
+            _dense_exact if exact else _four_matmuls,
             "dY^T X in memory, masked, two products" if exact else "four matrix products",
             lambda p: truth(p, name)[1:3],
             size * (T * (N + K) + 2 * adapters + (N * K if exact else 0)),
@@ -172,10 +172,10 @@ def group_of(name: str, problem: Problem) -> Group:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches in this run: a large copy, bytes read plus written, and a large product."""
+    """What this machine reaches in this run: a large copy, bytes read plus written, and a large matmul."""
 
     copy_bytes_per_second: float
-    product_flop_per_second: float
+    matmul_flop_per_second: float
 
 
 @torch.no_grad()
@@ -211,11 +211,11 @@ def check(group: Group, problem: Problem) -> float:
 
 
 def rotating(run: Callable[[Problem], Any], problems: Sequence[Problem]) -> Callable[[], None]:
-    """One call on the next problem. As many results live as there are problems: they take turns in memory too."""
-    turns, held = itertools.cycle(problems), deque[Any](maxlen=len(problems))
+    """One call on the next problem. One result per problem stays alive, so that results rotate in memory too."""
+    rotation, held = itertools.cycle(problems), deque[Any](maxlen=len(problems))
 
     def call() -> None:
-        held.append(run(next(turns)))
+        held.append(run(next(rotation)))
 
     return call
 
@@ -247,7 +247,7 @@ def bench_group(
     if name == FORWARD24:
         problem = Problem24.of(problem)
     group, device = group_of(name, problem), problem.weight.device
-    floor = max(group.bytes / ceilings.copy_bytes_per_second, group.flop / ceilings.product_flop_per_second)
+    floor = max(group.bytes / ceilings.copy_bytes_per_second, group.flop / ceilings.matmul_flop_per_second)
     common = {**common, "kernel": name, "bytes": group.bytes, "flop": group.flop, "floor_seconds": floor}
     try:
         error = check(group, problem)
@@ -313,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, rows = report.rows_before(arguments), []
     for dtype in arguments.dtype:
         ceilings = measure_ceilings(device, report.DTYPES[dtype], arguments.quick)
-        copy, product = ceilings.copy_bytes_per_second / 1e9, ceilings.product_flop_per_second / 1e12
-        print(f"{dtype}: a large copy moves {copy:.0f} GB/s, a large product runs at {product:.2f} TFLOP/s")
+        copy, matmul = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flop_per_second / 1e12
+        print(f"{dtype}: a large copy moves {copy:.0f} GB/s, a large matmul runs at {matmul:.2f} TFLOP/s")
         for shape in shapes:
             for tokens in token_counts:
                 problem = make_problem(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A frozen weight with its live adapter, and what the operators do with it on every device. `Backend` is what differs between
-// devices: cpu_ops.cpp and cuda_ops.cpp each have one, operators.h lists what it must offer.
+// A frozen weight with its adapter, and the operators' calls of the core with it, the same on every device. `Backend` is what
+// differs between devices: see operators.h; cpu_ops.cpp and cuda_ops.cpp each define one.
 #pragma once
 
 #include <lors/adapter_grad.h>
@@ -41,12 +41,12 @@ inline const uint32_t* bits(const Tensor& mask) { return static_cast<const uint3
 
 inline const uint32_t* bits(const std::optional<Tensor>& mask) { return mask ? bits(*mask) : nullptr; }
 
-// What sums of products of `weight` run in.
+// The dtype in which matmuls with `weight` accumulate.
 inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
+// Makes the arguments row-major once, for all calls of the core. `backend` must outlive this.
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
@@ -103,15 +103,14 @@ struct AdaptedWeight {
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] is in the backend's product_dtype, and so is `shared`: merged, where it stands
-  // already.
+  // activation's dtype. `out` [T, N or K] has the backend's product_dtype, and so has `shared`, the merged weight if the caller
+  // has it already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
-    // The products with the merge inside read dense weights only.
     // Without an adapter a dense weight is its own merge.
     const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    // CUDA's fused kernels need an adapter.
+    // fused_linear reads dense weights only, and on CUDA needs an adapter.
     const bool fused = !shared && !own && layout == Layout::dense && (r() > 0 || weight.is_cpu()) &&
                        backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
@@ -136,7 +135,7 @@ struct AdaptedWeight {
     check_status(lors::fused_linear(args, backend.host()));
   }
 
-  // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not wanted.
+  // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not computed.
   void describe_gradients(AdapterGradArgs& args, const Tensor& dY, const Tensor& X, Tensor* lora_A_grad,
                           Tensor* lora_B_grad) const {
     args.tokens = X.size(0);
@@ -156,8 +155,8 @@ struct AdaptedWeight {
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
-  // The mask that the exact gradients read: bits [N, ceil(K/32)], or nothing for a dense weight that is its own mask. 2:4
-  // metadata is spelled out into a temporary of one bit per weight.
+  // The mask for the exact gradients: bits [N, ceil(K/32)], a temporary made from the metadata for 2:4; nothing for a dense
+  // weight without a mask, whose nonzero entries are the mask.
   std::optional<Tensor> kept() const {
     if (layout != Layout::sparse24) return mask;
     Tensor bits = empty(weight, {N, mask_words(K)}, ScalarType::Int);
@@ -171,7 +170,7 @@ struct AdaptedWeight {
   }
 
   // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
-  // those rows of lora_B_grad [N, r]; null: not wanted. `kept` is kept()'s.
+  // those rows of lora_B_grad [N, r]; null: not computed. `kept`: see kept().
   void contract(const Tensor& G, int64_t begin, const std::optional<Tensor>& kept, Tensor* lora_A_sum,
                 Tensor* lora_B_grad) const {
     const auto row = [&](const Tensor& t) {

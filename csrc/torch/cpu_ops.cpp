@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators on the CPU (operators.h): threads and memory are torch's, the large products go to torch's own mm.
-// They call it below the dispatcher (aoti_torch_cpu_*), so that autocast and autograd cannot step in between.
+// The operators on the CPU (operators.h): threads and memory are torch's, the large matmuls are torch's mm, called below the
+// dispatcher (aoti_torch_cpu_*) so that autocast and autograd cannot intercept them.
 #include <lors/compress.h>
 #include <lors/cpu.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -14,8 +14,7 @@
 namespace lors::binding {
 namespace {
 
-// Threads and memory of the core are torch's own: its pool, and tensors of bytes, so that torch's settings and memory
-// profilers cover them too.
+// The core runs on torch's thread pool and in tensors of bytes, so that torch's settings and memory profilers apply.
 void run_on_torch_threads(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
@@ -80,10 +79,10 @@ struct Cpu {
   static constexpr bool kSparseMatmul = false;
   static constexpr bool kMixedActivations = true;
 
-  // The weight's gradient is formed by panels of rows, masked and contracted, and dropped.
+  // Forms the weight's gradient by panels of rows; each is masked, contracted and overwritten by the next.
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType>,
                                  const AdaptedWeight<Cpu>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
-    // 4 MiB of float32 stays in the last-level cache between the product and the contraction.
+    // 4 MiB of float32 stay in the last-level cache between the matmul and the contraction.
     constexpr int64_t kPanelElements = 1 << 20;
     const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
     const ScalarType acc = accumulation_dtype(adapted.weight);

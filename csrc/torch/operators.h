@@ -127,7 +127,7 @@ struct Operators {
     return {grad_lora_A, grad_lora_B};
   }
 
-  // Gives `library` the kernels of one device.
+  // Registers the kernels of this device.
   static void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("merge", TORCH_BOX(&explained<&Operators::merge>));
     library.impl("merge_backward", TORCH_BOX(&explained<&Operators::merge_backward>));

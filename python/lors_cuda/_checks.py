@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._distributed import is_sharded
 from ._library import check_device
-from ._sharded import is_sharded
 
 if TYPE_CHECKING:
     from .weight import SparseWeight

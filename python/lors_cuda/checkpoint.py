@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._processes import process_rank, together
-from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
+from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_files import (
     DTYPES,
     FORMAT_VERSION,

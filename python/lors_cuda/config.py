@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ._checks import GRADIENTS
-from ._device_map import is_offloaded, original_forward
+from ._distributed import is_offloaded, original_forward
 from .weight import LAYOUTS
 
 ALL_LINEAR = "all-linear"

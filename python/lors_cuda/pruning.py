@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._running import device_of, progress_bar, running, to_device
+from ._batches import device_of, progress_bar, running, to_device
 from .config import LoRSConfig, Target, find_targets
 
 METHODS = ("magnitude", "wanda")

@@ -164,7 +164,7 @@ class Guarded {
 };
 using GuardedBytes = Guarded<unsigned char>;
 
-// A pool that cuts the work into as many pieces as the grain allows, each on a thread of its own.
+// A thread pool that divides the work into as many pieces as the grain allows, each on its own thread.
 inline void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += grain)

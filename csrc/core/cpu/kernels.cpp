@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One table of kernels for the instruction set this file is compiled for: LORS_CPU_TABLE names it (see CMakeLists.txt).
-// No standard container or algorithm is used here: their inline functions would be shared between instruction sets.
+// The table of kernels for the instruction set this file is compiled for, named LORS_CPU_TABLE (see CMakeLists.txt). No
+// standard containers or algorithms: the linker would merge their inline functions across instruction sets, and run the wrong
+// ones.
 #include "kernels.h"
 
 #include "contract_kernel.h"
@@ -29,7 +30,7 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kFusedDepth,
     kFusedDepth * kFusedBlockColumns,
     pack_activation,
-    fused_product,
+    fused_matmul,
 };
 
 }  // namespace lors::cpu

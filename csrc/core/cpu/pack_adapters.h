@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// lora_A as column panels and scaling * lora_B, both in the accumulation type: what merge and fused_linear read.
+// lora_A as column panels and scaling * lora_B, in the accumulation type: the adapters as the merge kernels read them.
 #pragma once
 
 #include "kernels.h"

@@ -6,7 +6,6 @@
 #include <lors/merge.h>
 
 #include "launch.h"
-#include "scratch.h"
 
 namespace lors {
 namespace {
@@ -51,7 +50,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
-  const MergeConfig config = merge_config(N, K, args.r, planes_of(args.lora_A_dtype), planes_of(args.lora_B_dtype),
+  const MergeConfig config = merge_config(N, K, args.r, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype),
                                           args.weight_layout, static_cast<int>(dtype_size(args.weight_dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error("merge found no tiling for a weight of [" + std::to_string(N) + ", " + std::to_string(K) +

@@ -9,12 +9,12 @@
 
 namespace lors::cuda {
 
-// lora_A's ranks [rank, rank + chunk) of `columns` columns from `column` on, as planes [chunk][columns + pad]. Within each 32
+// lora_A's ranks [rank, rank + chunk) of `columns` columns from `column` on, as terms [chunk][columns + pad]. Within each 32
 // columns, pair j of the eight that lane q owns goes to 8 j + 2 q: the mma of position j then leaves it with that lane.
 template <bool kSplit>
-__device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
+__device__ __forceinline__ void stage_lora_A(uint16_t* terms, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
                                              int columns) {
-  const int pitch = columns + kMergePad, count = planes_of(lora_A.dtype);
+  const int pitch = columns + kMergePad, count = split_terms(lora_A.dtype);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int q = lane % 4, row = lane / 4;  // a warp stores 8 ranks of 32 columns: no two lanes in one bank
   const bool swap = kSplit && (row & 2);   // which takes another order of the pairs in half of the rows here
@@ -30,33 +30,29 @@ __device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lor
         values[i + 4] = swap ? low : high;
       }
     }
-    for (int plane = 0; plane < count; ++plane) {
-      uint16_t* to = planes + (plane * chunk + p) * pitch + group;
+    for (int term = 0; term < count; ++term) {
+      uint16_t* to = terms + (term * chunk + p) * pitch + group;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = swap ? i ^ 2 : i;  // the pair is columns 8 q + 2 j and the next
         const int at = kSplit ? 16 * (q / 2) + 8 * (j % 2) + 4 * (q % 2) + 2 * (j / 2) : 8 * j + 2 * q;
-        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_plane_pair(values[2 * i], values[2 * i + 1]));
+        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_term_pair(values[2 * i], values[2 * i + 1]));
       }
     }
   }
 }
 
-// `rows` rows of lora_B from `row` on, ranks [rank, rank + chunk), as planes [rows][chunk + pad].
-__device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lora_B, int64_t row, int64_t rank, int rows,
+// `rows` rows of lora_B from `row` on, ranks [rank, rank + chunk), as terms [rows][chunk + pad].
+__device__ __forceinline__ void stage_lora_B(uint16_t* terms, const Matrix& lora_B, int64_t row, int64_t rank, int rows,
                                              int chunk) {
-  const int pitch = chunk + kMergePad, count = planes_of(lora_B.dtype), eights = chunk / 8;
+  const int pitch = chunk + kMergePad, count = split_terms(lora_B.dtype), eights = chunk / 8;
   for (int task = threadIdx.x; task < rows * eights; task += blockDim.x) {
     // Eight neighbouring lanes take eight rows: their pitch is an odd number of 16-byte units, so no two share a bank.
     const int n = task / (8 * eights) * 8 + task % 8, p = task / 8 % eights * 8;
     float values[8];
     load_eight(values, lora_B, row + n, rank + p);
-    for (int plane = 0; plane < count; ++plane) {
-      uint32_t word[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
-      ptx::store_shared(reinterpret_cast<uint4*>(planes + (plane * rows + n) * pitch + p),
-                        make_uint4(word[0], word[1], word[2], word[3]));
+    for (int term = 0; term < count; ++term) {
+      ptx::store_shared(reinterpret_cast<uint4*>(terms + (term * rows + n) * pitch + p), next_terms(values));
     }
   }
 }
@@ -64,17 +60,17 @@ __device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lor
 // The warp's 16 rows x 64 columns of lora_B lora_A, added to `sum`, over one chunk of ranks.
 // sum[c][j][2 h + e]: row lane / 4 + 8 h, of the eight columns that the lane owns in the 32 from 32 c on, number 2 j + e.
 __device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const uint16_t* lora_A, const uint16_t* lora_B,
-                                                  int planes_A, int planes_B, int chunk, int columns, int rows, int row,
+                                                  int terms_A, int terms_B, int chunk, int columns, int rows, int row,
                                                   int column) {
   const int lane = threadIdx.x % kWarp, pitch_A = columns + kMergePad, pitch_B = chunk + kMergePad;
   const uint32_t from_A = ptx::shared_address(lora_A + (lane % 16) * pitch_A + column + lane / 16 * 8);
   const uint32_t from_B = ptx::shared_address(lora_B + (row + lane % 16) * pitch_B + lane / 16 * 8);
-  // The products of small planes first: their sum is small, and so are the roundings on the way to it.
-  int order = planes_A + planes_B - 2;
-  for (order = order < kMaxPlanes ? order : kMaxPlanes - 1; order >= 0; --order) {
+  // The products of small terms first: their sum is small, and so are the roundings on the way to it.
+  int order = terms_A + terms_B - 2;
+  for (order = order < kMaxTerms ? order : kMaxTerms - 1; order >= 0; --order) {
     for (int i = 0; i <= order; ++i) {
       const int j = order - i;
-      if (i >= planes_A || j >= planes_B) continue;
+      if (i >= terms_A || j >= terms_B) continue;
 #pragma unroll 1  // the weights wait in registers: there is no room for more operands at once
       for (int p = 0; p < chunk; p += 16) {
         uint32_t b[4];
@@ -98,13 +94,13 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   using Source = SourceOf<W, Out>;
   constexpr bool kSplit = kSplitColumns<W, Out>;
   const int columns = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
+  const int terms_A = split_terms(p.lora_A.dtype), terms_B = split_terms(p.lora_B.dtype);
   const int64_t first_row = blockIdx.x / p.column_blocks * p.rows, first_column = blockIdx.x % p.column_blocks * columns;
   const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 64;
   const int64_t left = p.out_features - first_row;
   const int rows = left < p.rows ? static_cast<int>(left) : p.rows;
   uint16_t* const lora_A = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
-  uint16_t* const lora_B = lora_A + planes_A * p.chunk * (columns + kMergePad);
+  uint16_t* const lora_B = lora_A + terms_A * p.chunk * (columns + kMergePad);
   const bool resident = p.chunk >= p.lora_A.rows;  // all ranks fit: lora_A is staged once, lora_B once per panel of rows
   Source source(p);
 
@@ -122,7 +118,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
     if constexpr (!Source::kLate) source.fetch(p, at);
     float sum[2][4][4] = {};
     if (resident) {
-      multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, p.panel_rows, panel_step + warp_row,
+      multiply_adapters(sum, lora_A, lora_B, terms_A, terms_B, p.chunk, columns, p.panel_rows, panel_step + warp_row,
                         warp_column);
     } else {
       for (int64_t rank = 0; rank < p.lora_A.rows; rank += p.chunk) {
@@ -130,7 +126,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
         stage_lora_A<kSplit>(lora_A, p.lora_A, rank, first_column, p.chunk, columns);
         stage_lora_B(lora_B, p.lora_B, first_row + step, rank, kMergeStepRows, p.chunk);
         __syncthreads();
-        multiply_adapters(sum, lora_A, lora_B, planes_A, planes_B, p.chunk, columns, kMergeStepRows, warp_row, warp_column);
+        multiply_adapters(sum, lora_A, lora_B, terms_A, terms_B, p.chunk, columns, kMergeStepRows, warp_row, warp_column);
       }
     }
     if constexpr (Source::kLate) source.fetch(p, at);

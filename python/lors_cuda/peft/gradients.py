@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft import PeftModel
 
 from .. import gradient_init
-from .._sharded import check_gathered
+from .._distributed import check_gathered
 from ..config import LoRSConfig
 from ..sparse_linear import SparseLinear
 from .config import LoRSLoraConfig

@@ -23,7 +23,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from .._checks import check_whole
-from .._sharded import check_gathered
+from .._distributed import check_gathered
 from ..model import joined
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
