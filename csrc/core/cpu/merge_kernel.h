@@ -19,6 +19,13 @@ constexpr int64_t kStreamingBytes = 2 << 20;
 template <typename Acc, int Rows, int Vectors, typename Source, typename Sink>
 inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& source, const Sink& sink) {
   constexpr int panel = Vectors * kLanes<Acc>;
+#if defined(__AVX512F__)
+  // Keeps constants of the expansion and the rounding out of the registers of the rank loop, which needs 29 of 32.
+  asm volatile("" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+                     "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
+                     "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+#endif
   Vector<Acc> sum[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
@@ -44,9 +51,11 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& 
   for (int i = 0; i < Rows; ++i) sink.template store_row<Acc, Vectors>(source, i, sum[i]);
 }
 
-// A row of a tile through buffers of a whole panel, so that nothing beyond its `columns` is touched.
+// A row of a tile through buffers of a whole panel, so that nothing beyond its `columns` is touched. Out of line for the sake
+// of the registers of the whole tiles.
 template <typename Acc, int Vectors, typename Source, typename Sink>
-inline void merge_edge(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& source, const Sink& sink, int64_t columns) {
+[[gnu::noinline]] inline void merge_edge(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& source, const Sink& sink,
+                                         int64_t columns) {
   constexpr int panel = Vectors * kLanes<Acc>;
   typename Source::template Edge<panel> edge;
   source.read_edge(edge, columns);
