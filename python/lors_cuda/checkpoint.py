@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import DTYPES, joined, listed
 from ._processes import process_rank, together
 from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
 from .adapter_files import (
-    DTYPES,
     FORMAT_VERSION,
     PEFT_TYPE,
     PREFIX,
@@ -29,12 +29,12 @@ from .adapter_files import (
     require_safetensors,
     write_adapter,
 )
-from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
+from .config import LoRSConfig
 from .linear import LoRSLinear
-from .model import check_targets, convert, joined, named_lors_layers
+from .model import convert, named_lors_layers
+from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 from .weight import SparseWeight
 
-_NAMES_SHOWN = 6
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
 
 
@@ -314,10 +314,8 @@ def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter
     different = [name for name, fingerprint in fingerprints.items() if stored.get(name) != fingerprint()]
     if not different:
         return []
-    named = ", ".join(f"'{name}'" for name in different[:_NAMES_SHOWN])
-    more = f" and {len(different) - _NAMES_SHOWN} more" if len(different) > _NAMES_SHOWN else ""
     return [
-        f"It was trained on a model with another sparsity mask: {named}{more} differ. Load the base model it was "
+        f"It was trained on a model with another sparsity mask: {listed(different)} differ. Load the base model it was "
         "trained on, or use strict_mask=False to load it all the same."
     ]
 

@@ -6,7 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_adapters, check_frozen, check_gradient, check_mask, check_tensor, check_weight, check_whole
+from ._checks import (
+    GRADIENTS,
+    check_adapters,
+    check_choice,
+    check_frozen,
+    check_mask,
+    check_tensor,
+    check_weight,
+    check_whole,
+)
 from ._library import lors
 from .merged_weight import MergedWeight
 from .sparse_product import check_products
@@ -61,7 +70,7 @@ def lors_linear(
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
-    check_gradient(gradient)
+    check_choice("gradient", gradient, GRADIENTS)
     check_products(products)
     check_tensor("input", input)
     device_type = stored.device.type

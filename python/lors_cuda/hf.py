@@ -19,6 +19,7 @@ from .functional import merge
 from .linear import LoRSLinear
 from .model import named_lors_layers
 from .sparse_linear import SparseLinear
+from .targets import has_peft_adapters
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -283,6 +284,11 @@ def save_adapters_only(accelerator: Any) -> None:
 
 def _only_converted(models: list[nn.Module]) -> int:
     converted = [index for index, model in enumerate(models) if any(named_lors_layers(model))]
+    if not converted and any(map(has_peft_adapters, models)):
+        raise ValueError(
+            "The prepared model is a PEFT model, whose checkpoints are PEFT's: call model.save_pretrained(directory) "
+            "beside accelerator.save_state, and leave save_adapters_only out."
+        )
     if len(converted) != 1:
         raise ValueError(
             f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a "

@@ -8,23 +8,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_gradient, check_whole
+from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from .functional import lors_linear, merge
 from .merged_weight import MergedWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 from .sparse_product import check_products
 from .weight import SparseWeight
-
-
-def check_rank(r: int, out_features: int, in_features: int) -> None:
-    """Refuse a rank outside [1, min(out_features, in_features)]."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r is {r!r}; the rank must be an integer.")
-    if not 1 <= r <= min(out_features, in_features):
-        raise ValueError(
-            f"r is {r}; for a layer of {out_features} x {in_features} the rank must be between 1 and "
-            f"{min(out_features, in_features)}."
-        )
 
 
 class LoRSLinear(SparseLinear):
@@ -56,10 +45,9 @@ class LoRSLinear(SparseLinear):
         init_lora_weights: bool = True,
     ) -> None:
         check_rank(r, *sparse_weight.shape)
-        check_gradient(gradient)
+        check_choice("gradient", gradient, GRADIENTS)
         check_products(products)
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha is {lora_alpha}; it must be a finite number.")
+        alpha_number("lora_alpha", lora_alpha)
         super().__init__(sparse_weight, bias)
         self.r = r
         self.lora_alpha = lora_alpha

@@ -9,17 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
+from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
 from .sparse_product import is_transposable, library_metadata
-
-LAYOUTS = ("auto", "dense", "2:4", "bitmap")
-
-
-def check_layout(layout: str) -> None:
-    """Refuse a layout that is unknown."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}.")
 
 
 class SparseWeight:
@@ -76,7 +68,7 @@ class SparseWeight:
             ValueError: an unknown layout, a weight that is not 2-D or not floating, or does not fit the layout (the
                 first place is named), or a mask of another shape, dtype or device.
         """
-        check_layout(layout)
+        check_choice("layout", layout, LAYOUTS)
         values = weight.detach() if isinstance(weight, Tensor) else weight
         check_weight(values)
         if mask is not None:
@@ -298,7 +290,7 @@ class SparseWeight:
 
 def check_fits(weight: Tensor, layout: str) -> None:
     """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
-    check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
     check_weight(weight)
     if layout == "2:4":
         _check_sparse24(weight, _inspect(weight, None))

@@ -17,22 +17,23 @@ import torch
 from torch import nn
 
 from .. import __version__
-from .._checks import GRADIENTS
+from .._checks import GRADIENTS, LAYOUTS
 from .._files import replace_file
 from .._processes import alike, check_launcher, from_first, group, is_first, process_count, process_rank, together
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
-from ..config import ALL_LINEAR, LoRSConfig, find_targets
+from ..config import LoRSConfig
 from ..data import TokenDataset
 from ..gradient_init import estimate_gradients, init_from_gradients
-from ..model import check_targets, get_lors_model, named_lors_layers
+from ..model import get_lors_model, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
+from ..targets import Target, check_targets, find_targets
 from ..training import SCHEDULES, TrainingConfig, train
 from ..training_files import CHECKPOINT_NAME, LOG_NAME, PLOT_NAME, plot_loss
-from ..weight import LAYOUTS
 from ._common import (
     add_data,
     add_model,
+    add_targets,
     describe_data,
     find_device,
     load_dataset,
@@ -42,6 +43,7 @@ from ._common import (
     positive_int,
     say,
     seed_number,
+    target_config,
 )
 
 RUN_NAME = "run.json"
@@ -56,12 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=positive_int, default=16, help="rank r of the adapters")
     parser.add_argument("--alpha", type=positive_float, default=16.0, help="lora_alpha; the scaling is alpha / rank")
     parser.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(rank)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="name suffixes; every linear but the output head if left out",
-    )
+    add_targets(parser)
     parser.add_argument("--gradient", choices=GRADIENTS, default="lors", help="how adapter gradients are computed")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="how the sparse weights are stored")
     parser.add_argument("--init", choices=("gradient", "default"), default="gradient", help="how the adapters start")
@@ -96,10 +93,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             checkpoint_every=args.checkpoint_every,
         )
-        config = LoRSConfig(
+        config = target_config(
+            args,
             r=args.rank,
             lora_alpha=args.alpha,
-            target_modules=ALL_LINEAR if args.target_modules in (None, [ALL_LINEAR]) else args.target_modules,
             layout=args.layout,
             gradient=args.gradient,
             use_rslora=args.use_rslora,
@@ -118,16 +115,17 @@ def _run(args: argparse.Namespace, training: TrainingConfig, config: LoRSConfig)
 
         require_safetensors()
         model = load_model(args.model, args.device)
-        sparsity = total_sparsity(measure_sparsity(model, config))
+        targets = find_targets(model, config)
+        check_targets(targets, config)  # before the work of estimating gradients
+        sparsity = total_sparsity(measure_sparsity(model, targets=targets))
         data = load_dataset(args, model)
-        check_targets(find_targets(model, config), config)  # before the work of estimating gradients
     say(args, f"Model: '{args.model}', sparsity {sparsity:.2%}. Data: {describe_data(data)}.")
     if process_count() > 1:
         say(args, f"{process_count()} processes; {process_count() * args.accumulate} batches make a step.")
     resuming = from_first(args.resume and (args.output / CHECKPOINT_NAME).is_file())
     if args.resume and not resuming:
         say(args, "There is no checkpoint yet; training starts from the beginning.")
-    _convert(args, model, config, data, resuming)
+    _convert(args, model, config, targets, data, resuming)
     identity = {**config.to_dict(), "init": args.init, "base": _base_fingerprint(model)}
     if args.init == "gradient":
         identity["init_batches"] = args.init_batches
@@ -199,7 +197,12 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _convert(
-    args: argparse.Namespace, model: nn.Module, config: LoRSConfig, data: TokenDataset, resuming: bool
+    args: argparse.Namespace,
+    model: nn.Module,
+    config: LoRSConfig,
+    targets: list[Target],
+    data: TokenDataset,
+    resuming: bool,
 ) -> None:
     """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed."""
     gradients = None
@@ -207,11 +210,11 @@ def _convert(
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
         mine = batches[process_rank() :: process_count()]
         gradients = estimate_gradients(
-            model, mine, steps=args.init_batches, config=config, progress=is_first() and not args.json
+            model, mine, steps=args.init_batches, targets=targets, progress=is_first() and not args.json
         )
     with together():
         torch.manual_seed(args.seed)
-        get_lors_model(model, config)
+        get_lors_model(model, config, targets=targets)
         if gradients is not None:
             init_from_gradients(model, gradients)
 

@@ -22,18 +22,20 @@ from peft.utils.integrations import skip_init_on_device
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .._checks import check_whole
+from .._checks import check_whole, joined
 from .._sharded import check_gathered
-from ..model import joined
+from ..adapter_files import FORMER_PEFT_TYPE
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
 from .restore import unchanged_on_error
-from .targets import candidates, check_targets, named_peft_layers, spell_out_all_linear
+from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out_all_linear
 
 
 class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     """The tuner behind ``peft.get_peft_model(model, LoRSLoraConfig(...))``; use that."""
+
+    _combines = False  # while adapters are combined into one, whose rank may exceed a layer's sides
 
     def inject_adapter(
         self,
@@ -58,7 +60,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         spell_out_all_linear(config, model)
         targets = self._targets(model, config, state_dict)
-        fingerprints = check_targets(targets, model, config)
+        new = config.is_new and state_dict is None and not self._combines
+        check_targets(targets, model, config, new=new)
+        masks = fingerprints(targets, config.saved_fingerprints)
         unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
@@ -71,18 +75,18 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        for name, value in fingerprints.items():
+        for name, value in masks.items():
             layer: Any = model.get_submodule(name)
             layer.mask_fingerprint = value
             layer.base_was_linear |= name in unconverted
-        config.mask_fingerprints, config.saved_fingerprints = fingerprints, None
+        config.mask_fingerprints, config.saved_fingerprints = masks, None
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
     ) -> dict[str, nn.Module]:
         """The modules that PEFT will adapt: those the configuration selects, or those a state names."""
         if state_dict is None:
-            return {n: m for n, m in candidates(model) if self._check_target_module_exists(config, n)}
+            return selected(model, config)
         named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         return {name: module for name, module in candidates(model) if name in named}
 
@@ -171,7 +175,11 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 f"The adapter '{scaled[0]}' has use_rslora=True, and PEFT would scale a weighted sum by the root of "
                 "its rank. Activate the adapters together instead: model.base_model.set_adapter([...])."
             )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        self._combines = True
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self._combines = False
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: Any, *args: Any,
@@ -237,5 +245,6 @@ def _compress(model: nn.Module, name: str, layout: str) -> None:
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = LoRSLoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = LoRSLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = LoRSLoraModel.prefix
+PEFT_TYPE_TO_CONFIG_MAPPING[FORMER_PEFT_TYPE] = LoRSLoraConfig  # which writes the new one
 # Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the masks.
 CONFIG_KEYS_TO_CHECK[PEFT_METHOD] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "lors"]
