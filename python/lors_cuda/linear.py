@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from .functional import lors_linear, merge
-from .merged_weight import MergedWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 from .sparse_product import check_products
 from .weight import SparseWeight
@@ -29,6 +28,7 @@ class LoRSLinear(SparseLinear):
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
     """
 
+    has_adapters = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -56,7 +56,6 @@ class LoRSLinear(SparseLinear):
         self.gradient = gradient
         self.products = products
         self.adapter_enabled = True
-        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
         device = sparse_weight.device
@@ -131,6 +130,9 @@ class LoRSLinear(SparseLinear):
             cache=self.merged_weight,
         )
 
+    def merged_dense(self) -> Tensor:
+        return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
@@ -139,7 +141,7 @@ class LoRSLinear(SparseLinear):
         """
         self.check_finite()
         with torch.no_grad():
-            merged = merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+            merged = self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
         return make_linear(merged, self.bias).train(self.training)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Conversion of whole models: nn.Linear -> LoRSLinear (get_lors_model) and back (merge_and_unload), in place.
-# config.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
+# targets.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
 """Convert a model to LoRS layers, merge it back, switch the adapters off, keep what is merged."""
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ._device_map import hand_over_placement
 from ._sharded import check_gathered, is_partitioned
 from .config import LoRSConfig
+from .functional import MergedWeight
 from .linear import LoRSLinear
-from .merged_weight import MergedWeight
+from .sparse_linear import SparseLayer
 from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 
 
@@ -235,12 +236,9 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
 
 
 def _caching_layers(model: nn.Module) -> list[Any]:
-    """The layers that can keep a merged weight: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
-    found = (
-        [module for module in model.modules() if "merged_weight" in vars(module)]
-        if isinstance(model, nn.Module)
-        else []
-    )
+    """The layers with adapters: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, SparseLayer) and module.has_adapters]
     return found or [layer for _, layer in _lors_layers_with_names(model)]  # which refuses a model that has none
 
 

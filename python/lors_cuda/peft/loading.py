@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from .config import LoRSLoraConfig
-from .restore import unchanged_on_error
+from .model import unchanged_on_error
 
 
 def from_pretrained(

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._checks import check_rank, joined, listed
 from ..config import ALL_LINEAR, pattern_matches
-from ..sparse_linear import SparseLinear
+from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
@@ -53,7 +53,7 @@ def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return
-    linears = set(all_linears(model, (nn.Linear, SparseLinear, LoRSLoraLinear)))
+    linears = set(all_linears(model, (nn.Linear, SparseLayer)))
     names = {name for name, module in candidates(model) if module in linears}
     if not names:
         raise ValueError(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lors_cuda import estimate_gradients, get_lors_model, merge_and_unload, named_lors_layers, save_adapter, targets
+from lors_cuda import estimate_gradients, get_lors_model, merge_and_unload, named_lors_layers, save_adapter
 from lors_cuda.config import LoRSConfig
 from lors_cuda.pruning import measure_sparsity, prune
 from lors_cuda.targets import find_targets, output_heads, saved_modules
-from models import assert_unchanged, batch, refused, snapshot, tiny_llama, tiny_net
+from models import assert_unchanged, batch, refused, searched_models, snapshot, tiny_llama, tiny_net
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -215,14 +215,7 @@ def test_peft_models_are_refused_by_what_would_take_their_adapters_for_the_model
 
 
 def test_targets_that_were_found_are_not_searched_again(monkeypatch):
-    walks = []
-
-    class Counted(targets.Places):
-        def __init__(self, model: nn.Module) -> None:
-            walks.append(model)
-            super().__init__(model)
-
-    monkeypatch.setattr(targets, "Places", Counted)
+    walks = searched_models(monkeypatch)
     model, config = tiny_llama(), LoRSConfig(r=2, target_modules=["q_proj"])
     expected = estimate_gradients(model, [batch()], config=config)
     assert len(walks) == 1

@@ -168,18 +168,15 @@ def test_all_linear_finds_linears_and_compressed_ones_but_no_head():
         assert not any("lm_head" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("model", "target", "words"),
-    [
-        (nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), ["0", "1"], "an Embedding, and only nn.Linear"),
-        (nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)), ["0", "1"], "a Conv2d, and only nn.Linear"),
-        (nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1)), ["0", "1"], "a MultiheadAttention, and only"),
-        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), ["0", "1"], "a Sequential, and only"),
-    ],
-)
-def test_other_modules_are_refused(model, target, words):
+def test_other_modules_are_refused():
+    # By the rules of the library, which model/test_targets.py tries one by one.
+    model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
     before = snapshot(model)
-    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules=target)), "'1'", words)
+    refused(
+        ValueError,
+        lambda: peft.get_peft_model(model, config_of(target_modules=["0", "1"])),
+        "'1' cannot be adapted: it is an Embedding, and only nn.Linear",
+    )
     assert_unchanged(model, before)
 
 
