@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # save_adapter and load_adapter: what of a model goes into an adapter directory, and whether one fits a model.
-# adapter_files.py reads and writes the files. Everything is checked before a tensor is copied or a module replaced.
+# adapter_directory.py reads and writes the files. Everything is checked before a tensor is copied or a module replaced.
 """Save and load adapters."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ._checks import DTYPES, joined, listed
 from ._processes import process_rank, together
 from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
-from .adapter_files import (
+from .adapter_directory import (
     FORMAT_VERSION,
     PEFT_TYPE,
     PREFIX,

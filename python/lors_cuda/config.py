@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ._checks import (
     GRADIENTS,
@@ -25,6 +25,7 @@ from ._checks import (
 from .sparse_product import PRODUCTS
 
 ALL_LINEAR = "all-linear"
+_Value = TypeVar("_Value")
 
 
 @dataclass
@@ -123,11 +124,11 @@ class LoRSConfig:
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the module called `name`: the first matching rank_pattern, else r."""
-        return next((value for key, value in self.rank_pattern.items() if pattern_matches(key, name)), self.r)
+        return matched(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """Return lora_alpha of the module called `name`: the first matching alpha_pattern, else lora_alpha."""
-        return next((value for key, value in self.alpha_pattern.items() if pattern_matches(key, name)), self.lora_alpha)
+        return matched(self.alpha_pattern, name, self.lora_alpha)
 
     def saves(self, name: str) -> bool:
         """Tell whether modules_to_save names this module itself (not one that merely contains it)."""
@@ -137,6 +138,11 @@ class LoRSConfig:
 def pattern_matches(pattern: str, name: str) -> bool:
     """Tell whether a rank_pattern or alpha_pattern key matches `name`: its end, starting at a dot or at its start."""
     return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
+
+
+def matched(patterns: Mapping[str, _Value] | None, name: str, default: _Value) -> _Value:
+    """The value of the first key of a rank_pattern or alpha_pattern that matches `name`."""
+    return next((value for key, value in (patterns or {}).items() if pattern_matches(key, name)), default)
 
 
 def selects(wanted: str | list[str] | None, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import CONFIG_NAME
+from .adapter_directory import CONFIG_NAME
 from .checkpoint import load_adapter, save_adapter
 from .model import named_lors_layers
 from .sparse_linear import SparseLayer

@@ -20,7 +20,7 @@ from .. import __version__
 from .._checks import GRADIENTS, LAYOUTS
 from .._files import replace_file
 from .._processes import alike, check_launcher, from_first, group, is_first, process_count, process_rank, together
-from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
+from ..adapter_directory import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import save_adapter
 from ..config import LoRSConfig
 from ..data import TokenDataset

@@ -25,7 +25,7 @@ from .._checks import (
     pattern_dict,
     rank_number,
 )
-from ..adapter_files import FORMAT_VERSION, PEFT_TYPE
+from ..adapter_directory import FORMAT_VERSION, PEFT_TYPE
 
 
 class PeftMethod(str, enum.Enum):

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft import PeftModel
 
-from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
+from ..adapter_directory import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from .config import LoRSLoraConfig
 from .model import unchanged_on_error
 

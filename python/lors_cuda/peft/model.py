@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .._checks import check_whole, joined
 from .._sharded import check_gathered
-from ..adapter_files import FORMER_PEFT_TYPE
+from ..adapter_directory import FORMER_PEFT_TYPE
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear

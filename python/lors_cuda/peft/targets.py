@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._checks import check_rank, joined, listed
-from ..config import ALL_LINEAR, pattern_matches
+from ..config import ALL_LINEAR, matched
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
 from ..weight import SparseWeight, check_fits
@@ -85,7 +85,7 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
         linear: Any = module
         try:
             if new:
-                check_rank(_rank_of(config, name), linear.out_features, linear.in_features)
+                check_rank(matched(config.rank_pattern, name, config.r), linear.out_features, linear.in_features)
             _check_layout(module, config)
         except ValueError as error:
             problems.append(f"'{name}': {error}")
@@ -127,12 +127,6 @@ def _problem(module: nn.Module, places: Places) -> str | None:
     if isinstance(module, SparseLinear):
         return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
     return places.problem(module)
-
-
-def _rank_of(config: LoRSLoraConfig, name: str) -> int:
-    patterns: Mapping[str, int] = config.rank_pattern or {}
-    rank: int = next((value for key, value in patterns.items() if pattern_matches(key, name)), config.r)
-    return rank
 
 
 def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:

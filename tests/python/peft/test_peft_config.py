@@ -15,7 +15,7 @@ from torch import nn
 
 from lors_cuda import SparseLinear
 from lors_cuda._checks import REFUSED_LORA_FIELDS, SUPPORTED_LORA_FIELDS
-from lors_cuda.adapter_files import PEFT_TYPE
+from lors_cuda.adapter_directory import PEFT_TYPE
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from peft_models import LAYERS, LoRSLoraConfig, adapted, compressed, config_of, inputs, layers, lors_peft, net, peft
 
