@@ -17,6 +17,7 @@ from peft import LoraConfig
 from .._checks import (
     GRADIENTS,
     LAYOUTS,
+    REFUSED_LORA_FIELDS,
     SUPPORTED_LORA_FIELDS,
     alpha_number,
     check_choice,
@@ -130,7 +131,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             if not value or value == _default(item):
                 continue
             used[item.name] = value
-            if item.name not in SUPPORTED_LORA_FIELDS and item.metadata.get("is_lora_variant"):
+            known = SUPPORTED_LORA_FIELDS | REFUSED_LORA_FIELDS.keys()
+            if item.name not in known and item.metadata.get("is_lora_variant"):
                 raise ValueError(
                     f"{item.name}={value!r} is refused by LoRSLoraConfig: it makes PEFT's layers compute something "
                     f"else, without the mask. Leave it at {_default(item)!r}."

@@ -58,12 +58,13 @@ def test_every_refused_field_is_tried():
 
 @pytest.mark.parametrize("name", sorted(REFUSED_VALUES))
 def test_is_refused_by_name(name):
-    refused(ValueError, lambda: config_of(**{name: REFUSED_VALUES[name]}), f"{name}=", "is refused by LoRSLoraConfig")
+    words = (f"{name}=", "is refused by LoRSLoraConfig", REFUSED_LORA_FIELDS[name])
+    refused(ValueError, lambda: config_of(**{name: REFUSED_VALUES[name]}), *words)
     config = config_of()
     setattr(config, name, REFUSED_VALUES[name])  # PEFT's own examples set fields later
     model = net()
     before = snapshot(model)
-    refused(ValueError, lambda: peft.get_peft_model(model, config), f"{name}=", "is refused by LoRSLoraConfig")
+    refused(ValueError, lambda: peft.get_peft_model(model, config), *words)
     assert_unchanged(model, before)
 
 

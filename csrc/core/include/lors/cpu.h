@@ -7,7 +7,8 @@
 namespace lors {
 
 // The instruction set of the kernels in use: "baseline", "avx2" or "avx512". Chosen once per process; the environment
-// variable LORS_CPU_CAPABILITY lowers it and is refused (by the first call, with a sentence) if it names anything else.
+// variable LORS_CPU_CAPABILITY lowers it. The first call refuses this variable and the two below, with a sentence, if one has
+// another value than its own.
 const char* cpu_capability();
 
 // Whether a matrix product of this 16-bit type is faster on this processor in its own type than in float32. True with the
