@@ -76,14 +76,11 @@ test-cpp: $(VENV)/.ready
 	$(CMAKE_CORE) -B build/cpp -DLORS_TESTS=ON
 	$(CMAKE) --build build/cpp
 	build/cpp/tests/cpp/test_core --gtest_brief=1
-	build/cpp/tests/cpp/test_sparse_product --gtest_brief=1
 
-# The decoders of the compressed layouts on random and damaged bytes, under sanitizers. For longer and for other bytes:
+# What reads compressed weights, on random and damaged bytes. For longer and for other bytes:
 # make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=2
-fuzz: $(VENV)/.ready
-	$(CMAKE_CORE) -B build/fuzz -DLORS_FUZZ=ON
-	$(CMAKE) --build build/fuzz --target fuzz_layouts
-	build/fuzz/tests/fuzz/fuzz_layouts --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+fuzz: install
+	$(BIN)/python tests/python/formats/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The CUDA kernels, executed on the CPU.
 test-sim: $(VENV)/.ready

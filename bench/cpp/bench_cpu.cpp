@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The core's CPU kernels on one thread: what one core does, without a thread pool's choices. The linears of a Llama-3-8B layer
+// The core's CPU kernels on one thread: without the effects of a thread pool. The linears of a Llama-3-8B layer
 // with both sides a quarter as long. bench/linear.py and bench/merge.py measure all threads, through torch.
 #include <lors/cpu.h>
 #include <unistd.h>

@@ -5,7 +5,6 @@
 
 #include <lors/adapter_grad.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 #include <lors/sparse24.h>
 
@@ -25,26 +24,15 @@ struct Problem {
   DType dtype = DType::float32;  // of every floating-point operand
 };
 
-inline const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return "float64";
-    case DType::float32: return "float32";
-    case DType::bfloat16: return "bfloat16";
-    default: return "float16";
-  }
-}
-
 // What an operand holds before the first call.
 enum class Fill {
-  normal,      // random, of the problem's dtype
-  sparse,      // the same, half of it zeros
-  mask_bytes,  // 0 or 1
-  poison,      // an output: every bit set, which is NaN in every floating-point type
-  bits,        // an output of bits, where no value can be told from an unwritten one
-  sum,         // float32 zeros that the call adds to
-  codes,       // bytes of 2:4 metadata, two kept in every group
-  half_bits,   // 32-bit words of a mask, half of each kept
-  offsets      // int64, multiples of `step`
+  normal,     // random, of the problem's dtype
+  sparse,     // the same, half of it zeros
+  poison,     // an output: every bit set, which is NaN in every floating-point type
+  sum,        // float32 zeros that the call adds to
+  codes,      // bytes of 2:4 metadata, two kept in every group
+  half_bits,  // 32-bit words of a mask, half of each kept
+  offsets     // int64, multiples of `step`
 };
 
 struct Operand {
@@ -211,23 +199,6 @@ Call<Host> sparse24_merge_call(const Problem& p) {
 }
 
 template <typename Host>
-Call<Host> mask_pack_call(const Problem& p) {
-  const int64_t N = p.out_features, K = p.in_features;
-  Call<Host> call;
-  call.name = "mask_pack";
-  call.operands = {{N * K, p.dtype, Fill::mask_bytes, 1}, {N * mask_words(K), p.dtype, Fill::bits, 4}};
-  call.run = [p](void* const* o, Host host) {
-    MaskPackArgs args;
-    args.out_features = p.out_features;
-    args.in_features = p.in_features;
-    args.mask = static_cast<const uint8_t*>(o[0]);
-    args.bits = static_cast<uint32_t*>(o[1]);
-    return mask_pack(args, host);
-  };
-  return call;
-}
-
-template <typename Host>
 Call<Host> adapter_grad_lors_call(const Problem& p) {
   Call<Host> call;
   call.name = "adapter_grad_lors";
@@ -326,7 +297,6 @@ std::vector<Call<Host>> calls_of(const Problem& p, bool first_tokens) {
     if constexpr (!std::is_same_v<Host, CudaHost>)
       for (const auto& call : {merge_from_sparse24_call<Host>, merge_from_bitmap_call<Host>, sparse24_merge_call<Host>})
         calls.push_back(call(p));
-    if (p.dtype == DType::float32) calls.push_back(mask_pack_call<Host>(p));
   }
   calls.push_back(adapter_grad_lors_call<Host>(p));
   if constexpr (std::is_same_v<Host, CudaHost>) calls.push_back(adapter_grad_exact_call(p));

@@ -69,9 +69,7 @@ inline std::vector<unsigned char> pattern_of(const Operand& operand, size_t stre
   for (size_t i = 0; i < count; ++i) {
     const size_t at = (i + stream * 131071) % kPeriod;
     const float value = operand.fill == Fill::sparse && !mask[at] ? 0.0f : values[at];
-    if (operand.fill == Fill::mask_bytes) {
-      bytes[i] = mask[at];
-    } else if (operand.fill != Fill::normal && operand.fill != Fill::sparse) {
+    if (operand.fill != Fill::normal && operand.fill != Fill::sparse) {
       break;
     } else if (operand.dtype == DType::bfloat16) {
       const uint16_t bits = bfloat16_bits(value);
@@ -105,7 +103,7 @@ inline int64_t count_nan(const std::vector<unsigned char>& bytes, DType dtype) {
   return found;
 }
 
-// Sets of operands, taken in turn, that together exceed the last cache three times.
+// Sets of operands, used in rotation, that together are three times the size of the last-level cache.
 template <typename Device>
 class OperandSets {
  public:
@@ -220,9 +218,8 @@ int bench_main(int argc, char** argv, Device& device, const std::vector<std::pai
       for (const int64_t T : tokens)
         for (const Call<Host>& call : calls_of<Host>({T, N, K, r, dtype}, T == tokens.front())) {
           const bool has_tokens = call.name.starts_with("adapter_grad") || call.name.starts_with("fused_linear");
-          std::string name = call.name + (call.name == "mask_pack" ? "" : std::string("/") + name_of(dtype)) + "/" +
-                             std::to_string(N) + "x" + std::to_string(K);
-          if (call.name != "mask_pack") name += "/r" + std::to_string(r);
+          std::string name = call.name + "/" + dtype_name(dtype) + "/" + std::to_string(N) + "x" + std::to_string(K);
+          name += "/r" + std::to_string(r);
           if (has_tokens) name += "/T" + std::to_string(T);
           benchmark::RegisterBenchmark(name.c_str(), [&device, call](benchmark::State& state) { run(state, device, call); })
               ->UseManualTime()

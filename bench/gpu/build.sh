@@ -69,9 +69,6 @@ with_compilers() {
     echo "bind_cpu_ops ${bind[*]} -c $root/csrc/torch/cpu_ops.cpp"
     if [ "$arch" != none ]; then
       echo "cudabind_cuda_ops ${bind[*]} -DUSE_CUDA -isystem $nvcc_root/include -c $root/csrc/torch/cuda_ops.cpp"
-      for source in "$root"/csrc/core/cuda/*.cpp; do
-        echo "cuda_$(basename "$source" .cpp) ${cxx[*]} -isystem $nvcc_root/include -c $source"
-      done
       for source in "$root"/csrc/core/cuda/*.cu; do
         echo "cuda_$(basename "$source" .cu) nvcc -std=c++20 -O3 -DNDEBUG -gencode arch=compute_$arch,code=sm_$arch -cudart static" \
           "-Xcompiler -fPIC,-fvisibility=hidden -I $root/csrc/core/include -DLORS_CUDA_ARCHS_TEXT='\"$arch\"' -c $source"

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine as JSON: its GPU, torch, compilers and tools. Needs nothing but Python; what is missing is null.
 
-python bench/gpu/describe.py OUTPUT.json           exit code 1 with a sentence where torch cannot use a GPU
+python bench/gpu/describe.py OUTPUT.json           exit code 1 with the reason if torch cannot use a GPU
 """
 
 from __future__ import annotations

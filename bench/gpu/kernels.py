@@ -9,13 +9,14 @@ python bench/gpu/kernels.py --quick                                 small, on th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
-from lors_cuda import reference
+from lors_cuda import SparseWeight, reference
 from peers import Problem, make_problem, official_merge
 from protocol import Protocol, call_seconds, last_level_cache_bytes, measure, poisoned_memory, relative_error
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # q and o; k and v; gate and up; down
 TOKENS = (512, 2048, 8192)
 GROUPS = ("merge", "lors", "exact", "forward", "input_gradient")
+FORWARD24 = "forward24"  # a 2:4 weight on the sparse tensor cores (docs/sparse-products.md); only where it is asked for
 PEER = "torch"
 lors = torch.ops.lors
 
@@ -49,11 +51,48 @@ class Group:
     extra: dict[str, Callable[[Problem], Any]] = dataclasses.field(default_factory=dict)
 
 
+class Problem24(Problem):
+    """Its weight is also stored as 2:4, before anything is timed."""
+
+    stored: SparseWeight
+
+    @classmethod
+    def of(cls, problem: Problem) -> Problem24:
+        made = cls(**vars(problem))
+        made.stored = SparseWeight.from_dense(made.weight, "2:4")
+        return made
+
+    def copy(self) -> Problem24:
+        return self.of(Problem(**{name: value for name, value in vars(self).items() if name != "stored"}).copy())
+
+
+@contextlib.contextmanager
+def sparse_product(value: str) -> Iterator[None]:
+    before = os.environ.get("LORS_SPARSE_PRODUCT")
+    os.environ["LORS_SPARSE_PRODUCT"] = value
+    try:
+        yield
+    finally:
+        del os.environ["LORS_SPARSE_PRODUCT"]
+        if before is not None:
+            os.environ["LORS_SPARSE_PRODUCT"] = before
+
+
+def forward24(value: str) -> Callable[[Problem24], Tensor]:
+    def run(p: Problem24) -> Tensor:
+        with sparse_product(value):
+            return lors.linear(
+                p.input, p.stored.values, None, p.stored.index, p.lora_A, p.lora_B, None, p.scaling, "lors"
+            )
+
+    return run
+
+
 # --- what torch alone would do ----------------------------------------------------------------------------------------
 
 
-def _four_products(p: Problem) -> tuple[Tensor, Tensor]:
-    """The "lors" gradients as four matrix products; the thin ones are scaled."""
+def _four_matmuls(p: Problem) -> tuple[Tensor, Tensor]:
+    """The "lors" gradients as four matmuls; the thin ones are scaled."""
     grad_lora_A = ((p.grad_output @ p.lora_B).T @ p.input).mul_(p.scaling)
     grad_lora_B = (p.grad_output.T @ (p.input @ p.lora_A.T)).mul_(p.scaling)
     return grad_lora_A, grad_lora_B
@@ -89,26 +128,32 @@ def group_of(name: str, problem: Problem) -> Group:
     if name in ("lors", "exact"):
         exact = name == "exact"
         return Group(
-            lambda p: lors.adapter_grad(
-                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, s, name, True, True
-            ),
-            _dense_exact if exact else _four_products,
+            lambda p: lors.linear_backward(
+                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, name, False, True, True
+            )[1:3],
+            _dense_exact if exact else _four_matmuls,
             "dY^T X in memory, masked, two products" if exact else "four matrix products",
             lambda p: truth(p, name)[1:3],
             size * (T * (N + K) + 2 * adapters + (N * K if exact else 0)),
             2 * T * N * K + 4 * N * K * r if exact else 4 * T * r * (N + K),
         )
     flop = 2 * T * N * K + 2 * N * K * r
-    moved = size * (T * (N + K) + N * K + adapters)
-    if name == "forward":
+    weight = N * K * 9 // 16 if name == FORWARD24 else N * K  # 2:4 in 16 bits: half the values, and 2 bits for each
+    moved = size * (T * (N + K) + weight + adapters)
+    if name in ("forward", FORWARD24):
         return Group(
-            lambda p: lors.linear(p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, "lors"),
+            forward24("sparse")
+            if name == FORWARD24
+            else lambda p: lors.linear(p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, "lors"),
             lambda p: p.input @ official_merge(p.weight, p.lora_A, p.lora_B, s).T,
             "merged in three passes, one product",
             lambda p: [reference.linear(p.input, p.weight, p.lora_A, p.lora_B, s)],
             moved,
             flop,
-            {"product": lambda p: p.input @ p.weight.T},
+            {
+                "product": lambda p: p.input @ p.weight.T,
+                **({"dense": forward24("dense")} if name == FORWARD24 else {}),
+            },
         )
     backward = (None, s, "lors", True, False, False)  # no bias; the input's gradient alone
     return Group(
@@ -127,10 +172,10 @@ def group_of(name: str, problem: Problem) -> Group:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches in this run: a large copy, bytes read plus written, and a large product."""
+    """What this machine reaches in this run: a large copy, bytes read plus written, and a large matmul."""
 
     copy_bytes_per_second: float
-    product_flop_per_second: float
+    matmul_flop_per_second: float
 
 
 @torch.no_grad()
@@ -166,11 +211,11 @@ def check(group: Group, problem: Problem) -> float:
 
 
 def rotating(run: Callable[[Problem], Any], problems: Sequence[Problem]) -> Callable[[], None]:
-    """One call on the next problem. As many results live as there are problems: they take turns in memory too."""
-    turns, held = itertools.cycle(problems), deque[Any](maxlen=len(problems))
+    """One call on the next problem. One result per problem stays alive, so that results rotate in memory too."""
+    rotation, held = itertools.cycle(problems), deque[Any](maxlen=len(problems))
 
     def call() -> None:
-        held.append(run(next(turns)))
+        held.append(run(next(rotation)))
 
     return call
 
@@ -199,8 +244,10 @@ def bench_group(
     name: str, problem: Problem, protocol: Protocol, ceilings: Ceilings, common: dict[str, Any], eager: bool
 ) -> list[dict[str, Any]]:
     """The rows of one operator and its peers; when ours fails, one row with the reason."""
+    if name == FORWARD24:
+        problem = Problem24.of(problem)
     group, device = group_of(name, problem), problem.weight.device
-    floor = max(group.bytes / ceilings.copy_bytes_per_second, group.flop / ceilings.product_flop_per_second)
+    floor = max(group.bytes / ceilings.copy_bytes_per_second, group.flop / ceilings.matmul_flop_per_second)
     common = {**common, "kernel": name, "bytes": group.bytes, "flop": group.flop, "floor_seconds": floor}
     try:
         error = check(group, problem)
@@ -249,7 +296,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_common_arguments(parser)
     parser.add_argument("--tokens", nargs="+", type=report.positive)
     parser.add_argument("--rank", type=report.positive, default=16)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, FORWARD24), default=list(GROUPS))
     parser.add_argument("--eager", action="store_true", help="call from Python instead of replaying a CUDA graph")
     arguments = parser.parse_args(argv)
     arguments.dtype = arguments.dtype or ["bfloat16"]
@@ -266,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, rows = report.rows_before(arguments), []
     for dtype in arguments.dtype:
         ceilings = measure_ceilings(device, report.DTYPES[dtype], arguments.quick)
-        copy, product = ceilings.copy_bytes_per_second / 1e9, ceilings.product_flop_per_second / 1e12
-        print(f"{dtype}: a large copy moves {copy:.0f} GB/s, a large product runs at {product:.2f} TFLOP/s")
+        copy, matmul = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flop_per_second / 1e12
+        print(f"{dtype}: a large copy moves {copy:.0f} GB/s, a large matmul runs at {matmul:.2f} TFLOP/s")
         for shape in shapes:
             for tokens in token_counts:
                 problem = make_problem(

@@ -13,17 +13,17 @@ total=${LORS_GPU_SECONDS:-520}
 skipped=77 # a part's exit code where the machine lacks what it needs
 [ -d /usr/local/cuda/bin ] && PATH=$PATH:/usr/local/cuda/bin
 
-# name, most seconds, what it does. In this order: what decides whether later numbers mean anything comes first.
+# name, most seconds, what it does. Correctness first: without it the timings mean nothing.
 plan='build 170 lors_cuda for this GPU alone, into a folder of its own (bench/gpu/build.sh)
 golden 50 what this GPU answers to the probes of tests/golden
-check 75 every operator against float64, poisoned and repeated (bench/gpu/check.py), both ways of taking products
+check 75 every operator against float64, poisoned and repeated (bench/gpu/check.py), both matmul paths
 kernels 100 each operator against torch and its floor (bench/gpu/kernels.py), T = 512, 2048, 8192
 layers 100 forward and backward against the peers (bench/linear.py), T = 512, 2048, 8192
-sparse 100 2:4 products on the sparse tensor cores against the dense way (bench/gpu/sparse.py), T = 512, 2048, 8192
+sparse 60 2:4 forward on the sparse tensor cores and dense, T = 512, 2048, 8192
 tests 120 the GPU cases of tests/python, where pytest and hypothesis are installed
 memcheck 60 compute-sanitizer: accesses out of bounds, where it is installed
 racecheck 60 compute-sanitizer: races in shared memory
-products 60 forward and input gradient with the merge inside the product, always and never, T = 1 to 512
+products 60 forward and input gradient with LORS_CUDA_FUSED always and never, T = 1 to 512
 compiled 90 bench/linear.py against torch.compile
 bench_cuda 60 the core without torch, where Google Benchmark is installed'
 
@@ -45,7 +45,7 @@ sanitize() {
       break
     fi
   done
-  # torch's caching allocator would hide what lies beyond a tensor; the fused product is the choice with the most kernels.
+  # Without torch's caching allocator, so that accesses beyond a tensor are seen; with fused_linear, which has the most kernels.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 LORS_CUDA_FUSED=always on_site compute-sanitizer --tool "$1" --error-exitcode 9 \
     --target-processes application-only "${filter[@]}" "$PYTHON" "$root/bench/gpu/check.py" --device cuda --small
 }
@@ -76,15 +76,15 @@ part() {
       done
       return $result
       ;;
-    sparse) bench gpu/sparse.py --budget 0.5 --rounds 9 --tokens 512 2048 8192 --output "$OUT/sparse.json" ;;
+    sparse) bench gpu/kernels.py --budget 2 --only forward24 --append --output "$OUT/kernels.json" ;;
     tests)
-      "$PYTHON" -c 'import pytest, hypothesis' || lacks 'pytest or hypothesis is not installed; the part check stands in.'
+      "$PYTHON" -c 'import pytest, hypothesis' || lacks 'pytest or hypothesis is not installed; see the part check instead.'
       local parallel=()
       "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-      # The oracles are float64 on the CPU: eight processes with all cores each would wait for one another.
+      # The oracles are float64 on the CPU: eight processes with all cores each would slow one another down.
       OMP_NUM_THREADS=2 on_site "$PYTHON" -m pytest tests/python -k '[cuda or test_cuda_ops' -q -o addopts= -p no:cacheprovider \
         --continue-on-collection-errors "${parallel[@]}" | tee "$WORK/pytest.txt" || return
-      # Without a usable GPU every case is skipped, and pytest is content.
+      # Without a usable GPU every case is skipped, and pytest reports success.
       grep -q '[0-9] passed' "$WORK/pytest.txt" || { echo 'no GPU case ran: all were skipped.' && return 1; }
       ;;
     memcheck | racecheck) sanitize "$1" ;;
@@ -134,7 +134,7 @@ fi
 mkdir -p "$1" "$WORK" && OUT=$(cd "$1" && pwd) || exit 1
 export OUT
 log=$OUT/log.txt
-rm -f "$OUT"/{machine,golden,check,kernels,linear,sparse,bench_cuda,summary}.json "$log"
+rm -f "$OUT"/{machine,golden,check,kernels,linear,bench_cuda,summary}.json "$log"
 if ! "$PYTHON" "$root/bench/gpu/describe.py" "$OUT/machine.json" >"$log" 2> >(tee -a "$log" >&2); then
   echo "Nothing was run; $OUT/machine.json describes this machine." >&2
   exit 1

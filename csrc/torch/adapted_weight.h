@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A frozen weight with its live adapter, and what the operators do with it on every device. `Backend` is what differs between
-// devices: cpu_ops.cpp and cuda_ops.cpp each have one, operators.h lists what it must offer.
+// A frozen weight with its adapter, and the operators' calls of the core with it, the same on every device. `Backend` is what
+// differs between devices: see operators.h; cpu_ops.cpp and cuda_ops.cpp each define one.
 #pragma once
 
 #include <lors/adapter_grad.h>
-#include <lors/bitmap.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 #include <lors/sparse24.h>
 #include <torch/csrc/stable/ops.h>
@@ -43,45 +41,16 @@ inline const uint32_t* bits(const Tensor& mask) { return static_cast<const uint3
 
 inline const uint32_t* bits(const std::optional<Tensor>& mask) { return mask ? bits(*mask) : nullptr; }
 
-// What sums of products of `weight` run in.
+// The dtype in which matmuls with `weight` accumulate.
 inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Refuses row offsets that lead outside the values, where asking does not wait for a device; elsewhere the tensors are what
-// lors::bitmap_validate has passed.
-template <typename Backend>
-void check_offsets(const char* op, const Backend& backend, int64_t count, const Tensor& mask, const Tensor& row_offsets,
-                   int64_t in_features) {
-  if constexpr (Backend::kReadsMemory) {
-    int64_t report[2] = {};
-    BitmapValidateArgs args;
-    args.out_features = row_offsets.size(0) - 1;
-    args.in_features = in_features;
-    args.count = count;
-    args.bits = bits(mask);
-    args.row_offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());
-    args.report = report;
-    check_status(bitmap_validate(args, backend.host()));
-    check(report[0] == 0, "lors::", op, ": row_offsets disagrees with the bits in ", report[0], " rows, first in row ",
-          report[1], " (", count, " values); pass the tensors of one SparseWeight.");
-  }
-}
-
-// How products of a 2:4 weight may be taken on the sparse tensor cores (docs/sparse-products.md); other weights and the CPU
-// have one way alone.
-struct SparseProductOptions {
-  std::optional<Tensor>
-      library_metadata;           // uint8: what cuSPARSELt puts behind this weight's values; nothing: it compresses each time
-  bool transposable = false;      // the mask is 2:4 along N too
-  std::string products = "auto";  // or "dense", "sparse"
-};
-
-// The arguments are made row-major once, and then all is a call of the core. `backend` outlives this.
+// Makes the arguments row-major once, for all calls of the core. `backend` must outlive this.
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
-                double scaling, SparseProductOptions sparse = {})
+                double scaling)
       : backend(backend),
         layout(stored.layout),
         N(stored.out_features),
@@ -91,9 +60,8 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling),
-        sparse(std::move(sparse)) {
-    if (layout == Layout::bitmap) check_offsets(op, backend, weight.size(0), *mask, *index, K);
+        scaling(scaling) {
+    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
   int64_t out_features() const { return N; }
@@ -136,12 +104,6 @@ struct AdaptedWeight {
   // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
   Tensor merged_values() const {
     Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    merge_values(out.mutable_data_ptr());
-    return out;
-  }
-
-  // The same, to values [N, K/2] anywhere.
-  void merge_values(void* values) const {
     Sparse24MergeArgs args;
     args.out_features = N;
     args.in_features = K;
@@ -154,31 +116,26 @@ struct AdaptedWeight {
     args.lora_B = lora_B.const_data_ptr();
     args.lora_B_dtype = dtype_of(lora_B);
     args.scaling = scaling;
-    args.merged_values = values;
+    args.merged_values = out.mutable_data_ptr();
     check_status(lors::sparse24_merge(args, backend.host()));
+    return out;
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] is in the backend's product_dtype, and so is `shared`: merged, where it stands
-  // already.
+  // activation's dtype. `out` [T, N or K] has the backend's product_dtype, and so has `shared`, the merged weight if the caller
+  // has it already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
-    if constexpr (Backend::kSparseProducts)
-      if (layout == Layout::sparse24 && !shared)
-        return Backend::multiply_sparse24(*this, out, activation, bias, input_gradient);
-    multiply_merged(out, activation, bias, input_gradient, shared);
-  }
-
-  // The same by the merged weight, dense or inside the product.
-  void multiply_merged(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
-                       const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
-    // The products with the merge inside read dense weights only.
-    const bool fused = !shared && layout == Layout::dense && backend.prefers_fused_linear(activation, weight, compute);
+    // Without an adapter a dense weight is its own merge.
+    const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
+    // fused_linear reads dense weights only, and on CUDA needs an adapter.
+    const bool fused = !shared && !own && layout == Layout::dense && (r() > 0 || weight.is_cpu()) &&
+                       backend.prefers_fused_linear(activation, weight, compute);
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
-      const Tensor merged = shared ? *shared : this->merged(compute, dtype);
+      const Tensor merged = shared ? *shared : own ? weight : this->merged(compute, dtype);
       return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
                               addend);
     }
@@ -197,7 +154,7 @@ struct AdaptedWeight {
     check_status(lors::fused_linear(args, backend.host()));
   }
 
-  // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not wanted.
+  // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not computed.
   void describe_gradients(AdapterGradArgs& args, const Tensor& dY, const Tensor& X, Tensor* lora_A_grad,
                           Tensor* lora_B_grad) const {
     args.tokens = X.size(0);
@@ -217,8 +174,8 @@ struct AdaptedWeight {
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
-  // The mask that the exact gradients read: bits [N, ceil(K/32)], or nothing for a dense weight that is its own mask. 2:4
-  // metadata is spelled out into a temporary of one bit per weight.
+  // The mask for the exact gradients: bits [N, ceil(K/32)], a temporary made from the metadata for 2:4; nothing for a dense
+  // weight without a mask, whose nonzero entries are the mask.
   std::optional<Tensor> kept() const {
     if (layout != Layout::sparse24) return mask;
     Tensor bits = empty(weight, {N, mask_words(K)}, ScalarType::Int);
@@ -232,7 +189,7 @@ struct AdaptedWeight {
   }
 
   // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
-  // those rows of lora_B_grad [N, r]; null: not wanted. `kept` is kept()'s.
+  // those rows of lora_B_grad [N, r]; null: not computed. `kept`: see kept().
   void contract(const Tensor& G, int64_t begin, const std::optional<Tensor>& kept, Tensor* lora_A_sum,
                 Tensor* lora_B_grad) const {
     const auto row = [&](const Tensor& t) {
@@ -264,7 +221,6 @@ struct AdaptedWeight {
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
-  SparseProductOptions sparse;
 };
 
 }  // namespace lors::binding

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checks at the ops' edge: everything below them trusts. Each failure is a sentence: what was given, what is needed.
+// Argument checks of the operators, made once per call: the code below trusts them. An error says what was given and what is
+// needed.
 #pragma once
 
 #include <lors/types.h>
@@ -12,12 +13,16 @@
 #include <stdexcept>
 #include <string>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace lors::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as a RuntimeError with exactly this text (STD_TORCH_CHECK would prepend a source file).
+// Throws a RuntimeError in Python with exactly this text; STD_TORCH_CHECK would prepend a source file.
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -54,7 +59,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
         " is on another device than weight; move all tensors of one call to the same device.");
 }
 
-// A tensor whose storage was freed under it (untyped_storage().resize_(0), as sharded training does) has a null pointer.
+// A tensor whose storage was freed (untyped_storage().resize_(0), as sharded training does) has a null pointer.
 inline void check_storage(const char* op, const char* name, const Tensor& t) {
   check(t.numel() == 0 || t.const_data_ptr() != nullptr, "lors::", op, ": ", name, " has shape ", shape(t),
         " but no memory behind it; its storage was freed.");
@@ -66,15 +71,15 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
   check_storage(op, name, t);
 }
 
-// float64 is for checking gradients, on the CPU.
-inline void check_served(const char* op, const char* name, const Tensor& t) {
+// float64 exists for checking gradients, on the CPU.
+inline void check_supported(const char* op, const char* name, const Tensor& t) {
   check(t.scalar_type() != ScalarType::Double || t.device().is_cpu(), "lors::", op, ": ", name,
         " is float64, which is computed on the CPU only; convert it to float32, bfloat16 or float16, or move all tensors of"
         " the call to the CPU.");
 }
 
-// A frozen weight as an operator is given it. `index` tells the layout: none: dense; uint8 metadata: 2:4 (sparse24.h); int64
-// row offsets: bitmap (bitmap.h).
+// A frozen weight as an operator's arguments give it. The layout follows from `index`: none: dense; uint8 metadata: 2:4
+// (sparse24.h); int64 row offsets: bitmap (types.h).
 struct StoredWeight {
   Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]
   std::optional<Tensor> mask;  // int32 [N, ceil(K/32)]; bitmap: always
@@ -92,12 +97,12 @@ struct StoredWeight {
 inline void check_bits(const char* op, const char* name, const Tensor& bits, int64_t N, int64_t K) {
   check(bits.scalar_type() == ScalarType::Int && bits.dim() == 2 && bits.size(0) == N && bits.size(1) == mask_words(K),
         "lors::", op, ": ", name, " has shape ", shape(bits), "; it must be int32 [", N, ", ", mask_words(K),
-        "], the bits that lors::mask_pack makes of a bool mask of shape [", N, ", ", K, "].");
+        "], the packed bits of a bool mask of shape [", N, ", ", K, "].");
   check_storage(op, name, bits);
 }
 
-// values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. What the bytes say is checked where they come in
-// (lors::sparse24_validate), because a value cannot be read here without waiting for the device.
+// values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. Contents are validated when a weight is made or loaded
+// (lors_cuda/formats.py), because reading them here would synchronise with the device.
 inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata) {
   check(values.dim() == 2 && values.size(1) % 2 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
         "; they must be [out_features, in_features / 2], an even number in each row.");
@@ -152,27 +157,28 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
   }
   check(stored.out_features > 0 && stored.in_features > 0, "lors::", op, ": weight has shape ", stored.shape(),
         "; both sides must be at least 1.");
-  check_served(op, "weight", weight);
+  check_supported(op, "weight", weight);
   return stored;
 }
 
-// The same with its adapter: lora_A [r, K], lora_B [N, r].
+// The same with its adapter: lora_A [r, K], lora_B [N, r]. Without one, r = 0, the merge decompresses.
 inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
-                                         const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B) {
+                                         const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
+                                         bool allows_no_rank = false) {
   const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A);
   const int64_t N = stored.out_features, K = stored.in_features;
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
         "] for a weight of shape ", stored.shape(), ".");
   const int64_t r = lora_A.size(0);
-  check(r > 0, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
+  check(r > 0 || allows_no_rank, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
   check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
         "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);
   check_floating(op, "lora_B", lora_B);
   check_same_device(op, "lora_A", lora_A, weight);
   check_same_device(op, "lora_B", lora_B, weight);
-  check_served(op, "lora_A", lora_A);
-  check_served(op, "lora_B", lora_B);
+  check_supported(op, "lora_A", lora_A);
+  check_supported(op, "lora_B", lora_B);
   return stored;
 }
 
@@ -182,7 +188,7 @@ inline void check_bias(const char* op, const Tensor& bias, const StoredWeight& w
         "; it must be [", weight.out_features, "] for a weight of shape ", weight.shape(), ".");
   check_floating(op, "bias", bias);
   check_same_device(op, "bias", bias, weight.values);
-  check_served(op, "bias", bias);
+  check_supported(op, "bias", bias);
 }
 
 // A [T, features] activation or gradient that belongs to `weight`. float64 goes with float64 alone.
@@ -195,7 +201,7 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check_same_device(op, name, t, weight.values);
 }
 
-// merged [N, K] as lors::merged_operand made it for activations whose products run in `compute`.
+// merged [N, K] as lors::merged_operand makes it for activations whose matmuls run in `compute`.
 inline void check_merged(const char* op, const Tensor& merged, const StoredWeight& weight, ScalarType compute) {
   check(merged.dim() == 2 && merged.size(0) == weight.out_features && merged.size(1) == weight.in_features &&
             merged.scalar_type() == compute && merged.is_contiguous(),
@@ -204,21 +210,6 @@ inline void check_merged(const char* op, const Tensor& merged, const StoredWeigh
         " and the dtype of this call's activations.");
   check_storage(op, "merged", merged);
   check_same_device(op, "merged", merged, weight.values);
-}
-
-// library_metadata: bytes that belong to a 2:4 weight; products: one of three names. Whether there are as many bytes as the
-// library makes is known only where it is (cuda_sparse_product.h).
-inline void check_products(const char* op, const StoredWeight& weight, const std::optional<Tensor>& library_metadata,
-                           const std::string& products) {
-  check(products == "auto" || products == "dense" || products == "sparse", "lors::", op, ": products is '", products,
-        "'; it must be 'auto', 'dense' or 'sparse'.");
-  if (!library_metadata) return;
-  check(weight.layout == Layout::sparse24, "lors::", op, ": library_metadata was given with a weight that is not 2:4.");
-  check(
-      library_metadata->dim() == 1 && library_metadata->scalar_type() == ScalarType::Byte && library_metadata->is_contiguous(),
-      "lors::", op, ": library_metadata has shape ", shape(*library_metadata), "; it must be uint8 [bytes].");
-  check_storage(op, "library_metadata", *library_metadata);
-  check_same_device(op, "library_metadata", *library_metadata, weight.values);
 }
 
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators on the CPU (operators.h): threads and memory are torch's, the large products go to torch's own mm.
-// They call it below the dispatcher (aoti_torch_cpu_*), so that autocast and autograd cannot step in between.
+// The operators on the CPU (operators.h): threads and memory are torch's, the large matmuls are torch's mm, called below the
+// dispatcher (aoti_torch_cpu_*) so that autocast and autograd cannot intercept them.
+#include <lors/compress.h>
 #include <lors/cpu.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "build_info.h"
-#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
 namespace {
 
-// Threads and memory of the core are torch's own: its pool, and tensors of bytes, so that torch's settings and memory
-// profilers cover them too.
+// The core runs on torch's thread pool and in tensors of bytes, so that torch's settings and memory profilers apply.
 void run_on_torch_threads(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
@@ -33,6 +33,22 @@ void* allocate_from_torch(int64_t bytes, void** handle) {
 void release_to_torch(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
 
 constexpr CpuHost kTorch{run_on_torch_threads, allocate_from_torch, release_to_torch};
+
+// Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say. Refuses bits beyond K.
+std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K) {
+  const int64_t N = mask.size(0), words = mask.size(1);
+  const uint32_t beyond = K % 32 ? ~uint32_t{0} << (K % 32) : 0;
+  std::vector<int64_t> offsets(static_cast<size_t>(N) + 1);
+  const uint32_t* row = bits(mask);
+  for (int64_t n = 0; n < N; ++n, row += words) {
+    int64_t count = 0;
+    for (int64_t w = 0; w < words; ++w) count += std::popcount(row[w]);
+    check(words == 0 || (row[words - 1] & beyond) == 0, "lors::", op, ": the mask has bits beyond column ", K, " in row ", n,
+          "; pass the tensors of one SparseWeight.");
+    offsets[static_cast<size_t>(n) + 1] = offsets[static_cast<size_t>(n)] + count;
+  }
+  return offsets;
+}
 
 struct Cpu {
   explicit Cpu(const Tensor&) {}
@@ -60,14 +76,13 @@ struct Cpu {
 
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
-  static constexpr bool kSparseProducts = false;
-  static constexpr bool kReadsMemory = true;
+  static constexpr bool kSparseMatmul = false;
   static constexpr bool kMixedActivations = true;
 
-  // The weight's gradient is formed by panels of rows, masked and contracted, and dropped.
+  // Forms the weight's gradient by panels of rows; each is masked, contracted and overwritten by the next.
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType>,
                                  const AdaptedWeight<Cpu>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
-    // 4 MiB of float32 stays in the last-level cache between the product and the contraction.
+    // 4 MiB of float32 stay in the last-level cache between the matmul and the contraction.
     constexpr int64_t kPanelElements = 1 << 20;
     const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
     const ScalarType acc = accumulation_dtype(adapted.weight);
@@ -85,6 +100,16 @@ struct Cpu {
     if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   }
 
+  static void check_offsets(const char* op, int64_t count, const Tensor& mask, const Tensor& row_offsets, int64_t K) {
+    const std::vector<int64_t> wanted = row_offsets_of(op, mask, K);
+    const auto* given = static_cast<const int64_t*>(row_offsets.const_data_ptr());
+    const int64_t row = std::mismatch(wanted.begin(), wanted.end(), given).first - wanted.begin();
+    check(row == int64_t(wanted.size()), "lors::", op, ": row_offsets disagrees with the mask's bits at row ", row,
+          "; pass the tensors of one SparseWeight.");
+    check(wanted.back() == count, "lors::", op, ": the mask keeps ", wanted.back(), " values and ", count,
+          " are given; pass the tensors of one SparseWeight.");
+  }
+
   void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {
     const Tensor dY = row_major(grad_output);
     BiasGradArgs args;
@@ -97,6 +122,26 @@ struct Cpu {
     check_status(lors::bias_grad(args, host()));
   }
 };
+
+Tensor compress(const Tensor& weight, const Tensor& mask) {
+  check(weight.dim() == 2, "lors::compress: weight has shape ", shape(weight), "; it must be [out_features, in_features].");
+  check_floating("compress", "weight", weight);
+  check_bits("compress", "mask", mask, weight.size(0), weight.size(1));
+  check_same_device("compress", "mask", mask, weight);
+  const Tensor dense = row_major(weight), kept = row_major(mask);
+  const std::vector<int64_t> row_offsets = row_offsets_of("compress", kept, weight.size(1));
+  Tensor values = empty(weight, {row_offsets.back()}, weight.scalar_type());
+  CompressArgs args;
+  args.out_features = weight.size(0);
+  args.in_features = weight.size(1);
+  args.weight = dense.const_data_ptr();
+  args.dtype = dtype_of(weight);
+  args.mask = bits(kept);
+  args.row_offsets = row_offsets.data();
+  args.values = values.mutable_data_ptr();
+  check_status(lors::compress(args, &kTorch));
+  return values;
+}
 
 // What the CPU kernels run with, as JSON members. A wrong environment variable must not keep the package from being imported:
 // its sentence is a member instead, and the first call refuses it.
@@ -129,7 +174,7 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CPU, m) {
   Operators<Cpu>::implement(m);
-  Formats<Cpu>::implement(m);
+  m.impl("compress", TORCH_BOX(&explained<&compress>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

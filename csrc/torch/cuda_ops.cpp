@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators on CUDA (operators.h): a library of its own (_ops_cuda.so), loaded only beside a CUDA torch of the same CUDA
-// major. Everything is queued on torch's current stream, with memory of torch's allocator; nothing waits for the device and no
-// value is read, so that a CUDA graph can capture it. Products run below the dispatcher, as on the CPU.
+// The operators on CUDA (operators.h), a library of its own (_ops_cuda.so) loaded only with a CUDA torch of the same CUDA major
+// version. Everything is queued on torch's current stream with memory of torch's allocator, and nothing synchronises, so that
+// CUDA graphs can capture it. Matmuls are called below the dispatcher, as on the CPU.
 #include <cuda_runtime_api.h>
 #include <lors/cuda_device.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -10,15 +10,19 @@
 #include <cstdlib>
 
 #include "cuda/fused_linear_config.h"
-#include "cuda_sparse_product.h"
-#include "formats.h"
 #include "operators.h"
 
 namespace lors::binding {
 namespace {
 
-// Tensors of bytes on the current device. Giving one back as soon as the work is queued is safe: torch's allocator hands
-// memory that was allocated under a stream to later work of the same stream only, and all of a call runs on one stream.
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it, so that the next launch does not report it
+  check(false, "lors_cuda could not ask CUDA for its device: ", cudaGetErrorString(error), ".");
+}
+
+// Tensors of bytes on the current device. Releasing one as soon as the work is queued is safe: torch's allocator reuses memory
+// only for later work of the stream it was allocated on, and a call uses one stream.
 void* allocate_from_torch(int64_t bytes, void** handle) {
   const int64_t stride = 1;
   AtenTensorHandle tensor = nullptr;
@@ -39,7 +43,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// What LORS_CUDA_FUSED says: whether products run with the merge inside them always, never, or by shape (nothing).
+// The setting LORS_CUDA_FUSED: whether matmuls use fused_linear always, never, or by shape (nullopt).
 std::optional<bool> forced_fused_linear() {
   static const std::string wanted = [] {
     const char* value = std::getenv("LORS_CUDA_FUSED");
@@ -56,7 +60,7 @@ class Cuda {
       : device_(tensor.get_device_index()),
         guard_(device_),
         host_{current_stream(device_), allocate_from_torch, release_to_torch} {
-    // The CUDA runtime in this library is a copy of its own, linked statically: it is told what torch's is told by guard_.
+    // This library links its own static cudart, whose current device guard_ (torch's) does not set.
     check_cuda(cudaSetDevice(device_));
   }
 
@@ -83,14 +87,19 @@ class Cuda {
 
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
 
-  static void multiply_sparse24(const AdaptedWeight<Cuda>& adapted, Tensor& out, const Tensor& activation,
-                                const std::optional<Tensor>& bias, bool input_gradient) {
-    binding::multiply_sparse24(adapted, out, activation, bias, input_gradient);
+  // 90 for compute capability 9.0.
+  int architecture() const {
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    return 10 * major + minor;
   }
 
-  static constexpr bool kSparseProducts = true;
-  static constexpr bool kReadsMemory = false;
+  static constexpr bool kSparseMatmul = true;
   static constexpr bool kMixedActivations = false;
+
+  // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
+  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t) {}
 
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
                                  const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
@@ -104,8 +113,8 @@ class Cuda {
     check_status(lors::adapter_grad_exact(args, adapted.backend.host()));
   }
 
-  // torch's own sum, which has no entry below the dispatcher. It is told its type, so autocast has nothing to choose, and
-  // autograd is off inside an operator. Summed in float32 and rounded once; the same bits every time.
+  // torch's sum, which has no entry point below the dispatcher: the explicit dtype makes autocast leave it alone, and autograd
+  // is off inside an operator. Summed in float32, rounded once, bit-reproducible.
   void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {
     const std::vector<int64_t> tokens{0};
     torch::stable::copy_(grad_bias, torch::stable::sum(grad_output, tokens, false, ScalarType::Float));
@@ -121,30 +130,14 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
-  Operators<Cuda>::implement(m);
-  Formats<Cuda>::implement(m);
-  m.impl("sparse_product_compress", TORCH_BOX(&explained<&sparse_product_compress<Cuda>>));
-}
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
-  m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty if it can
-  // Products on the sparse tensor cores (cuda_sparse_product.h), by device.
-  m.def("sparse_product_compress(Tensor merged, bool transposed=False) -> Tensor");
-  m.def("sparse_product_problem(int index) -> str");
-  m.def("sparse_product_info(int index) -> str");
-  m.def("sparse_product_clear(int index) -> ()");
-  m.def(
-      "sparse_product_set(int index, int out_features, int in_features, int tokens, str dtype, str operation, bool in_place,"
-      " bool bias, str products, float dense_us, float sparse_us, str note, int config, int split_k, int split_k_mode) -> ()");
+  m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty: it can
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
   m.impl("cuda_device_problem", TORCH_BOX(&cuda_device_problem));
-  m.impl("sparse_product_problem", TORCH_BOX(&sparse_product_problem));
-  m.impl("sparse_product_info", TORCH_BOX(&sparse_product_info));
-  m.impl("sparse_product_clear", TORCH_BOX(&sparse_product_clear));
-  m.impl("sparse_product_set", TORCH_BOX(&sparse_product_set));
 }
 
 }  // namespace lors::binding

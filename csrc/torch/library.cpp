@@ -5,7 +5,7 @@
 // A weight [N, K] is stored in one of three layouts, and `index` tells which:
 //   dense   weight [N, K], index None; mask: int32 [N, ceil(K/32)] packed bits, or None for "kept where weight != 0"
 //   2:4     weight [N, K/2], mask None, index: uint8 metadata [N, ceil(K/8)]           (csrc/core/include/lors/sparse24.h)
-//   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/bitmap.h)
+//   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/types.h)
 // lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact".
 #include <torch/csrc/stable/library.h>
 
@@ -25,11 +25,10 @@ STABLE_TORCH_LIBRARY(lors, m) {
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
-  // library_metadata, transposable, products: how a 2:4 weight may use the sparse tensor cores (docs/sparse-products.md).
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient, Tensor? merged=None, Tensor? library_metadata=None, bool transposable=False, str products=\"auto\")"
+      " str gradient, Tensor? merged=None)"
       " -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
@@ -37,28 +36,11 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
       " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
-      " Tensor? merged=None, bool transposable=False, str products=\"auto\")"
+      " Tensor? merged=None)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
-  m.def(
-      "adapter_grad(Tensor grad_output, Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B,"
-      " float scaling, str gradient, bool needs_lora_A_grad, bool needs_lora_B_grad)"
-      " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
-
-  m.def("mask_pack(Tensor mask) -> Tensor");                     // bool [N, K] -> int32 [N, ceil(K/32)]
-  m.def("mask_unpack(Tensor bits, int in_features) -> Tensor");  // and back
-  m.def("mask_nonzero(Tensor weight) -> Tensor");                // weight != 0, packed
-
-  // int64 [3]: groups with more than two kept along K, the first of them (n * (K / 4) + g), groups of four along N with more
-  // than two kept. The validations: int64 [2]: how many places are wrong, the first of them.
-  m.def("sparse24_inspect(Tensor weight, Tensor? mask) -> Tensor");
-  m.def("sparse24_compress(Tensor weight, Tensor? mask) -> (Tensor values, Tensor metadata)");
-  m.def("sparse24_decompress(Tensor values, Tensor metadata) -> Tensor");
-  m.def("sparse24_mask(Tensor metadata, int in_features) -> Tensor");
-  m.def("sparse24_validate(Tensor values, Tensor metadata) -> Tensor");
+  // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
-  m.def("bitmap_offsets(Tensor bits, int in_features) -> Tensor");
-  m.def("bitmap_compress(Tensor weight, Tensor bits, Tensor row_offsets, int count) -> Tensor");
-  m.def("bitmap_decompress(Tensor values, Tensor bits, Tensor row_offsets, int in_features) -> Tensor");
-  m.def("bitmap_validate(Tensor values, Tensor bits, Tensor row_offsets, int in_features) -> Tensor");
+  // The kept values of a dense weight row by row, -0.0 as +0.0. CPU only; lors_cuda/formats.py is the rest of compressing.
+  m.def("compress(Tensor weight, Tensor mask) -> Tensor");
   m.def("build_info() -> str");  // JSON: what this binary is, what it found
 }

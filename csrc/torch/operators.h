@@ -6,8 +6,8 @@
 //   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
 //   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
-//   kSparseProducts                      whether multiply_sparse24(...) takes the products of 2:4 weights
-//   kReadsMemory                         whether values of tensors can be read at once, without waiting for a device
+//   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
+//   kSparseMatmul                        whether torch has sparse matmuls there (sparse_matmul.h), of a device's architecture()
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once
@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "adapted_weight.h"
+#include "sparse_matmul.h"
 #include "torch_errors.h"
 
 namespace lors::binding {
@@ -28,14 +29,22 @@ struct Operators {
 
   static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                       const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, true);
     const Backend backend(weight);
     return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
   }
 
+  static Tensor sparse24_merge(const Tensor& values, const Tensor& metadata, const Tensor& lora_A, const Tensor& lora_B,
+                               double scaling) {
+    const StoredWeight stored = check_adapted_weight("sparse24_merge", values, std::nullopt, metadata, lora_A, lora_B);
+    check(stored.layout == Layout::sparse24, "lors::sparse24_merge: metadata must be uint8 [out_features, in_features / 8].");
+    const Backend backend(values);
+    return Adapted("sparse24_merge", backend, stored, lora_A, lora_B, scaling).merged_values();
+  }
+
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                                const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype) {
-    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B);
+    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);
@@ -46,54 +55,44 @@ struct Operators {
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                        const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
-                       const std::optional<Tensor>& merged, const std::optional<Tensor>& library_metadata, bool transposable,
-                       const std::string& products) {
-    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B);
+                       const std::optional<Tensor>& merged) {
+    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
     const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
     if (merged) check_merged("linear", *merged, stored, compute);
-    check_products("linear", stored, library_metadata, products);
     const Backend backend(weight);
+    if (input.size(0) == 0) return empty(input, {0, stored.out_features}, dtype);
+    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
+    if constexpr (Backend::kSparseMatmul)
+      if (const std::optional<Tensor> output = sparse_matmul(adapted, input, bias, merged)) return *output;
     Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
-    if (input.size(0) == 0) return to(output, dtype);
-    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling, {library_metadata, transposable, products});
     adapted.multiply(output, input, bias, false, merged);
     return to(output, dtype);
-  }
-
-  static std::tuple<Tensor, Tensor> adapter_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                 const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
-                                                 const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                                 const std::string& gradient, bool needs_lora_A_grad, bool needs_lora_B_grad) {
-    const StoredWeight stored = check_adapted_weight("adapter_grad", weight, mask, index, lora_A, lora_B);
-    check_tokens("adapter_grad", "grad_output", grad_output, stored, stored.out_features);
-    check_gradients("adapter_grad", grad_output, input, stored);
-    const bool exact = is_exact("adapter_grad", gradient);
-    const Backend backend(weight);
-    return adapter_grads(grad_output, input, Adapted("adapter_grad", backend, stored, lora_A, lora_B, scaling), exact,
-                         needs_lora_A_grad, needs_lora_B_grad);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
       const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& weight, const std::optional<Tensor>& mask,
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
       double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
-      const std::optional<Tensor>& merged, bool transposable, const std::string& products) {
-    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B);
+      const std::optional<Tensor>& merged) {
+    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
     check(input || (!needs_lora_A_grad && !needs_lora_B_grad),
           "lors::linear_backward: input is None; it is needed for the gradients of lora_A and lora_B.");
-    if (input) check_gradients("linear_backward", grad_output, *input, stored);
+    if (input) {
+      check_tokens("linear_backward", "input", *input, stored, stored.in_features);
+      check(grad_output.size(0) == input->size(0), "lors::linear_backward: grad_output has ", grad_output.size(0),
+            " tokens and input ", input->size(0), "; they must be the same.");
+    }
     if (bias) check_bias("linear_backward", *bias, stored);
     const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
     if (merged) check_merged("linear_backward", *merged, stored, compute);
-    check_products("linear_backward", stored, std::nullopt, products);
 
     const Backend backend(weight);
-    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling, {std::nullopt, transposable, products});
+    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
     const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
 
     Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);
@@ -128,23 +127,17 @@ struct Operators {
     return {grad_lora_A, grad_lora_B};
   }
 
-  // Gives `library` the kernels of one device.
+  // Registers the kernels of this device.
   static void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("merge", TORCH_BOX(&explained<&Operators::merge>));
     library.impl("merge_backward", TORCH_BOX(&explained<&Operators::merge_backward>));
     library.impl("merged_operand", TORCH_BOX(&explained<&Operators::merged_operand>));
     library.impl("linear", TORCH_BOX(&explained<&Operators::linear>));
     library.impl("linear_backward", TORCH_BOX(&explained<&Operators::linear_backward>));
-    library.impl("adapter_grad", TORCH_BOX(&explained<&Operators::adapter_grad>));
+    library.impl("sparse24_merge", TORCH_BOX(&explained<&Operators::sparse24_merge>));
   }
 
  private:
-  static void check_gradients(const char* op, const Tensor& grad_output, const Tensor& input, const StoredWeight& stored) {
-    check_tokens(op, "input", input, stored, stored.in_features);
-    check(grad_output.size(0) == input.size(0), "lors::", op, ": grad_output has ", grad_output.size(0), " tokens and input ",
-          input.size(0), "; they must be the same.");
-  }
-
   // (dA, dB); what is not wanted comes back with no elements.
   static std::tuple<Tensor, Tensor> adapter_grads(const Tensor& grad_output, const Tensor& input, const Adapted& adapted,
                                                   bool exact, bool needs_lora_A_grad, bool needs_lora_B_grad) {

@@ -14,7 +14,6 @@ from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
 from .sparse_linear import SparseLinear
-from .sparse_product import load_product_choices, plan_cache_clear, plan_cache_info, save_product_choices
 from .weight import SparseWeight
 
 __version__ = BUILD["version"]
@@ -29,16 +28,12 @@ __all__ = [
     "get_lors_model",
     "init_from_gradients",
     "load_adapter",
-    "load_product_choices",
     "load_sparse_checkpoint",
     "lors_linear",
     "merge",
     "merge_and_unload",
     "merge_cache",
     "named_lors_layers",
-    "plan_cache_clear",
-    "plan_cache_info",
     "save_adapter",
-    "save_product_choices",
     "save_sparse_checkpoint",
 ]

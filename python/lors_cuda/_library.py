@@ -176,9 +176,6 @@ def _(
     scaling: float,
     gradient: str,
     merged: Tensor | None = None,
-    library_metadata: Tensor | None = None,
-    transposable: bool = False,
-    products: str = "auto",
 ) -> Tensor:
     return input.new_empty((input.shape[0], lora_B.shape[0]))
 
@@ -189,23 +186,6 @@ def _fake_adapter_grads(
     r, K = lora_A.shape
     N = lora_B.shape[0]
     return lora_A.new_empty((r if needs_lora_A_grad else 0, K)), lora_B.new_empty((N if needs_lora_B_grad else 0, r))
-
-
-@torch.library.register_fake("lors::adapter_grad")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    gradient: str,
-    needs_lora_A_grad: bool,
-    needs_lora_B_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
 
 
 @torch.library.register_fake("lors::linear_backward")
@@ -224,8 +204,6 @@ def _(
     needs_lora_A_grad: bool,
     needs_lora_B_grad: bool,
     merged: Tensor | None = None,
-    transposable: bool = False,
-    products: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))
@@ -234,70 +212,14 @@ def _(
     return grad_input, grad_lora_A, grad_lora_B, grad_bias
 
 
-@torch.library.register_fake("lors::mask_pack")
-def _(mask: Tensor) -> Tensor:
-    return mask.new_empty((mask.shape[0], (mask.shape[1] + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::mask_unpack")
-def _(bits: Tensor, in_features: int) -> Tensor:
-    return bits.new_empty((bits.shape[0], in_features), dtype=torch.bool)
-
-
-@torch.library.register_fake("lors::mask_nonzero")
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty((weight.shape[0], (weight.shape[1] + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::sparse24_inspect")
-def _(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight.new_empty((3,), dtype=torch.int64)
-
-
-@torch.library.register_fake("lors::sparse24_compress")
-def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
-    return weight.new_empty((N, K // 2)), weight.new_empty((N, (K + 7) // 8), dtype=torch.uint8)
-
-
-@torch.library.register_fake("lors::sparse24_decompress")
-def _(values: Tensor, metadata: Tensor) -> Tensor:
-    return values.new_empty((values.shape[0], 2 * values.shape[1]))
-
-
-@torch.library.register_fake("lors::sparse24_mask")
-def _(metadata: Tensor, in_features: int) -> Tensor:
-    return metadata.new_empty((metadata.shape[0], (in_features + 31) // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("lors::sparse24_validate")
-def _(values: Tensor, metadata: Tensor) -> Tensor:
-    return values.new_empty((2,), dtype=torch.int64)
-
-
 @torch.library.register_fake("lors::sparse24_merge")
 def _(values: Tensor, metadata: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return values.new_empty(values.shape)
 
 
-@torch.library.register_fake("lors::bitmap_offsets")
-def _(bits: Tensor, in_features: int) -> Tensor:
-    return bits.new_empty((bits.shape[0] + 1,), dtype=torch.int64)
-
-
-@torch.library.register_fake("lors::bitmap_compress")
-def _(weight: Tensor, bits: Tensor, row_offsets: Tensor, count: int) -> Tensor:
-    return weight.new_empty((count,))
-
-
-@torch.library.register_fake("lors::bitmap_decompress")
-def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
-    return values.new_empty((bits.shape[0], in_features))
-
-
-@torch.library.register_fake("lors::bitmap_validate")
-def _(values: Tensor, bits: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
-    return values.new_empty((2,), dtype=torch.int64)
+@torch.library.register_fake("lors::compress")
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
 # ---- autograd halves ------------------------------------------------------------------------------------------------
@@ -308,7 +230,7 @@ _INPUT, _LORA_A, _LORA_B, _BIAS = 0, 4, 5, 6  # positions among the arguments of
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged, _, transposable, products = inputs
+    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged = inputs
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -321,7 +243,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         bias if needs[_BIAS] else None,
         merged if needs[_INPUT] else None,
     )
-    ctx.scaling, ctx.gradient, ctx.transposable, ctx.products = scaling, gradient, transposable, products
+    ctx.scaling, ctx.gradient = scaling, gradient
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -344,8 +266,6 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         needs_lora_A_grad,
         needs_lora_B_grad,
         merged,
-        ctx.transposable,
-        ctx.products,
     )
     return (
         grad_input if needs_input_grad else None,
@@ -355,7 +275,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
-        *(None,) * 6,
+        *(None,) * 3,
     )
 
 
@@ -380,5 +300,5 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("lors::linear", _linear_backward, setup_context=_setup_linear)
 torch.library.register_autograd("lors::merge", _merge_backward, setup_context=_setup_merge)
-for _name in ("linear_backward", "merge_backward", "adapter_grad"):
+for _name in ("linear_backward", "merge_backward"):
     torch.library.register_autograd(f"lors::{_name}", _refuse_double_backward)

@@ -22,7 +22,6 @@ from ._checks import (
     pattern_dict,
     rank_number,
 )
-from .sparse_product import PRODUCTS
 
 ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value")
@@ -48,8 +47,6 @@ class LoRSConfig:
         alpha_pattern: {regular expression: lora_alpha}, likewise.
         modules_to_save: name suffixes of modules trained and saved whole. Suffixes match at a dot: "norm" does not
             select "input_layernorm", as it would in PEFT. Linears inside these modules are not adapted.
-        products: "auto", "dense" or "sparse": how products of 2:4 weights are taken on a GPU, see
-            :func:`lors_cuda.lors_linear`. Of the run, not of the adapter: it is not saved.
 
     Raises:
         ValueError, TypeError: a field has a value that cannot work; the sentence says which and what is needed.
@@ -66,7 +63,6 @@ class LoRSConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    products: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -81,7 +77,6 @@ class LoRSConfig:
         self.lora_alpha = alpha_number("lora_alpha", self.lora_alpha)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("gradient", self.gradient, GRADIENTS)
-        check_choice("products", self.products, PRODUCTS)
         check_flag("use_rslora", self.use_rslora)
         hint = " (for a gradient-based start, call init_from_gradients)"
         check_flag("init_lora_weights", self.init_lora_weights, hint)
@@ -117,6 +112,7 @@ class LoRSConfig:
         if not isinstance(values, Mapping):
             raise TypeError(f"LoRSConfig.from_dict needs a mapping of field names, but got {type(values).__name__}.")
         known = [item.name for item in dataclasses.fields(cls)]
+        values = {name: value for name, value in values.items() if name != "products"}  # a field until 0.1.0
         unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"LoRSConfig has no field {listed(unknown)}; its fields are {', '.join(known)}.")

@@ -20,7 +20,7 @@ from ._checks import (
     check_whole,
 )
 from ._library import lors
-from .sparse_product import check_products
+from .formats import pack_mask
 from .weight import SparseWeight
 
 
@@ -34,7 +34,6 @@ def lors_linear(
     *,
     mask: Tensor | None = None,
     gradient: str = "lors",
-    products: str = "auto",
     cache: MergedWeight | None = None,
 ) -> Tensor:
     """A linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias`` (arXiv 2501.08582, eq. 3).
@@ -54,10 +53,6 @@ def lors_linear(
         mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
         gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
             ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
-        products: how products of a 2:4 weight are taken on a GPU: ``"sparse"`` on its sparse tensor cores, ``"dense"``
-            by the dense merged weight, ``"auto"`` in the faster way, unless the environment variable
-            LORS_SPARSE_PRODUCT names one. Other weights and devices have the dense way alone. See
-            docs/sparse-products.md.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
 
     Returns:
@@ -65,15 +60,34 @@ def lors_linear(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` or ``products`` is
-            unknown.
-        RuntimeError: no kernel of this build serves the device; ``products`` is ``"sparse"`` where that cannot be; or,
-            in a second backward, that it is not supported.
+        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
+        RuntimeError: no kernel of this build serves the device; or, in a second backward, that it is not supported.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
     check_choice("gradient", gradient, GRADIENTS)
-    check_products(products)
+    scaling = _as_float(scaling)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
+
+
+def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
+    """``Y = X W^T + bias``: :func:`lors_linear` without an adapter."""
+    stored = _stored(weight, None)
+    if stored.layout == "dense":
+        stored = SparseWeight(stored.values)  # which are zero off the mask: it need not be read
+    return _linear(input, stored, *stored.no_adapter(), 0.0, bias)
+
+
+def _linear(
+    input: Tensor,
+    stored: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    gradient: str = "lors",
+    cache: MergedWeight | None = None,
+) -> Tensor:
     check_tensor("input", input)
     device_type = stored.device.type
     # As torch does, autocast leaves float64 alone; it knows no meta device.
@@ -103,7 +117,6 @@ def lors_linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    scaling = _as_float(scaling)
     merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
     tokens = input.reshape(-1, stored.shape[1])
     output = lors.linear(
@@ -117,9 +130,6 @@ def lors_linear(
         scaling,
         gradient,
         merged,
-        stored.library_metadata,
-        stored.transposable,
-        products,
     )
     if input.dim() == 2:
         return output
@@ -171,7 +181,7 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     if mask is None:
         return SparseWeight(weight)
     check_mask(mask, weight)
-    return SparseWeight(weight, lors.mask_pack(mask))
+    return SparseWeight(weight, pack_mask(mask))
 
 
 class MergedWeight:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_mask
-from ._codes import FULL, byte_table, translate
 from .compressed_tensors import load_sparse_checkpoint, save_sparse_checkpoint
+from .formats import FULL, translate
 from .weight import SparseWeight
 
 __all__ = [
@@ -60,7 +60,7 @@ def to_torch_semi_structured(weight: SparseWeight, backend: str = "cutlass") -> 
     if backend == "cusparselt":
         return _to_cusparselt(weight)
     assert weight.index is not None
-    metadata = translate(weight.index, byte_table(FULL), weight.shape[1])
+    metadata = translate(weight.index, FULL, weight.shape[1])
     if bool((metadata < 0).any()):
         raise ValueError(
             f"The metadata of the 2:4 weight of shape {tuple(weight.shape)} is corrupted: it has a code that does not "
@@ -130,7 +130,7 @@ def _from_cutlass(packed: Tensor, meta: Tensor | None, shape: torch.Size) -> Ten
         raise ValueError(f"meta is on {meta.device} and packed on {packed.device}; move them to the same device.")
     codes = _restore(meta).view(torch.uint8)
     # Fillers count as kept here, so every valid code has two positions and equals ours.
-    wrong = translate(codes, byte_table({code: code for code in FULL.values()}), K) < 0
+    wrong = translate(codes, {code: code for code in FULL.values()}, K) < 0
     if bool(wrong.any()):
         row, byte = wrong.nonzero()[0].tolist()
         raise ValueError(

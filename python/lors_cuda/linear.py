@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from .functional import lors_linear, merge
 from .sparse_linear import SparseLinear, check_linear, make_linear
-from .sparse_product import check_products
 from .weight import SparseWeight
 
 
@@ -40,13 +39,11 @@ class LoRSLinear(SparseLinear):
         r: int = 16,
         lora_alpha: float = 16,
         gradient: str = "lors",
-        products: str = "auto",
         use_rslora: bool = False,
         init_lora_weights: bool = True,
     ) -> None:
         check_rank(r, *sparse_weight.shape)
         check_choice("gradient", gradient, GRADIENTS)
-        check_products(products)
         alpha_number("lora_alpha", lora_alpha)
         super().__init__(sparse_weight, bias)
         self.r = r
@@ -54,7 +51,6 @@ class LoRSLinear(SparseLinear):
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.gradient = gradient
-        self.products = products
         self.adapter_enabled = True
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
@@ -73,7 +69,6 @@ class LoRSLinear(SparseLinear):
         layout: str = "auto",
         mask: Tensor | None = None,
         gradient: str = "lors",
-        products: str = "auto",
         use_rslora: bool = False,
         init_lora_weights: bool = True,
     ) -> LoRSLinear:
@@ -86,7 +81,6 @@ class LoRSLinear(SparseLinear):
             layout: how the weight is stored, see :meth:`SparseWeight.from_dense`.
             mask: bool [out_features, in_features], True where kept; None: kept where the weight is not zero.
             gradient: "lors" or "exact", see :func:`lors_cuda.lors_linear`.
-            products: "auto", "dense" or "sparse", see :func:`lors_cuda.lors_linear`.
             use_rslora: rank-stabilised scaling.
             init_lora_weights: False makes lora_B random too (for tests; the layer then starts elsewhere).
 
@@ -100,7 +94,6 @@ class LoRSLinear(SparseLinear):
             r=r,
             lora_alpha=lora_alpha,
             gradient=gradient,
-            products=products,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
         )
@@ -126,7 +119,6 @@ class LoRSLinear(SparseLinear):
             self.scaling,
             self.bias,
             gradient=self.gradient,
-            products=self.products,
             cache=self.merged_weight,
         )
 

@@ -71,7 +71,6 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
                 lora_alpha=target.lora_alpha,
                 layout=config.layout,
                 gradient=config.gradient,
-                products=config.products,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
             )

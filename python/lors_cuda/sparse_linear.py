@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ._sharded import is_sharded, local_part, whole
-from .functional import MergedWeight
-from .sparse_product import is_transposable, library_metadata
+from .functional import MergedWeight, sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
@@ -62,17 +59,12 @@ class SparseLinear(SparseLayer, nn.Module):
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
         weight: the weight, dense [out_features, in_features].
-        weight_library_metadata, weight_transposable: of ``sparse_weight``. Not in the state: both are made again where
-            the weight arrives, and belong to the mask that is stored then.
     """
 
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
     bias: nn.Parameter | None
-    weight_library_metadata: Tensor | None
-    weight_transposable: bool
-    _mask_known: tuple[weakref.ref[Tensor], int, int] | None
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -81,9 +73,6 @@ class SparseLinear(SparseLayer, nn.Module):
         for name, tensor in zip(_TENSORS, tensors, strict=True):
             self.register_parameter(name, _frozen(tensor))
         self.bias = _frozen(None if bias is None else bias.detach())
-        self.weight_library_metadata = sparse_weight.library_metadata
-        self.weight_transposable = sparse_weight.transposable
-        self._mask_known = _seen(self.weight_index)
 
     @classmethod
     def compress(cls, linear: nn.Linear, layout: str = "auto", mask: Tensor | None = None) -> SparseLinear:
@@ -100,32 +89,7 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def sparse_weight(self) -> SparseWeight:
-        known = self._knows_mask()
-        return SparseWeight(
-            self.weight_values,
-            self.weight_mask,
-            self.weight_index,
-            in_features=self.in_features,
-            library_metadata=self.weight_library_metadata if known else None,
-            transposable=known and self.weight_transposable,
-        )
-
-    def _knows_mask(self) -> bool:
-        """Whether weight_library_metadata and weight_transposable are of the mask that is stored now."""
-        index, extra = self.weight_index, self.weight_library_metadata
-        if index is None or (extra is None and not self.weight_transposable):
-            return True  # and say nothing of it
-        if torch.compiler.is_compiling():
-            # Versions and addresses cannot be read here, so a mask written in place since is not noticed.
-            return extra is None or extra.device == index.device
-        known = self._mask_known
-        # Another parameter in its place (functional_call, a replica, fully_shard's gathered one), or memory moved.
-        if known is None or known[0]() is not index or known[1] != index.data_ptr():
-            return False
-        if known[2] != _version(index) and not _capturing(index):
-            # Written in place, as DistributedDataParallel's constructor does to every parameter: learnt anew, once.
-            self._arrived()
-        return self._mask_known == _seen(index)
+        return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
 
     @property
     def storage(self) -> nn.Module:
@@ -145,8 +109,8 @@ class SparseLinear(SparseLayer, nn.Module):
         return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the weight's dtype."""
-        return F.linear(input, self.weight, self.bias)
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
+        return sparse_linear(input, self.sparse_weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
@@ -158,35 +122,11 @@ class SparseLinear(SparseLayer, nn.Module):
         implicit = self.weight_index is None and self.weight_mask is None and before.device.type != "meta"
         if implicit and is_sharded(before):
             _check_keeps_mask(before, fn)
-        transposable = self._knows_mask() and self.weight_transposable
         super()._apply(fn, recurse)
         if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
             self.weight_mask = _frozen(None if bits is None else bits.to(self.weight_values.device))
-        if self.weight_values.dtype != before.dtype or self.weight_values.device != before.device:
-            self._arrived(transposable)
         return self
-
-    def _arrived(self, transposable: bool | None = None) -> None:
-        """Make again what depends on the device and the type that the weight has now.
-
-        ``transposable``: what is known of the mask already; None: it is another one, look.
-        """
-        values, index = self.weight_values.detach(), self.weight_index
-        self.weight_library_metadata, self.weight_transposable = None, False
-        if index is not None and index.dtype == torch.uint8 and not is_sharded(values):  # a shard is no weight
-            self.weight_library_metadata = library_metadata(values, index)
-            self.weight_transposable = is_transposable(values, index) if transposable is None else transposable
-        self._mask_known = _seen(index)
-
-    def __getstate__(self) -> dict[str, Any]:
-        transposable = self._knows_mask() and self.weight_transposable
-        none = dict.fromkeys(("weight_library_metadata", "_mask_known"))
-        return {**self.__dict__, **none, "weight_transposable": transposable}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._arrived(self.weight_transposable)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
@@ -208,8 +148,6 @@ class SparseLinear(SparseLayer, nn.Module):
                         _frozen(None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)),
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if values is not None:
-            self._arrived()
 
     def _weight_problem(self, values: Tensor, bits: Tensor | None, index: Tensor | None) -> str | None:
         """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can.
@@ -304,21 +242,6 @@ def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
             "The conversion rounds weights that are kept to zero, and the layer, sharded by fully_shard, cannot be "
             "given a mask that keeps them. Convert the model's dtype before fully_shard."
         )
-
-
-def _version(index: Tensor) -> int:
-    return 0 if index.is_inference() else index._version  # which do not count
-
-
-def _seen(index: Tensor | None) -> tuple[weakref.ref[Tensor], int, int] | None:
-    """What tells that 2:4 metadata is still the tensor, in the same memory and unwritten."""
-    if index is None or index.dtype != torch.uint8 or is_sharded(index):
-        return None
-    return weakref.ref(index), index.data_ptr(), _version(index)
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
-from .sparse_product import is_transposable, library_metadata
+from .formats import (
+    check_bitmap,
+    check_sparse24,
+    check_sparse24_mask,
+    compress_sparse24,
+    kept_values,
+    pack_mask,
+    row_offsets,
+    sparse24_mask,
+    sparse24_metadata,
+    unpack_mask,
+)
 
 
 class SparseWeight:
@@ -22,9 +33,6 @@ class SparseWeight:
     | "dense"  | [N, K], +0 off the mask | int32 [N, ceil(K/32)], or None: values != 0 | None                          |
     | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
     | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
-
-    A 2:4 weight may also have ``library_metadata`` (uint8: what cuSPARSELt puts behind its values, made where the
-    library serves); ``transposable`` says whether its mask is 2:4 along out_features too. See docs/sparse-products.md.
 
     docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
     :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
@@ -37,14 +45,10 @@ class SparseWeight:
         index: Tensor | None = None,
         *,
         in_features: int | None = None,
-        library_metadata: Tensor | None = None,
-        transposable: bool = False,
     ) -> None:
         self.values = values
         self.mask_bits = mask_bits
         self.index = index
-        self.library_metadata = library_metadata
-        self.transposable = transposable
         if index is None:
             self.layout, self.shape = "dense", values.shape
         elif index.dtype == torch.uint8:
@@ -73,19 +77,18 @@ class SparseWeight:
         check_weight(values)
         if mask is not None:
             check_mask(mask, values)
-        bits = None if mask is None else lors.mask_pack(mask)
-        report = _inspect(values, bits) if layout in ("auto", "2:4") else None
-        if layout == "auto":
-            layout = _smallest_layout(values, bits, report)
-        elif layout == "2:4":
-            _check_sparse24(values, report)
-        if layout == "2:4":
-            transposable = report is not None and report[2] == 0
-            values, metadata = lors.sparse24_compress(values, bits)
-            return cls._sparse24(values, metadata, transposable)
-        if layout == "bitmap":
-            return _bitmap(values, lors.mask_nonzero(values) if bits is None else bits)
-        return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), bits)
+        explicit = None if mask is None else pack_mask(mask)
+        if layout != "dense":
+            bits = pack_mask(values != 0) if explicit is None else explicit
+            if layout == "auto":
+                layout = _smallest_layout(values, explicit, bits)
+            if layout == "2:4":
+                check_sparse24_mask(bits, values.shape[1])
+                metadata = sparse24_metadata(bits, values.shape[1]).to(torch.uint8)
+                return cls(compress_sparse24(values, bits, metadata), None, metadata)
+            if layout == "bitmap":
+                return _bitmap(values, bits)
+        return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), explicit)
 
     @classmethod
     def from_sparse24(cls, values: Tensor, metadata: Tensor) -> SparseWeight:
@@ -101,24 +104,8 @@ class SparseWeight:
         if half % 2:
             raise ValueError(f"values have shape {tuple(values.shape)}; 2:4 has an even number in each row.")
         _check_index("metadata", metadata, torch.uint8, (N, (2 * half + 7) // 8), values)
-        if values.device.type != "meta":
-            count, first = lors.sparse24_validate(values, metadata).tolist()
-            if count:
-                row, byte = divmod(first, metadata.shape[1])
-                raise ValueError(
-                    f"The 2:4 weight of shape {(N, 2 * half)} is corrupted in {count} of {metadata.numel()} bytes of "
-                    f"its metadata, first in row {row}, columns {8 * byte} to {min(8 * byte + 8, 2 * half) - 1}: the "
-                    f"byte is 0x{int(metadata[row, byte]):02x}, which is no code of two positions, or a slot it does "
-                    "not use is not zero. Compress the dense weight again, or load another copy of the file."
-                )
-        values, metadata = values.detach().contiguous(), metadata.contiguous()
-        return cls._sparse24(values, metadata, is_transposable(values, metadata))
-
-    @classmethod
-    def _sparse24(cls, values: Tensor, metadata: Tensor, transposable: bool) -> SparseWeight:
-        """A 2:4 weight that has just come to its device."""
-        extra = library_metadata(values, metadata)
-        return cls(values, None, metadata, library_metadata=extra, transposable=transposable)
+        check_sparse24(values, metadata)
+        return cls(values.detach().contiguous(), None, metadata.contiguous())
 
     @classmethod
     def from_bitmap(cls, values: Tensor, mask_bits: Tensor, row_offsets: Tensor, in_features: int) -> SparseWeight:
@@ -140,15 +127,7 @@ class SparseWeight:
             )
         _check_index("row_offsets", row_offsets, torch.int64, (N + 1,), values)
         _check_index("mask_bits", mask_bits, torch.int32, (N, (in_features + 31) // 32), values)
-        if values.device.type != "meta":
-            count, first = lors.bitmap_validate(values, mask_bits, row_offsets, in_features).tolist()
-            if count:
-                begin, end = row_offsets[first : first + 2].tolist()
-                raise ValueError(
-                    f"The bitmap weight of shape {(N, in_features)} is corrupted in {count} rows, first in row "
-                    f"{first}: its offsets are {begin} and {end} among {values.shape[0]} values, against the "
-                    "bits that are set in that row. Compress the dense weight again, or load another copy of the file."
-                )
+        check_bitmap(values, mask_bits, row_offsets, in_features)
         return cls(
             values.detach().contiguous(), mask_bits.contiguous(), row_offsets.contiguous(), in_features=in_features
         )
@@ -166,7 +145,7 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
-        tensors = (self.values, self.mask_bits, self.index, self.library_metadata)
+        tensors = (self.values, self.mask_bits, self.index)
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -178,25 +157,26 @@ class SparseWeight:
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
         check_whole("values", self.values)
-        if self.layout == "2:4":
-            return lors.sparse24_decompress(self.values, self.index)
-        if self.layout == "bitmap":
-            return lors.bitmap_decompress(self.values, self.mask_bits, self.index, self.shape[1])
-        return self.values + 0.0
+        return lors.merge(self.values, self.mask_bits, self.index, *self.no_adapter(), 0.0)
+
+    def no_adapter(self) -> tuple[Tensor, Tensor]:
+        """lora_A [0, K] and lora_B [N, 0]: merging them is decompressing."""
+        N, K = self.shape
+        return self.values.new_empty(0, K), self.values.new_empty(N, 0)
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
         check_whole("values", self.values)
         if self.layout == "dense" and self.mask_bits is None:
             return self.values != 0
-        return lors.mask_unpack(self.packed_mask(), self.shape[1])
+        return unpack_mask(self.packed_mask(), self.shape[1])
 
     def packed_mask(self) -> Tensor:
         """The mask as bits: int32 [N, ceil(K/32)], bit k % 32 of word k / 32."""
         check_whole("values", self.values)
-        if self.layout == "2:4":
-            return lors.sparse24_mask(self.index, self.shape[1])
-        return lors.mask_nonzero(self.values) if self.mask_bits is None else self.mask_bits
+        if self.index is not None and self.layout == "2:4":
+            return sparse24_mask(self.index, self.shape[1])
+        return pack_mask(self.values != 0) if self.mask_bits is None else self.mask_bits
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SparseWeight:
         """Move to a device or convert to a floating dtype. The mask does not change.
@@ -214,17 +194,13 @@ class SparseWeight:
             values, bits, index = (
                 None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index)
             )
-            if self.layout == "2:4" and values is not None and index is not None:
-                return self._sparse24(values, index, self.transposable)
             return self._with(values, bits, index)
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
         values = self.values.to(device_or_dtype)
-        if self.layout == "2:4" and self.index is not None:
-            return self._sparse24(values, self.index, self.transposable)
         bits = self.mask_bits
         if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
-            bits = lors.mask_nonzero(self.values)
+            bits = pack_mask(self.values != 0)
         return self._with(values, bits, self.index)
 
     def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
@@ -251,10 +227,10 @@ class SparseWeight:
             merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, float(scaling))
             bits = self.mask_bits
             if self.layout == "bitmap":
-                values = lors.bitmap_compress(merged, bits, self.index, self.values.shape[0])
-                return self._with(values, bits, self.index)
+                assert bits is not None
+                return self._with(kept_values(merged, bits), bits, self.index)
             if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
-                bits = lors.mask_nonzero(self.values)
+                bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
 
     def fingerprint(self) -> str:
@@ -266,19 +242,14 @@ class SparseWeight:
     def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""
         assert values is not None
-        extra, transposable = self.library_metadata, self.transposable
-        return SparseWeight(
-            values, mask_bits, index, in_features=self.shape[1], library_metadata=extra, transposable=transposable
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The library's metadata is made where the weight arrives: a file may be read beside another version of it.
-        return {**self.__dict__, "library_metadata": None}
+        return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.layout == "2:4" and self.index is not None:
-            self.library_metadata = library_metadata(self.values, self.index)
+        if self.index is not None and self.mask_bits is not None:
+            self.from_bitmap(self.values, self.mask_bits, self.index, self.shape[1])
+        elif self.index is not None:
+            self.from_sparse24(self.values, self.index)
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
@@ -293,46 +264,19 @@ def check_fits(weight: Tensor, layout: str) -> None:
     check_choice("layout", layout, LAYOUTS)
     check_weight(weight)
     if layout == "2:4":
-        _check_sparse24(weight, _inspect(weight, None))
+        check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])
 
 
-def _inspect(weight: Tensor, bits: Tensor | None) -> list[int] | None:
-    """What lors::sparse24_inspect reports; None where there is nothing to look at."""
-    if weight.device.type == "meta" or weight.shape[1] % 4:
-        return None
-    report: list[int] = lors.sparse24_inspect(weight, bits).tolist()
-    return report
-
-
-def _smallest_layout(weight: Tensor, bits: Tensor | None, report: list[int] | None) -> str:
-    """The layout "auto" stands for. A weight on the meta device has no values to go by, and stays dense."""
+def _smallest_layout(weight: Tensor, explicit: Tensor | None, bits: Tensor) -> str:
+    """The layout "auto" chooses. A weight on the meta device has no values to go by, and stays dense."""
     N, K = weight.shape
     if weight.device.type == "meta":
         return "dense"
-    if report is not None and report[0] == 0:
+    if K % 4 == 0 and not (sparse24_metadata(bits, K) < 0).any():
         return "2:4"
-    words = (K + 31) // 32
-    kept = lors.bitmap_offsets(lors.mask_nonzero(weight) if bits is None else bits, K)[-1].item()
-    bitmap = kept * weight.itemsize + 4 * N * words + 8 * (N + 1)
-    dense = weight.nbytes + (0 if bits is None else bits.nbytes)
+    bitmap = int(row_offsets(bits)[-1]) * weight.itemsize + bits.nbytes + 8 * (N + 1)
+    dense = weight.nbytes + (0 if explicit is None else explicit.nbytes)
     return "bitmap" if bitmap < dense else "dense"
-
-
-def _check_sparse24(weight: Tensor, report: list[int] | None) -> None:
-    N, K = weight.shape
-    if K % 4:
-        raise ValueError(
-            f"weight has shape {(N, K)}; layout '2:4' needs in_features to be a multiple of 4. Use layout='bitmap' or "
-            "layout='auto'."
-        )
-    count, first = (0, 0) if report is None else report[:2]
-    if count:
-        row, group = divmod(first, K // 4)
-        raise ValueError(
-            f"weight of shape {(N, K)} is not 2:4: {count} of {N * K // 4} aligned groups of four keep more than two "
-            f"weights, the first at row {row}, column {4 * group}. Prune it to 2:4 (`lors-cuda prune --pattern 2:4`), "
-            "or use layout='bitmap' or layout='auto'."
-        )
 
 
 def _bitmap(weight: Tensor, bits: Tensor) -> SparseWeight:
@@ -341,9 +285,7 @@ def _bitmap(weight: Tensor, bits: Tensor) -> SparseWeight:
             "weight is on the meta device, where it has no values to compress; layout 'bitmap' must know how many are "
             "kept. Use layout='dense' or '2:4', or convert the model after its weights are loaded."
         )
-    row_offsets = lors.bitmap_offsets(bits, weight.shape[1])
-    values = lors.bitmap_compress(weight, bits, row_offsets, int(row_offsets[-1]))
-    return SparseWeight(values, bits, row_offsets, in_features=weight.shape[1])
+    return SparseWeight(kept_values(weight, bits), bits, row_offsets(bits), in_features=weight.shape[1])
 
 
 def _check_values(values: Tensor, dimensions: int) -> None:

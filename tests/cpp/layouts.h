@@ -73,6 +73,59 @@ struct Mask {
   }
 };
 
+inline Mask random_mask(int64_t N, int64_t K, unsigned percent, std::mt19937_64& rng) {
+  Mask mask{N, K, std::vector<bool>(size_t(N * K))};
+  for (int64_t i = 0; i < N * K; ++i) mask.kept[size_t(i)] = rng() % 100 < percent;
+  return mask;
+}
+
+inline std::vector<int64_t> offsets_of(const Mask& mask) {
+  std::vector<int64_t> out = {0};
+  for (int64_t n = 0; n < mask.out_features; ++n) {
+    out.push_back(out.back());
+    for (int64_t k = 0; k < mask.in_features; ++k) out.back() += mask.at(n, k);
+  }
+  return out;
+}
+
+// The kept weights row by row, as a bitmap stores them.
+inline Elements kept_values(const Elements& weight, const Mask& mask) {
+  Elements out(weight.dtype, offsets_of(mask).back());
+  for (int64_t i = 0, at = 0; i < weight.size(); ++i)
+    if (mask.kept[size_t(i)]) out.set(at++, weight.stored(i));
+  return out;
+}
+
+// Layout 2:4 of a weight, by loops from the words of sparse24.h.
+struct Encoded {
+  Elements values;
+  std::vector<uint8_t> metadata;
+};
+
+inline Encoded encode(const Elements& weight, const Mask& mask) {
+  const int64_t N = mask.out_features, K = mask.in_features, bytes = sparse24_metadata_bytes(K);
+  Encoded out{Elements(weight.dtype, N * K / 2), std::vector<uint8_t>(size_t(N * bytes))};
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t g = 0; g < K / 4; ++g) {
+      std::vector<int> kept;
+      for (int j = 0; j < 4; ++j)
+        if (mask.at(n, 4 * g + j)) kept.push_back(j);
+      const int64_t from = n * K + 4 * g, slot = n * (K / 2) + 2 * g;
+      int first = 1, second = 0;
+      if (kept.size() == 2) {
+        first = kept[0];
+        second = kept[1];
+        out.values.set(slot, weight.stored(from + first));
+        out.values.set(slot + 1, weight.stored(from + second));
+      } else if (kept.size() == 1) {
+        first = second = kept[0];
+        out.values.set(first == 3 ? slot + 1 : slot, weight.stored(from + first));
+      }
+      out.metadata[size_t(n * bytes + g / 2)] |= uint8_t((first | second << 2) << (g % 2 * 4));
+    }
+  return out;
+}
+
 // Of every group of four along K as many kept as a die says, at most `most`.
 inline Mask random_groups(int64_t N, int64_t K, int most, std::mt19937_64& rng) {
   Mask mask{N, K, std::vector<bool>(size_t(N * K))};
@@ -111,7 +164,7 @@ class Guarded {
 };
 using GuardedBytes = Guarded<unsigned char>;
 
-// A pool that cuts the work into as many pieces as the grain allows, each on a thread of its own.
+// A thread pool that divides the work into as many pieces as the grain allows, each on its own thread.
 inline void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += grain)

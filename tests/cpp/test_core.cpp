@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public C++ API: masks, refusals, and results that do not depend on how the work is shared out.
+// The public C++ API: error messages, and results that do not depend on the number of threads.
 #include <gtest/gtest.h>
 #include <lors/adapter_grad.h>
 #include <lors/cpu.h>
 #include <lors/fused_linear.h>
-#include <lors/mask.h>
 #include <lors/merge.h>
 
 #include <random>
-#include <thread>
 #include <vector>
+
+#include "layouts.h"
 
 namespace lors {
 namespace {
@@ -22,32 +22,7 @@ std::vector<float> random(int64_t count, unsigned seed) {
   return out;
 }
 
-// A pool that cuts the work into as many pieces as the grain allows, each on a thread of its own.
-void run_in_pieces(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t begin = 0; begin < count; begin += grain)
-    threads.emplace_back(body, context, begin, std::min(begin + grain, count));
-  for (std::thread& thread : threads) thread.join();
-}
-const CpuHost kPieces{run_in_pieces, nullptr, nullptr};
-const CpuHost* const kPool = &kPieces;
-
-TEST(Mask, PackAndUnpack) {
-  for (const int64_t K : {1, 31, 32, 33, 100}) {
-    const int64_t N = 7;
-    std::vector<uint8_t> mask(N * K), back(N * K, 2);
-    std::mt19937 rng(5);
-    for (uint8_t& m : mask) m = rng() % 2;
-    std::vector<uint32_t> bits(N * mask_words(K), 0xffffffff);
-    ASSERT_TRUE(mask_pack({N, K, mask.data(), bits.data()}, kPool).ok());
-    EXPECT_EQ(bits[0] & 1u, mask[0]);
-    if (K % 32) {
-      EXPECT_EQ(bits[mask_words(K) - 1] >> (K % 32), 0u) << "bits beyond the last column are 0";
-    }
-    ASSERT_TRUE(mask_unpack({N, K, bits.data(), back.data()}, nullptr).ok());
-    EXPECT_EQ(mask, back);
-  }
-}
+const CpuHost* const kPool = &test::kPieces;
 
 TEST(Core, ResultsDoNotDependOnTheThreads) {
   const int64_t T = 50, N = 700, K = 650, r = 9;
@@ -55,38 +30,33 @@ TEST(Core, ResultsDoNotDependOnTheThreads) {
              dY = random(T * N, 5);
   std::vector<std::vector<float>> merged(2, std::vector<float>(N * K)), dA(2, std::vector<float>(r * K)),
       dB(2, std::vector<float>(N * r)), Y(2, std::vector<float>(T * N));
+  const auto describe = [&](auto& args) {
+    args.out_features = N;
+    args.in_features = K;
+    args.r = r;
+    args.lora_A = lora_A.data();
+    args.lora_B = lora_B.data();
+  };
   for (int i = 0; i < 2; ++i) {
     const CpuHost* host = i ? kPool : nullptr;
     MergeArgs merge_args;
-    merge_args.out_features = N;
-    merge_args.in_features = K;
-    merge_args.r = r;
+    describe(merge_args);
     merge_args.weight = weight.data();
-    merge_args.lora_A = lora_A.data();
-    merge_args.lora_B = lora_B.data();
     merge_args.merged = merged[i].data();
     ASSERT_TRUE(merge(merge_args, host).ok());
     AdapterGradArgs grad_args;
+    describe(grad_args);
     grad_args.tokens = T;
-    grad_args.out_features = N;
-    grad_args.in_features = K;
-    grad_args.r = r;
     grad_args.grad_output = dY.data();
     grad_args.input = X.data();
-    grad_args.lora_A = lora_A.data();
-    grad_args.lora_B = lora_B.data();
     grad_args.lora_A_grad = dA[i].data();
     grad_args.lora_B_grad = dB[i].data();
     ASSERT_TRUE(adapter_grad_lors(grad_args, host).ok());
     FusedLinearArgs linear_args;
+    describe(linear_args);
     linear_args.tokens = T;
-    linear_args.out_features = N;
-    linear_args.in_features = K;
-    linear_args.r = r;
     linear_args.activation = X.data();
     linear_args.weight = weight.data();
-    linear_args.lora_A = lora_A.data();
-    linear_args.lora_B = lora_B.data();
     linear_args.output = Y[i].data();
     ASSERT_TRUE(fused_linear(linear_args, host).ok());
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the CUDA kernels cut their work: pure functions, so they are tested here, without CUDA.
+// The tilings of the CUDA kernels: pure functions, so they are tested without CUDA.
 #include <gtest/gtest.h>
 
 #include "cuda/adapter_grad_exact_config.h"
@@ -18,20 +18,20 @@ TEST(MergeConfig, CoversTheWeightAndFitsTheDevice) {
     for (const int64_t N : {1, 17, 1000, 14336})
       for (const int64_t K : {1, 255, 257, 4096, 14336})
         for (const int64_t r : {1, 16, 17, 64, 256, 300})
-          for (const int planes : {1, 2, 3})
+          for (const int terms : {1, 2, 3})
             for (const int size : {2, 4})
               for (const Layout layout : kLayouts) {
-                const MergeConfig c = merge_config(N, K, r, planes, planes, layout, size, limits);
+                const MergeConfig c = merge_config(N, K, r, terms, terms, layout, size, limits);
                 ASSERT_TRUE(c.columns == 256 || c.columns == 512);
                 ASSERT_TRUE(c.panel_rows >= kMergeStepRows && c.panel_rows <= kMergePanelRows);
                 ASSERT_EQ(c.panel_rows & (c.panel_rows - 1), 0);
                 ASSERT_EQ(c.rows % c.panel_rows, 0);
                 ASSERT_TRUE(c.chunk >= 16 && c.chunk % 16 == 0);
                 ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-                ASSERT_EQ(c.tile_at, merge_shared_bytes(c.columns, c.panel_rows, c.chunk, planes, planes));
+                ASSERT_EQ(c.tile_at, merge_shared_bytes(c.columns, c.panel_rows, c.chunk, terms, terms));
                 ASSERT_EQ(c.shared_bytes, c.tile_at + merge_tile_bytes(layout, c.columns, c.panel_rows, size));
                 // The sums of every layout are the dense one's.
-                ASSERT_EQ(c.chunk, merge_config(N, K, r, planes, planes, Layout::dense, size, limits).chunk);
+                ASSERT_EQ(c.chunk, merge_config(N, K, r, terms, terms, Layout::dense, size, limits).chunk);
                 ASSERT_GE(c.column_blocks * c.columns, K);
                 ASSERT_GE(c.blocks / c.column_blocks * c.rows, N);
                 ASSERT_LT((c.column_blocks - 1) * c.columns, K);
@@ -76,9 +76,9 @@ TEST(TokenConfig, CoversTokensAndFeaturesAndFitsTheDevice) {
     for (const int64_t tokens : {1, 17, 512, 8192, 1 << 20})
       for (const int64_t features : {1, 129, 4096, 128256})
         for (const int width : {4, 16, 20, 64})
-          for (const int planes : {1, 2, 3})
+          for (const int terms : {1, 2, 3})
             for (const int passes : {1, 2, 3}) {
-              const TokenTile tile = token_tile(tile_ranks(width), planes);
+              const TokenTile tile = token_tile(tile_ranks(width), terms);
               const TokenProblem problem{tokens, features, width, (passes & 1) != 0, (passes & 2) != 0, 1};
               const TokenConfig c = token_config(problem, tile, limits);
               ASSERT_GE(c.warps, tile.min_warps);
@@ -96,15 +96,15 @@ TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
     for (const int64_t rows : {1, 129, 4096})
       for (const int64_t columns : {1, 257, 14336})
         for (const int64_t r : {1, 16, 64, 256})
-          for (const int planes : {0, 1, 3})
+          for (const int terms : {0, 1, 3})
             for (const int adapter : {1, 2, 3}) {
               ExactShape shape;
               shape.tokens = 2048;
               shape.rows = rows;
               shape.columns = columns;
               shape.r = r;
-              shape.planes = planes;
-              shape.planes_A = shape.planes_B = adapter;
+              shape.terms = terms;
+              shape.terms_A = shape.terms_B = adapter;
               const ExactConfig c = exact_config(shape, limits);
               ASSERT_GT(c.columns, 0);
               ASSERT_LE(c.shared_bytes, limits.shared_bytes);
@@ -116,13 +116,13 @@ TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
             }
 }
 
-TEST(FusedConfig, ServesFewTokensOnly) {
-  const auto serves = [](int64_t tokens, DType activation) {
+TEST(FusedConfig, PreferredForFewTokensOnly) {
+  const auto preferred = [](int64_t tokens, DType activation) {
     return prefers_fused_linear(tokens, 4096, 4096, activation, activation, kHopper);
   };
-  EXPECT_TRUE(serves(1, DType::bfloat16));
-  EXPECT_TRUE(serves(16, DType::float16));
-  EXPECT_FALSE(serves(257, DType::bfloat16));
+  EXPECT_TRUE(preferred(1, DType::bfloat16));
+  EXPECT_TRUE(preferred(16, DType::float16));
+  EXPECT_FALSE(preferred(257, DType::bfloat16));
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ double float16_value(uint16_t bits) {
   return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
 }
 
-// The packed operands of a merge or a fused product.
+// The packed operands of a merge or of fused_linear.
 struct Adapters {
   std::vector<float> panels, lora_B;
 };
@@ -111,7 +111,7 @@ TEST_P(Kernels, Merge) {
   }
 }
 
-// Large enough to be stored past the caches, from an aligned row on and, one element further, in the ordinary way.
+// Large enough for non-temporal stores; one element further the rows are unaligned, and ordinary stores are used.
 TEST_P(Kernels, MergeOfALargeResult) {
   const int64_t N = 9, K = 65616, r = 3;
   const auto weight = random(N * K, 0.5), lora_A = random(r * K), lora_B = random(N * r);
@@ -133,7 +133,7 @@ TEST_P(Kernels, MergeOfALargeResult) {
   }
 }
 
-TEST_P(Kernels, FusedProduct) {
+TEST_P(Kernels, FusedMatmul) {
   for (const bool input_gradient : {false, true})
     for (const auto& [T, N, K, r] : kShapes) {
       const int64_t columns = input_gradient ? K : N, depth = input_gradient ? N : K;
@@ -161,7 +161,7 @@ TEST_P(Kernels, FusedProduct) {
       job.bias = bias.data();
       job.out = out.data();
       std::vector<float> scratch(table().fused_scratch, NAN);
-      table().fused_product(job, 0, (columns + table().fused_columns - 1) / table().fused_columns, scratch.data());
+      table().fused_matmul(job, 0, (columns + table().fused_columns - 1) / table().fused_columns, scratch.data());
       EXPECT_TRUE(std::isnan(out[T * columns])) << "wrote beyond the end";
       for (int64_t t = 0; t < T; ++t)
         for (int64_t c = 0; c < columns; ++c) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The merge from and into the compressed layouts, bit for bit against the dense merge with the same mask, by every table of
 // kernels. What the dense merge computes is test_kernels.cpp's business.
-#include <lors/bitmap.h>
 #include <lors/sparse24.h>
 
 #include <cmath>
@@ -21,17 +20,17 @@ struct Problem {
 // One weight in every layout, and its adapters.
 struct Operands {
   Operands(const Problem& p, const Mask& mask, std::mt19937_64& rng)
-      : bits(mask.bits()), dense(p.dtype, p.N * p.K), slots(p.dtype, p.N * p.K / 2), packed(p.dtype, 0) {
+      : mask(mask), bits(mask.bits()), dense(p.dtype, p.N * p.K), slots(p.dtype, p.N * p.K / 2), packed(p.dtype, 0) {
     Elements weight = random_elements(p.dtype, p.N * p.K, rng, true);
     for (int64_t i = 0; i < p.N * p.K; ++i)
       if (rng() % 7 == 0) weight.set(i, rng() % 2 ? weight.sign() : 0);
-    metadata.resize(size_t(p.N * sparse24_metadata_bytes(p.K)));
-    row_offsets.resize(size_t(p.N + 1));
-    EXPECT_TRUE(bitmap_offsets({p.N, p.K, bits.data(), row_offsets.data()}, nullptr).ok());
-    packed = Elements(p.dtype, row_offsets.back());
-    const void* from = weight.bytes.data();
-    EXPECT_TRUE(bitmap_compress({p.N, p.K, from, p.dtype, bits.data(), row_offsets.data(), packed.bytes.data()}, nullptr).ok());
-    EXPECT_TRUE(sparse24_compress({p.N, p.K, from, p.dtype, bits.data(), slots.bytes.data(), metadata.data()}, nullptr).ok());
+    row_offsets = offsets_of(mask);
+    packed = kept_values(weight, mask);
+    if (p.K % 4 == 0) {
+      Encoded encoded = encode(weight, mask);
+      slots = encoded.values;
+      metadata = encoded.metadata;
+    }
     for (int64_t i = 0; i < p.N * p.K; ++i) dense.set(i, mask.kept[size_t(i)] ? weight.stored(i) : 0);
     // In some places sums so small that a 16-bit type rounds them to zeros of either sign.
     std::normal_distribution<float> normal;
@@ -68,6 +67,7 @@ struct Operands {
     return out;
   }
 
+  Mask mask;
   std::vector<uint32_t> bits;
   Elements dense, slots, packed;
   std::vector<uint8_t> metadata;
@@ -94,7 +94,9 @@ class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
   void expect_same_slots(const Problem& p, const Operands& o, const CpuHost* host) {
     std::vector<unsigned char> dense(size_t(p.N * p.K * dtype_size(p.dtype))), want(o.slots.bytes.size());
     ASSERT_TRUE(merge_with(*GetParam(), o.merge_args(p, Layout::dense, dense.data()), host).ok());
-    ASSERT_TRUE(sparse24_compress({p.N, p.K, dense.data(), p.dtype, o.bits.data(), want.data(), nullptr}, host).ok());
+    Elements merged(p.dtype, p.N * p.K);
+    merged.bytes = dense;
+    want = encode(merged, o.mask).values.bytes;
     GuardedBytes apart(int64_t(want.size())), in_place(int64_t(want.size()));
     Sparse24MergeArgs args = o.args<Sparse24MergeArgs>(p);
     args.dtype = p.dtype;
@@ -110,13 +112,6 @@ class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
     EXPECT_TRUE(apart.intact() && in_place.intact());
   }
 };
-
-Mask random_mask(int64_t N, int64_t K, std::mt19937_64& rng) {
-  Mask mask{N, K, std::vector<bool>(size_t(N * K))};
-  const unsigned percent = unsigned(rng() % 101);
-  for (int64_t i = 0; i < N * K; ++i) mask.kept[size_t(i)] = rng() % 100 < percent;
-  return mask;
-}
 
 std::vector<Problem> problems(int64_t N, int64_t K, int64_t r) {
   std::vector<Problem> out = {{N, K, r, DType::float64, DType::float64, DType::float64}};
@@ -136,7 +131,8 @@ TEST_P(MergeLayouts, EveryShapeAndType) {
         for (const Problem& p : problems(N, K, r)) {
           SCOPED_TRACE(testing::Message() << N << "x" << K << " r=" << r << " " << int(p.dtype) << " to " << int(p.merged_dtype)
                                           << " rounded to " << int(p.round_to));
-          const Operands groups(p, random_groups(N, K, 2, rng), rng), any(p, random_mask(N, K, rng), rng);
+          const Operands groups(p, random_groups(N, K, 2, rng), rng),
+              any(p, random_mask(N, K, unsigned(rng() % 101), rng), rng);
           expect_same(p, groups, Layout::sparse24, nullptr, 0);
           expect_same(p, groups, Layout::bitmap, nullptr, 1);
           expect_same(p, any, Layout::bitmap, nullptr, 0);
@@ -150,19 +146,7 @@ TEST_P(MergeLayouts, ColumnsThatNoGroupDivides) {
   for (const int64_t K : {1, 3, 31, 33, 65, 127, 1027})
     for (const Problem& p : problems(9, K, 5)) {
       SCOPED_TRACE(testing::Message() << "K=" << K << " " << int(p.dtype) << " to " << int(p.merged_dtype));
-      Mask mask = random_mask(9, K, rng);
-      Operands o(Problem{9, 4, 5, p.dtype, p.merged_dtype, p.round_to}, random_mask(9, 4, rng), rng);
-      // 2:4 has no such shape: the operands by hand.
-      o.bits = mask.bits();
-      o.dense = random_elements(p.dtype, 9 * K, rng, true);
-      ASSERT_TRUE(bitmap_offsets({9, K, o.bits.data(), o.row_offsets.data()}, nullptr).ok());
-      o.packed = Elements(p.dtype, o.row_offsets.back());
-      ASSERT_TRUE(
-          bitmap_compress({9, K, o.dense.bytes.data(), p.dtype, o.bits.data(), o.row_offsets.data(), o.packed.bytes.data()},
-                          nullptr)
-              .ok());
-      o.lora_A.assign(size_t(5 * K), 0.5f);
-      expect_same(p, o, Layout::bitmap, nullptr, 0);
+      expect_same(p, Operands(p, random_mask(9, K, unsigned(rng() % 101), rng), rng), Layout::bitmap, nullptr, 0);
       if (HasFailure()) return;
     }
 }
@@ -174,7 +158,8 @@ TEST_P(MergeLayouts, LargeAndOnThreads) {
                            Problem{75, 4140, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16},
                            Problem{75, 4160, 40, DType::float64, DType::float64, DType::float64},
                            Problem{75, 4160, 40, DType::bfloat16, DType::float32, DType::bfloat16}}) {
-    const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng), any(p, random_mask(p.N, p.K, rng), rng);
+    const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng),
+        any(p, random_mask(p.N, p.K, unsigned(rng() % 101), rng), rng);
     for (const CpuHost* host : {static_cast<const CpuHost*>(nullptr), &kPieces})
       for (const int64_t shift : {0, 1}) {
         expect_same(p, groups, Layout::sparse24, host, shift);

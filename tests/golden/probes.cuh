@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One-warp probes of every instruction in ptx.h. The same source runs on a GPU, where record.cu writes what it answers, and in
-// the simulator, which has to answer the same: a misread fragment layout cannot hide in both.
+// One-warp probes of every instruction in ptx.h. The same source runs on a GPU, whose results record.cu writes, and on the
+// simulator, which must give the same: this detects fragment layouts that kernels and simulator misread alike.
 #pragma once
 
 #include "launch.h"
@@ -37,7 +37,7 @@ constexpr const char* kNames[kProbes] = {"ldmatrix_x4",
                                          "shuffles",
                                          "votes",
                                          "roundings"};
-// Whether the order of additions is the hardware's own, so that outputs agree to a rounding and not to the bit.
+// Whether the order of additions is up to the hardware, so that outputs agree within rounding and not bit for bit.
 constexpr bool kSums[kProbes] = {false, false, true, true, false, false, false, false, false};
 
 // in: [32 lanes][16]; out: [32 lanes][8]
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kLanes) probe_kernel(const uint32_t* in, uint3
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) ptx::store_shared(shared + lane * kInputs + i, x[i]);
     __syncthreads();
-    // 128 rows of 16 bytes; every lane names another one, in no order.
+    // 128 rows of 16 bytes; every lane gives the address of a different one, in scrambled order.
     const uint32_t row = ptx::shared_address(shared + (lane * 37 + 11) % 128 * 4);
     uint32_t r[4];
     if constexpr (kProbe == kLdmatrix)
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kLanes) probe_kernel(const uint32_t* in, uint3
     y[2] = static_cast<uint32_t>(__all_sync(0xffffffffu, lane != 19) != 0);
     y[3] = static_cast<uint32_t>(__popc(x[1]));
   } else if constexpr (kProbe == kRoundings) {
-    // Any bits: NaNs, infinities and subnormals among them; a NaN's own bits are not promised.
+    // Random bits, with NaNs, infinities and subnormals. A NaN's payload is not specified.
     const auto defined = [](float value, uint32_t bits) { return value == value ? bits : 0x7fc07fc0u; };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kLanes) probe_kernel(const uint32_t* in, uint3
   for (int i = 0; i < kOutputs; ++i) ptx::store_global(out + lane * kOutputs + i, y[i]);
 }
 
-// Words any bits; for the sums, pairs of 16-bit numbers and float32 numbers of moderate size.
+// Random bits; for the sums, pairs of 16-bit numbers and float32 numbers of moderate size.
 inline void make_inputs(int probe, uint32_t seed, uint32_t* in) {
   uint64_t state = (uint64_t{seed} << 32 | static_cast<uint32_t>(probe)) * 0x9e3779b97f4a7c15ull + 1;
   const auto random = [&] {

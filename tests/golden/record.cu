@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs every probe on the GPU at hand and prints what it answered, as JSON (README.md says how to build and keep it).
+// Runs every probe on the GPU of this machine and prints the results as JSON. README.md says how to build it and where to keep
+// the output.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probes on the simulator: against what a GPU answered (record-*.json), and against the tables of the PTX ISA.
+"""The probes on the simulator: against the results of a GPU (record-*.json), and against the tables of the PTX ISA.
 
-The second is written by element, from the ISA's formulas for row and column of element i of a fragment, and shares
-no code with the simulator, which deals with registers.
+The tables are written per element, from the ISA's formulas for row and column of element i of a fragment, and share no
+code with the simulator, which works on registers.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def fragments_of(D: np.ndarray) -> np.ndarray:
 
 
 def rounding_of_sum(x: np.ndarray, name: str) -> np.ndarray:
-    """What 17 terms may lose in float32, rounded or truncated, in any order."""
+    """The error bound of a sum of 17 terms in float32, rounded or truncated, in any order."""
     A, B, C = matrices_of(x, name)
     return 17 * 2.0**-23 * fragments_of(np.abs(A) @ np.abs(B) + np.abs(C))
 
 
-# ---- what the ISA's tables say --------------------------------------------------------------------------------------
+# ---- the ISA's tables -----------------------------------------------------------------------------------------------
 
 
 def expect_ldmatrix(x: np.ndarray, transposed: bool) -> np.ndarray:
@@ -178,7 +178,7 @@ def test_every_probe_is_expected(sim):
     assert tuple(name for name, _ in sim.golden_probes()) == NAMES
 
 
-# ---- what a GPU answered --------------------------------------------------------------------------------------------
+# ---- results of a GPU -----------------------------------------------------------------------------------------------
 
 
 def compare(sim: Any, answers: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def test_simulator_agrees_with_hardware(sim, record):
 
 @pytest.mark.parametrize("probe", range(len(NAMES)), ids=NAMES)
 def test_comparison_notices(sim, probe):
-    """No record of anything: the simulator's own answers, and then with one lane's words taken for its neighbour's."""
+    """compare() passes on the simulator's own results and fails with the words of two lanes swapped."""
     answers: dict[str, Any] = {"device": "the simulator", "probes": {name: {} for name in NAMES}}
     _, y = run(sim, probe, 1)
     answers["probes"][NAMES[probe]]["1"] = y.astype(">u4").tobytes().hex()

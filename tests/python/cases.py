@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lors_cuda import SparseWeight, reference
+from lors_cuda.formats import pack_mask
 
 lors = torch.ops.lors
 
@@ -95,7 +96,7 @@ class Case:
 
     @property
     def bits(self) -> Tensor | None:
-        return None if self.mask is None else lors.mask_pack(self.mask)
+        return None if self.mask is None else pack_mask(self.mask)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -123,10 +124,6 @@ class Case:
     def linear_backward(self, gradient: str, needs: tuple[bool, bool, bool] = (True, True, True)) -> tuple[Tensor, ...]:
         args = (*self.adapted, self.bias, self.scaling, gradient, *needs)
         return lors.linear_backward(self.grad_output, self.input, *args)
-
-    def adapter_grad(self, gradient: str, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, Tensor]:
-        args = (*self.adapted, self.scaling, gradient, *needs)
-        return lors.adapter_grad(self.grad_output, self.input, *args)
 
 
 def make_case(

@@ -74,6 +74,19 @@ void read_weight(Arguments& given, Args& args) {
   given.read("mask", args.mask);
 }
 
+template <typename Args>
+void read_adapter_grad(Arguments& given, Args& args) {
+  given.read("tokens", args.tokens);
+  given.read("out_features", args.out_features);
+  read_adapters(given, args);
+  given.read("grad_output", args.grad_output);
+  given.read("grad_output_dtype", args.grad_output_dtype);
+  given.read("input", args.input);
+  given.read("input_dtype", args.input_dtype);
+  given.read("lora_A_grad", args.lora_A_grad);
+  given.read("lora_B_grad", args.lora_B_grad);
+}
+
 // The caller's side of a call: its memory comes from the current device and has to be given back.
 CudaHost host_of(Device& device);
 // Raises StatusError unless the status is success, and Error if the call kept memory.

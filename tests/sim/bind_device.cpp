@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The class Device: memory in and out, and what its launches did.
+// The Python class Device: uploads, downloads, and the counters of its launches.
 #include <pybind11/stl.h>
 
 #include <cstring>

@@ -16,7 +16,7 @@ import lors_sim  # noqa: E402
 
 
 def simulator() -> ModuleType:
-    """The plain module. That it has been built is the caller's business: `make test-sim`."""
+    """The plain module; `make test-sim` builds it."""
     return lors_sim.module("plain")
 
 
@@ -27,5 +27,5 @@ def sim() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def race_sim() -> lors_sim.Simulator:
-    """The same with the race detector on, and threads taking turns at random accesses."""
+    """The same with the race detector on, and threads preempted at random accesses."""
     return lors_sim.load("race")

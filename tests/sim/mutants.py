@@ -5,7 +5,7 @@
     python tests/sim/mutants.py merge --list          only say what they are
 
 The barriers and waits of a family are found in its sources, so a new one is covered without being written down.
-Other mistakes worth keeping stand in the case file, as PLANTED.
+Other mistakes worth testing are listed in the case file, as PLANTED.
 A mutant costs one compilation of the family's .cu and one link; everything else is taken from the build.
 """
 
@@ -122,7 +122,7 @@ def build(mutant: Mutant, flavour: str, directory: Path) -> None:
     old = [path for path in given["objects"] if path.endswith(f"/cuda/{mutant.family}.cu.o")]
     if len(old) != 1:
         raise ValueError(f"the build has no family {mutant.family}")
-    # First: of a kernel that several families include, the linker takes the first definition it meets.
+    # First: of a kernel that several families include, the linker takes the first definition.
     objects = [str(fresh), *(path for path in given["objects"] if path != old[0])]
     links = [flag for flag in given["links"] if flag]
     command = [given["compiler"], "-shared", *links, *objects, "-o", str(directory / given["module"])]

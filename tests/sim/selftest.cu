@@ -16,7 +16,7 @@ using Out = uint32_t*;
 __device__ uint32_t* shared_words() { return reinterpret_cast<uint32_t*>(ptx::dynamic_shared()); }
 __device__ int global_index() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
-// ---- rendezvous -----------------------------------------------------------------------------------------------------------
+// ---- collectives ----
 __global__ void divergent_collective(Words, Out out, int) {
   int v = threadIdx.x;
   if (threadIdx.x % 2 == 0)
@@ -45,7 +45,7 @@ __global__ void reduce(Words in, Out out, int) {
   if (threadIdx.x % 32 == 0) atomicAdd(out, v);
 }
 
-// ---- shared memory ----------------------------------------------------------------------------------------------------------
+// ---- shared memory ----
 // Each thread reads its neighbour's word; n = 1: after a barrier, 2: after a __syncwarp, 0: at once.
 __global__ void neighbour(Words in, Out out, int n) {
   ptx::store_shared(shared_words() + threadIdx.x, ptx::load_global(in + threadIdx.x));
@@ -74,10 +74,9 @@ __global__ void shared_at(Words, Out out, int n) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared(p));
 }
 
-// ---- asynchronous copies
-// ------------------------------------------------------------------------------------------------------ 16 bytes per thread. n
-// = 0: right; 1: no wait; 2: a wait that lets the last group go on; 3: no barrier after the wait; 4: no commit, the wait waits
-// for nothing.
+// ---- asynchronous copies ----
+// 16 bytes per thread. n = 0: right; 1: no wait; 2: a wait that leaves the last group in flight; 3: no barrier after the wait;
+// 4: no commit, so that the wait has no group to wait for.
 __global__ void copies(Words in, Out out, int n) {
   const uint32_t to = ptx::shared_address(shared_words() + 4 * threadIdx.x);
   ptx::cp_async_16(to, in + 4 * threadIdx.x, 16);
@@ -101,8 +100,7 @@ __global__ void copy_over_readers(Words in, Out out, int) {
   ptx::store_global(out + threadIdx.x, v);
 }
 
-// ---- global memory
-// --------------------------------------------------------------------------------------------------------------
+// ---- global memory ----
 __global__ void read_at(Words in, Out out, int n) {
   ptx::store_global(out + threadIdx.x, ptx::load_global(in + static_cast<int>(threadIdx.x) + n));
 }
@@ -132,8 +130,7 @@ __global__ void once_and_written(Words, Out out, int) {
   ptx::store_global(out + 4 * threadIdx.x, v.x + 1);
 }
 
-// ---- what must not pass unseen
-// ----------------------------------------------------------------------------------------------------
+// ---- raw accesses, which must be detected ----
 __global__ void raw_global_read(Words in, Out out, int) { ptx::store_global(out + threadIdx.x, in[threadIdx.x]); }
 __global__ void raw_global_write(Words, Out out, int) { out[threadIdx.x] = 1; }
 __global__ void raw_shared_write(Words, Out, int) { shared_words()[threadIdx.x] = 1; }
@@ -156,8 +153,7 @@ __global__ void local_array(Words, Out out, int n) {
 }
 __global__ void shift_too_far(Words, Out out, int n) { ptx::store_global(out + threadIdx.x, 1u << n); }
 
-// ---- for the counters
-// ---------------------------------------------------------------------------------------------------------------
+// ---- for the counters ----
 __global__ void copy_vectors(Words in, Out out, int) {
   const uint4 v = ptx::load_global(reinterpret_cast<const uint4*>(in) + global_index());
   ptx::store_global(reinterpret_cast<uint4*>(out) + global_index(), v);
@@ -187,7 +183,7 @@ __global__ void matrix_rows(Words, Out, int n) {
   uint32_t r[4];
   ptx::ldmatrix_x4(r, ptx::shared_address(row));
 }
-// A loop whose trip count differs by lane, between two meetings of the warp.
+// A loop whose trip count differs by lane, between two synchronisations of the warp.
 __global__ void uneven_loop(Words in, Out out, int) {
   uint32_t sum = 0;
   for (uint32_t i = 0; i < threadIdx.x % 4; ++i) sum += ptx::load_global(in + 32 * i + threadIdx.x);

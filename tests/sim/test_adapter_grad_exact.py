@@ -51,7 +51,7 @@ def run(
 ) -> Result:
     """adapter_grad_exact's gradients, or masked_contract's where grad_weight is given: A's then [K, r], added to ones.
 
-    `misalign`: elements that every pointer lies past an aligned place.
+    `misalign`: offset of every pointer from an aligned address, in elements.
     """
     (N, K), r = given["weight"].shape, given["lora_A"].shape[0]
     contract = "grad_weight" in given
@@ -275,7 +275,7 @@ def test_beyond_31_bits_of_elements(sim: Any, contract: bool) -> None:
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_traffic_is_the_floor(sim: Any, dtype: str, explicit: bool) -> None:
-    """A tiled product reads dY once per tile of columns and X once per tile of rows. All else is read once per use, and
+    """A tiled matmul reads dY once per tile of columns and X once per tile of rows. All else is read once per use, and
     nothing of the size of the weight is written."""
     T, N, K, r = 128, 512, 1024, 16
     columns = 256 if dtype == "bfloat16" else 128

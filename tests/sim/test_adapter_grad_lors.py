@@ -33,7 +33,7 @@ def operands(shape: Shape, r: int, dtypes: Dtypes, seed: int = 0) -> dict[str, T
 def run(
     sim: Any, device: Any, given: dict[str, Tensor], *, want: str = "AB", misalign: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
-    """lora_A_grad and lora_B_grad, where `want` names them. `misalign`: elements past an aligned place."""
+    """lora_A_grad and lora_B_grad, where `want` names them. `misalign`: elements past an aligned address."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     (T, N), (r, K) = given["grad_output"].shape, given["lora_A"].shape
     fields: dict[str, Any] = {}
@@ -146,7 +146,7 @@ def test_refusals_are_sentences(sim: Any) -> None:
         run(sim, sim.Device(shared_bytes=1024), operands((8, 8, 8), 4, BF16))
     given = operands((8, 8, 8), 4, BF16)
     fields = {name: upload(sim.Device(), name, tensor) for name, tensor in given.items()}
-    with pytest.raises(sim.StatusError, match="take float32, bfloat16 and float16, and were given float64"):
+    with pytest.raises(sim.StatusError, match="takes float32, bfloat16 and float16, and was given float64"):
         sim.adapter_grad_lors(
             sim.Device(), tokens=8, out_features=8, in_features=8, r=4, **fields, input_dtype="float64"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA fused products, run on the simulator, against float64; and what they move, against the floor."""
+"""The CUDA fused_linear, run on the simulator, against float64; and the bytes it moves, against the floor."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_awkward_shapes(sim: Any, shape: tuple[int, int], r: int, gradient: bool
 @pytest.mark.parametrize("tokens", [3, 20, 100])
 @pytest.mark.parametrize(("r", "shared_kib", "dtype"), [(256, 227, BF16), (256, 160, FP32), (300, 99, FP32)])
 def test_ranks_in_chunks(sim: Any, r: int, shared_kib: int, dtype: str, tokens: int, gradient: bool) -> None:
-    """The low-rank product waits in shared memory between chunks; the smaller device stages both adapters anew."""
+    """Between chunks the low-rank sums are in shared memory; the smaller device stages both adapters in every step."""
     device = sim.Device(seed=r, shared_bytes=shared_kib * 1024)
     run_and_check(sim, device, Problem(tokens, 40, 72, r, gradient, (BF16, FP32, dtype, dtype), True, None, r))
     assert device.launches()[0]["shared_bytes"] <= shared_kib * 1024
@@ -238,7 +238,7 @@ def test_refusals_are_sentences(sim: Any) -> None:
 
 
 def test_beyond_31_bits_of_elements(sim: Any) -> None:
-    """The last column of a forward product whose weight has more than 2^32 elements, mostly never touched."""
+    """The last column of a forward matmul whose weight has more than 2^32 elements, mostly never touched."""
     N, K = 8_388_609, 520
     device = sim.Device(sample_blocks=1, multiprocessors=4)
     weight = device.empty("weight", 2 * N * K, sparse=True)

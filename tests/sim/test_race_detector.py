@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The race detector against an oracle that remembers everything, on random programs.
 
-Every thread of a program follows a script of accesses; barriers and __syncwarps stand at the same place in the scripts
-of those who meet. Whether a program has a race does not depend on the order in which the threads run, so the detector
+Every thread of a program follows a script of accesses; barriers and __syncwarps are at the same place in the scripts
+of all participants. Whether a program has a race does not depend on the order in which the threads run, so the detector
 has to complain on every seed or on none.
 """
 

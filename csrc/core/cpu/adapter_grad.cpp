@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adapter gradients on the CPU, as thin products over dY, X or a panel of dY^T X (see contract_kernel.h). No sum is split
-// between threads, so results do not depend on how many there are.
+// The adapter gradients and the bias gradient on the CPU, as matmuls with a thin factor (contract_kernel.h) over dY, X or a
+// panel of dY^T X. No sum is split between threads, so results do not depend on the number of threads.
 #include <lors/adapter_grad.h>
 
 #include "kernels.h"
@@ -18,7 +18,7 @@ int64_t grain(int64_t other_side) { return 1 + kGrainElements / (other_side > 0 
 
 int64_t thin_width(int64_t r) { return (r + kThinWidth - 1) / kThinWidth * kThinWidth; }
 
-// Which thin factor a product takes: scale * src, or scale * src^T, zero-padded to the thin width.
+// A thin factor: scale * src, or scale * src^T. PackedFactor holds it in the accumulation type, zero-padded to the thin width.
 struct Factor {
   const void* src;
   DType dtype;
@@ -92,32 +92,31 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host) {
   if (is_double != (args.input_dtype == DType::float64))
     return Status::error("adapter_grad needs input and grad_output both in float64 or neither.");
   const int64_t size = is_double ? 8 : 4;
-  if (args.lora_B_grad) {  // dB = dY^T (s X A^T)
-    const PackedFactor transposed_A({args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, is_double, host);
-    Workspace product(host, T * width * size), sum(host, N * width * size);
-    ContractJob job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
-    job.factor = transposed_A.data();
-    job.out = product.data();
+  struct Activation {
+    const void* data;
+    DType dtype;
+    int64_t features;
+  };
+  // out [second.features, r] = second^T (first factor), or its transpose.
+  const auto gradient = [&](const Activation& first, const Factor& factor, const Activation& second, void* out, DType dtype,
+                            bool transpose) {
+    const PackedFactor packed(factor, is_double, host);
+    Workspace projected(host, T * width * size), sum(host, second.features * width * size);
+    ContractJob job = unmasked(first.data, first.dtype, T, first.features, r, is_double);
+    job.factor = packed.data();
+    job.out = projected.data();
     contract_rows(job, host);
-    job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
-    job.factor = product.data();
+    job = unmasked(second.data, second.dtype, T, second.features, r, is_double);
+    job.factor = projected.data();
     job.out = sum.data();
     contract_columns(job, host);
-    store(sum.data(), is_double, N, r, args.lora_B_grad, args.lora_B_dtype, false, host);
-  }
-  if (args.lora_A_grad) {  // dA = (s dY B)^T X, computed as its transpose
-    const PackedFactor packed_B({args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, is_double, host);
-    Workspace product(host, T * width * size), sum(host, K * width * size);
-    ContractJob job = unmasked(args.grad_output, args.grad_output_dtype, T, N, r, is_double);
-    job.factor = packed_B.data();
-    job.out = product.data();
-    contract_rows(job, host);
-    job = unmasked(args.input, args.input_dtype, T, K, r, is_double);
-    job.factor = product.data();
-    job.out = sum.data();
-    contract_columns(job, host);
-    store(sum.data(), is_double, K, r, args.lora_A_grad, args.lora_A_dtype, true, host);
-  }
+    store(sum.data(), is_double, second.features, r, out, dtype, transpose, host);
+  };
+  const Activation X{args.input, args.input_dtype, K}, dY{args.grad_output, args.grad_output_dtype, N};
+  if (args.lora_B_grad)
+    gradient(X, {args.lora_A, args.lora_A_dtype, K, r, true, args.scaling}, dY, args.lora_B_grad, args.lora_B_dtype, false);
+  if (args.lora_A_grad)
+    gradient(dY, {args.lora_B, args.lora_B_dtype, N, r, false, args.scaling}, X, args.lora_A_grad, args.lora_A_dtype, true);
   return {};
 }
 
@@ -154,7 +153,7 @@ Status masked_contract(const MaskedContractArgs& args, const CpuHost* host) {
 }
 
 Status bias_grad(const BiasGradArgs& args, const CpuHost* host) {
-  // A column sum is the thin product with a factor of ones in its first column.
+  // A column sum is contract_columns with a factor of ones in its first column.
   const int64_t T = args.tokens, N = args.out_features;
   const bool is_double = args.grad_output_dtype == DType::float64;
   const double one = 1.0;

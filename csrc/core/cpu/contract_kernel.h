@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two thin products that every adapter gradient is made of, S [I, J] (optionally masked) against a thin factor:
+// The two matmuls of every adapter gradient, a matrix S [I, J], optionally masked, times a thin factor:
 //   contract_rows     out[i, :] = sum_j S[i, j] factor[j, :]         P = X A^T, Q = dY B, and (M o G) A^T
 //   contract_columns  out[j, :] = sum_i S[i, j] factor[i, :]         dY^T P, X^T Q, and (M o G)^T B
-// A block of S is brought once into the first-level cache in the accumulation type, converted and masked on the way.
+// S is converted to the accumulation type and masked by blocks that stay in the L1 cache.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +10,7 @@
 
 namespace {
 
-// A thin panel is 16 columns wide; twelve accumulators hide the latency of a fused multiply-add.
+// Of a panel of 16 columns. Twelve accumulators hide the latency of a fused multiply-add.
 template <typename Acc>
 constexpr int kThinVectors = int(lors::cpu::kThinWidth) / kLanes<Acc>;
 template <typename Acc>

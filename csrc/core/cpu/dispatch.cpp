@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which table of kernels, and which product type, this processor gets. Decided once, from cpuid and the environment.
+// The table of kernels and the matmul dtypes for this processor. Decided once, from cpuid and the environment.
 #include <lors/cpu.h>
 
 #include <cstdlib>
@@ -28,7 +28,7 @@ std::string environment(const char* name) {
 }
 
 #if defined(__x86_64__)
-// By hand, because clang 14's builtin does not know the name.
+// clang 14's __builtin_cpu_supports does not know "f16c".
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
@@ -41,14 +41,14 @@ bool prefers_fused(int64_t tokens) {
   if (wanted == "never") return false;
   if (!wanted.empty())
     throw std::runtime_error("LORS_CPU_FUSED is '" + wanted + "'; set it to always or never, or leave it unset.");
-  // Timed while tuning (AVX2, 2048 x 2048, one thread, a shared machine): 0.3 to 1 ms more than the bare product at 128 and
-  // 512 tokens, against about 2.5 ms for a merge; level at 2048. The threshold between 512 and 2048 itself was not measured.
+  // While tuning (AVX2, 2048 x 2048, one thread, a shared machine) fused_linear took 0.3 to 1 ms more than the bare matmul at
+  // 128 and 512 tokens, a merge about 2.5 ms; equal at 2048. Where between 512 and 2048 they cross was not measured.
   return tokens <= 1024;
 }
 
-// Whether torch's product of this type runs on instructions made for it. Measured (docs/cpu.md): bfloat16 with AVX512_BF16
-// has twice the rate of float32; without such instructions it is slower than float32, by up to hundreds of times.
-bool has_product_instructions(DType dtype) {
+// Whether the processor has matmul instructions for this type. Measured (docs/cpu.md): with AVX512_BF16 torch's bfloat16 mm
+// runs at twice the rate of float32; without such instructions it is slower than float32, by up to hundreds of times.
+bool has_matmul_instructions(DType dtype) {
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (dtype == DType::bfloat16 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1)) return true;  // AMX-BF16
@@ -65,7 +65,7 @@ bool multiplies_natively(DType dtype) {
   if (wanted == "float32") return false;
   if (!wanted.empty())
     throw std::runtime_error("LORS_CPU_PRODUCT is '" + wanted + "'; set it to float32 or native, or leave it unset.");
-  return has_product_instructions(dtype);
+  return has_matmul_instructions(dtype);
 }
 
 const KernelTable* choose() {

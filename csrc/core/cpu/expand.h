@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kept weights between their packed form and the lanes of a vector. Lane i of an expanded vector is the packed element whose
-// index is the number of mask bits below i; lanes without a bit hold anything. Compressing is the inverse. AVX-512 has
-// instructions for both, AVX2 a permutation whose indices are looked up; elsewhere it is done lane by lane.
+// Expands packed kept weights to the lanes of a vector, and compresses them. Lane i of an expanded vector is the packed element
+// whose index is the number of mask bits below i; lanes without a bit are undefined. AVX-512 has instructions for both, AVX2
+// permutes with indices from a table; elsewhere it is done lane by lane.
 #pragma once
 
 #include <type_traits>
@@ -114,7 +114,7 @@ inline Vector<double> load_half(const double* p) { return _mm256_castpd128_pd256
 #define LORS_EXPANDS_BY_LANE
 #endif
 
-// Lane by lane, one copy of the loop is enough: unrolled with the tile it takes minutes to compile.
+// Not inlined lane by lane: unrolled within a tile it takes minutes to compile.
 #if defined(LORS_EXPANDS_BY_LANE)
 #define LORS_EXPAND_INLINE __attribute__((noinline))
 #else
@@ -125,7 +125,7 @@ inline Vector<double> load_half(const double* p) { return _mm256_castpd128_pd256
 template <typename Acc, typename W>
 LORS_EXPAND_INLINE Vector<Acc> load_sparse24(const W* slots, const uint8_t* metadata, int64_t column) {
 #if defined(LORS_EXPANDS_BY_LANE)
-  // By the group, because a vector of two float64 is only half of one.
+  // From the start of the group, because a vector of two float64 is half a group.
   const uint32_t placed = metadata_bits<Acc>(kSparse24Codes.placed_of_byte, metadata, column & ~int64_t{3});
   Vector<Acc> v;
   for (int i = 0; i < kLanes<Acc>; ++i) {
@@ -139,13 +139,13 @@ LORS_EXPAND_INLINE Vector<Acc> load_sparse24(const W* slots, const uint8_t* meta
 #endif
 }
 
-// One vector of weights in layout "bitmap", and `values` moved on. Reads one vector's length, whatever the bits.
+// One vector of weights in layout "bitmap"; advances `values` by the number of bits. Always reads a whole vector.
 template <typename Acc, typename W>
 LORS_EXPAND_INLINE Vector<Acc> load_bitmap(const W*& values, uint32_t bits) {
 #if defined(LORS_EXPANDS_BY_LANE)
   Vector<Acc> v;
   for (int i = 0; i < kLanes<Acc>; ++i) {
-    v[i] = to_acc<Acc>(*values);  // at most `lanes` elements from where it began
+    v[i] = to_acc<Acc>(*values);
     values += bits >> i & 1;
   }
   return v;
@@ -193,7 +193,7 @@ LORS_EXPAND_INLINE Vector<Acc> slots_of(Vector<Acc> low, Vector<Acc> high, const
 #endif
 }
 
-// As store or store_streaming, with +0 for what rounds to -0.0: a stored zero has no sign.
+// store or store_streaming, with +0 for values that round to -0.0: compressed layouts store +0 only.
 template <typename Out, typename Acc>
 inline void store_slots(Out* p, Vector<Acc> v, bool streaming) {
   typedef std::conditional_t<sizeof(Out) == 2, uint16_t, std::conditional_t<sizeof(Out) == 4, uint32_t, uint64_t>> Bits;

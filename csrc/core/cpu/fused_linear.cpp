@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fused products on the CPU: adapters and activations are packed once, then threads share out the output's columns, so
-// that each merges its own part of the weight and none is merged twice.
+// fused_linear on the CPU: adapters and activations are packed once; then the threads divide the output's columns, so that
+// every weight is merged by one thread, once.
 #include <lors/fused_linear.h>
 
 #include "kernels.h"
@@ -13,7 +13,7 @@ using namespace cpu;
 
 Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   if (args.weight_dtype == DType::float64 || args.activation_dtype == DType::float64)
-    return Status::error("fused_linear accumulates in float32; use merge and a float64 product for float64 tensors.");
+    return Status::error("fused_linear accumulates in float32; use merge and a float64 matmul for float64 tensors.");
   if (args.output_dtype != DType::float32 || (args.bias && args.bias_dtype != DType::float32))
     return Status::error("fused_linear takes its bias and writes its output in float32 on the CPU; convert them.");
   const KernelTable& table = kernels();
@@ -52,7 +52,7 @@ Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   const int64_t work_per_panel = depth * table.fused_columns * (args.tokens + args.r);
   parallel_for(host, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {
     const Workspace scratch(host, table.fused_scratch * 4);
-    table.fused_product(job, begin, end, static_cast<float*>(scratch.data()));
+    table.fused_matmul(job, begin, end, static_cast<float*>(scratch.data()));
   });
   return {};
 }

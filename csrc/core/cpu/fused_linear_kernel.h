@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // out[T, columns] = activation[T, depth] operand[depth, columns] with operand = merged^T (forward) or merged (dX).
-// The classical blocked product (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008), in which
-// packing a block of the operand IS the merge: the weight is read once and the merged weight exists only as that block.
+// A blocked matmul after Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008) whose packing of an
+// operand block is the merge: the weight is read once, and only one block of the merged weight exists at a time.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +14,7 @@ namespace {
 constexpr int kFusedRows = kVectorBytes == 64 ? 12 : 6;
 constexpr int kFusedVectors = 2;
 constexpr int kFusedColumns = kFusedVectors * kLanes<float>;
-// A depth x column block of the operand (192 KiB) and the activations' block beside it share a 512 KiB second-level cache.
+// A depth x column block of the operand (192 KiB) and the block of activations fit a 512 KiB L2 cache together.
 constexpr int kFusedDepth = 384;
 constexpr int kFusedBlockColumns = 128;
 constexpr int kFusedBlockRows = 96;
@@ -44,7 +44,7 @@ void pack_activation(const lors::cpu::PackActivationJob& job, int64_t begin, int
   with_type(job.src_dtype, [&](auto t) { pack_activation_as<decltype(t)>(job, begin, end); });
 }
 
-// a0 b0 a1 b1 ... of the lower and of the upper halves.
+// a0 b0 a1 b1 ... of the lower and the upper halves.
 #if LORS_VECTOR_BYTES == 64
 inline Vector<float> interleave_low(Vector<float> a, Vector<float> b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -64,7 +64,7 @@ inline Vector<float> interleave_low(Vector<float> a, Vector<float> b) { return _
 inline Vector<float> interleave_high(Vector<float> a, Vector<float> b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
-// dst[j, i] = src[i, j] for a square of one vector's lanes: log2(lanes) perfect shuffles.
+// dst[j, i] = src[i, j] for a square of kLanes rows and columns, by log2(kLanes) perfect shuffles.
 inline void transpose_square(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   constexpr int L = kLanes<float>;
   Vector<float> a[L], b[L];
@@ -110,7 +110,7 @@ inline void merge_block(const lors::cpu::FusedJob& job, int64_t n, int64_t rows,
   }
 }
 
-// One panel of the operand, [depth, kFusedColumns] with zeros beyond `columns`: forward, columns are rows n of the weight.
+// One panel of the operand, [depth, kFusedColumns], zeros beyond `columns`. Forward: its columns are rows n of the weight.
 template <typename W, typename Round>
 inline void merge_panel_forward(const lors::cpu::FusedJob& job, int64_t n, int64_t columns, int64_t k0, int64_t depth,
                                 float* panel) {
@@ -130,7 +130,7 @@ inline void merge_panel_forward(const lors::cpu::FusedJob& job, int64_t n, int64
   }
 }
 
-// The same for the input gradient: columns are columns k of the weight, and rows n lie along the depth already.
+// The same for the input gradient: its columns are columns k of the weight, so nothing is transposed.
 template <typename W, typename Round>
 inline void merge_panel_input_gradient(const lors::cpu::FusedJob& job, int64_t k, int64_t columns, int64_t n0, int64_t depth,
                                        float* panel) {
@@ -139,8 +139,8 @@ inline void merge_panel_input_gradient(const lors::cpu::FusedJob& job, int64_t k
 }
 
 // out tile [rows, columns] (+)= activation panel [depth, kFusedRows] x operand panel [depth, kFusedColumns].
-inline void product_tile(const float* activation, const float* operand, int64_t depth, bool first, const float* bias,
-                         float* out, int64_t stride, int64_t rows, int64_t columns) {
+inline void matmul_tile(const float* activation, const float* operand, int64_t depth, bool first, const float* bias, float* out,
+                        int64_t stride, int64_t rows, int64_t columns) {
   Vector<float> sum[kFusedRows][kFusedVectors];
 #pragma GCC unroll 12
   for (int i = 0; i < kFusedRows; ++i)
@@ -183,7 +183,7 @@ inline void product_tile(const float* activation, const float* operand, int64_t 
 }
 
 template <typename W, typename Round>
-void fused_product_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+void fused_matmul_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
   const int64_t columns = job.input_gradient ? job.in_features : job.out_features;
   const int64_t total_depth = job.input_gradient ? job.out_features : job.in_features;
   const int64_t token_panels = (job.tokens + kFusedRows - 1) / kFusedRows;
@@ -212,8 +212,8 @@ void fused_product_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end
           for (int64_t t = first_token; t < last_token; ++t) {
             const int64_t row = t * kFusedRows;
             const int64_t rows = job.tokens - row < kFusedRows ? job.tokens - row : kFusedRows;
-            product_tile(activation + t * kFusedRows * depth, panel, depth, d == 0, job.bias ? job.bias + column : nullptr,
-                         job.out + row * columns + column, columns, rows, width);
+            matmul_tile(activation + t * kFusedRows * depth, panel, depth, d == 0, job.bias ? job.bias + column : nullptr,
+                        job.out + row * columns + column, columns, rows, width);
           }
         }
       }
@@ -222,19 +222,19 @@ void fused_product_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end
 }
 
 template <typename W>
-void fused_product_of(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+void fused_matmul_of(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
   switch (job.round_to) {
-    case lors::DType::bfloat16: return fused_product_as<W, bfloat16>(job, begin, end, scratch);
-    case lors::DType::float16: return fused_product_as<W, float16>(job, begin, end, scratch);
-    default: return fused_product_as<W, float>(job, begin, end, scratch);
+    case lors::DType::bfloat16: return fused_matmul_as<W, bfloat16>(job, begin, end, scratch);
+    case lors::DType::float16: return fused_matmul_as<W, float16>(job, begin, end, scratch);
+    default: return fused_matmul_as<W, float>(job, begin, end, scratch);
   }
 }
 
-void fused_product(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
+void fused_matmul(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
   switch (job.weight_dtype) {
-    case lors::DType::bfloat16: return fused_product_of<bfloat16>(job, begin, end, scratch);
-    case lors::DType::float16: return fused_product_of<float16>(job, begin, end, scratch);
-    default: return fused_product_of<float>(job, begin, end, scratch);
+    case lors::DType::bfloat16: return fused_matmul_of<bfloat16>(job, begin, end, scratch);
+    case lors::DType::float16: return fused_matmul_of<float16>(job, begin, end, scratch);
+    default: return fused_matmul_of<float>(job, begin, end, scratch);
   }
 }
 

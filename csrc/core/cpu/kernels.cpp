@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// One table of kernels for the instruction set this file is compiled for: LORS_CPU_TABLE names it (see CMakeLists.txt).
-// No standard container or algorithm is used here: their inline functions would be shared between instruction sets.
+// The table of kernels for the instruction set this file is compiled for, named LORS_CPU_TABLE (see CMakeLists.txt). No
+// standard containers or algorithms: the linker would merge their inline functions across instruction sets, and run the wrong
+// ones.
 #include "kernels.h"
 
 #include "contract_kernel.h"
 #include "fused_linear_kernel.h"
 #include "merge_compressed_kernel.h"
 #include "merge_kernel.h"
-#include "nonzero_kernel.h"
 #include "pack_kernel.h"
 
 #define LORS_STRING_(x) #x
@@ -32,8 +32,7 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kFusedDepth,
     kFusedDepth * kFusedBlockColumns,
     pack_activation,
-    fused_product,
-    nonzero,
+    fused_matmul,
 };
 
 }  // namespace lors::cpu

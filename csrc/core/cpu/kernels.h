@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of CPU kernels. kernels.cpp is compiled once per instruction set (baseline, AVX2, AVX-512) and fills one table
-// each; dispatch.cpp picks the best one this processor runs. The .cpp files of the families (merge.cpp, adapter_grad.cpp)
-// check, pack and share out the work; everything with an inner loop is behind this table.
+// each; dispatch.cpp picks the best one that this processor supports. Everything with an inner loop is behind this table; the
+// .cpp files of the families (merge.cpp, adapter_grad.cpp) check, pack and divide the work between threads.
 #pragma once
 
 #include <lors/types.h>
@@ -39,7 +39,7 @@ struct MergeJob {
   bool is_double = false;
 };
 
-// A tall or wide matrix S [rows, columns], optionally masked, against a thin one of `width` columns:
+// A matrix S [rows, columns], optionally masked, times a thin one of `width` columns:
 //   contract_rows     out[i, :] = sum_j S[i, j] factor[j, :]        contract_columns  out[j, :] = sum_i S[i, j] factor[i, :]
 struct ContractJob {
   int64_t rows = 0, columns = 0;
@@ -66,12 +66,12 @@ struct StoreJob {
   bool transpose = false;
 };
 
-// A product with the merge inside it: out [tokens, columns] = activation [tokens, depth] * operand [depth, columns], where
-// the operand is merged^T (columns = N, depth = K) or, for the input gradient, merged (columns = K, depth = N).
+// fused_linear: out [tokens, columns] = activation [tokens, depth] * operand [depth, columns], where the operand is merged^T
+// (columns = N, depth = K) or, for the input gradient, merged (columns = K, depth = N).
 struct FusedJob {
   int64_t tokens = 0, out_features = 0, in_features = 0, r = 0;
   bool input_gradient = false;
-  const float* activation = nullptr;  // as pack_activation leaves it
+  const float* activation = nullptr;  // packed by pack_activation
   const void* weight = nullptr;       // [N, K]
   DType weight_dtype = DType::float32;
   const uint32_t* mask = nullptr;  // [N, ceil(K/32)] or null
@@ -100,14 +100,12 @@ struct KernelTable {
   void (*contract_columns)(const ContractJob&, int64_t column_begin, int64_t column_end);
   void (*store)(const StoreJob&, int64_t row_begin, int64_t row_end);
   int64_t fused_rows, fused_columns, fused_depth;  // of a register tile, and of a depth block
-  int64_t fused_scratch;                           // float32 elements of scratch each fused_product call needs
+  int64_t fused_scratch;                           // float32 elements of scratch each fused_matmul call needs
   void (*pack_activation)(const PackActivationJob&, int64_t panel_begin, int64_t panel_end);
-  void (*fused_product)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch);
-  // bits [ceil(count/32)] of `count` weights in a row: which are not zero; -0.0 is a zero, bits beyond `count` are 0.
-  void (*nonzero)(const void* weight, int64_t element_size, int64_t count, uint32_t* bits);
+  void (*fused_matmul)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch);
 };
 
-// The table for this processor; LORS_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (read once).
+// The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512 selects a lower one.
 const KernelTable& kernels();
 
 }  // namespace lors::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// lora_A as column panels and scaling * lora_B, both in the accumulation type: what merge and fused_linear read.
+// lora_A as column panels and scaling * lora_B, in the accumulation type: the adapters as the merge kernels read them.
 #pragma once
 
 #include "kernels.h"
@@ -15,6 +15,7 @@ class PackedAdapters {
       : lora_A_(host, (args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
         lora_B_(host, args.out_features * args.r * (is_double ? 8 : 4)) {
     const int64_t K = args.in_features, r = args.r, size = is_double ? 8 : 4;
+    if (r == 0) return;
     parallel_for(host, (K + panel - 1) / panel, 1 + 16384 / (panel * r), [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
         PackJob job;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small matrices on their way in (pack: any dtype and strides to a zero-padded Acc matrix) and out (store: Acc to any
-// dtype, one rounding, transposed if asked). Neither is on the critical path: they touch (N + K) r elements.
+// pack: a small matrix of any dtype and strides to a zero-padded Acc matrix; store: Acc to any dtype with one rounding,
+// optionally transposed. Not vectorised: they touch (N + K) r elements only.
 #pragma once
 
 #include "kernels.h"

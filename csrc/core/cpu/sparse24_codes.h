@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sixteen codes of 2:4 metadata (sparse24.h), and the code of each pattern of kept weights. Patterns are four bits, bit j
-// for position j of the group. Whatever bytes these tables are asked about, the positions they answer lie inside the group.
+// The sixteen codes of 2:4 metadata (sparse24.h) and the code of each pattern of kept weights. A pattern has bit j set where
+// position j of the group is kept. For any byte, valid or not, the positions in these tables lie inside the group.
 #pragma once
 
 #include <cstdint>
 
-// Included by kernels.cpp as well, once per instruction set: each copy belongs to its own translation unit.
+// In an anonymous namespace because kernels.cpp, compiled once per instruction set, includes it too.
 namespace {
 
 struct Sparse24Code {
   bool valid = false;
   uint8_t kept = 0;          // pattern of the kept weights; none for the five codes that do not occur
-  uint8_t placed = 3;        // pattern of the two positions the slots stand for: the kept ones, and others for the fillers
+  uint8_t placed = 3;        // pattern of the two positions of the slots: the kept ones, and others for the fillers
   uint8_t slot[2] = {0, 1};  // the positions in `placed`, ascending
 };
 
@@ -34,7 +34,7 @@ struct Sparse24Codes {
       Sparse24Code& entry = of_code[code];
       entry.valid = true;
       entry.kept = uint8_t(kept);
-      // One kept: position 3 goes to slot 1, the others to slot 0, and the filler stands for a position beyond or before it.
+      // One kept: position 3 goes to slot 1, the others to slot 0, and the filler's position is after or before it.
       const unsigned placed = found == 0 ? 3 : found == 1 ? (kept == 8 ? 9 : kept | 8) : kept;
       entry.placed = uint8_t(placed);
       int s = 0;

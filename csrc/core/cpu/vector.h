@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of the instruction set this translation unit is compiled for, and their conversions to and from the four element
-// types. Included by kernels.cpp only, inside no header of the core: every name here lives in an anonymous namespace, so that
-// the linker can never serve one instruction set's copy of a function to another.
+// Vectors of the instruction set this translation unit is compiled for, and conversions to and from the four element types.
+// Included by kernels.cpp only, through its headers. Everything is in an anonymous namespace: otherwise the linker could use
+// one instruction set's copy of a function in the table of another.
 #pragma once
 
 #include <lors/types.h>
@@ -15,7 +15,7 @@
 
 namespace {
 
-// The tests set LORS_VECTOR_BYTES themselves, to run the widest code on processors that lack the instructions.
+// Tests define LORS_VECTOR_BYTES to run the code for wide vectors on processors without the instructions.
 #if !defined(LORS_VECTOR_BYTES)
 #if defined(__AVX512F__)
 #define LORS_VECTOR_BYTES 64
@@ -67,7 +67,7 @@ inline float to_float(bfloat16 x) {
   return out;
 }
 inline float to_float(float16 x) {
-  // Exponent and fraction moved into place and rescaled by 2^112: exact for normal and subnormal numbers.
+  // Exponent and fraction shifted into place, then rescaled by 2^112: exact for normal and subnormal numbers.
   uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
   float magnitude;
   std::memcpy(&magnitude, &bits, 4);
@@ -176,8 +176,8 @@ template <typename V>
 inline void store_raw(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
-// Every lane x, spelled as a list so that it becomes one broadcast load; `Vector<Acc>{} + x` would be a real addition, for
-// -0.0's sake, and a loop over the lanes a chain of insertions.
+// Every lane x. As a list it compiles to one broadcast load; `Vector<Acc>{} + x` must add (0 + -0.0 is +0), and a loop over the
+// lanes becomes a chain of insertions.
 template <typename Acc, int... I>
 inline Vector<Acc> splat(Acc x, std::integer_sequence<int, I...>) {
   return Vector<Acc>{((void)I, x)...};
@@ -208,7 +208,7 @@ inline Vector<float> load<float, bfloat16>(const bfloat16* p) {
   const auto wide = __builtin_convertvector(load_raw<V::half>(p), V::bits) << 16;
   return load_raw<Vector<float>>(&wide);
 }
-// NOTE: the unmasked 512-bit conversions of GCC 12's own header warn that they read an undefined register.
+// Masked with all ones, because GCC 12 warns about an undefined register in its unmasked 512-bit conversions.
 #if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
 template <>
 inline Vector<float> load<float, float16>(const float16* p) {
@@ -275,9 +275,9 @@ inline void store<float, float16, float>(float* p, Vector<float> v) {
 }
 #endif
 
-// As store, past the caches where the target has an instruction for it: for results larger than the caches, whose lines would
-// otherwise be read before they are overwritten. p is aligned to the vector. Ends with streaming_done() before the thread
-// hands its results over, because ordinary synchronisation does not order these stores.
+// store() with non-temporal stores where the target has them: for results larger than the caches, whose lines would otherwise
+// be read before they are overwritten. p is aligned to the vector. The thread must call streaming_done() before it returns,
+// because ordinary synchronisation does not order these stores.
 template <typename Out, typename Round, typename Acc>
 inline void store_streaming(Out* p, Vector<Acc> v) {
 #if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)

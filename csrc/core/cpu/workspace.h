@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the families' .cpp files share: a 64-byte aligned scratch and a for-loop, both from the caller's CpuHost.
+// 64-byte aligned scratch memory and a parallel for loop, both from the caller's CpuHost. For the families' .cpp files.
 #pragma once
 
 #include <lors/types.h>
@@ -31,7 +31,7 @@ class Workspace {
   void* handle_ = nullptr;
 };
 
-// Runs body(begin, end) over [0, count) on the host's threads, or here if there are none.
+// Runs body(begin, end) over [0, count) on the host's threads, or on the calling thread where the host has none.
 template <typename Body>
 void parallel_for(const CpuHost* host, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;

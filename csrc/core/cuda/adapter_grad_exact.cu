@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the "exact" adapter gradients and the contraction of a given gradient: panels of rows whose partial sums stay
-// within a bound (kExactPartialBytes), each followed by the sums of its partial results in a fixed order.
+// Launches the "exact" adapter gradients, and the contraction of a given gradient: a panel of rows of G at a time, so that the
+// partial sums stay below kExactPartialBytes; reduce_partials then adds them up in a fixed order.
 #include "adapter_grad_exact.cuh"
 
 #include <lors/adapter_grad.h>
 
 #include "launch.h"
 #include "reduce.cuh"
-#include "scratch.h"
 
 namespace lors {
 namespace {
@@ -17,7 +16,7 @@ using namespace cuda;
 using Launch = Status (*)(const ExactProblem& problem, const ExactConfig& config, int64_t blocks, const CudaHost& host);
 
 template <typename T, int kColumns>
-Status launch_product(const ExactProblem& problem, const ExactConfig& config, int64_t blocks, const CudaHost& host) {
+Status launch_matmul(const ExactProblem& problem, const ExactConfig& config, int64_t blocks, const CudaHost& host) {
   return launch("adapter_grad_exact", adapter_grad_exact_kernel<T, kColumns / 4>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kExactThreads), config.shared_bytes, host, problem);
 }
@@ -28,22 +27,21 @@ Status launch_given(const ExactProblem& problem, const ExactConfig& config, int6
                 config.shared_bytes, host, problem);
 }
 
-Launch product_launch(DType dtype, int columns) {
-  if (dtype == DType::float32) return launch_product<float, kExactNarrow>;
+Launch matmul_launch(DType dtype, int columns) {
+  if (dtype == DType::float32) return launch_matmul<float, kExactNarrow>;
   if (dtype == DType::bfloat16)
-    return columns == kExactWide ? launch_product<bfloat16, kExactWide> : launch_product<bfloat16, kExactNarrow>;
-  return columns == kExactWide ? launch_product<float16, kExactWide> : launch_product<float16, kExactNarrow>;
+    return columns == kExactWide ? launch_matmul<bfloat16, kExactWide> : launch_matmul<bfloat16, kExactNarrow>;
+  return columns == kExactWide ? launch_matmul<float16, kExactWide> : launch_matmul<float16, kExactNarrow>;
 }
 
-// Both gradients: the partial sums of each panel of rows, and the sums of those. grad_A and grad_B have their out, out_pitch,
-// dtype, scale, transpose and add set; grad_A is over all rows, where it is not added to.
+// Both gradients. The caller has set out, out_pitch, dtype, scale, transpose and add of grad_A and grad_B.
 Status run_panels(const char* name, ExactProblem problem, const ExactShape& shape, PartialSums grad_A, PartialSums grad_B,
                   Launch (*launch_of)(DType, int), DType dtype, const CudaHost& host) {
   const int64_t N = shape.rows, K = shape.columns, r = shape.r;
   grad_A.rows = K;
   grad_A.columns = grad_B.columns = r;
   if (r == 0) return {};
-  if (shape.tokens == 0 || N == 0 || K == 0) {  // sums of nothing
+  if (shape.tokens == 0 || N == 0 || K == 0) {  // empty sums: zeros
     grad_B.rows = N;
     Status status = shape.want_A && !grad_A.add ? reduce_partials(grad_A, host) : Status();
     return status.ok() && shape.want_B ? reduce_partials(grad_B, host) : status;
@@ -55,18 +53,18 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
   const ExactConfig c = exact_config(shape, limits);
   if (c.columns == 0)
     return Status::error(std::string(name) + " needs " +
-                         std::to_string(exact_shared(kExactNarrow, shape.planes, shape.planes_A, shape.planes_B).total) +
+                         std::to_string(exact_shared(kExactNarrow, shape.terms, shape.terms_A, shape.terms_B).total) +
                          " bytes of shared memory per block, and this device has " + std::to_string(limits.shared_bytes) +
                          "; use adapters of a 16-bit dtype or a GPU of architecture 80 or later.");
   if (c.column_tiles * c.panel_tiles * c.splits > 0x7fffffff)
-    return Status::error(std::string(name) + " found no way to cut a weight of [" + std::to_string(N) + ", " +
-                         std::to_string(K) + "] into as many blocks as CUDA launches; split it by rows.");
+    return Status::error(std::string(name) + " found no tiling of a weight of [" + std::to_string(N) + ", " +
+                         std::to_string(K) + "] with as few blocks as CUDA can launch; split it by rows.");
   const bool panels = c.panel_tiles < c.row_tiles, sum_panels = panels && shape.want_A && !grad_A.add;
   const Scratch partials_A(host, shape.want_A ? c.partials_A() * K * c.width : 0);
   const Scratch partials_B(host, shape.want_B ? c.partials_B() * (N < c.panel_rows() ? N : c.panel_rows()) * c.width : 0);
   const Scratch sum_A(host, sum_panels ? K * c.width : 0);
   char* const out_B = static_cast<char*>(grad_B.out);
-  problem.shared = exact_shared(c.columns, shape.planes, shape.planes_A, shape.planes_B);
+  problem.shared = exact_shared(c.columns, shape.terms, shape.terms_A, shape.terms_B);
   problem.column_tiles = static_cast<int>(c.column_tiles);
   problem.range_tokens = c.range_tokens;
   problem.width = grad_A.width = grad_B.width = c.width;
@@ -87,16 +85,8 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
       if (Status status = reduce_partials(grad_B, host); !status.ok()) return status;
     }
     if (shape.want_A) {
-      PartialSums sums = grad_A;
+      PartialSums sums = sum_panels ? panel_sums(grad_A, sum_A.data(), row == 0) : grad_A;
       sums.count = c.splits * problem.row_tiles;
-      if (sum_panels) {  // into float32, which is rounded once after the last of them
-        sums.columns = sums.out_pitch = c.width;
-        sums.scale = 1.f;
-        sums.out = sum_A.data();
-        sums.dtype = DType::float32;
-        sums.transpose = false;
-        sums.add = row > 0;
-      }
       if (Status status = reduce_partials(sums, host); !status.ok()) return status;
     }
   }
@@ -106,17 +96,6 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
   return reduce_partials(grad_A, host);
 }
 
-Status refuse_float64(const char* name) {
-  return Status::error(std::string(name) +
-                       " on CUDA takes float32, bfloat16 and float16, and was given float64; convert the tensors or move "
-                       "them to the CPU.");
-}
-
-const char* name_of(DType dtype) {
-  return dtype == DType::float32 ? "float32" : dtype == DType::bfloat16 ? "bfloat16" : "float16";
-}
-
-// What both calls have in common: the weight, the mask and the adapters.
 template <typename Args>
 ExactProblem describe(const Args& args, int64_t N, int64_t K) {
   ExactProblem problem{};
@@ -139,8 +118,8 @@ ExactShape shape_of(const Args& args, int64_t N, int64_t K) {
   shape.rows = N;
   shape.columns = K;
   shape.r = args.r;
-  shape.planes_A = planes_of(args.lora_A_dtype);
-  shape.planes_B = planes_of(args.lora_B_dtype);
+  shape.terms_A = split_terms(args.lora_A_dtype);
+  shape.terms_B = split_terms(args.lora_B_dtype);
   shape.want_B = args.lora_B_grad != nullptr;
   return shape;
 }
@@ -149,12 +128,15 @@ ExactShape shape_of(const Args& args, int64_t N, int64_t K) {
 
 Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host) {
   const int64_t N = args.out_features, K = args.in_features;
-  for (const DType dtype : {args.grad_output_dtype, args.input_dtype, args.lora_A_dtype, args.lora_B_dtype,
-                            args.mask ? DType::float32 : args.weight_dtype})
-    if (dtype == DType::float64) return refuse_float64("adapter_grad_exact");
+  if (Status status =
+          check_no_float64("adapter_grad_exact", {args.grad_output_dtype, args.input_dtype, args.lora_A_dtype,
+                                                  args.lora_B_dtype, args.mask ? DType::float32 : args.weight_dtype});
+      !status.ok())
+    return status;
   if (args.grad_output_dtype != args.input_dtype)
     return Status::error(std::string("adapter_grad_exact multiplies grad_output and input in one dtype, and was given ") +
-                         name_of(args.grad_output_dtype) + " and " + name_of(args.input_dtype) + "; convert one of them.");
+                         dtype_name(args.grad_output_dtype) + " and " + dtype_name(args.input_dtype) +
+                         "; convert one of them.");
   ExactProblem problem = describe(args, N, K);
   problem.grad_output = args.grad_output;
   problem.input = args.input;
@@ -163,7 +145,7 @@ Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host
   problem.input_vectors = has_vectors(args.input, K);
   ExactShape shape = shape_of(args, N, K);
   shape.tokens = args.tokens;
-  shape.planes = args.input_dtype == DType::float32 ? 3 : 1;
+  shape.terms = args.input_dtype == DType::float32 ? 3 : 1;
   shape.want_A = args.lora_A_grad != nullptr;
   PartialSums grad_A, grad_B;  // [r, K] and [N, r]
   grad_A.out = args.lora_A_grad;
@@ -174,20 +156,21 @@ Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host
   grad_B.out_pitch = args.r;
   grad_B.dtype = args.lora_B_dtype;
   grad_A.scale = grad_B.scale = static_cast<float>(args.scaling);
-  return run_panels("adapter_grad_exact", problem, shape, grad_A, grad_B, product_launch, args.input_dtype, host);
+  return run_panels("adapter_grad_exact", problem, shape, grad_A, grad_B, matmul_launch, args.input_dtype, host);
 }
 
 Status masked_contract(const MaskedContractArgs& args, const CudaHost& host) {
   const int64_t N = args.rows, K = args.in_features;
-  for (const DType dtype :
-       {args.grad_weight_dtype, args.lora_A_dtype, args.lora_B_dtype, args.mask ? DType::float32 : args.weight_dtype})
-    if (dtype == DType::float64) return refuse_float64("masked_contract");
+  if (Status status = check_no_float64("masked_contract", {args.grad_weight_dtype, args.lora_A_dtype, args.lora_B_dtype,
+                                                           args.mask ? DType::float32 : args.weight_dtype});
+      !status.ok())
+    return status;
   ExactProblem problem = describe(args, N, K);
   problem.grad_output = args.grad_weight;
   problem.grad_output_vectors = has_vectors(args.grad_weight, K);
   ExactShape shape = shape_of(args, N, K);
   shape.tokens = 1;
-  shape.planes = 0;
+  shape.terms = 0;
   shape.want_A = args.lora_A_sum != nullptr;
   PartialSums grad_A, grad_B;  // [K, r] and [rows, r]
   grad_A.out = args.lora_A_sum;

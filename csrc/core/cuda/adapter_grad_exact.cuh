@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Of G = dY^T X [N, K], or a given G, masked where the weight is zero and never in memory, a tile's part of both gradients:
+// Masked G = M o (dY^T X) [N, K], or a given G, contracted tile by tile with the adapters; G is never in global memory:
 //   partial_B[n, p] = sum_k G[n, k] lora_A[p, k]        partial_A[k, p] = sum_n G[n, k] lora_B[n, p]
-// The masked sums stay fp32: both contractions take them as three bfloat16 planes, from the registers they were summed in.
+// G stays fp32: it is split into three bf16 terms in the registers that hold its accumulators. Launched by
+// adapter_grad_exact.cu; the partial sums are added up by reduce.cuh.
 #pragma once
 
-#include "adapter_grad_exact_product.cuh"
+#include "adapter_grad_exact_tiles.cuh"
 
 namespace lors::cuda {
 
-// The contractions of a tile, however its G came about.
+// Both contractions of a tile. Tile: ExactTile with a given G, or ExactMatmul.
 template <typename Tile>
 struct ExactBlock : Tile {
   using Tile::column;
@@ -30,23 +31,23 @@ struct ExactBlock : Tile {
   using Tile::warp_column;
   using Tile::warp_row;
   using typename Tile::Sum;
-  static constexpr int kSlabPitch = kWarpColumns + kExactPad, kSlab = 16 * kSlabPitch;  // elements, one plane
+  static constexpr int kSlabPitch = kWarpColumns + kExactPad, kSlab = 16 * kSlabPitch;  // elements, one term
   static constexpr int kRankPitch = kExactRanks + kExactPad;
 
   __device__ __forceinline__ uint16_t* lora_A() const { return Tile::template shared<uint16_t>(p.shared.lora_A); }
   __device__ __forceinline__ uint16_t* lora_B() const { return Tile::template shared<uint16_t>(p.shared.lora_B); }
 
-  // Ranks [rank, rank + kExactRanks) of both adapters, as planes.
+  // Ranks [rank, rank + kExactRanks) of both adapters to shared memory, split into terms.
   __device__ __forceinline__ void stage_adapters(int rank) const {
     if (p.partial_B != nullptr) {
-      const int count = planes_of(p.lora_A.dtype);
+      const int count = split_terms(p.lora_A.dtype);
       for (int task = thread; task < kExactRanks * kColumns / 8; task += kExactThreads) {
-        // Four lanes to each of eight ranks' 32 columns, or all lanes along one rank: whichever order keeps banks apart.
+        // Given G: four lanes to the 32 columns of each of eight ranks; else all lanes along one rank. No bank conflicts.
         const int block = task / kWarp, r = kGiven ? block % 2 * 8 + lane / 4 : task / (kColumns / 8), x = lane % 4;
         const int k = kGiven ? block / 2 * 32 + 8 * x : task % (kColumns / 8) * 8;
         float values[8];
         load_eight(values, p.lora_A, rank + r, column() + k);
-        const bool swap = kHalves && (r & 2);  // the pairs in another order: so that half of the rows meet other banks
+        const bool swap = kHalves && (r & 2);  // half of the rows in another order of pairs: no bank conflicts
         if constexpr (kHalves) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -56,10 +57,10 @@ struct ExactBlock : Tile {
           }
         }
         uint16_t* to = lora_A() + r * kColumnPitch + (kGiven ? k - 8 * x : k);
-        for (int plane = 0; plane < count; ++plane, to += kExactRanks * kColumnPitch) {
+        for (int term = 0; term < count; ++term, to += kExactRanks * kColumnPitch) {
           uint32_t word[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
+          for (int j = 0; j < 4; ++j) word[j] = next_term_pair(values[2 * j], values[2 * j + 1]);
           if constexpr (kGiven) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -75,26 +76,22 @@ struct ExactBlock : Tile {
     }
     if (p.partial_A != nullptr) {
       static_assert(kExactRows * kExactRanks / 8 == kExactThreads);
-      const int count = planes_of(p.lora_B.dtype), n = thread / 16 * 8 + thread % 8, r = thread / 8 % 2 * 8;
+      const int count = split_terms(p.lora_B.dtype), n = thread / 16 * 8 + thread % 8, r = thread / 8 % 2 * 8;
       float values[8];
       load_eight(values, p.lora_B, row() + n, rank + r);
       uint16_t* to = lora_B() + n * kRankPitch + r;
-      for (int plane = 0; plane < count; ++plane, to += kExactRows * kRankPitch) {
-        uint32_t word[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
-        ptx::store_shared(reinterpret_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
-      }
+      for (int term = 0; term < count; ++term, to += kExactRows * kRankPitch)
+        ptx::store_shared(reinterpret_cast<uint4*>(to), next_terms(values));
     }
   }
 
-  // part[16 x 16] += a b, for planes a of G and those of an adapter, which load_b(plane, b) brings; from small ones to large.
+  // part[16 x 16] += a b, for the terms a of G and the terms of an adapter, loaded by load_b(term, b). Small terms first.
   template <typename Load>
-  static __device__ __forceinline__ void multiply_planes(float (&part)[2][4], const uint32_t (&a)[3][4], int planes,
-                                                         Load load_b) {
+  static __device__ __forceinline__ void multiply_terms(float (&part)[2][4], const uint32_t (&a)[3][4], int terms,
+                                                        Load load_b) {
 #pragma unroll
     for (int j = 2; j >= 0; --j) {
-      if (j >= planes) continue;
+      if (j >= terms) continue;
       uint32_t b[4];
       load_b(j, b);
 #pragma unroll
@@ -111,7 +108,7 @@ struct ExactBlock : Tile {
     return !kGiven ? position : kHalves ? first + 16 * (j / 2) + 4 * q + 2 * (j % 2) : first + 8 * q + 2 * j;
   }
 
-  // Where ranks [8 i + 2 q, 8 i + 2 q + 2) of row `at` of a warp's sums lie: no two of a half warp's pairs share a bank.
+  // The offset of ranks [8 i, 8 i + 8) of row `at` of a warp's sums, swizzled against bank conflicts.
   static __device__ __forceinline__ int sum_place(int at, int i) { return at * kExactRanks + (i ^ (at / 2 & 1)) * 8; }
   __device__ __forceinline__ void store_sums(float* to, int at, const float (&part)[2][4]) const {
 #pragma unroll
@@ -122,10 +119,10 @@ struct ExactBlock : Tile {
                           make_float2(part[i][2 * h], part[i][2 * h + 1]));
   }
 
-  // Adds up what `kParts` warps have of `kAt` rows, and writes it to global memory.
+  // Writes the sum of `kParts` warps' partial sums of `kAt` rows to global memory, row `at` to where(at), null: nowhere.
   template <int kParts, int kAt, typename Where>
   __device__ __forceinline__ void write_sums(const float* from, int rank, Where where) const {
-#pragma unroll 1  // the addresses of all turns, kept from one chunk of ranks to the next, would not fit
+#pragma unroll 1  // unrolled, the addresses of all iterations are kept across chunks of ranks and spill
     for (int task = 0; task < kAt * kExactRanks / 4; task += kExactThreads) {
       const int at = (task + thread) / 4, i = (task + thread) % 4;
       float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -140,11 +137,11 @@ struct ExactBlock : Tile {
     }
   }
 
-  // Both contractions of the masked tile with the ranks from `rank` on. Those from 0 on have been staged.
+  // Both contractions of the masked tile with ranks [rank, rank + kExactRanks). The caller has staged rank 0's chunk.
   __device__ __forceinline__ void contract(const Sum& sum, int rank) const {
-    const int warp = thread / kWarp, planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
+    const int warp = thread / kWarp, terms_A = split_terms(p.lora_A.dtype), terms_B = split_terms(p.lora_B.dtype);
     const bool want_A = p.partial_A != nullptr, want_B = p.partial_B != nullptr;
-    uint16_t* const slab = stages() + warp * kExactGradientPlanes * kSlab;  // this warp's own
+    uint16_t* const slab = stages() + warp * kExactGradientTerms * kSlab;  // this warp's own
     float* const sums_A = Tile::template shared<float>(p.shared.sums_A);
     float* const sums_B = Tile::template shared<float>(p.shared.sums_B);
     const int trans = lane % 8 + lane / 16 * 8, other = lane / 8 % 2 * 8;
@@ -155,7 +152,7 @@ struct ExactBlock : Tile {
 
     if (rank > 0) {
       stage_adapters(rank);
-      __syncthreads();  // also: the last ranks' sums have been read
+      __syncthreads();  // the chunk is staged, and the sums of the one before have been read
     }
     float grad_A[kTiles / 2][2][4] = {};
 #pragma unroll
@@ -166,15 +163,15 @@ struct ExactBlock : Tile {
         uint32_t g[3][4];
         this->split(g, sum, m, c);
         if (want_B)
-          multiply_planes(grad_B, g, planes_A, [&](int plane, uint32_t (&b)[4]) {
-            ptx::ldmatrix_x4(b, from_A + 2 * (plane * kExactRanks * kColumnPitch + 16 * c));
+          multiply_terms(grad_B, g, terms_A, [&](int term, uint32_t (&b)[4]) {
+            ptx::ldmatrix_x4(b, from_A + 2 * (term * kExactRanks * kColumnPitch + 16 * c));
           });
         if (want_A) {
 #pragma unroll
-          for (int plane = 0; plane < 3; ++plane)
+          for (int term = 0; term < 3; ++term)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              ptx::store_shared(to_slab + (plane * kSlab + i % 2 * 8 * kSlabPitch + 16 * c + i / 2 * 8) / 2, g[plane][i]);
+              ptx::store_shared(to_slab + (term * kSlab + i % 2 * 8 * kSlabPitch + 16 * c + i / 2 * 8) / 2, g[term][i]);
         }
       }
       if (want_B) store_sums(sums_B + warp_column / kWarpColumns * kExactRows * kExactRanks, warp_row + 16 * m, grad_B);
@@ -184,12 +181,12 @@ struct ExactBlock : Tile {
         for (int c = 0; c < kTiles / 2; ++c) {
           uint32_t g[3][4];
 #pragma unroll
-          for (int plane = 0; plane < 3; ++plane) ptx::ldmatrix_x4_trans(g[plane], from_slab + 2 * (plane * kSlab + 16 * c));
-          multiply_planes(grad_A[c], g, planes_B, [&](int plane, uint32_t (&b)[4]) {
-            ptx::ldmatrix_x4_trans(b, from_B + 2 * (plane * kExactRows + 16 * m) * kRankPitch);
+          for (int term = 0; term < 3; ++term) ptx::ldmatrix_x4_trans(g[term], from_slab + 2 * (term * kSlab + 16 * c));
+          multiply_terms(grad_A[c], g, terms_B, [&](int term, uint32_t (&b)[4]) {
+            ptx::ldmatrix_x4_trans(b, from_B + 2 * (term * kExactRows + 16 * m) * kRankPitch);
           });
         }
-        __syncwarp();  // before the next rows take the slab
+        __syncwarp();  // the slab has been read before the next rows overwrite it
       }
     }
     __syncthreads();  // every slab has been read
@@ -214,8 +211,8 @@ struct ExactBlock : Tile {
   }
 };
 
-// All ranks, kExactRanks at a time. Each turn works out anew where its thread stands, from shuffles that the compiler cannot
-// see through: else it keeps the addresses of every turn in registers, of which the sums leave too few.
+// All ranks, in chunks of kExactRanks. Every chunk recomputes its indices, from shuffles that the compiler cannot hoist:
+// otherwise it keeps the addresses of all chunks in registers, and spills.
 template <typename Block>
 __device__ __forceinline__ void contract_all(const ExactProblem& p, const typename Block::Sum& sum) {
   const int ranks = static_cast<int>(p.width);
@@ -228,10 +225,10 @@ __device__ __forceinline__ void contract_all(const ExactProblem& p, const typena
 
 template <typename T, int kWarpColumns>
 __global__ void __launch_bounds__(kExactThreads, 1) adapter_grad_exact_kernel(const ExactProblem p) {
-  using Block = ExactBlock<ExactProduct<T, kWarpColumns>>;
+  using Block = ExactBlock<ExactMatmul<T, kWarpColumns>>;
   typename Block::Sum sum = {};
   const Block block(p, blockIdx.x, threadIdx.x);
-  block.product(sum, [&] { block.stage_adapters(0); });
+  block.matmul(sum, [&] { block.stage_adapters(0); });
   contract_all<Block>(p, sum);
 }
 
@@ -243,7 +240,7 @@ __global__ void __launch_bounds__(kExactThreads, 1) masked_contract_kernel(const
   if (p.mask != nullptr)
     block.stage_mask();
   else
-    block.find_weights(0);
+    block.stage_nonzero(0);
   block.stage_adapters(0);
   block.load_given(sum);
   __syncthreads();

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches the "lors" adapter gradients: P = X A^T from one pass over X, Q = dY B and lora_B_grad from one pass over dY,
-// lora_A_grad from one more over X. More than 64 ranks are taken in turns; P and Q stay in float32.
+// lora_A_grad from one more over X. More than 64 ranks are taken in chunks; P and Q stay in float32.
 #include "adapter_grad_lors.cuh"
 
 #include <lors/adapter_grad.h>
 
 #include "launch.h"
 #include "reduce.cuh"
-#include "scratch.h"
 
 namespace lors {
 namespace {
@@ -21,7 +20,7 @@ Status launch_pass(const TokenFeatures& pass, bool project, bool reduce, const T
                       : !project ? token_features_kernel<Z, kRanks, false, true>
                                  : token_features_kernel<Z, kRanks, true, true>;
   return launch("the adapter gradients", kernel, dim3(static_cast<unsigned>(blocks)),
-                dim3(static_cast<unsigned>(kWarp * config.warps * config.teams)), config.shared.total, host, pass);
+                dim3(static_cast<unsigned>(kWarp * config.warps * config.warp_groups)), config.shared.total, host, pass);
 }
 
 template <typename Z>
@@ -46,20 +45,20 @@ TokenConfig config_of(const TokenFeatures& pass, const TokenTile& tile, bool pro
   problem.width = pass.width;
   problem.project = project;
   problem.reduce = reduce;
-  problem.factor_planes = planes_of(pass.factor.dtype);
+  problem.factor_terms = split_terms(pass.factor.dtype);
   return token_config(problem, tile, limits);
 }
 
-// One pass over Z. `pass` describes Z, the factor and the ranks. `projected` [tokens, width] is written unless null; `product`
-// [tokens, width] is summed into `gradient` (its out, dtype, scale and pitch are set) unless null.
-Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, const float* product, PartialSums gradient,
+// One pass over Z; `pass` describes Z, the factor and the ranks. Unless null, `projected` [tokens, width] is written, and
+// Z^T token_factor [features, width] goes to `gradient` (out, dtype, scale and pitch are set).
+Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, const float* token_factor, PartialSums gradient,
                 DeviceLimits limits, const CudaHost& host) {
-  const TokenTile tile = token_tile(tile_ranks(ranks), planes_of(z_dtype));
-  const bool project = projected != nullptr, reduce = product != nullptr;
+  const TokenTile tile = token_tile(tile_ranks(ranks), split_terms(z_dtype));
+  const bool project = projected != nullptr, reduce = token_factor != nullptr;
   const TokenConfig c = config_of(pass, tile, project, reduce, limits);
   if (c.tiles * c.ranges > 0x7fffffff)
-    return Status::error("The adapter gradients found no way to cut " + std::to_string(pass.features) +
-                         " features into as many blocks as CUDA launches; use fewer features.");
+    return Status::error("The adapter gradients found no tiling of " + std::to_string(pass.features) +
+                         " features with as few blocks as CUDA can launch; use fewer features.");
 
   const int64_t tokens = pass.tokens;
   const bool panels = c.panel_tokens < tokens, parts = project && c.tiles > 1;
@@ -73,13 +72,13 @@ Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, 
   for (int64_t token = 0; token < tokens; token += c.panel_tokens) {
     pass.tokens = tokens - token < c.panel_tokens ? tokens - token : c.panel_tokens;
     pass.z = z + token * pass.features * dtype_size(z_dtype);
-    pass.product = product ? product + token * pass.width : nullptr;
+    pass.token_factor = token_factor ? token_factor + token * pass.width : nullptr;
     pass.projected = parts ? projected_parts.data() : projected ? projected + token * pass.width : nullptr;
     pass.reduced = reduced_parts.data();
     pass.tiles = c.tiles;
     pass.range_tokens = c.range_tokens;
-    pass.teams = c.teams;
-    pass.team_warps = c.warps;
+    pass.warp_groups = c.warp_groups;
+    pass.group_warps = c.warps;
     pass.tile_features = c.features;
     pass.feature_groups = tile.feature_groups(c.warps);
     pass.shared = c.shared;
@@ -95,17 +94,9 @@ Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, 
       status = reduce_partials(sums, host);
     }
     if (status.ok() && reduce) {
-      PartialSums sums = gradient;
+      PartialSums sums = panels ? panel_sums(gradient, reduced_sum.data(), token == 0) : gradient;
       sums.partials = pass.reduced;
       sums.count = ranges;
-      if (panels) {  // into float32, which is rounded once after the last of them
-        sums.columns = sums.out_pitch = pass.width;
-        sums.scale = 1.f;
-        sums.out = reduced_sum.data();
-        sums.dtype = DType::float32;
-        sums.transpose = false;
-        sums.add = token > 0;
-      }
       status = reduce_partials(sums, host);
     }
     if (!status.ok()) return status;
@@ -120,11 +111,10 @@ Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, 
 
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
   const int64_t T = args.tokens, N = args.out_features, K = args.in_features, r = args.r;
-  for (const DType dtype : {args.grad_output_dtype, args.input_dtype, args.lora_A_dtype, args.lora_B_dtype})
-    if (dtype == DType::float64)
-      return Status::error(
-          "The adapter gradients on CUDA take float32, bfloat16 and float16, and were given float64; convert the tensors or "
-          "move them to the CPU.");
+  if (Status status = check_no_float64("adapter_grad_lors",
+                                       {args.grad_output_dtype, args.input_dtype, args.lora_A_dtype, args.lora_B_dtype});
+      !status.ok())
+    return status;
   PartialSums grad_A, grad_B;  // [r, K] and [N, r]
   grad_A.out = args.lora_A_grad;
   grad_A.out_pitch = K;
@@ -135,7 +125,7 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
   grad_B.dtype = args.lora_B_dtype;
   grad_A.scale = grad_B.scale = static_cast<float>(args.scaling);
 
-  if (T == 0 || N == 0 || K == 0) {  // sums of nothing
+  if (T == 0 || N == 0 || K == 0) {  // empty sums: zeros
     grad_A.rows = K;
     grad_B.rows = N;
     grad_A.columns = grad_B.columns = r;
@@ -158,24 +148,24 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
   over_dY.factor = matrix(args.lora_B, args.lora_B_dtype, N, r);
   over_X.tokens = over_dY.tokens = T;
 
-  // As many ranks at a time as the device's shared memory holds for every pass.
-  int turn = tile_ranks(r);
-  for (;; turn /= 2) {
-    over_X.width = over_dY.width = turn;
-    const TokenTile tile_X = token_tile(turn, planes_of(args.input_dtype));
-    const TokenTile tile_dY = token_tile(turn, planes_of(args.grad_output_dtype));
+  // The largest chunk of ranks for which every pass fits the device's shared memory.
+  int chunk = tile_ranks(r);
+  for (;; chunk /= 2) {
+    over_X.width = over_dY.width = chunk;
+    const TokenTile tile_X = token_tile(chunk, split_terms(args.input_dtype));
+    const TokenTile tile_dY = token_tile(chunk, split_terms(args.grad_output_dtype));
     const bool fits = config_of(over_X, tile_X, true, false, limits).warps > 0 &&
                       config_of(over_X, tile_X, false, true, limits).warps > 0 &&
                       config_of(over_dY, tile_dY, true, true, limits).warps > 0;
     if (fits) break;
-    if (turn == 16)
+    if (chunk == 16)
       return Status::error("The adapter gradients do not fit a device with " + std::to_string(limits.shared_bytes) +
                            " bytes of shared memory per block; use a GPU of architecture 80 or later.");
   }
-  const int64_t width = r < turn ? (r + 3) / 4 * 4 : turn;
+  const int64_t width = r < chunk ? (r + 3) / 4 * 4 : chunk;
   const Scratch P(host, args.lora_B_grad ? T * width : 0), Q(host, args.lora_A_grad ? T * width : 0);
-  for (int64_t rank = 0; rank < r; rank += turn) {
-    const int ranks = static_cast<int>(r - rank < turn ? r - rank : turn);
+  for (int64_t rank = 0; rank < r; rank += chunk) {
+    const int ranks = static_cast<int>(r - rank < chunk ? r - rank : chunk);
     over_X.rank = over_dY.rank = rank;
     over_X.width = over_dY.width = (ranks + 3) / 4 * 4;
     if (args.lora_A_grad) grad_A.out = static_cast<char*>(args.lora_A_grad) + rank * K * dtype_size(args.lora_A_dtype);

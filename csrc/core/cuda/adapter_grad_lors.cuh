@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// One pass over Z [tokens, features], which is dY or X:
-//   projected[t, p] = sum_f Z[t, f] factor[f, p]        reduced[f, p] = sum_t Z[t, f] product[t, p]
-// Each element of Z is read once for both sums; what blocks share is left as partial sums for reduce.cuh.
+// One pass over Z [tokens, features], which is dY or X, each element read once for both matmuls:
+//   projected[t, p] = sum_f Z[t, f] factor[f, p]        reduced[f, p] = sum_t Z[t, f] token_factor[t, p]
+// Blocks write partial sums, which reduce.cuh adds up. Launched by adapter_grad_lors.cu; more than 64 ranks take several
+// passes.
 #pragma once
 
 #include "adapter_grad_lors_config.h"
-#include "adapter_grad_lors_operands.cuh"
+#include "operands.cuh"
 
 namespace lors::cuda {
 
@@ -14,54 +15,66 @@ struct TokenFeatures {
   bool z_vectors = false;   // its rows can be read 16 bytes at a time
   int64_t tokens = 0;
   int64_t features = 0;
-  Matrix factor;                   // lora_B [features, r], or lora_A [r, features] where `factor_by_rank`
-  bool factor_by_rank = false;     // which of the two layouts
-  int64_t rank = 0;                // the first rank of this pass
-  int64_t width = 0;               // ranks of this pass rounded up to a multiple of 4: the pitch of the three below
-  const float* product = nullptr;  // [tokens, width]
-  float* projected = nullptr;      // [tiles, tokens, width], partial sums
-  float* reduced = nullptr;        // [ranges, features, width], partial sums
-  int64_t tiles = 0;               // of features, one per block
-  int64_t range_tokens = 0;        // per block
-  int teams = 0, team_warps = 0;   // of a block
-  int tile_features = 0;           // of a team: TokenTile::features and feature_groups
-  int feature_groups = 0;          // (see there)
+  Matrix factor;                              // lora_B [features, r], or lora_A [r, features] where `factor_by_rank`
+  bool factor_by_rank = false;                // which of the two layouts
+  int64_t rank = 0;                           // the first rank of this pass
+  int64_t width = 0;                          // ranks of this pass rounded up to a multiple of 4: the pitch of the three below
+  const float* token_factor = nullptr;        // P or Q [tokens, width], the projection of another pass
+  float* projected = nullptr;                 // [tiles, tokens, width], partial sums
+  float* reduced = nullptr;                   // [ranges, features, width], partial sums
+  int64_t tiles = 0;                          // of features, one per block
+  int64_t range_tokens = 0;                   // per block
+  int warp_groups = 0, group_warps = 0;       // per block, and warps of a group
+  int tile_features = 0, feature_groups = 0;  // TokenTile::features and feature_groups
   TokenShared shared;
 };
 
-// One block's work. Its teams of warps have the same features and take turns at the steps. kRanks, and from it and Z everything
-// in `kTile`, say what a warp does; the number of warps says how many features a team has.
+// Offset of element [row, column] in a tile with rows of kRanks 16-bit elements. The 16-byte units of each row are permuted so
+// that the same unit of eight rows lies in eight different groups of banks.
+template <int kRanks>
+__device__ __forceinline__ int swizzled(int row, int column) {
+  return row * kRanks + ((column / 8) ^ (row / (64 / kRanks) % (kRanks / 8))) * 8 + column % 8;
+}
+
+// The same for rows of kRanks floats, accessed in pairs and fours.
+template <int kRanks>
+__device__ __forceinline__ int swizzled_floats(int row, int column) {
+  return row * kRanks + (column ^ (kRanks == 16 ? row / 2 % 2 : row % 4) * 8);
+}
+
+// One block. Its warp groups have the same features and take the steps in round-robin order. What one warp does follows from
+// kRanks and Z (kTile); the number of warps in a group sets its number of features.
 template <typename Z, int kRanks>
 struct TokenBlock {
-  static constexpr int kPlanes = planes_of(dtype_of<Z>());
-  static constexpr TokenTile kTile = token_tile(kRanks, kPlanes);
+  static constexpr int kTerms = split_terms(dtype_of<Z>());
+  static constexpr TokenTile kTile = token_tile(kRanks, kTerms);
   static constexpr int kTokens = kTile.tokens;
-  static constexpr bool kAsync = kPlanes == 1;  // memory holds the plane itself: it is copied in the background
+  static constexpr bool kAsync = kTerms == 1;  // bfloat16 needs no splitting: copied by cp.async
   static constexpr int kRankPairs = kTile.reduce_ranks / 16;
   static constexpr int kProjectTokens = kTokens / 16 / kTile.token_groups;
   static constexpr int kRowsPerLoad = kMaxTokenWarps * kTile.rank_groups / static_cast<int>(sizeof(Z));
   static constexpr int kLoads = kTokens / kRowsPerLoad;  // 16-byte vectors of Z per thread and step
-  static constexpr int kProductLoads = (kTokens * kRanks / 4 + kTile.min_warps * kWarp - 1) / (kTile.min_warps * kWarp);
+  static constexpr int kTokenFactorLoads = (kTokens * kRanks / 4 + kTile.min_warps * kWarp - 1) / (kTile.min_warps * kWarp);
 
   const TokenFeatures& p;
-  int team, threads, thread;    // the team, its threads, and which of them this is
-  int features, pitch, z_size;  // of the tile; elements of a row of it; elements of a stage
-  uint16_t *z, *product, *factor;
+  int warp_group, threads, thread;  // this thread's warp group, the group's size, the thread's index in it
+  int features, pitch, z_size;      // of the tile; elements of a row of it; elements of a stage
+  uint16_t *z, *token_factor, *factor;
   float* projected;
   int64_t tile, first_feature, first_token, end_token;
 
   __device__ __forceinline__ explicit TokenBlock(const TokenFeatures& problem) : p(problem) {
-    threads = p.team_warps * kWarp;
-    team = threadIdx.x / threads;
+    threads = p.group_warps * kWarp;
+    warp_group = threadIdx.x / threads;
     thread = threadIdx.x % threads;
     features = p.tile_features;
     pitch = features + kTokenFeaturePad;
-    z_size = kPlanes * kTokens * pitch;
-    uint8_t* const base = ptx::dynamic_shared() + team * p.shared.team;
+    z_size = kTerms * kTokens * pitch;
+    uint8_t* const base = ptx::dynamic_shared() + warp_group * p.shared.warp_group;
     z = reinterpret_cast<uint16_t*>(base);
-    product = reinterpret_cast<uint16_t*>(base + p.shared.z);
-    projected = reinterpret_cast<float*>(base + p.shared.z + p.shared.product);
-    factor = reinterpret_cast<uint16_t*>(ptx::dynamic_shared() + p.teams * p.shared.team);
+    token_factor = reinterpret_cast<uint16_t*>(base + p.shared.z);
+    projected = reinterpret_cast<float*>(base + p.shared.z + p.shared.token_factor);
+    factor = reinterpret_cast<uint16_t*>(ptx::dynamic_shared() + p.warp_groups * p.shared.warp_group);
     tile = blockIdx.x % p.tiles;
     first_feature = tile * features;
     first_token = blockIdx.x / p.tiles * p.range_tokens;
@@ -69,25 +82,25 @@ struct TokenBlock {
   }
 
   __device__ __forceinline__ int steps() const {
-    return static_cast<int>((end_token - first_token + kTokens * p.teams - 1) / (kTokens * p.teams));
+    return static_cast<int>((end_token - first_token + kTokens * p.warp_groups - 1) / (kTokens * p.warp_groups));
   }
   __device__ __forceinline__ int64_t step_token(int step) const {
-    return first_token + (int64_t{step} * p.teams + team) * kTokens;
+    return first_token + (int64_t{step} * p.warp_groups + warp_group) * kTokens;
   }
   __device__ __forceinline__ uint16_t* z_stage(int step) const { return z + step % kTile.stages * z_size; }
-  __device__ __forceinline__ uint16_t* product_stage(int step) const {
-    return product + step % 2 * (kProductPlanes * kTokens * kRanks);
+  __device__ __forceinline__ uint16_t* token_factor_stage(int step) const {
+    return token_factor + step % 2 * (kTokenFactorTerms * kTokens * kRanks);
   }
   __device__ __forceinline__ float* projected_stage(int step) const {
     return projected + step % 2 * (p.feature_groups * kTokens * kRanks);
   }
 
-  // The thread's 16-byte vectors of a step of Z lie kRowsPerLoad tokens apart; this is the first.
+  // The first of the thread's 16-byte vectors of a step of Z; the others follow kRowsPerLoad tokens apart.
   __device__ __forceinline__ int z_row() const { return thread / (features / kVectorElements<Z>); }
   __device__ __forceinline__ int z_column() const { return thread % (features / kVectorElements<Z>)*kVectorElements<Z>; }
   __device__ __forceinline__ uint16_t* z_place(int step) const { return z_stage(step) + z_row() * pitch + z_column(); }
 
-  // Sends for the step's rows of Z: into shared memory in the background, or into `held`. Tokens beyond the end are zeros.
+  // Starts loading the step's rows of Z, by cp.async to shared memory or into `held`. Zeros beyond the last token.
   __device__ __forceinline__ void fetch_z(uint4 (&held)[kLoads], int step) const {
     if (!p.z_vectors) {
       if constexpr (kAsync) copy_unaligned(step);
@@ -110,12 +123,12 @@ struct TokenBlock {
     if constexpr (kAsync) ptx::cp_async_commit();
   }
 
-  // Takes the step's rows into shared memory where fetch_z has not.
+  // Stores the step's rows to shared memory where fetch_z has not.
   __device__ __forceinline__ void put_z(const uint4 (&held)[kLoads], int step) const {
     if constexpr (kAsync) return;
     if (!p.z_vectors) return copy_unaligned(step);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) store_planes<Z>(z_place(step) + i * kRowsPerLoad * pitch, kTokens * pitch, held[i]);
+    for (int i = 0; i < kLoads; ++i) store_terms<Z>(z_place(step) + i * kRowsPerLoad * pitch, kTokens * pitch, held[i]);
   }
 
   __device__ __forceinline__ void copy_unaligned(int step) const {
@@ -123,46 +136,45 @@ struct TokenBlock {
     const Z* const from = static_cast<const Z*>(p.z) + token * p.features;
 #pragma unroll 1
     for (int row = 0; row < kTokens; row += kRowsPerLoad)
-      store_planes<Z>(
+      store_terms<Z>(
           z_place(step) + row * pitch, kTokens * pitch,
           gather_vector(from + row * p.features, first_feature + z_column(), token + row < end_token ? p.features : 0));
   }
 
-  // Which four ranks of which token the thread's i-th vector of the product is; eight lanes take eight tokens, so that the
-  // stores of their planes meet no bank twice.
-  __device__ __forceinline__ bool product_place(int i, int& row, int& column) const {
+  // Token and ranks of the thread's i-th vector of the token factor; eight lanes take eight tokens, against bank conflicts.
+  __device__ __forceinline__ bool token_factor_place(int i, int& row, int& column) const {
     const int task = i * threads + thread;
     row = task / (2 * kRanks) * 8 + task % 8;
     column = task / 8 % (kRanks / 4) * 4;
     return task < kTokens * kRanks / 4;
   }
 
-  __device__ __forceinline__ void fetch_product(float4 (&held)[kProductLoads], int step) const {
+  __device__ __forceinline__ void fetch_token_factor(float4 (&held)[kTokenFactorLoads], int step) const {
 #pragma unroll
-    for (int i = 0; i < kProductLoads; ++i) {
+    for (int i = 0; i < kTokenFactorLoads; ++i) {
       int row, column;
-      const bool mine = product_place(i, row, column);
+      const bool mine = token_factor_place(i, row, column);
       const int64_t token = step_token(step) + row;
       held[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (mine && token < end_token && column < p.width)
-        held[i] = ptx::load_global(reinterpret_cast<const float4*>(p.product + token * p.width + column));
+        held[i] = ptx::load_global(reinterpret_cast<const float4*>(p.token_factor + token * p.width + column));
     }
   }
 
-  __device__ __forceinline__ void put_product(const float4 (&held)[kProductLoads], int step) const {
+  __device__ __forceinline__ void put_token_factor(const float4 (&held)[kTokenFactorLoads], int step) const {
 #pragma unroll
-    for (int i = 0; i < kProductLoads; ++i) {
+    for (int i = 0; i < kTokenFactorLoads; ++i) {
       int row, column;
-      if (!product_place(i, row, column)) continue;
+      if (!token_factor_place(i, row, column)) continue;
       const uint4 bits = make_uint4(__float_as_uint(held[i].x), __float_as_uint(held[i].y), __float_as_uint(held[i].z),
                                     __float_as_uint(held[i].w));
-      store_planes<float>(product_stage(step) + swizzled<kRanks>(row, column), kTokens * kRanks, bits);
+      store_terms<float>(token_factor_stage(step) + swizzled<kRanks>(row, column), kTokens * kRanks, bits);
     }
   }
 
-  // The factor's rows of this tile: [features][ranks] swizzled, or [ranks][pitch], as they lie in memory.
+  // The tile's part of the factor, in the order it has in memory: [features][ranks] swizzled, or [ranks][pitch].
   __device__ __forceinline__ void stage_factor() const {
-    const int planes = planes_of(p.factor.dtype);
+    const int terms = split_terms(p.factor.dtype);
     for (int task = threadIdx.x; task < features * kRanks / 8; task += blockDim.x) {
       float values[8];
       int at;
@@ -175,23 +187,20 @@ struct TokenBlock {
         load_eight(values, p.factor, first_feature + feature, p.rank + rank);
         at = swizzled<kRanks>(feature, rank);
       }
-      for (int plane = 0; plane < planes; ++plane) {
-        uint32_t word[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) word[i] = next_plane_pair(values[2 * i], values[2 * i + 1]);
-        ptx::store_shared(reinterpret_cast<uint4*>(factor + plane * kRanks * pitch + at),
-                          make_uint4(word[0], word[1], word[2], word[3]));
+      for (int term = 0; term < terms; ++term) {
+        const uint4 packed = next_terms(values);
+        ptx::store_shared(reinterpret_cast<uint4*>(factor + term * kRanks * pitch + at), packed);
       }
     }
   }
 
-  // Z factor over this warp's features, for its tokens and 16 ranks, left in shared memory beside those of the other warps.
+  // Z factor over this warp's features, for its tokens and 16 ranks, to shared memory; write_projected adds up the warps.
   __device__ __forceinline__ void project(int step) const {
     const int lane = threadIdx.x % kWarp, warp = thread / kWarp;
     const int token = warp % kTile.token_groups * (16 * kProjectTokens);
     const int rank = warp / kTile.token_groups % (kRanks / 16) * 16;
     const int group = warp / (kTile.token_groups * (kRanks / 16));
-    const int planes = planes_of(p.factor.dtype), by_rank = p.factor_by_rank;
+    const int terms = split_terms(p.factor.dtype), by_rank = p.factor_by_rank;
     const int feature = group * kTile.feature_span;
     const uint32_t from_z = ptx::shared_address(z_stage(step) + (token + lane % 16) * pitch + feature + lane / 16 * 8);
     const int at = by_rank ? (rank + lane % 8 + lane / 16 * 8) * pitch + feature + lane / 8 % 2 * 8
@@ -202,13 +211,13 @@ struct TokenBlock {
     float sum[kProjectTokens][2][4] = {};
 #pragma unroll 1
     for (int k = 0; k < kTile.feature_span; k += 16) {
-      uint32_t a[kProjectTokens][kPlanes][4];
+      uint32_t a[kProjectTokens][kTerms][4];
 #pragma unroll
       for (int m = 0; m < kProjectTokens; ++m)
 #pragma unroll
-        for (int i = 0; i < kPlanes; ++i) ptx::ldmatrix_x4(a[m][i], from_z + 2 * ((i * kTokens + 16 * m) * pitch + k));
+        for (int i = 0; i < kTerms; ++i) ptx::ldmatrix_x4(a[m][i], from_z + 2 * ((i * kTokens + 16 * m) * pitch + k));
 #pragma unroll 1
-      for (int j = planes - 1; j >= 0; --j) {  // the small planes first
+      for (int j = terms - 1; j >= 0; --j) {  // small terms first
         uint32_t b[4];
         const uint32_t from = from_factor + 2 * j * kRanks * pitch + k * factor_step;
         if (by_rank)
@@ -216,8 +225,8 @@ struct TokenBlock {
         else
           ptx::ldmatrix_x4_trans(b, from);
 #pragma unroll
-        for (int i = kPlanes - 1; i >= 0; --i) {
-          if (i + j >= kMaxPlanes) continue;
+        for (int i = kTerms - 1; i >= 0; --i) {
+          if (i + j >= kMaxTerms) continue;
 #pragma unroll
           for (int m = 0; m < kProjectTokens; ++m) {
             ptx::mma_m16n8k16<bfloat16>(sum[m][0], a[m][i], b[0], b[1]);
@@ -238,7 +247,7 @@ struct TokenBlock {
                             make_float2(sum[m][n][2 * h], sum[m][n][2 * h + 1]));
   }
 
-  // What the warps left of a step, added up in their order.
+  // The sum of the warps' results of project(step), in fixed order, to global memory.
   __device__ __forceinline__ void write_projected(int step) const {
     const float* const from = projected_stage(step);
     for (int task = thread; task < kTokens * kRanks / 4; task += threads) {
@@ -264,32 +273,33 @@ struct TokenBlock {
   __device__ __forceinline__ int reduce_feature() const { return thread / kWarp / kTile.rank_groups * 64; }
   __device__ __forceinline__ int reduce_rank() const { return thread / kWarp % kTile.rank_groups * kTile.reduce_ranks; }
 
-  // Adds the step's Z^T product. Sixteen tokens' products are summed apart, small planes first, and added to the total once:
-  // the total is then rounded once for all of them, and to nearest.
+  // total += Z^T token_factor of the step. Sixteen tokens have a sum of their own, small terms first: the total is then rounded
+  // once per sixteen tokens, and to nearest, which tensor cores do not promise.
   __device__ __forceinline__ void reduce(Reduced& total, int step) const {
     const int lane = threadIdx.x % kWarp, rank = reduce_rank();
     const uint32_t from_z =
         ptx::shared_address(z_stage(step) + (lane % 8 + lane / 16 * 8) * pitch + reduce_feature() + lane / 8 % 2 * 8);
-    const uint32_t from_product = ptx::shared_address(product_stage(step) + swizzled<kRanks>(lane % 16, rank + lane / 16 * 8));
-#pragma unroll 1  // registers are full of totals
+    const uint32_t from_token_factor =
+        ptx::shared_address(token_factor_stage(step) + swizzled<kRanks>(lane % 16, rank + lane / 16 * 8));
+#pragma unroll 1  // the totals fill the registers
     for (int t = 0; t < kTokens; t += 16) {
-      uint32_t b[kRankPairs][kProductPlanes][4];
+      uint32_t b[kRankPairs][kTokenFactorTerms][4];
 #pragma unroll
       for (int q = 0; q < kRankPairs; ++q)
 #pragma unroll
-        for (int j = 0; j < kProductPlanes; ++j)
-          // The unit of 16 ranks further is 2 units away, and where units change places the bit of 2 flips.
-          ptx::ldmatrix_x4_trans(b[q][j], (from_product ^ (32 * q)) + 2 * (j * kTokens + t) * kRanks);
+        for (int j = 0; j < kTokenFactorTerms; ++j)
+          // 16 ranks further flips bit 1 of the unit's index, in swizzled order too.
+          ptx::ldmatrix_x4_trans(b[q][j], (from_token_factor ^ (32 * q)) + 2 * (j * kTokens + t) * kRanks);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         float sum[2 * kRankPairs][4] = {};
-        uint32_t a[kPlanes][4];
+        uint32_t a[kTerms][4];
 #pragma unroll
-        for (int i = 0; i < kPlanes; ++i) ptx::ldmatrix_x4_trans(a[i], from_z + 2 * ((i * kTokens + t) * pitch + 16 * m));
+        for (int i = 0; i < kTerms; ++i) ptx::ldmatrix_x4_trans(a[i], from_z + 2 * ((i * kTokens + t) * pitch + 16 * m));
 #pragma unroll
-        for (int order = kMaxPlanes - 1; order >= 0; --order)
+        for (int order = kMaxTerms - 1; order >= 0; --order)
 #pragma unroll
-          for (int i = 0; i < kPlanes; ++i) {
+          for (int i = 0; i < kTerms; ++i) {
             if (i > order) continue;
 #pragma unroll
             for (int n = 0; n < 2 * kRankPairs; ++n) {
@@ -305,21 +315,22 @@ struct TokenBlock {
     }
   }
 
-  // Adds the other teams' totals to the first team's, in their order.
-  __device__ __forceinline__ void add_teams(Reduced& total) const {
-    __syncthreads();  // shared memory is free
+  // Adds the totals of the other warp groups to those of the first, in fixed order.
+  __device__ __forceinline__ void add_warp_groups(Reduced& total) const {
+    __syncthreads();  // nothing in shared memory is needed any more
     float4* const totals = reinterpret_cast<float4*>(ptx::dynamic_shared());
     constexpr int kSums = 8 * kRankPairs;
-    if (team > 0) {
+    if (warp_group > 0) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         const float (&sum)[4] = total[i / (2 * kRankPairs)][i % (2 * kRankPairs)];
-        ptx::store_shared(totals + ((team - 1) * kSums + i) * threads + thread, make_float4(sum[0], sum[1], sum[2], sum[3]));
+        ptx::store_shared(totals + ((warp_group - 1) * kSums + i) * threads + thread,
+                          make_float4(sum[0], sum[1], sum[2], sum[3]));
       }
     }
     __syncthreads();
-    if (team > 0) return;
-    for (int other = 0; other < p.teams - 1; ++other) {
+    if (warp_group > 0) return;
+    for (int other = 0; other < p.warp_groups - 1; ++other) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         const float4 part = ptx::load_shared(totals + (other * kSums + i) * threads + thread);
@@ -350,36 +361,36 @@ struct TokenBlock {
 };
 
 template <typename Z, int kRanks, bool kProject, bool kReduce>
-__global__ void __launch_bounds__(kMaxTokenWarps* kWarp, kRanks == 16 && planes_of(dtype_of<Z>()) == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxTokenWarps* kWarp, kRanks == 16 && split_terms(dtype_of<Z>()) == 1 ? 2 : 1)
     token_features_kernel(const TokenFeatures p) {
   using Block = TokenBlock<Z, kRanks>;
   const Block block(p);
   const int steps = block.steps();
   typename Block::Reduced total = {};
   uint4 z[Block::kLoads];
-  float4 product[Block::kProductLoads];
+  float4 token_factor[Block::kTokenFactorLoads];
 
   block.fetch_z(z, 0);
-  if constexpr (kReduce) block.fetch_product(product, 0);
+  if constexpr (kReduce) block.fetch_token_factor(token_factor, 0);
   if constexpr (kProject) block.stage_factor();
   block.put_z(z, 0);
-  if constexpr (kReduce) block.put_product(product, 0);
+  if constexpr (kReduce) block.put_token_factor(token_factor, 0);
   for (int step = 0; step < steps; ++step) {
     if constexpr (Block::kAsync) ptx::cp_async_wait<0>();
-    __syncthreads();  // the step's operands are there, and whatever the last one used is free
+    __syncthreads();  // this step's operands have arrived, and those of the last one have been read
     const bool more = step + 1 < steps;
     if (more) block.fetch_z(z, step + 1);
     if constexpr (kReduce)
-      if (more) block.fetch_product(product, step + 1);
+      if (more) block.fetch_token_factor(token_factor, step + 1);
     if constexpr (kProject) {
       if (step > 0) block.write_projected(step - 1);
       block.project(step);
     }
     if constexpr (kReduce) {
-      // Where there was something to do meanwhile, the product has arrived, and frees its registers.
-      if (kProject && more) block.put_product(product, step + 1);
+      // project() has hidden the latency of the load: storing before reduce() frees the registers for it.
+      if (kProject && more) block.put_token_factor(token_factor, step + 1);
       block.reduce(total, step);
-      if (!kProject && more) block.put_product(product, step + 1);
+      if (!kProject && more) block.put_token_factor(token_factor, step + 1);
     }
     if (!more) break;
     if constexpr (!Block::kAsync) __syncthreads();  // the only stage of Z has been read
@@ -390,8 +401,8 @@ __global__ void __launch_bounds__(kMaxTokenWarps* kWarp, kRanks == 16 && planes_
     block.write_projected(steps - 1);
   }
   if constexpr (kReduce) {
-    if (p.teams > 1) block.add_teams(total);
-    if (block.team == 0) block.write_reduced(total);
+    if (p.warp_groups > 1) block.add_warp_groups(total);
+    if (block.warp_group == 0) block.write_reduced(total);
   }
 }
 

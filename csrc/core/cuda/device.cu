@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asks the driver whether the embedded code fits a device, by the attributes of a kernel that is compiled like all others.
+// cuda_device_supported: asks the driver for the attributes of a kernel that is compiled like all others, and fails where the
+// binary has no code for the device. Launches nothing.
 #include <cuda_runtime_api.h>
 #include <lors/cuda_device.h>
 
@@ -10,13 +11,13 @@ namespace lors {
 namespace {
 __global__ void architecture_probe() {}
 
-// Both architectures, and the wheel that fits (its label: cmake/LorsVersion.cmake).
+// Names the device's and the built architectures, and the wheel to install (labels: cmake/LorsVersion.cmake).
 std::string no_code_for(int index, int major, int minor) {
   const std::string number = std::to_string(major) + std::to_string(minor);
   const std::string found = "CUDA device " + std::to_string(index) + " has architecture sm_" + number +
                             ", and this build of lors_cuda holds code for " LORS_CUDA_ARCHS_TEXT " only; ";
   if (major < 8) return found + "lors_cuda needs sm_80 or newer.";
-  const std::string arch = number + (major >= 9 ? "a" : "");  // from 9.0 on with the architecture's own instructions
+  const std::string arch = number + (major >= 9 ? "a" : "");  // "a": architecture-specific instructions
   return found + "install the wheel labelled +cu" + std::to_string(CUDART_VERSION / 1000) + ".sm" + arch +
          ", or build it: make wheel CUDA_ARCHS=" + arch + ".";
 }
@@ -29,7 +30,7 @@ Status cuda_device_supported(int index) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
   if (error == cudaSuccess) error = cudaSetDevice(index);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // clears it: the caller's next launch must not find it
+    cudaGetLastError();  // clears it, so that the next launch does not report it
     return Status::error("CUDA device " + std::to_string(index) + " cannot be used: " + cudaGetErrorString(error) + ".");
   }
   cudaFuncAttributes attributes{};

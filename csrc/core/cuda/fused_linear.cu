@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the fused products: checks what the kernels cannot do, asks fused_linear_config how to cut the work, picks the
-// kernel by dtype, token tile and direction, and adds up the parts of a split reduction with a second one.
+// Launches fused_linear: checks dtypes, takes the tiling of fused_linear_config, picks the kernel by dtype, token tile and
+// direction, and adds up a split reduction with a second kernel.
 #include "fused_linear.cuh"
 
 #include <lors/fused_linear.h>
@@ -13,7 +13,7 @@ namespace {
 using namespace cuda;
 
 template <typename T, int kTokens>
-Status launch_product(bool input_gradient, const FusedProblem& problem, const CudaHost& host) {
+Status launch_matmul(bool input_gradient, const FusedProblem& problem, const CudaHost& host) {
   return launch("fused_linear", input_gradient ? fused_linear_kernel<T, kTokens, true> : fused_linear_kernel<T, kTokens, false>,
                 dim3(static_cast<unsigned>(problem.config.blocks)), dim3(static_cast<unsigned>(problem.config.threads)),
                 problem.config.shared_bytes, host, problem);
@@ -21,38 +21,30 @@ Status launch_product(bool input_gradient, const FusedProblem& problem, const Cu
 
 template <typename T>
 Status launch_both(bool input_gradient, const FusedProblem& problem, const CudaHost& host) {
-  const auto product = [&] {
-    if (problem.config.token_tile == 16) return launch_product<T, 16>(input_gradient, problem, host);
+  const auto matmul = [&] {
+    if (problem.config.token_tile == 16) return launch_matmul<T, 16>(input_gradient, problem, host);
     if constexpr (!std::is_same_v<T, float>) {
-      if (problem.config.token_tile == 64) return launch_product<T, 64>(input_gradient, problem, host);
+      if (problem.config.token_tile == 64) return launch_matmul<T, 64>(input_gradient, problem, host);
     }
-    return launch_product<T, std::is_same_v<T, float> ? 16 : kFusedWideTokens>(input_gradient, problem, host);
+    return launch_matmul<T, std::is_same_v<T, float> ? 16 : kFusedWideTokens>(input_gradient, problem, host);
   };
-  if (Status status = product(); !status.ok() || problem.partial == nullptr) return status;
+  if (Status status = matmul(); !status.ok() || problem.partial == nullptr) return status;
   const int64_t blocks = fused_parts(problem.tokens * problem.partial_pitch / 8, kFusedThreads);
   return launch("fused_linear_sum", fused_linear_sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kFusedThreads), 0,
                 host, problem);
 }
 
-const char* name_of(DType dtype) {
-  return dtype == DType::float64    ? "float64"
-         : dtype == DType::float32  ? "float32"
-         : dtype == DType::bfloat16 ? "bfloat16"
-                                    : "float16";
-}
-
 Status check_dtypes(const FusedLinearArgs& args) {
-  for (const DType dtype : {args.activation_dtype, args.weight_dtype, args.lora_A_dtype, args.lora_B_dtype,
-                            args.bias != nullptr ? args.bias_dtype : args.activation_dtype})
-    if (dtype == DType::float64)
-      return Status::error(
-          "fused_linear on CUDA takes float32, bfloat16 and float16, and was given float64; convert the tensors or "
-          "move them to the CPU.");
+  if (Status status =
+          check_no_float64("fused_linear", {args.activation_dtype, args.weight_dtype, args.lora_A_dtype, args.lora_B_dtype,
+                                            args.bias != nullptr ? args.bias_dtype : args.activation_dtype});
+      !status.ok())
+    return status;
   if (args.round_to != args.activation_dtype || args.output_dtype != args.activation_dtype)
     return Status::error(
         std::string("fused_linear on CUDA rounds the merged weight and the output to the activation's dtype, ") +
-        name_of(args.activation_dtype) + ", and was asked for " + name_of(args.round_to) + " and " +
-        name_of(args.output_dtype) + "; ask for the same round_to and output_dtype, or use merge and a product.");
+        dtype_name(args.activation_dtype) + ", and was asked for " + dtype_name(args.round_to) + " and " +
+        dtype_name(args.output_dtype) + "; ask for the same round_to and output_dtype, or use merge and a matmul.");
   return {};
 }
 
@@ -82,10 +74,10 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   const FusedConfig& config = problem.config;
   if (config.token_tile == 0 || config.blocks > 0x7fffffff ||
       config.split_steps * config.rank_chunks > 0x7fffffff - kFusedMaxStages)
-    return Status::error("fused_linear found no way to cut " + std::to_string(args.tokens) + " tokens and a weight of [" +
+    return Status::error("fused_linear found no tiling of " + std::to_string(args.tokens) + " tokens and a weight of [" +
                          std::to_string(N) + ", " + std::to_string(K) + "] with r = " + std::to_string(args.r) +
                          " for a device with " + std::to_string(limits.shared_bytes) +
-                         " bytes of shared memory per block; use merge and a matrix product instead.");
+                         " bytes of shared memory per block; use merge and a matmul instead.");
   problem.activation = args.activation;
   problem.weight = args.weight;
   problem.mask = reinterpret_cast<const uint8_t*>(args.mask);
@@ -106,16 +98,12 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   problem.activation_vectors = has_vectors(args.activation, shape.depth);
   problem.output_vectors = has_vectors(args.output, shape.columns);
 
-  void* handle = nullptr;
-  if (config.splits > 1) {
-    problem.partial_pitch = fused_parts(shape.columns, 8) * 8;
-    problem.partial = static_cast<float*>(host.allocate(4 * config.splits * shape.tokens * problem.partial_pitch, &handle));
-  }
-  const Status status = args.activation_dtype == DType::bfloat16  ? launch_both<bfloat16>(gradient, problem, host)
-                        : args.activation_dtype == DType::float16 ? launch_both<float16>(gradient, problem, host)
-                                                                  : launch_both<float>(gradient, problem, host);
-  if (handle != nullptr) host.release(handle);
-  return status;
+  problem.partial_pitch = fused_parts(shape.columns, 8) * 8;
+  const Scratch partial(host, config.splits > 1 ? config.splits * shape.tokens * problem.partial_pitch : 0);
+  problem.partial = partial.data();
+  if (args.activation_dtype == DType::bfloat16) return launch_both<bfloat16>(gradient, problem, host);
+  if (args.activation_dtype == DType::float16) return launch_both<float16>(gradient, problem, host);
+  return launch_both<float>(gradient, problem, host);
 }
 
 }  // namespace lors

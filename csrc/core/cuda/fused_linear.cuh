@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // output[t, c] = round(sum_d activation[t, d] W~(c, d) + bias[c]), W~ = round(kept ? weight + scaling * lora_B lora_A : 0)
-// with c, d = n, k in the forward product and c, d = k, n in the input gradient. W~ is made in registers in the layout of the
-// tensor cores' operand and multiplied there; it is nowhere in global memory. Launched by fused_linear.cu.
+// with c, d = n, k in the forward pass and c, d = k, n in the input gradient. W~ is merged in registers, in the layout of an
+// mma operand, and never in global memory. Launched by fused_linear.cu, which checks what the kernel cannot do.
 #pragma once
 
 #include "fused_linear_tiles.cuh"
@@ -10,15 +10,15 @@ namespace lors::cuda {
 
 constexpr int kFusedThreads = 256;  // at most
 
-// The thread's share of one block's work: what it copies, and where in depth and rank each step stands. A step is one part of
-// the depth with one chunk of ranks; the weight and the activation come with the last chunk.
+// The steps of a block and the copies that each needs. A step is one part of the depth (depth_step) with one chunk of ranks;
+// the weight and the activation are needed, and copied, with the last chunk.
 template <typename T, int kTokens, bool kGradient, int kUnits>
 struct FusedSteps {
   using Part = Unit<kGradient>;
   const FusedProblem& p;
   const FusedThread& t;
   uint8_t* shared;
-  int token_block, column_block, split;  // 32 bits while they fit: registers are short
+  int token_block, column_block, split;  // 32 bits, to save registers
   int count;
 
   __device__ __forceinline__ int64_t token() const { return int64_t{token_block} * kTokens; }
@@ -30,10 +30,10 @@ struct FusedSteps {
   __device__ __forceinline__ int rank(int step) const { return step % p.config.rank_chunks * p.config.ranks; }
   __device__ __forceinline__ bool last(int step) const { return (step + 1) % p.config.rank_chunks == 0; }
   __device__ __forceinline__ uint8_t* stage(int step) const { return shared + step % p.config.stages * p.config.stage_bytes; }
-  __device__ __forceinline__ uint8_t* planes(int step) const {
-    return shared + p.config.planes_at + step % 2 * p.config.planes_bytes;
+  __device__ __forceinline__ uint8_t* terms(int step) const {
+    return shared + p.config.terms_at + step % 2 * p.config.terms_bytes;
   }
-  __device__ __forceinline__ uint8_t* slots(int step, int index) const {  // of all threads, for unit `index` of the weight
+  __device__ __forceinline__ uint8_t* slots(int step, int index) const {  // of all threads, for unit `index`
     const int vectors = p.weight_dtype == DType::float32 ? 2 : 1;
     return stage(step) + index * Part::kEights * vectors * p.config.threads * 16;
   }
@@ -42,9 +42,9 @@ struct FusedSteps {
     if (step >= 0 && step < count) copy_other<kGradient>(stage(step) + p.config.raw_at, p, depth(step), rank(step));
   }
   __device__ __forceinline__ void split_adapter(int step) const {
-    if (step >= 0 && step < count) split_other<kGradient>(planes(step), stage(step) + p.config.raw_at, p);
+    if (step >= 0 && step < count) split_other<kGradient>(terms(step), stage(step) + p.config.raw_at, p);
   }
-  // Everything step `step` needs, and the adapter of the next one, which has to be split before.
+  // Everything that `step` needs except its adapter, and the adapter of the next step, which is split one step ahead.
   __device__ __forceinline__ void copy(int step) const {
     if (step >= 0 && step < count && last(step)) {
       const int threads = p.config.threads, size = p.weight_dtype == DType::float32 ? 4 : 2, vectors = size / 2;
@@ -56,10 +56,10 @@ struct FusedSteps {
 #pragma unroll
         for (int e = 0; e < Part::kEights; ++e, slot += threads * 16 * vectors) {
           for (int x = 0; x < vectors; ++x) {
-            const int turn = vectors == 2 ? x - vector : 0;
+            const int offset = vectors == 2 ? x - vector : 0;  // as in copy_other
             int64_t row, first;
-            Part::where(row, first, t, t.q + turn, t.first_unit + index, e, column(), depth(step));
-            copy_vector(slot + slot_of(threadIdx.x + turn, vector, threads), p.weight, size, row, p.in_features,
+            Part::where(row, first, t, t.q + offset, t.first_unit + index, e, column(), depth(step));
+            copy_vector(slot + slot_of(threadIdx.x + offset, vector, threads), p.weight, size, row, p.in_features,
                         first + 4 * vector, row < rows ? p.in_features : 0, p.weight_vectors);
           }
         }
@@ -77,13 +77,13 @@ struct FusedSteps {
     ptx::cp_async_commit();
   }
 
-  // The mask's bits of this thread's weights of one unit, a byte for each eight. Read when the unit is merged, and no earlier:
-  // they would not fit the registers beside its low-rank product.
+  // The mask of this thread's weights of one unit, a byte per group of eight. Loaded only when the unit is merged: earlier it
+  // would need registers during the low-rank matmul.
   __device__ __forceinline__ uint32_t kept(int step, int index) const {
     uint32_t bits = 0;
     if (p.mask == nullptr || !last(step)) return bits;
     const int64_t rows = kGradient ? p.depth : p.columns;
-#pragma unroll 1  // as many addresses would not fit either
+#pragma unroll 1  // unrolled, the addresses do not fit the registers
     for (int i = 0; i < Part::kEights; ++i) {
       int64_t row, first;
       Part::where(row, first, t, t.q, t.first_unit + index, i, column(), depth(step));
@@ -109,7 +109,7 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
 template <typename T, int kTokens, bool kGradient>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const FusedProblem p) {
   constexpr bool kWide = kTokens == kFusedWideTokens, kFloat = std::is_same_v<T, float>;
-  constexpr int kPlanes = kFloat ? 3 : 1, kUnits = (kGradient ? 2 : 4) / (kWide ? 2 : 1);
+  constexpr int kTerms = kFloat ? 3 : 1, kUnits = (kGradient ? 2 : 4) / (kWide ? 2 : 1);
   constexpr int kTiles = kWide ? 4 : 8, kEights = kWide ? 8 : kTokens / 8;  // of tokens, per warp
   using Op = std::conditional_t<kFloat, bfloat16, T>;
   using Part = Unit<kGradient>;
@@ -134,14 +134,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
   // Steps below 0 fill the pipeline.
   for (int step = -c.stages; step < steps.count; ++step) {
     wait_for_copies(c.stages - 2);
-    __syncthreads();  // this step's copies and planes are there, and the last step's have been read
+    __syncthreads();  // this step's copies and terms have arrived, and those of the last step have been read
     steps.copy(step + c.stages - 1);
     steps.split_adapter(step + 1);
     if (c.resident ? step == -1 : step >= 0) stage_own<kGradient>(own, p, steps.column(), c.resident ? 0 : steps.rank(step));
     if (step < 0) continue;
     if (!c.resident) __syncthreads();
 
-    uint32_t tiles[kPlanes][kTiles][4];
+    uint32_t tiles[kTerms][kTiles][4];
 #pragma unroll
     for (int index = 0; index < kUnits; ++index) {
       float sum[Part::kSums][4] = {};
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
           sum[i][2] = __uint_as_float(v.z), sum[i][3] = __uint_as_float(v.w);
         }
       }
-      Part::multiply(sum, p, t, t.first_unit + index, own, c.resident ? steps.rank(step) : 0, steps.planes(step));
+      Part::multiply(sum, p, t, t.first_unit + index, own, c.resident ? steps.rank(step) : 0, steps.terms(step));
       if (steps.last(step)) {
         Part::template merge<Op>(tiles, sum, p, index, steps.slots(step, index), steps.kept(step, index));
       } else {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
     if constexpr (!kWide) {
       multiply_activation<T, Op>(acc, tiles, activation, 0, t.depth_group, c.depth_log2, t.lane);
     } else {
-      // Every warp has merged a part; each now takes 64 columns and 64 tokens of the whole.
+      // Every warp has merged a part of W~; through shared memory each now gets all of 64 columns, for 64 tokens.
       uint4* const exchange = reinterpret_cast<uint4*>(shared + c.exchange_at) + t.lane;
       const int warp = threadIdx.x / kWarp, group = warp % c.column_warps, tokens = warp / c.column_warps * 64;
 #pragma unroll
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
   if constexpr (kWide) {
     group = threadIdx.x / kWarp % c.column_warps;
     row += threadIdx.x / kWarp / c.column_warps * 64;
-  } else {  // the warps of a column group add up their parts of the depth, always in the same order
+  } else {  // add up the warps that share columns, in fixed order
     __syncthreads();
     float4* const parts_of = reinterpret_cast<float4*>(shared) + group * kWarp + t.lane;
     const int warps = kWarp * c.column_warps;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
   }
 }
 
-// output[t, c] = round(sum over splits of partial[split, t, c] + bias[c]), in the order of the splits. One thread: 8 columns.
+// output[t, c] = round(sum over splits of partial[split, t, c] + bias[c]), in the order of the splits. 8 columns per thread.
 template <typename T>
 __global__ void __launch_bounds__(kFusedThreads) fused_linear_sum_kernel(const FusedProblem p) {
   const int64_t index = int64_t{blockIdx.x} * kFusedThreads + threadIdx.x, eights = p.partial_pitch / 8;

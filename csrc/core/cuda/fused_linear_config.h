@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the fused products are cut into blocks: pure functions of the problem and the device. A block takes `columns` columns of
-// the output, one tile of tokens and one part of the reduction, `depth_step` terms at a time. Small blocks read the activation
-// and the other adapter more often, large ones need the reduction split to fill the device: fused_linear_config weighs both.
+// The tiling of fused_linear, a pure function of the problem and the device. A block computes a tile of tokens x `columns` of
+// the output over one part (split) of the reduction, `depth_step` at a time. Small blocks read the activation and the other
+// adapter more often; large ones need more splits to fill the device.
 #pragma once
 
 #include <lors/cuda_device.h>
@@ -11,7 +11,7 @@ namespace lors::cuda {
 
 constexpr int kFusedWarpColumns = 64, kFusedWarpDepth = 32;  // of W~, per warp and step
 constexpr int kFusedWideTokens = 256;                        // the token tile whose warps share W~ through shared memory
-constexpr int kFusedPad = 8;  // elements beyond each row of an adapter: ldmatrix then meets no bank twice
+constexpr int kFusedPad = 8;  // elements after each row of an adapter, against bank conflicts of ldmatrix
 constexpr int kFusedMaxStages = 4;
 
 constexpr bool fused_wide(int token_tile) { return token_tile == kFusedWideTokens; }
@@ -35,25 +35,25 @@ struct FusedConfig {
   int threads = 0;
   int ranks = 0, rank_chunks = 0;  // ranks of `other` in shared memory at a time, and how often
   bool resident = false;           // `own` is staged once with all ranks, not per step
-  int stages = 0;                  // steps in shared memory or on their way there
+  int stages = 0;                  // steps in shared memory or in flight
   int64_t column_blocks = 0, token_blocks = 0;
   int64_t splits = 0, split_steps = 0;  // parts of the reduction; steps of each
   int64_t blocks = 0;
-  // Bytes into the shared memory; each stage holds weight, activation and `other` as they are in global memory.
+  // Offsets into shared memory, in bytes. A stage holds the weight, the activation and `other`, unconverted.
   int activation_at = 0, raw_at = 0, stage_bytes = 0;
-  int planes_at = 0, planes_bytes = 0;  // `other` as operands, twice
+  int terms_at = 0, terms_bytes = 0;  // `other` as split terms, double-buffered
   int own_at = 0, own_ranks = 0;
-  int sums_at = 0;      // the low-rank product between two chunks of ranks
+  int sums_at = 0;      // accumulators of the low-rank matmul between two chunks of ranks
   int exchange_at = 0;  // W~ of one step, for the wide tile
   int shared_bytes = 0;
   double cost = 0;
 };
 
-constexpr int fused_planes(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+constexpr int fused_terms(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
 
 constexpr int64_t fused_parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-// The layout in shared memory of a config whose geometry is chosen.
+// Fills in the offsets and the size of shared memory, from the rest of `c`.
 constexpr void lay_out_fused(FusedConfig& c, const FusedShape& s) {
   const int columns = c.columns, depth = c.depth_step;
   const int raw = static_cast<int>(fused_parts(c.ranks * depth / 8, c.threads)) * c.threads * 8;
@@ -61,20 +61,18 @@ constexpr void lay_out_fused(FusedConfig& c, const FusedShape& s) {
   c.activation_at = columns * depth * static_cast<int>(dtype_size(s.weight));
   c.raw_at = c.activation_at + c.token_tile * depth * static_cast<int>(dtype_size(s.activation));
   c.stage_bytes = c.raw_at + raw * static_cast<int>(dtype_size(s.other));
-  c.planes_at = c.stage_bytes * c.stages;
-  c.planes_bytes =
-      2 * fused_planes(s.other) * (s.input_gradient ? depth * (c.ranks + kFusedPad) : c.ranks * (depth + kFusedPad));
-  c.own_at = c.planes_at + 2 * c.planes_bytes;
-  c.sums_at = c.own_at + 2 * fused_planes(s.own) * columns * (c.own_ranks + (s.input_gradient ? 0 : kFusedPad));
+  c.terms_at = c.stage_bytes * c.stages;
+  c.terms_bytes = 2 * fused_terms(s.other) * (s.input_gradient ? depth * (c.ranks + kFusedPad) : c.ranks * (depth + kFusedPad));
+  c.own_at = c.terms_at + 2 * c.terms_bytes;
+  c.sums_at = c.own_at + 2 * fused_terms(s.own) * columns * (c.own_ranks + (s.input_gradient ? 0 : kFusedPad));
   c.exchange_at = c.sums_at + (c.rank_chunks > 1 ? 4 * columns * depth : 0);
   c.shared_bytes = c.exchange_at + (fused_wide(c.token_tile) ? 2 * columns * depth : 0);
-  // After the loop the warps of one column group add up what they have, in the memory of the stages.
+  // After the loop the memory of the stages holds the sums of the warps that share columns.
   const int parts = fused_wide(c.token_tile) ? 0 : 4 * (c.depth_warps - 1) * columns * c.token_tile;
   if (parts > c.shared_bytes) c.shared_bytes = parts;
 }
 
-// Bytes through the second-level cache, over the share of the device that is busy. The weights of the parts are estimates
-// from the arithmetic of latency and bandwidth; none was measured.
+// Cost model: bytes through the L2 cache, divided by the busy share of the SMs. The constants are estimates, not measured.
 constexpr double fused_cost(const FusedConfig& c, const FusedShape& s, int multiprocessors) {
   const double columns = static_cast<double>(s.columns), depth = static_cast<double>(s.depth);
   const double tokens = static_cast<double>(s.tokens), r = static_cast<double>(s.r);
@@ -85,15 +83,15 @@ constexpr double fused_cost(const FusedConfig& c, const FusedShape& s, int multi
   bytes += column_blocks * token_blocks * r * depth * static_cast<double>(dtype_size(s.other));
   bytes += columns * r * static_cast<double>(dtype_size(s.own)) * token_blocks * (c.resident ? splits : depth / c.depth_step);
   if (c.splits > 1) bytes += 8 * splits * tokens * columns;
-  const double launch = c.splits > 1 ? 1 << 22 : 0;  // a second one takes as long as some 4 MB
+  const double launch = c.splits > 1 ? 1 << 22 : 0;  // a second launch costs about as much as 4 MB
   const int64_t waves = fused_parts(c.blocks, multiprocessors);
   const double busy = static_cast<double>(c.blocks) / static_cast<double>(waves * multiprocessors);
-  const double late = c.stages == 2 ? 1.2 : c.stages == 3 ? 1.05 : 1.0;  // less on its way
+  const double late = c.stages == 2 ? 1.2 : c.stages == 3 ? 1.05 : 1.0;  // fewer bytes in flight
   const double few = c.threads >= 256 ? 1.0 : c.threads >= 128 ? 1.2 : 1.5;
   return bytes / busy * late * few * (1 + 0.1 * (c.rank_chunks - 1)) + launch;
 }
 
-// The best cut with this token tile; token_tile = 0 where nothing fits.
+// The tiling of least cost with this token tile; token_tile = 0 where nothing fits.
 constexpr FusedConfig fused_linear_config(const FusedShape& s, int token_tile, DeviceLimits limits) {
   struct Warps {
     int column, depth;
@@ -145,7 +143,7 @@ constexpr FusedConfig fused_linear_config(const FusedShape& s, int token_tile, D
 }
 
 constexpr FusedConfig fused_linear_config(const FusedShape& s, DeviceLimits limits) {
-  if (s.activation == DType::float32) return fused_linear_config(s, 16, limits);  // six products per pair of values
+  if (s.activation == DType::float32) return fused_linear_config(s, 16, limits);  // six mma per pair of operands
   for (const int tile : {256, 64}) {
     if (s.tokens <= (tile == 256 ? 64 : 16)) continue;
     const FusedConfig c = fused_linear_config(s, tile, limits);
@@ -154,11 +152,9 @@ constexpr FusedConfig fused_linear_config(const FusedShape& s, DeviceLimits limi
   return fused_linear_config(s, 16, limits);
 }
 
-// Whether fused_linear serves this product, rather than merge and the library's own product. With 16-bit activations: where one
-// token tile covers all tokens, so that the weight is read once, where merge and product read it, write W~ and read that.
-// With float32 activations each pair of values costs six 16-bit products, so that arithmetic soon outweighs memory: only two
-// tiles of 16 tokens, whose second reading of the weight comes from the second-level cache.
-// A rule by shape alone: nothing here was measured.
+// Whether fused_linear is expected to beat merge + cuBLAS; by shape alone, nothing was measured. 16-bit activations: if one
+// token tile covers all tokens, so that the weight is read once, where merge and matmul read it, write W~ and read W~. float32
+// activations: up to two tiles of 16 tokens, because six 16-bit mma per operand pair soon cost more than the memory traffic.
 constexpr bool prefers_fused_linear(int64_t tokens, int64_t out_features, int64_t in_features, DType activation, DType weight,
                                     DeviceLimits limits) {
   if (activation == DType::float64 || weight == DType::float64 || out_features == 0 || in_features == 0) return false;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one place that launches: raises the shared-memory limit, queues the kernel on the caller's stream, and turns CUDA's
-// answer into a sentence. Never synchronises. The simulator has its own body for each function (tests/sim/launch_sim.h).
+// Launches kernels for every launcher: raises the shared-memory limit, queues the kernel on the caller's stream and turns
+// CUDA's error into a sentence. Never synchronises. The simulator has its own device_limits and launch
+// (tests/sim/include/launch_sim.h).
 #pragma once
 
 #include <lors/cuda_device.h>
@@ -8,17 +9,17 @@
 #include <lors/types.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <string>
 
 #ifdef LORS_SIM
 #include "launch_sim.h"
 #else
 #include <cuda_runtime.h>
 
-#include <string>
-
 namespace lors::cuda {
 
-// Of the current device.
+// Limits of the current device.
 inline Status device_limits(DeviceLimits& limits) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -26,16 +27,16 @@ inline Status device_limits(DeviceLimits& limits) {
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) return {};
-  cudaGetLastError();  // clears it: the caller's next launch must not find it
+  cudaGetLastError();  // clears it, so that the next launch does not report it
   return Status::error(std::string("CUDA did not describe its device: ") + cudaGetErrorString(error) + ".");
 }
 
-// kernel<<<grid, block, shared_bytes, host.stream>>>(arguments...); `name` is for the error's sentence.
+// kernel<<<grid, block, shared_bytes, host.stream>>>(arguments...); `name` is for the error message.
 template <typename... Parameters, typename... Arguments>
 Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, const CudaHost& host,
               Arguments... arguments) {
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more than this has to be asked for, per kernel and device
+  if (shared_bytes > 48 * 1024)  // CUDA requires opting in, per kernel and device
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
     // clang-format off
@@ -53,3 +54,36 @@ Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 b
 
 }  // namespace lors::cuda
 #endif
+
+namespace lors::cuda {
+
+// Device memory of one call from the caller's CudaHost; `data` is null for 0 floats. Destroyed when the launcher returns: the
+// work that uses it is queued then, which is what CudaHost needs.
+class Scratch {
+ public:
+  Scratch(const CudaHost& host, int64_t floats) : host_(host) {
+    if (floats > 0) data_ = static_cast<float*>(host.allocate(4 * floats, &handle_));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (data_) host_.release(handle_);
+  }
+  float* data() const { return data_; }
+
+ private:
+  const CudaHost& host_;
+  float* data_ = nullptr;
+  void* handle_ = nullptr;
+};
+
+inline Status check_no_float64(const char* name, std::initializer_list<DType> dtypes) {
+  for (const DType dtype : dtypes)
+    if (dtype == DType::float64)
+      return Status::error(std::string(name) +
+                           " on CUDA takes float32, bfloat16 and float16, and was given float64; convert the tensors or move "
+                           "them to the CPU.");
+  return {};
+}
+
+}  // namespace lors::cuda

@@ -53,7 +53,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   problem.scaling = static_cast<float>(args.scaling);
   problem.weight_vectors = has_vectors(args.weight, K);
   problem.merged_vectors = has_vectors(args.merged, K);
-  const MergeConfig config = merge_config(N, K, args.r, planes_of(args.lora_A_dtype), planes_of(args.lora_B_dtype),
+  const MergeConfig config = merge_config(N, K, args.r, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype),
                                           Layout::dense, static_cast<int>(dtype_size(args.weight_dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error("merge found no way to cut a weight of [" + std::to_string(N) + ", " + std::to_string(K) +

@@ -11,7 +11,7 @@ namespace lors::cuda {
 template <typename W, typename Out>
 __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
   const int columns = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
+  const int planes_A = split_terms(p.lora_A.dtype), planes_B = split_terms(p.lora_B.dtype);
   const int64_t first_row = blockIdx.x / p.column_blocks * p.rows, first_column = blockIdx.x % p.column_blocks * columns;
   const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 64;
   constexpr bool kSplit = kSplitColumns<W, Out>;

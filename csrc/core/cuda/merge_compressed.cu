@@ -6,7 +6,6 @@
 
 #include "launch.h"
 #include "merge_compressed.h"
-#include "scratch.h"
 
 namespace lors {
 namespace {
@@ -24,7 +23,7 @@ Status describe(Launch& launch, const char* name, const Args& args, Layout layou
   const int64_t N = args.out_features, K = args.in_features;
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
-  const MergeConfig config = merge_config(N, K, args.r, planes_of(args.lora_A_dtype), planes_of(args.lora_B_dtype), layout,
+  const MergeConfig config = merge_config(N, K, args.r, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype), layout,
                                           static_cast<int>(dtype_size(dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error(std::string(name) + " found no way to cut a weight of [" + std::to_string(N) + ", " +

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// merged = weight + scaling * mask o (lora_B lora_A) for a weight of layout 2:4 or bitmap (lors/sparse24.h, lors/bitmap.h),
+// merged = weight + scaling * mask o (lora_B lora_A) for a weight of layout 2:4 or bitmap (lors/sparse24.h, lors/types.h),
 // into a dense matrix, or, for 2:4, into its own slots [N, K/2]. One pass, as merge.cuh, and the same sums: the same bits come
 // out. Launched by merge_compressed.cu.
 #pragma once
@@ -224,7 +224,7 @@ template <typename W, typename Out, bool kBitmap, bool kValues>
 __global__ void __launch_bounds__(512, 1) merge_compressed_kernel(const CompressedProblem problem) {
   const MergeProblem& p = problem.merge;
   const int columns = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int planes_A = planes_of(p.lora_A.dtype), planes_B = planes_of(p.lora_B.dtype);
+  const int planes_A = split_terms(p.lora_A.dtype), planes_B = split_terms(p.lora_B.dtype);
   const int64_t first_row = blockIdx.x / p.column_blocks * p.rows, first_column = blockIdx.x % p.column_blocks * columns;
   const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 64, q = lane % 4;
   constexpr bool kSplit = kSplitColumns<W, Out>;

@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_columns(T* row, int64_t column, int64_t co
 template <bool kSplit>
 __device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lora_A, int64_t rank, int64_t column, int chunk,
                                              int columns) {
-  const int pitch = columns + kMergePad, count = planes_of(lora_A.dtype);
+  const int pitch = columns + kMergePad, count = split_terms(lora_A.dtype);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int q = lane % 4, row = lane / 4;  // a warp stores 8 ranks of 32 columns: no two lanes in one bank
   const bool swap = kSplit && (row & 2);   // which takes another order of the pairs in half of the rows here
@@ -109,7 +109,7 @@ __device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lor
       for (int i = 0; i < 4; ++i) {
         const int j = swap ? i ^ 2 : i;  // the pair is columns 8 q + 2 j and the next
         const int at = kSplit ? 16 * (q / 2) + 8 * (j % 2) + 4 * (q % 2) + 2 * (j / 2) : 8 * j + 2 * q;
-        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_plane_pair(values[2 * i], values[2 * i + 1]));
+        ptx::store_shared(reinterpret_cast<uint32_t*>(to + at), next_term_pair(values[2 * i], values[2 * i + 1]));
       }
     }
   }
@@ -118,7 +118,7 @@ __device__ __forceinline__ void stage_lora_A(uint16_t* planes, const Matrix& lor
 // `rows` rows of lora_B from `row` on, ranks [rank, rank + chunk), as planes [rows][chunk + pad].
 __device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lora_B, int64_t row, int64_t rank, int rows,
                                              int chunk) {
-  const int pitch = chunk + kMergePad, count = planes_of(lora_B.dtype), eights = chunk / 8;
+  const int pitch = chunk + kMergePad, count = split_terms(lora_B.dtype), eights = chunk / 8;
   for (int task = threadIdx.x; task < rows * eights; task += blockDim.x) {
     // Eight neighbouring lanes take eight rows: their pitch is an odd number of 16-byte units, so no two share a bank.
     const int n = task / (8 * eights) * 8 + task % 8, p = task / 8 % eights * 8;
@@ -127,7 +127,7 @@ __device__ __forceinline__ void stage_lora_B(uint16_t* planes, const Matrix& lor
     for (int plane = 0; plane < count; ++plane) {
       uint32_t word[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) word[j] = next_plane_pair(values[2 * j], values[2 * j + 1]);
+      for (int j = 0; j < 4; ++j) word[j] = next_term_pair(values[2 * j], values[2 * j + 1]);
       ptx::store_shared(reinterpret_cast<uint4*>(planes + (plane * rows + n) * pitch + p),
                         make_uint4(word[0], word[1], word[2], word[3]));
     }
@@ -144,7 +144,7 @@ __device__ __forceinline__ void multiply_adapters(float (&sum)[2][4][4], const u
   const uint32_t from_B = ptx::shared_address(lora_B + (row + lane % 16) * pitch_B + lane / 16 * 8);
   // The products of small planes first: their sum is small, and so are the roundings on the way to it.
   int order = planes_A + planes_B - 2;
-  for (order = order < kMaxPlanes ? order : kMaxPlanes - 1; order >= 0; --order) {
+  for (order = order < kMaxTerms ? order : kMaxTerms - 1; order >= 0; --order) {
     for (int i = 0; i <= order; ++i) {
       const int j = order - i;
       if (i >= planes_A || j >= planes_B) continue;

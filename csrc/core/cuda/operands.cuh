@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of any dtype as operands of 16-bit tensor-core products, without losing what float32 sums would keep: a value is
-// the sum of bfloat16 planes (bfloat16: 1, float16: 2, float32: 3, which hold its 8, 11 or 24 bits exactly), and a product of
-// two values is the sum of the products of planes i, j with i + j < 3; what is dropped is below 2^-24 of the product.
+// Values of any dtype as bfloat16 operands of tensor-core matmuls with float32 accuracy. A value is the exact sum of its bf16
+// split terms (bfloat16: 1, float16: 2, float32: 3), and a b = sum of a_i b_j with i + j < 3; the rest is below 2^-24 |a b|.
+// Loads and stores of 16 bytes, at any alignment. For every kernel family.
 #pragma once
 
 #include <lors/types.h>
@@ -13,10 +13,10 @@ namespace lors::cuda {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-constexpr int kMaxPlanes = 3;
+constexpr int kMaxTerms = 3;
 constexpr int kWarp = 32;
 
-__host__ __device__ constexpr int planes_of(DType dtype) {
+__host__ __device__ constexpr int split_terms(DType dtype) {
   return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3;
 }
 
@@ -27,7 +27,8 @@ __host__ __device__ constexpr DType dtype_of() {
   return DType::float32;
 }
 
-// A row-major matrix in global memory whose dtype is known at run time: the adapters, which are small.
+// A row-major matrix whose dtype is known at run time only: the adapters and the bias, small enough that a branch per load
+// costs less than kernels for every combination of dtypes.
 struct Matrix {
   const void* data = nullptr;
   int64_t rows = 0, columns = 0;
@@ -100,7 +101,7 @@ struct Eight {
   }
 
  private:
-  // Spelled out, so that the index is known to the compiler and nothing goes to local memory.
+  // Selects, not an array index: an index that the compiler cannot resolve would put the vector in local memory.
   __device__ __forceinline__ uint32_t word_at(int i) const {
     const uint4& v = vector[i / 4];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
@@ -108,7 +109,7 @@ struct Eight {
 };
 
 // Elements [column, column + 8) of a row of `columns` elements; zeros beyond its end. `column` is a multiple of 8. `vectors`:
-// see has_vectors. kOnce: nothing else will read these bytes soon.
+// see has_vectors. kOnce: bypass the L1 cache, nothing reads these bytes again soon.
 template <typename T, bool kOnce = false>
 __device__ __forceinline__ Eight<T> load_eight(const T* row, int64_t column, int64_t columns, bool vectors) {
   Eight<T> eight{};
@@ -160,16 +161,67 @@ __device__ __forceinline__ void load_eight(float (&values)[8], const Matrix& m, 
     load_eight(static_cast<const float*>(m.data) + row * m.columns, column, columns, m.vectors).get(values);
 }
 
-// Takes the next plane off `rest`: its nearest bfloat16, and what is left.
-__device__ __forceinline__ bfloat16 next_plane(float& rest) {
-  const bfloat16 plane = __float2bfloat16_rn(rest);
-  rest -= __bfloat162float(plane);
-  return plane;
+// The next split term of `rest`, its nearest bfloat16; `rest` keeps the remainder.
+__device__ __forceinline__ bfloat16 next_term(float& rest) {
+  const bfloat16 term = __float2bfloat16_rn(rest);
+  rest -= __bfloat162float(term);
+  return term;
 }
-// The same for two neighbours, packed.
-__device__ __forceinline__ uint32_t next_plane_pair(float& low, float& high) {
-  const bfloat16 first = next_plane(low);
-  return pair(first, next_plane(high));
+// The same for two neighbours, packed into a register.
+__device__ __forceinline__ uint32_t next_term_pair(float& low, float& high) {
+  const bfloat16 first = next_term(low);
+  return pair(first, next_term(high));
+}
+// The same for eight.
+__device__ __forceinline__ uint4 next_terms(float (&rest)[8]) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) word[i] = next_term_pair(rest[2 * i], rest[2 * i + 1]);
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+template <typename Z>
+constexpr int kVectorElements = 16 / static_cast<int>(sizeof(Z));
+
+// The 16-byte vector at `column` of a row of `columns` elements, element by element: for rows that are not aligned to 16
+// bytes. Zeros beyond the row's end.
+template <typename Z>
+__device__ __forceinline__ uint4 gather_vector(const Z* row, int64_t column, int64_t columns) {
+  uint32_t word[4] = {};
+#pragma unroll
+  for (int i = 0; i < kVectorElements<Z>; ++i) {
+    if (column + i >= columns) continue;
+    if constexpr (sizeof(Z) == 4)
+      word[i] = ptx::load_global(reinterpret_cast<const uint32_t*>(row + column + i));
+    else
+      word[i / 2] |= uint32_t{ptx::load_global(reinterpret_cast<const uint16_t*>(row + column + i))} << (16 * (i % 2));
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// Splits a vector's elements and stores term i at to + i * term_size.
+template <typename Z>
+__device__ __forceinline__ void store_terms(uint16_t* to, int term_size, const uint4& vector) {
+  if constexpr (std::is_same_v<Z, bfloat16>) {
+    ptx::store_shared(reinterpret_cast<uint4*>(to), vector);
+  } else if constexpr (std::is_same_v<Z, float16>) {
+    const Eight<float16> eight{{vector}};
+    float rest[8];
+    eight.get(rest);
+#pragma unroll
+    for (int term = 0; term < 2; ++term) {
+      const uint4 packed = next_terms(rest);
+      ptx::store_shared(reinterpret_cast<uint4*>(to + term * term_size), packed);
+    }
+  } else {
+    float rest[4] = {__uint_as_float(vector.x), __uint_as_float(vector.y), __uint_as_float(vector.z),
+                     __uint_as_float(vector.w)};
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      const uint32_t low = next_term_pair(rest[0], rest[1]);
+      ptx::store_shared(reinterpret_cast<uint2*>(to + term * term_size), make_uint2(low, next_term_pair(rest[2], rest[3])));
+    }
+  }
 }
 
 }  // namespace lors::cuda

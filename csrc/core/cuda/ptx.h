@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every way a kernel reaches memory and every instruction that C++ cannot express. Kernels touch global and shared memory
-// through these functions only, so that the simulator (tests/sim/ptx_sim.h, used where LORS_SIM is set) sees each access.
-// The only inline assembly of the project. Instructions are those of sm_80; layouts follow the PTX ISA.
+// All memory accesses and all inline assembly of the kernels; sm_80 instructions, layouts as in the PTX ISA. Kernels access
+// global and shared memory through these functions only, so that the simulator, which replaces them (LORS_SIM:
+// tests/sim/include/ptx_sim.h), sees every access.
 #pragma once
 
 #ifdef LORS_SIM
@@ -29,7 +29,7 @@ template <typename T>
 __device__ __forceinline__ T load_global(const T* p) {
   return *p;
 }
-// For data that is read once and never written by this kernel: past the first-level cache.
+// For data that is read once and never written by this kernel: bypasses the L1 cache.
 __device__ __forceinline__ uint4 load_global_once(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -50,13 +50,13 @@ __device__ __forceinline__ void store_shared(T* p, T v) {
   *p = v;
 }
 
-// 16 bytes from global to shared memory in the background; bytes from src_bytes (0 to 16) on are written as zero, and with
+// Starts a copy of 16 bytes from global to shared memory; bytes from src_bytes (0 to 16) on are written as zero, and with
 // src_bytes = 0 nothing is read. src and dst are aligned to 16.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, int src_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-// Waits until at most `Pending` of this thread's groups are unfinished. Other threads' copies need a barrier as well.
+// Waits until at most `Pending` of this thread's groups are in flight. Other threads' copies need a barrier as well.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");

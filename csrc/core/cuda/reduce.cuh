@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = scale * sum_i partials[i]: the second stage of a sum that several blocks took part in. The order of the additions
-// depends on `count` alone, so results repeat bit for bit.
+// out = scale * sum_i partials[i] (+ out): adds up the partial sums [count, rows, width] that the blocks of another kernel
+// wrote. The order of the additions depends on `count` alone, so results are bit-reproducible. Used by both adapter gradients.
 #pragma once
 
 #include <string>
@@ -15,20 +15,20 @@ struct PartialSums {
   int64_t count = 0;
   int64_t rows = 0;
   int64_t width = 0;    // a multiple of 4
-  int64_t columns = 0;  // the first of `width`, which are wanted
+  int64_t columns = 0;  // how many of `width` go to `out`
   float scale = 1.f;
   void* out = nullptr;    // [rows, columns], or [columns, rows] where `transpose`
   int64_t out_pitch = 0;  // elements of `out` from row to row
   DType dtype = DType::float32;
   bool transpose = false;
-  bool add = false;      // to what is in `out`, which is float32
+  bool add = false;      // out += instead of out =; float32 only
   bool vectors = false;  // set by reduce_partials
 };
 
 constexpr int kReduceRows = 32, kReduceColumns = 16;
 constexpr int kReduceThreads = kReduceRows * kReduceColumns / 4;  // of one slice: four columns each
-constexpr int kReduceMaxSlices = 8;                               // each sums every slices-th partial
-// Floats from column to column of a transposed tile: stores of 8 rows x 4 columns and 8-byte loads meet no bank twice.
+constexpr int kReduceMaxSlices = 8;                               // slice s adds partials s, s + slices, ...
+// Floats from column to column of a transposed tile: no bank conflicts in stores of 8 rows x 4 columns and in 8-byte loads.
 constexpr int kReducePitch = kReduceRows + 2;
 constexpr int kReduceTile = kReduceColumns * kReducePitch;
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_ke
   __syncthreads();
   if (slice != 0) return;
 
-  // Four neighbours of the result each: along a row of `partials`, or down a column of it.
+  // Each thread writes four neighbours of the result: along a row of the partial sums, or down a column where transposed.
   const int out_row = kTranspose ? thread / 8 : tile_row, out_column = kTranspose ? thread % 8 * 4 : tile_column;
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] = 0.f;
@@ -119,6 +119,18 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_ke
     store_sums<float16>(p, at, left, sum);
   else
     store_sums<float>(p, at, left, sum);
+}
+
+// The sum of one of several panels: float32 [rows, width] in `total`, overwritten by the first panel and added to by the
+// others. Afterwards `sums` itself, over `total` as its only partial, scales and rounds once.
+inline PartialSums panel_sums(PartialSums sums, float* total, bool first) {
+  sums.columns = sums.out_pitch = sums.width;
+  sums.scale = 1.f;
+  sums.out = total;
+  sums.dtype = DType::float32;
+  sums.transpose = false;
+  sums.add = !first;
+  return sums;
 }
 
 inline Status reduce_partials(PartialSums sums, const CudaHost& host) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes and slots of layout "2:4" (lors/sparse24.h) in a thread's registers: what sparse24.cuh and merge_compressed.cuh share.
+// Codes and slots of layout "2:4" (lors/sparse24.h) in a thread's registers: what mask.cuh and merge_compressed.cuh share.
 #pragma once
 
 #include "operands.cuh"

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._files import new_directory
-from .._library import lors
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
+from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ._common import (
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     before = total_sparsity(measure_sparsity(model, target_config(args)))
     load_adapter(model, args.adapter, strict_mask=args.strict_mask)
     # One bit per weight: a copy of the weights would be as large as the model.
-    masks = {name: lors.mask_pack(layer.sparse_weight.mask()) for name, layer in named_lors_layers(model)}
+    masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
     merge_and_unload(model)
     rounded = _verify(model, masks)
     layers = measure_sparsity(model, target_config(args))
@@ -87,7 +87,7 @@ def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
     rounded = 0
     for name, bits in masks.items():
         weight: Any = model.get_submodule(name).weight
-        mask = lors.mask_unpack(bits, weight.shape[1])
+        mask = unpack_mask(bits, weight.shape[1])
         nonzero = weight != 0
         lost = int((nonzero & ~mask).sum())
         if lost:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import DTYPES, check_choice
-from .._codes import COLUMNS, FULL, byte_table, translate
+from ..formats import COLUMNS, FULL, translate
 from ..weight import SparseWeight
 
 SPARSE24_BITMASK, BITMASK = "sparse-24-bitmask", "sparse-bitmask"
@@ -47,8 +47,7 @@ def encode_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
     shape = torch.tensor([N, K])
     assert sparse.index is not None
     if format == SPARSE24_BITMASK:
-        columns = byte_table({code: COLUMNS[full] for code, full in FULL.items()})
-        bitmask = translate(sparse.index, columns, K).to(torch.uint8)
+        bitmask = translate(sparse.index, {code: COLUMNS[full] for code, full in FULL.items()}, K).to(torch.uint8)
         return {"compressed": sparse.values, "bitmask": bitmask, "shape": shape.reshape(2, 1)}
     assert sparse.mask_bits is not None
     bitmask = sparse.mask_bits.view(torch.uint8)[:, : (K + 7) // 8].contiguous()
@@ -93,8 +92,7 @@ def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight"
         sparse = _sparse24(values, bitmask, K, name)
     else:
         sparse = _bitmap(values, bitmask, parts["row_offsets"], K, name)
-    # The stored values may include -0.0.
-    return sparse.to_dense().add_(0.0).reshape(shape)
+    return sparse.to_dense().reshape(shape)
 
 
 def _sparse24(values: Tensor, bitmask: Tensor, K: int, name: str) -> SparseWeight:
@@ -102,7 +100,7 @@ def _sparse24(values: Tensor, bitmask: Tensor, K: int, name: str) -> SparseWeigh
     if K % 4:
         _refuse(name, f"its shape is {(N, K)}, and 2:4 needs a multiple of 4 columns")
     _check(values, "compressed", values.dtype, (N, K // 2), name)
-    metadata = translate(bitmask, byte_table({columns: code for code, columns in COLUMNS.items()}), K)
+    metadata = translate(bitmask, {columns: code for code, columns in COLUMNS.items()}, K)
     wrong = metadata < 0
     if bool(wrong.any()):
         row, byte = wrong.nonzero()[0].tolist()

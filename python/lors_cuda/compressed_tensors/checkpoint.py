@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._files import new_directory
-from .._library import lors
+from ..formats import pack_mask, sparse24_metadata
 from ..sparse_linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
@@ -132,9 +132,9 @@ def _worthwhile(weight: Tensor, format: str) -> bool:
     """Whether the format compresses this weight."""
     N, K = weight.shape
     if format == BITMASK:
-        kept = int(lors.bitmap_offsets(lors.mask_nonzero(weight), K)[-1])
+        kept = int((weight != 0).sum())
         return kept * weight.itemsize + N * ((K + 7) // 8) + 8 * N < weight.nbytes
-    return K % 4 == 0 and not lors.sparse24_inspect(weight, None)[0].item()
+    return K % 4 == 0 and not bool((sparse24_metadata(pack_mask(weight != 0), K) < 0).any())
 
 
 def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:

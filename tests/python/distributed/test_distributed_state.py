@@ -180,31 +180,6 @@ def test_another_mask_of_the_same_size_is_loaded(pair, layout):
     pair.run(load_another_mask, layout)
 
 
-def keep_what_is_known(rank: int) -> None:
-    """A skeleton of zeros, whose mask is transposable, sharded and then given real weights."""
-    skeleton = tiny_llama()
-    for p in skeleton.parameters():
-        p.data.zero_()
-    model = get_lors_model(skeleton, LoRSConfig(r=3, layout="2:4"))
-    layer = model.model.layers[0].mlp.up_proj
-    assert layer.sparse_weight.transposable
-    shard(model)
-    assert not layer.sparse_weight.transposable, "its shard is no mask"
-    seen = []
-    layer.register_forward_pre_hook(lambda module, args: seen.append(module.sparse_weight.transposable))
-    other = other_base("2:4", seed=3)
-    assert not other.model.layers[0].mlp.up_proj.sparse_weight.transposable
-    shard(other)
-    set_model_state_dict(model, get_model_state_dict(other))
-    logits(model)
-    assert seen == [False]
-    assert not layer.weight_transposable
-
-
-def test_a_state_takes_along_what_was_known_of_the_old_mask(pair):
-    pair.run(keep_what_is_known)
-
-
 # ---- adapters ----
 
 

@@ -39,23 +39,16 @@ constexpr auto real_delete_tensor_object = aoti_torch_delete_tensor_object;
 #include "../../../csrc/torch/library.cpp"
 #undef CUDA
 
-#include "runtime.h"
-
 namespace {
 
 constexpr int kDevice = 3;  // what torch's current device is inside the guard
-FakeStream stream_object;
 int guards = 0, scratch = 0, launches = 0;
+int stream_object = 0;  // the stream is its address
 std::set<AtenTensorHandle> scratch_tensors;
-double dense_milliseconds = 1;  // of a product of torch's
 
 }  // namespace
 
 cudaError_t cudaSetDevice(int) { return guards == 1 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaGetDevice(int* index) {
-  *index = kDevice;
-  return guards == 1 ? cudaSuccess : cudaErrorInvalidDevice;
-}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the device was set outside the guard"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -100,7 +93,6 @@ AOTITorchError fake_delete_tensor_object(AtenTensorHandle tensor) {
 }
 AOTITorchError fake_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
   ++launches;
-  stream_object.milliseconds += dense_milliseconds;
   return aoti_torch_cpu_mm_out(out, a, b);
 }
 AOTITorchError fake_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle a, AtenTensorHandle b,
@@ -111,7 +103,6 @@ AOTITorchError fake_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias, 
   aoti_torch_get_dtype(a, &types[2]);
   if (types[0] != types[1] || types[0] != types[2]) return 1;  // as cuBLAS would
   ++launches;
-  stream_object.milliseconds += dense_milliseconds;
   return aoti_torch_cpu_addmm_out(out, bias, a, b, beta, alpha);
 }
 }
@@ -273,46 +264,31 @@ Status masked_contract(const MaskedContractArgs& a, const CudaHost& host) {
   return {};
 }
 
-Status mask_pack(const MaskPackArgs& a, const CudaHost& host) {
-  if (Status s = promised(host, {}); !s.ok()) return s;
-  const int64_t words = mask_words(a.in_features);
-  for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t w = 0; w < words; ++w) {
-      uint32_t word = 0;
-      for (int64_t k = 32 * w; k < std::min(32 * w + 32, a.in_features); ++k)
-        word |= static_cast<uint32_t>(a.mask[n * a.in_features + k]) << (k % 32);
-      a.bits[n * words + w] = word;
-    }
-  return {};
-}
-
-Status mask_unpack(const MaskUnpackArgs& a, const CudaHost& host) {
-  if (Status s = promised(host, {}); !s.ok()) return s;
-  for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t k = 0; k < a.in_features; ++k)
-      a.mask[n * a.in_features + k] = a.bits[n * mask_words(a.in_features) + k / 32] >> (k % 32) & 1;
-  return {};
-}
-
 Status cuda_device_supported(int index) { return index == 0 ? Status() : Status::error("Device 1 is of another kind."); }
 
 namespace {
 // Guards and scratch still held (none, between calls) and calls of the core or of a product so far.
 std::string fake_state() { return std::to_string(guards) + " " + std::to_string(scratch) + " " + std::to_string(launches); }
-// What a test makes of the device: whether a CUDA graph is captured, and what a dense product takes.
-void fake_set(bool capturing, double milliseconds) {
-  stream_object.capturing = capturing;
-  dense_milliseconds = milliseconds;
+// What "auto" would take if these had been measured.
+bool fake_prefers_sparse_matmul(int64_t architecture, torch::headeronly::ScalarType dtype, int64_t out_features,
+                                int64_t in_features, int64_t tokens) {
+  using enum torch::headeronly::ScalarType;
+  constexpr binding::SparseMatmulTiming timings[] = {{90, BFloat16, 4096, 1024, 2048, 100, 80},
+                                                     {90, BFloat16, 4096, 1024, 512, 30, 40},
+                                                     {90, BFloat16, 4096, 1024, 8192, 400, 400},
+                                                     {80, Half, 4096, 1024, 512, 50, 40}};
+  return binding::prefers_sparse_matmul(timings, static_cast<int>(architecture), dtype, out_features, in_features, tokens);
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("fake_state() -> str");
-  m.def("fake_set(bool capturing, float milliseconds) -> ()");
+  m.def(
+      "fake_prefers_sparse_matmul(int architecture, ScalarType dtype, int out_features, int in_features, int tokens) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
   m.impl("fake_state", TORCH_BOX(&fake_state));
-  m.impl("fake_set", TORCH_BOX(&fake_set));
+  m.impl("fake_prefers_sparse_matmul", TORCH_BOX(&fake_prefers_sparse_matmul));
 }
 
 }  // namespace lors

@@ -68,7 +68,11 @@ def test_one_dimensional_weights_of_old_releases():
     }
     assert torch.equal(decode_weight(parts, BITMASK), dense)
     parts["row_offsets"] = torch.tensor(1)
-    refused(ValueError, lambda: decode_weight(parts, BITMASK), "corrupted in 1 rows, first in row 0")
+    refused(
+        ValueError,
+        lambda: decode_weight(parts, BITMASK),
+        "corrupted in 1 of 2 row offsets, first in that of row 0: it is 1",
+    )
 
 
 def test_values_that_are_no_numbers_are_kept():
@@ -108,12 +112,12 @@ def test_damaged_parts_are_refused_with_the_weights_name(format):
         refuse("2 of 12 bytes", "two of every four", "row 2, columns 8 to 15", byte, bitmask=bitmask)
         refuse("multiple of 4", shape=torch.tensor([[4], [22]]))
     else:
-        refuse("corrupted in 2 rows, first in row 2", bitmask=bitmask)
+        refuse("row offsets, first in that of row 3", bitmask=bitmask)
         refuse("'row_offsets' is missing", row_offsets=None)
         refuse("'row_offsets' is torch.int32", row_offsets=whole["row_offsets"].int())
         refuse("(3,)", row_offsets=whole["row_offsets"][:3])
-        refuse("first in row 1", row_offsets=whole["row_offsets"] + torch.tensor([0, 0, 1, 0]))
-        refuse("corrupted in 4 rows", row_offsets=-whole["row_offsets"] - 1)
+        refuse("first in that of row 2", row_offsets=whole["row_offsets"] + torch.tensor([0, 0, 1, 0]))
+        refuse("corrupted in 4 of 5 row offsets", row_offsets=-whole["row_offsets"] - 1)
 
 
 def test_bits_beyond_the_last_column_are_refused():

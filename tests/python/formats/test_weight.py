@@ -10,9 +10,10 @@ import re
 import pytest
 import torch
 
-from cases import FLOATS, lors, make_case
+from cases import FLOATS, make_case
 from expectations import check_merge
 from lors_cuda import SparseWeight
+from lors_cuda.formats import pack_mask
 from tolerance import assert_zero_off_mask
 
 LAYOUTS = ("dense", "2:4", "bitmap")
@@ -38,7 +39,7 @@ def test_round_trip(device, seed, dtype, explicit, layout):
     w = stored(case)
     assert (w.layout, w.shape, w.dtype, w.device) == (layout, (N, K), dtype, case.weight.device)
     assert torch.equal(w.mask(), case.kept)
-    assert torch.equal(w.packed_mask(), lors.mask_pack(case.kept))
+    assert torch.equal(w.packed_mask(), pack_mask(case.kept))
     dense = w.to_dense()
     assert torch.equal(dense, torch.where(case.kept, case.weight, 0.0))
     assert_zero_off_mask(dense, dense != 0)  # -0.0 comes back as +0.0
@@ -282,7 +283,7 @@ def test_repr_of_a_weight_without_values():
 def test_packed_masks_are_what_the_ops_take(device, seed):
     case = make_case(seed, 1, 13, 70, 3, device=device, explicit_mask=True)
     w = stored(case)
-    assert torch.equal(w.mask_bits, lors.mask_pack(case.mask))
+    assert torch.equal(w.mask_bits, pack_mask(case.mask))
     assert SparseWeight.from_dense(case.weight, "dense").mask_bits is None
 
 
@@ -361,10 +362,18 @@ def corrupt() -> list:
         (
             bitmap,
             (torch.zeros(4), bits, offsets, 12),
-            "corrupted in 1 rows, first in row 1: its offsets are 2 and 3 among 4",
+            "it has 4 values, and 3 bits are set",
         ),
-        (bitmap, (torch.zeros(3), bits, torch.tensor([0, 1, 3]), 12), "corrupted in 2 rows, first in row 0"),
-        (bitmap, (torch.zeros(3), bits, torch.tensor([0, 2, 2**62]), 12), "first in row 1"),
+        (
+            bitmap,
+            (torch.zeros(3), bits, torch.tensor([0, 1, 3]), 12),
+            "first in that of row 1: it is 1, and 2 bits are set in the rows before",
+        ),
+        (
+            bitmap,
+            (torch.zeros(3), bits, torch.tensor([0, 2, 2**62]), 12),
+            "corrupted in 1 of 3 row offsets, first in that of row 2",
+        ),
         (bitmap, (torch.zeros(3), bits | 1 << 12, offsets, 12), "corrupted in 2 rows"),
     ]
 

@@ -248,10 +248,10 @@ def test_a_state_of_another_layout_is_refused_and_changes_nothing(seed):
         ("2:4", "weight_index", lambda t: t.__setitem__((3, 2), 0x61), "first in row 3, columns 16 to 23"),
         ("2:4", "weight_index", lambda t: t.resize_(31, 8), r"must be torch.uint8 \(31, 9\)"),
         ("2:4", "weight_values", lambda t: t.resize_(30, 36), r"must be torch.uint8 \(30, 9\)"),
-        ("bitmap", "weight_index", lambda t: t.__setitem__(-1, 3), "first in row 30"),
+        ("bitmap", "weight_index", lambda t: t.__setitem__(-1, 3), "first in that of row 31"),
         ("bitmap", "weight_index", lambda t: t.resize_(31), r"must be torch.int32 \(30, 3\)"),
         ("bitmap", "weight_mask", lambda t: t.bitwise_not_(), "corrupted in"),
-        ("bitmap", "weight_values", lambda t: t.resize_(t.numel() - 1), "first in row 30"),
+        ("bitmap", "weight_values", lambda t: t.resize_(t.numel() - 1), "bits are set"),
     ],
 )
 def test_a_corrupt_state_is_refused_and_changes_nothing(seed, layout, name, change, message):

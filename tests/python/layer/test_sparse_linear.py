@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import pytest
 import torch
 from test_layer import every_layout, linear_of
 from torch import nn
-from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import make_case
 from lors_cuda import LoRSLinear, SparseLinear
-from sparse_product_cases import K, N, problem
-
-pytest_plugins = ["sparse_product_fixtures"]
 
 STORED = {
     "dense": {"weight_values"},
@@ -71,78 +67,93 @@ def test_refuses_other_modules():
         SparseLinear.compress(nn.Conv1d(4, 4, 1))
 
 
-# ---- what is known of a mask -----------------------------------------------------------------------------------------
+# ---- forward is lors::linear without an adapter ----------------------------------------------------------------------
 
 
-def masked(seed: int, *, transposable: bool) -> SparseLinear:
-    linear = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
-    linear.weight.data = problem(seed, torch.bfloat16, transposable=transposable).weight
-    return SparseLinear.compress(linear, "2:4")
+class Recorded(TorchDispatchMode):
+    """The calls of our operators, and the ranks that they were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[str] = []
+        self.ranks: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lors":
+            self.calls.append(func.name())
+            names = [argument.name for argument in func._schema.arguments]
+            self.ranks.add(args[names.index("lora_A")].shape[0])
+        return func(*args, **(kwargs or {}))
 
 
-def seen(layer: SparseLinear) -> tuple[torch.Tensor | None, bool]:
-    weight = layer.sparse_weight
-    return weight.library_metadata, weight.transposable
+def frozen_and_disabled(case, layout, mask=None) -> list[nn.Module]:
+    adapted = LoRSLinear.from_linear(linear_of(case), r=2, layout=layout, mask=mask, init_lora_weights=False)
+    adapted.adapter_enabled = False
+    return [SparseLinear.compress(linear_of(case), layout, mask), adapted]
 
 
-def test_a_mask_that_is_written_in_place_is_looked_at_again(served, seed):
-    """As DistributedDataParallel's constructor does with what process 0 has."""
-    layer, other = masked(seed, transposable=True), masked(seed + 1, transposable=False)
-    expected, before = seen(other)[0], seen(layer)
-    assert before[1]
-    assert not torch.equal(before[0], expected)
-    for name, tensor in layer.named_parameters():
-        tensor.detach().copy_(other.get_parameter(name))
-    metadata, transposable = seen(layer)
-    assert not transposable
-    assert torch.equal(metadata, expected)
-    assert seen(layer)[0] is metadata, "once"
-    layer.weight_index.detach().copy_(masked(seed, transposable=True).weight_index)
-    for back in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.half()):
-        assert seen(back)[1]
-        assert torch.equal(seen(back)[0], before[0])
+@every_layout
+@pytest.mark.parametrize("explicit", [False, True])
+def test_one_operator_and_nothing_for_the_adapters(device, seed, layout, explicit):
+    case = make_case(seed, 5, 31, 72, 2, layout=layout, device=device, bias=True, explicit_mask=explicit)
+    dense = torch.where(case.kept, case.weight, 0.0)
+    for layer in frozen_and_disabled(case, layout, case.mask):
+        x = case.input.clone().requires_grad_()
+        with Recorded() as recorded:
+            y = layer(x)
+            y.backward(case.grad_output)
+        assert recorded.calls == ["lors::linear", "lors::linear_backward"]
+        assert recorded.ranks == {0}
+        torch.testing.assert_close(y, torch.nn.functional.linear(case.input, dense, case.bias))
+        torch.testing.assert_close(x.grad, case.grad_output @ dense)
+        assert all(p.grad is None for p in layer.parameters())
 
 
-def test_a_mask_in_other_memory_is_another_one(served, seed):
-    """functional_call, replicas of nn.DataParallel and whatever moves parameters one by one."""
-    layer, other = masked(seed, transposable=True), masked(seed + 1, transposable=False)
-
-    class Seen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self):
-            return seen(self.layer)
-
-    given = {f"layer.{name}": tensor for name, tensor in other.named_parameters()}
-    assert functional_call(Seen(), given, ()) == (None, False)
-    assert seen(layer)[1], "its own is back"
-    replica = layer._replicate_for_data_parallel()
-    replica.weight_mask = None
-    replica.weight_index = layer.weight_index.detach().clone()
-    replica.weight_values = layer.weight_values.detach()
-    assert seen(replica) == (None, False)
-    layer.weight_index.data = other.weight_index.detach().clone()
-    assert seen(layer) == (None, False)
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(device, seed, layout, dtype):
+    case = make_case(seed, 40, 31, 72, 2, dtype, layout=layout, device=device)
+    for layer in frozen_and_disabled(case, layout):
+        expected = case.input.double() @ case.weight.double().T
+        torch.testing.assert_close(
+            layer(case.input).double(), expected, rtol=0, atol=0.02 * expected.abs().max().item()
+        )
+        wide = layer.float()
+        with torch.autocast(device.type, dtype):
+            assert wide(case.input.float()).dtype == dtype
 
 
-def test_what_is_known_of_a_mask_is_there_in_compiled_code(served, seed):
-    layer = masked(seed, transposable=True)
-
-    def read(x):
-        weight = layer.sparse_weight
-        return x + weight.transposable, weight.library_metadata
-
-    compiled = torch.compile(read, fullgraph=True, backend="eager")
-    flag, metadata = compiled(torch.zeros(1))
-    assert flag.item() == 1
-    assert torch.equal(metadata, layer.weight_library_metadata)
+@every_layout
+def test_a_bias_that_is_trained_gets_its_gradient(device, seed, layout):
+    case = make_case(seed, 5, 31, 72, 2, layout=layout, device=device, bias=True)
+    for layer in frozen_and_disabled(case, layout):
+        layer.bias.requires_grad_(True)
+        layer(case.input).backward(case.grad_output)
+        torch.testing.assert_close(layer.bias.grad, case.grad_output.sum(0))
 
 
-def test_a_layer_made_without_gradients_knows_its_mask(served, seed):
-    """Tensors made under inference_mode count no writes."""
-    with torch.inference_mode():
-        layer = masked(seed, transposable=True)
-        assert seen(layer)[1]
-    assert seen(layer)[0] is not None
+@every_layout
+def test_compiled_and_exported(device, seed, layout):
+    case = make_case(seed, 5, 31, 72, 2, layout=layout, device=device)
+    for layer in frozen_and_disabled(case, layout):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        plain, traced = (case.input.clone().requires_grad_() for _ in range(2))
+        assert torch.equal(compiled(traced), layer(plain))
+        compiled(traced).backward(case.grad_output)
+        layer(plain).backward(case.grad_output)
+        assert torch.equal(traced.grad, plain.grad)
+        tokens = torch.export.Dim("tokens", min=2)
+        program = torch.export.export(layer, (case.input,), dynamic_shapes=({0: tokens},))
+        more = torch.cat([case.input, case.input])
+        assert torch.equal(program.module()(more), layer(more))
+
+
+def test_pickles_with_what_layers_once_knew_of_a_mask_load(seed):
+    case = make_case(seed, 5, 31, 72, 2, layout="2:4")
+    layer = LoRSLinear.from_linear(linear_of(case), r=2, layout="2:4")
+    expected, weight = layer(case.input), layer.sparse_weight
+    layer.__dict__.update(weight_library_metadata=None, weight_transposable=True, _mask_known=None, products="auto")
+    weight.__dict__.update(library_metadata=None, transposable=True)
+    layer, weight = pickle.loads(pickle.dumps((layer, weight)))
+    assert torch.equal(layer(case.input), expected)
+    assert torch.equal(weight.to("cpu").to_dense(), layer.weight)

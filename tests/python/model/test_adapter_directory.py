@@ -189,3 +189,10 @@ def test_a_directory_can_be_moved(saved, tmp_path):
     model, directory = saved
     shutil.move(directory, tmp_path / "elsewhere")
     assert torch.equal(logits(load_adapter(tiny_llama(), tmp_path / "elsewhere")), logits(model))
+
+
+def test_a_config_with_products_loads(saved):
+    model, directory = saved
+    edit_config(directory, products="sparse")
+    other = load_adapter(tiny_llama(), directory)
+    assert torch.equal(logits(other), logits(model))

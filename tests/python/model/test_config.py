@@ -89,6 +89,10 @@ def test_from_dict_names_an_unknown_field():
     refused(TypeError, lambda: LoRSConfig.from_dict(["r"]), "needs a mapping", "list")
 
 
+def test_from_dict_reads_what_had_products():
+    assert LoRSConfig.from_dict({"r": 4, "products": "sparse"}) == LoRSConfig(r=4)
+
+
 PATTERNS = ["q_proj", "self_attn.q_proj", r"layers\.0\..*", r".*\.0\.self_attn.*", "^q_proj", "proj", "a|q_proj", "0.q"]
 NAMES = [Q_PROJ, "q_proj", "model.layers.10.q_proj", "model.q_proj.x", "xq_proj", "layers.0.up", "a"]
 

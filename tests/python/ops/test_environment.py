@@ -142,7 +142,7 @@ from cases import make_case
 
 case = make_case(11, 129, 96, 257, 16, torch.bfloat16, explicit_mask=True, bias=True)
 digest = hashlib.sha256()
-for result in (case.linear(), *case.linear_backward("lors"), *case.adapter_grad("exact"), case.merge()):
+for result in (case.linear(), *case.linear_backward("exact"), case.merge()):
     digest.update(result.view(torch.int16).numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -11,6 +11,7 @@ import torch
 from cases import ADAPTER_DTYPES, FLOATS, SHAPES, lors, make_case, skip_unserved
 from expectations import check_merge, check_merge_backward
 from lors_cuda import reference
+from lors_cuda.formats import pack_mask
 from tolerance import assert_zero_off_mask
 
 INF, NAN = float("inf"), float("nan")
@@ -58,7 +59,7 @@ def test_explicit_mask_keeps_zeros_and_drops_garbage(device, dtype):
     mask = torch.tensor([[True, False, True, False, True]], device=device)
     lora_A = torch.tensor([[1.5, 2.0, -1.25, 0.5, 2.5]], device=device)
     lora_B = torch.tensor([[0.5]], device=device)
-    merged = lors.merge(weight, lors.mask_pack(mask), None, lora_A, lora_B, 2.0)
+    merged = lors.merge(weight, pack_mask(mask), None, lora_A, lora_B, 2.0)
     assert merged.tolist() == [[1.5, 0.0, -1.25, 0.0, 3.0]]
     assert_zero_off_mask(merged, mask)
 
@@ -179,24 +180,6 @@ def test_strides(device, seed, dtype):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (3, 31), (4, 32), (5, 33), (7, 64), (31, 257), (300, 515)])
-def test_masks_pack_and_unpack(device, seed, shape):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(device) < 0.4
-    bits = lors.mask_pack(mask)
-    assert bits.dtype == torch.int32
-    assert bits.shape == (shape[0], (shape[1] + 31) // 32)
-    assert torch.equal(lors.mask_unpack(bits, shape[1]), mask)
-    # Bit k % 32 of word k // 32, and no bit beyond the last column.
-    words = bits.cpu().to(torch.int64) & 0xFFFFFFFF
-    for n, k in ((0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 2)):
-        if 0 not in shape:
-            assert bool(words[n, k // 32] >> (k % 32) & 1) == bool(mask[n, k])
-    assert int(sum((words >> i & 1).sum() for i in range(32))) == int(mask.sum())
-    for strided in (mask.T.contiguous().T, torch.stack([mask, ~mask], dim=-1)[..., 0]):
-        assert torch.equal(lors.mask_pack(strided), bits)
-    assert torch.equal(lors.mask_unpack(bits.T.contiguous().T, shape[1]), mask)
-
-
 def test_bits_beyond_the_last_column_are_not_read(device, seed):
     case = make_case(seed, 1, 13, 70, 3, device=device, explicit_mask=True)
     bits = case.bits
@@ -204,7 +187,6 @@ def test_bits_beyond_the_last_column_are_not_read(device, seed):
     noisy[:, -1] |= -1 << (70 - 64)
     args = (case.lora_A, case.lora_B, case.scaling)
     assert torch.equal(lors.merge(case.weight, noisy, None, *args), lors.merge(case.weight, bits, None, *args))
-    assert torch.equal(lors.mask_unpack(noisy, 70), case.mask)
 
 
 def test_the_oracle_is_the_paper_written_out():

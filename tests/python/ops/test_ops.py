@@ -38,34 +38,25 @@ def good(
         case "linear_backward":
             activations = {"grad_output": case.grad_output, "input": case.input}
             return {**activations, **adapted, "bias": case.bias, **s, **g, **wanted}
-        case "adapter_grad":
-            del wanted["needs_input_grad"]
-            return {"grad_output": case.grad_output, "input": case.input, **adapted, **s, **g, **wanted}
-        case "mask_pack":
-            return {"mask": case.kept}
-        case "mask_unpack":
-            return {"bits": lors.mask_pack(case.kept), "in_features": case.kept.shape[1]}
     raise AssertionError(op)
 
 
-ADAPTED = ("merge", "merged_operand", "merge_backward", "linear", "linear_backward", "adapter_grad")
-OPS = (*ADAPTED, "mask_pack", "mask_unpack")
+ADAPTED = ("merge", "merged_operand", "merge_backward", "linear", "linear_backward")
 
 
 def test_every_op_is_here():
     known = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
-    expected = {f"lors::{op}" for op in (*OPS, *FORMATS)} | {"lors::build_info"}
+    expected = {f"lors::{op}" for op in (*ADAPTED, *FORMATS)} | {"lors::build_info"}
     if _library._CUDA_MISSING is None:  # the CUDA half brings some of its own, with or without a GPU
         expected.add("lors::cuda_device_problem")
-        expected |= {f"lors::sparse_product_{word}" for word in ("compress", "problem", "info", "clear", "set")}
     assert known == expected
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])
 @pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ADAPTED)
 def test_opcheck(device, seed, op, explicit, gradient):
-    if gradient == "exact" and op in ("merge", "merge_backward", "mask_pack", "mask_unpack"):
+    if gradient == "exact" and op in ("merge", "merge_backward"):
         pytest.skip("this op has no gradient argument")
     several = ((T, torch.float32, True), (1, torch.float64, False)) if explicit else ((0, torch.bfloat16, True),)
     for tokens, dtype, bias in several:
@@ -83,13 +74,12 @@ def test_opcheck(device, seed, op, explicit, gradient):
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
 def test_opcheck_of_unwanted_gradients(device, seed, needs):
     case = make_case(seed, T, N, K, R, device=device, bias=True)
-    for op in ("linear_backward", "adapter_grad"):
-        args = good(op, case, needs=needs)
-        if op == "linear_backward" and not needs[1] and not needs[2]:
-            args["input"] = None
-        torch.library.opcheck(
-            getattr(lors, op).default, tuple(args.values()), test_utils=("test_schema", "test_faketensor")
-        )
+    args = good("linear_backward", case, needs=needs)
+    if not needs[1] and not needs[2]:
+        args["input"] = None
+    torch.library.opcheck(
+        lors.linear_backward.default, tuple(args.values()), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("op", ADAPTED)
@@ -106,7 +96,7 @@ def test_no_op_writes_to_its_arguments(device, seed, op):
         assert result.is_contiguous()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ADAPTED)
 def test_results_repeat_bit_for_bit(device, seed, op):
     case = make_case(seed, 129, 48, 70, 16, torch.bfloat16, device=device, bias=True)
     args = good(op, case)
@@ -131,7 +121,6 @@ def refusals() -> list:
         ("lora_A", f(R, K + 1), "lora_A has shape [3, 34]; it must be [r, 33]"),
         ("lora_A", f(K), "lora_A has shape [33]"),
         ("lora_A", f(R, K, 1), "lora_A has shape [3, 33, 1]"),
-        ("lora_A", f(0, K), "the rank r must be at least 1"),
         ("lora_A", f(R, K, dtype=torch.int8), "lora_A has a dtype that is not supported"),
         ("lora_A", f(R + 1, K), "lora_B has shape [6, 3]; it must be [6, 4]"),
         ("lora_B", f(N, R - 1), "lora_B has shape [6, 2]; it must be [6, 3]"),
@@ -175,23 +164,9 @@ def refusals() -> list:
     ]
     wrong = {
         "merge": adapted,
-        "merge_backward": adapted + merged,
+        "merge_backward": [*adapted, *merged, ("lora_A", f(0, K), "the rank r must be at least 1")],
         "linear": adapted + tokens + bias,
         "linear_backward": [*adapted, *tokens, *grad_output, *bias, ("input", None, "input is None; it is needed")],
-        "adapter_grad": adapted + tokens + grad_output,
-        "mask_pack": [
-            ("mask", f(N, K), "it must be a bool tensor [out_features, in_features]"),
-            ("mask", f(N, K, 1, dtype=torch.bool), "mask has shape [6, 33, 1]"),
-            ("mask", torch.tensor(True), "mask has shape []"),
-        ],
-        "mask_unpack": [
-            ("bits", f(N, 2), "it must be int32 [out_features, 2] for in_features = 33"),
-            ("bits", f(N, 3, dtype=torch.int32), "bits has shape [6, 3]; it must be int32 [out_features, 2]"),
-            ("bits", f(2, dtype=torch.int32), "bits has shape [2]"),
-            ("in_features", 65, "it must be int32 [out_features, 3] for in_features = 65"),
-            ("in_features", -1, "in_features = -1"),
-            ("in_features", 2**63 - 1, "in_features = 9223372036854775807"),
-        ],
     }
     return [
         pytest.param(op, name, value, message, id=f"{op}-{name}-{i}")
@@ -292,9 +267,8 @@ CRASH = """
             lambda: lors.merge_backward(tensor(N, K, dtype=dtype), *adapted, s),
             lambda: lors.linear(X, *adapted, bias, s, g),
             lambda: lors.linear_backward(dY, X, *adapted, bias, s, g, *needs),
-            lambda: lors.adapter_grad(dY, X, *adapted, s, g, *needs[1:]),
-            lambda: lors.mask_pack(tensor(N, K, dtype=torch.bool)),
-            lambda: lors.mask_unpack(tensor(N, (K + 31) // 32, dtype=torch.int32), chance.choice((K, K, 0, -1, 2**62))),
+            lambda: lors.sparse24_merge(tensor(N, K // 2), tensor(N, (K + 7) // 8, dtype=torch.uint8), A, B, s),
+            lambda: lors.compress(weight, tensor(N, (K + 31) // 32, dtype=torch.int32)),
         )
         for call in calls:
             try:

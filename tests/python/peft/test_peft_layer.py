@@ -32,10 +32,7 @@ from peft_models import (
     output_reference,
     peft,
 )
-from sparse_product_cases import K, N, problem
 from tolerance import assert_zero_off_mask
-
-pytest_plugins = ["sparse_product_fixtures"]
 
 
 @every_layout
@@ -58,20 +55,6 @@ def test_is_the_masked_product(device, seed, layout, dtype, bias):
     assert isinstance(layer.base_layer, nn.Linear if layout == "dense" else SparseLinear)
     assert layer.sparse_weight.layout == layout
     check_linear(model(case.input), held)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_what_the_base_knows_of_its_mask_is_passed_on(served, seed, merged):
-    linear = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
-    linear.weight.data = problem(seed, torch.bfloat16, transposable=True).weight
-    config = config_of(target_modules=["0"])
-    layer = layers(peft.get_peft_model(nn.Sequential(SparseLinear.compress(linear, "2:4")), config))["0"]
-    if merged:
-        layer.merge()
-    expected, weight = layer.base_layer.sparse_weight.library_metadata, layer.sparse_weight
-    assert expected is not None
-    assert weight.library_metadata is expected
-    assert weight.transposable
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])

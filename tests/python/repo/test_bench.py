@@ -184,19 +184,3 @@ def test_linear_refuses_what_it_cannot_run(tmp_path: Path) -> None:
     done = command(BENCH / "linear.py", "--quick", "--rank", 1000)
     assert done.returncode == 2
     assert "--rank 1000 is larger than the smaller side of --shape" in done.stderr
-
-
-def test_sparse_products_quick_writes_every_way(tmp_path: Path) -> None:
-    output = tmp_path / "sparse.json"
-    done = command(BENCH / "gpu" / "sparse.py", "--quick", "--output", output)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(output.read_text())["rows"]
-    products = [row for row in rows if row["benchmark"] == "sparse"]
-    found = {(row["operation"], row["peer"]) for row in products}
-    assert {(o, p) for o in ("forward", "input_gradient") for p in ("dense", "recompress", "auto")} <= found
-    for row in products:
-        assert row["failed"] is None
-        assert len(row["raw_seconds"]) == row["rounds"] >= 1
-        assert row["peer"].endswith("_again") or row["error"] <= 1e-2
-    (plan,) = [row for row in rows if row["benchmark"] == "sparse_plan"]
-    assert min(plan[f"{what}_seconds"] for what in ("first", "loaded", "warm")) > 0

@@ -16,9 +16,9 @@ CALLS = [
 ]
 PLANTED = [
     ("reduce.cuh", "sum[i] *= p.scale;", ""),
-    ("adapter_grad_exact_product.cuh", "a[m], b[2], b[3]);", "a[m], b[3], b[2]);"),
-    ("adapter_grad_exact_product.cuh", "kRows < end_token();", "kRows <= end_token();"),
-    ("adapter_grad_exact_tile.cuh", "bits >> (kNext * i + 1) & 1 ?", "bits >> (kNext * i) & 1 ?"),
+    ("adapter_grad_exact_tiles.cuh", "a[m], b[2], b[3]);", "a[m], b[3], b[2]);"),
+    ("adapter_grad_exact_tiles.cuh", "kRows < end_token();", "kRows <= end_token();"),
+    ("adapter_grad_exact_tiles.cuh", "bits >> (kNext * i + 1) & 1 ?", "bits >> (kNext * i) & 1 ?"),
 ]
 
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA's own words for g++: what a kernel may use besides ptx.h. Number types come from NVIDIA's headers, whose host
-// side is ordinary C++; here is what those headers leave to nvcc.
+// CUDA's built-ins for g++: what a kernel may use besides ptx.h. Number types come from NVIDIA's headers, whose host side is
+// ordinary C++; this file has what those headers leave to nvcc.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +29,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Neither would be checked; a kernel that uses one does not compile here.
+// Accesses to either could not be checked: a kernel that uses one does not compile here.
 #define __shared__ static_shared_memory_is_not_simulated_use_ptx_dynamic_shared
 #define __constant__ constant_memory_is_not_simulated
 
@@ -39,7 +39,7 @@
 #define gridDim (::lors::sim::coordinates->grid_size)
 #define warpSize 32
 
-// ---- synchronisation --------------------------------------------------------------------------------------------------------
+// ---- synchronisation ----
 inline void __syncthreads(lors::sim::Site site = lors::sim::Site::current()) { lors::sim::block_barrier(site); }
 inline void __syncwarp(uint32_t mask = ~0u, lors::sim::Site site = lors::sim::Site::current()) {
   lors::sim::collective("__syncwarp", mask, nullptr, nullptr, site);
@@ -49,8 +49,7 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap(lors::sim::Site site = lors::sim::Site::current()) { lors::sim::fail(site, "__trap"); }
 
-// ---- warp collectives
-// ---------------------------------------------------------------------------------------------------------
+// ---- warp collectives ----
 namespace lors::sim {
 template <typename T>
 T shuffled(const char* name, uint32_t mask, T value, int source, Site site) {
@@ -101,8 +100,7 @@ inline int __all_sync(uint32_t mask, int vote, lors::sim::Site site = lors::sim:
   return lors::sim::voted("__all_sync", mask, vote != 0, site) == mask;
 }
 
-// ---- atomics
-// ------------------------------------------------------------------------------------------------------------------
+// ---- atomics ----
 namespace lors::sim {
 // One atomic per operation `op`, a stateless function object of (before, operand).
 template <typename T, typename Op>
@@ -145,8 +143,7 @@ T atomicExch(T* at, std::type_identity_t<T> v, lors::sim::Site site = lors::sim:
   return lors::sim::atomically(at, v, [](T, T y) { return y; }, site);
 }
 
-// ---- integers and floats
-// ------------------------------------------------------------------------------------------------------
+// ---- integers and floats ----
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __popcll(uint64_t x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
@@ -193,10 +190,9 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-// ---- 16-bit arithmetic that the host headers lack
-// ------------------------------------------------------------------------------- The product of two 16-bit numbers is exact in
-// double, and a sum rounded there first cannot change the 16-bit rounding's side except on ties that need more than double's 53
-// bits.
+// ---- 16-bit arithmetic that the host headers lack ----
+// The product of two 16-bit numbers is exact in double. Rounding the sum to double first changes the 16-bit result only on ties
+// that need more than 53 bits.
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   const double product = static_cast<double>(__bfloat162float(a)) * static_cast<double>(__bfloat162float(b));
   return __double2bfloat16(product + static_cast<double>(__bfloat162float(c)));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What simulated kernels call: the runtime's entry points behind the words of CUDA (cuda_words.h) and the functions of
-// ptx_sim.h. Every entry takes the place in the kernel's source it was called from.
+// The runtime's entry points behind CUDA's built-ins (cuda_words.h) and the functions of ptx_sim.h. Each takes the place in the
+// kernel's source from which it was called.
 #pragma once
 
 #include <vector_types.h>
@@ -13,10 +13,10 @@
 
 namespace lors::sim {
 
-// As a defaulted argument it names the caller's place; it is one pointer.
+// As a default argument it is the caller's place.
 using Site = std::source_location;
 
-// What a kernel did wrong, with its place and thread. Passes through the launcher to whoever called it.
+// A kernel's fault, with its place and thread. Propagates through the launcher to its caller.
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
 };
@@ -29,7 +29,7 @@ extern const Coordinates* coordinates;  // of the running thread
 
 [[noreturn]] void fail(Site site, const std::string& message);
 
-// ---- memory ---------------------------------------------------------------------------------------------------------------
+// ---- memory ----
 // Addresses that kernels see are backed by no page: only these functions translate them, so a plain `*p` faults and is
 // reported. `bytes` is 1, 2, 4, 8 or 16 and the address must be a multiple of it.
 void load_global(void* value, const void* from, int bytes, bool once, Site site);
@@ -47,10 +47,10 @@ void copy_async(uint32_t to, const void* from, int from_bytes, Site site);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// ---- rendezvous -----------------------------------------------------------------------------------------------------------
+// ---- warp collectives ----
 void block_barrier(Site site);
 
-// All lanes of `mask` meet; the last one runs body(operands of each lane, mask) for all.
+// Waits for all lanes of `mask`; the last one runs body(operands of each lane, mask) for all.
 using CollectiveBody = void (*)(void* const* operands, uint32_t mask);
 void collective(const char* name, uint32_t mask, void* operand, CollectiveBody body, Site site);
 
@@ -72,10 +72,10 @@ void read_shared_row(void* row, uint32_t address, Site site);
 void load_matrices(uint32_t (&r)[4], uint32_t row, bool transposed, Site site);
 void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bfloat16, Site site);
 
-// ---- launching ------------------------------------------------------------------------------------------------------------
+// ---- launching ----
 int device_multiprocessors();
 int device_shared_bytes();
-// Runs body(context) once per thread. Returns a sentence where CUDA itself would refuse the launch; throws Error where the
+// Runs body(context) once per thread. Returns a message where CUDA would refuse the launch; throws Error where the
 // kernel is at fault.
 std::string run_grid(const char* name, dim3 grid, dim3 block, int shared_bytes, const void* stream, void (*body)(void*),
                      void* context);

@@ -9,7 +9,7 @@ namespace lors::sim {
 
 namespace {
 
-// Shared memory as 32-bit addresses begins here, not at 0, so that an offset taken for an address is noticed.
+// 32-bit shared addresses begin here, not at 0, so that an offset used as an address is detected.
 constexpr uint32_t kSharedBase = 1024;
 
 struct Here {

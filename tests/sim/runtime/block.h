@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads of one block and the scheduler that runs them one at a time, in random order, each until it has to wait.
+// The threads of one block and their scheduler, which runs one at a time, in random order, until it has to wait.
 #pragma once
 
 #include <array>
@@ -39,7 +39,7 @@ struct Thread {
   Site site;               // of the last call into the runtime
   std::vector<AsyncCopy> uncommitted;
   std::deque<std::vector<AsyncCopy>> groups;
-  // For the race detector: what of each lane of the warp this thread has synchronised with.
+  // For the race detector: the clock up to which this thread has synchronised with each lane of its warp.
   std::array<uint32_t, 32> seen;
 };
 
@@ -58,7 +58,7 @@ struct Warp {
   std::unique_ptr<RequestLog> log;
 };
 
-// What a launch is, for everything below it.
+// The parameters of a launch.
 struct Launch {
   const char* name = "";
   dim3 grid, block;
@@ -79,7 +79,7 @@ class Block {
   void meet(const char* name, uint32_t mask, void* operand, CollectiveBody body, Site site);
   void pause();                                           // another thread may run
   void pause_sometimes();                                 // with the probability that the device asks for
-  [[noreturn]] void abandon(const std::string& message);  // from a thread that cannot go on, without unwinding it
+  [[noreturn]] void abandon(const std::string& message);  // ends the block from a faulted thread, without unwinding it
   bool is_shared(uint64_t address) const { return shared_.contains(address); }
   uint8_t* shared_backing(uint32_t offset) const { return shared_.backing(shared_.begin() + offset); }
   uint64_t shared_begin() const { return shared_.begin(); }
@@ -114,7 +114,7 @@ class Block {
   std::string failure_;
 };
 
-// Which thread, in words.
+// Names a thread in an error message.
 std::string describe_thread(const Coordinates& c);
 std::string describe_site(Site site);
 bool same_place(Site a, Site b);

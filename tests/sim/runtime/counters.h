@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a launch did to memory, counted per warp request as the hardware does: a performance model without a GPU.
+// Counts the memory accesses of a launch per warp request, as the hardware's profiler does.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@ namespace lors::sim {
 struct Counters {
   uint64_t blocks = 0, barriers = 0, warp_syncs = 0, shuffles = 0, votes = 0, atomics = 0;
   uint64_t global_load_requests = 0, global_store_requests = 0;  // of a warp
-  uint64_t global_bytes_read = 0, global_bytes_written = 0;      // asked for, cp.async included
+  uint64_t global_bytes_read = 0, global_bytes_written = 0;      // requested, cp.async included
   uint64_t global_sectors_read = 0, global_sectors_written = 0;  // of 32 bytes, summed over requests
   uint64_t shared_load_requests = 0, shared_store_requests = 0;
   uint64_t shared_bytes_read = 0, shared_bytes_written = 0;
@@ -74,7 +74,7 @@ class SectorSet {
 struct Traffic {
   uint64_t sectors_read = 0, sectors_written = 0;                // summed over requests
   uint64_t unique_sectors_read = 0, unique_sectors_written = 0;  // different ones
-  uint64_t bytes_read = 0, bytes_written = 0;                    // asked for
+  uint64_t bytes_read = 0, bytes_written = 0;                    // requested
   SectorSet read, written;
 };
 
@@ -88,13 +88,14 @@ struct LaunchRecord {
 
 enum class Space : uint8_t { global_load, global_store, shared_load, shared_store, copy_source, copy_target };
 
-// Groups the accesses of a warp's lanes into requests: the n-th access of each lane at one place since the lanes last met.
+// Groups the accesses of a warp's lanes into requests: the n-th access of each lane at one place since the lanes last
+// synchronised.
 class RequestLog {
  public:
   RequestLog(LaunchRecord& record, uint32_t lanes) : record_(record), lanes_(lanes) {}
   // `moved`: bytes that count as read or written, at most `width`. `buffer`: of a global address.
   void add(Space space, Site site, int lane, uint64_t address, int width, int moved, int buffer);
-  // The lanes have met, or the block has ended.
+  // The lanes have synchronised, or the block has ended.
   void flush();
 
  private:
@@ -106,7 +107,7 @@ class RequestLog {
   struct Place {
     const void* key;
     Space space;
-    uint32_t processed = 0;            // requests that are complete and gone
+    uint32_t processed = 0;            // requests that are complete and removed
     std::array<uint32_t, 32> reached;  // accesses of each lane
     std::vector<Request> open;         // from `processed` on; kept, emptied, for reuse
     size_t used = 0;
@@ -120,8 +121,8 @@ class RequestLog {
   size_t used_places_ = 0, last_ = 0;
 };
 
-// Wavefronts of one request to shared memory beyond those it would need without bank conflicts. 4-byte accesses are served
-// 32 lanes at a time, 8-byte ones 16, 16-byte ones 8.
+// Wavefronts of one request to shared memory beyond those it would need without bank conflicts. A wavefront has 32 lanes of
+// 4-byte accesses, 16 of 8-byte or 8 of 16-byte ones.
 int bank_conflicts(const uint64_t* address, uint32_t lanes, int width);
 
 }  // namespace lors::sim

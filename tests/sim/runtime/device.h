@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A simulated GPU: its memory, how it is to behave, and what its launches did.
+// A simulated GPU: its memory, its options and the records of its launches.
 #pragma once
 
 #include <set>
@@ -16,7 +16,7 @@ enum class Landing : uint8_t { early, late, random };  // of asynchronous copies
 
 struct Options {
   uint64_t seed = 1;
-  double preempt = 0;  // probability of another thread's turn at each access
+  double preempt = 0;  // probability of preemption at each access
   Landing copies = Landing::random;
   bool race = false;
   bool count = true;
@@ -37,7 +37,7 @@ class Device {
   std::vector<LaunchRecord> launches;  // the last one is running or has run
   uint32_t first_serial = 0;           // of the running launch's blocks
 
-  // Of CudaHost.allocate.
+  // Buffers of CudaHost.allocate.
   int scratch_buffers = 0;
   std::set<int> scratch_in_use;
   std::string scratch_misuse;  // to be reported when the call is over

@@ -51,10 +51,10 @@ constexpr size_t kGuard = 4096;
 Fiber* running = nullptr;
 void* scheduler_pointer = nullptr;
 
-// Of fibers that are gone. Never unmapped: the next launch takes them.
+// Stacks of destroyed fibers, kept for the next launch.
 std::vector<char*> spare_stacks;
 
-// AddressSanitizer has to be told of every change of stack.
+// AddressSanitizer must be informed of every change of stack.
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;

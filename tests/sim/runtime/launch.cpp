@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a grid: its blocks one after another in random order. Turns a fault of the running thread into an Error.
+// Runs a grid, its blocks one after another in random order, and converts a fault of the running thread to an Error.
 #include <dlfcn.h>
 #include <signal.h>
 #include <ucontext.h>
@@ -23,7 +23,7 @@ int device_shared_bytes() { return Device::current->options.shared_bytes; }
 
 namespace {
 
-// ---- faults ---------------------------------------------------------------------------------------------------------------
+// ---- faults ----
 // A fault can be at any instruction, where nothing may be thrown. The handler makes the thread continue in after_fault, on
 // the emptied stack, which leaves for the scheduler.
 struct Fault {
@@ -98,7 +98,7 @@ class CatchFaults {
   struct sigaction bus_before_{};
 };
 
-// ---- grids ----------------------------------------------------------------------------------------------------------------
+// ---- grids ----
 std::string refusal(const Device& device, dim3 grid, dim3 block, int shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0) return "a grid or block without threads";

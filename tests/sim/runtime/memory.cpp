@@ -49,7 +49,7 @@ int Memory::allocate(const std::string& name, int64_t bytes, int misalign, bool 
   return static_cast<int>(buffers_.size()) - 1;
 }
 
-// The address is never handed out again, so that a later use is recognised.
+// The address is never reused, so that a later access is recognised as a use after release.
 void Memory::release(int index) {
   Buffer& buffer = buffers_[static_cast<size_t>(index)];
   buffer.released = true;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory. Kernels see addresses in a range that no page backs; the bytes lie elsewhere, at the same offset. A raw
-// access therefore faults, whatever instruction the compiler chose for it, and only the runtime can reach the bytes.
+// Device memory. Kernels see addresses in a range without pages; the bytes are elsewhere, at the same offset. So a raw access
+// faults, whatever instruction the compiler chose for it, and only the runtime can access the bytes.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ class Memory {
   const std::vector<Buffer>& buffers() const { return buffers_; }
   bool contains(uint64_t address) const { return window_.contains(address); }
   uint8_t* backing(uint64_t address) const { return window_.backing(address); }
-  // The buffer that holds [address, address + bytes), or -1 and a sentence in `problem`.
+  // The buffer that holds [address, address + bytes), or -1 and an error message in `problem`.
   int find(uint64_t address, int64_t bytes, std::string* problem) const;
 
  private:

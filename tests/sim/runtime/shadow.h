@@ -38,7 +38,7 @@ struct Now {
 
 class Shadow {
  public:
-  // The sentence of a conflict, or empty. `needs_value`: bytes that nothing has written are a conflict too.
+  // The description of a conflict, or empty. `needs_value`: bytes that nothing has written are a conflict too.
   std::string access(uint64_t address, int bytes, const Now& now, bool needs_value);
   // An asynchronous copy is a write at its issue, forbids every access while it is in flight, and is a write at its wait.
   std::string begin_copy(uint64_t address, int bytes, const Now& now);
@@ -49,7 +49,7 @@ class Shadow {
   // conflict with one of them to conflict with one that is.
   struct Group {
     Stamp first, other;
-    uint32_t lanes = 0;  // all of the warp that came at first's moment; 0: nobody
+    uint32_t lanes = 0;  // lanes of the warp that accessed at the same clock as `first`; 0: none
     bool has_other = false;
   };
   struct Cell {
@@ -64,7 +64,7 @@ class Shadow {
   };
   static constexpr int kPageShift = 10;
 
-  // Calls visit(cell) for every cell of the range until it returns a sentence.
+  // Calls visit(cell) for every cell of the range until it returns a description.
   template <typename Visit>
   std::string for_cells(uint64_t address, int bytes, Visit visit);
   static std::string check_group(const Group& group, const char* what, const Now& now);

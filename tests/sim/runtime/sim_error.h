@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Python sees of a Status that is not success.
+// The exception that a failed Status becomes in Python.
 #pragma once
 
 #include <stdexcept>

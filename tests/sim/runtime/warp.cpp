@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the lanes of a warp do together: shuffles, votes, ldmatrix, mma. Fragment layouts are those of the PTX ISA.
+// Warp collectives: shuffles, votes, ldmatrix, mma. Fragment layouts are those of the PTX ISA.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -18,7 +18,7 @@ void for_lanes(uint32_t mask, Visit visit) {
   for (; mask != 0; mask &= mask - 1) visit(static_cast<uint32_t>(std::countr_zero(mask)));
 }
 
-// Everything the lanes did before is now known to each of them.
+// Orders everything the lanes did before for each of them.
 void synchronise(void* const*, uint32_t mask) {
   const Warp& warp = *Block::thread->warp;
   std::array<uint32_t, 32> all{};
@@ -46,7 +46,7 @@ struct MultiplyOperand {
   const uint32_t *a, *b;
 };
 
-// Sums in double and rounds once: one of the results a tensor core may give, whose own order and rounding are not public.
+// Sums in double and rounds once: one of the results a tensor core may give; its order and rounding are not documented.
 template <bool kBfloat16>
 void multiply_fragments(void* const* operands, uint32_t) {
   double A[16][16], B[16][8], C[16][8];
@@ -131,7 +131,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], boo
   if (lane() == 0) ++counters().mma;
 }
 
-// Each lane reads the row it gave, so that checks blame the right lane; the rows are dealt out once all have.
+// Each lane reads the row whose address it gave, so that errors name that lane; then the rows are distributed.
 void load_matrices(uint32_t (&r)[4], uint32_t row, bool transposed, Site site) {
   MatrixOperand operand{r, {}, row};
   read_shared_row(operand.row.data(), row, site);

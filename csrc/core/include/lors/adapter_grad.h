@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the adapters, without an N x K product in memory (arXiv 2501.08582, section 3.2):
+// Gradients of the adapters, without an N x K gradient in memory (arXiv 2501.08582, section 3.2):
 //   "lors"   lora_B_grad = s dY^T (X A^T)            lora_A_grad = s (dY B)^T X
 //   "exact"  lora_B_grad = s (M o dY^T X) A^T        lora_A_grad = s B^T (M o dY^T X), by panels of dY^T X
 #pragma once
@@ -27,12 +27,12 @@ struct AdapterGradArgs {
   void* lora_B_grad = nullptr;  // [N, r] in lora_B_dtype; null: not wanted
 };
 
-// The "lors" gradients. Deterministic: the result does not depend on the number of threads.
+// The "lors" gradients. Bit-reproducible for any number of threads.
 Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
-// The "exact" gradients in one call: tiles of G = dY^T X are masked and contracted where they are computed, and G is never in
-// memory. Deterministic.
+// The "exact" gradients in one call: each tile of G = dY^T X is masked and contracted in registers. Bit-reproducible. On the
+// CPU the caller forms panels of G and calls masked_contract instead.
 struct AdapterGradExactArgs : AdapterGradArgs {
   const void* weight = nullptr;  // [N, K]; read only where `mask` is null
   DType weight_dtype = DType::float32;
@@ -41,11 +41,10 @@ struct AdapterGradExactArgs : AdapterGradArgs {
 
 Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host);
 
-// One panel of rows of the weight's gradient, G = dY^T X or any other gradient of `merged`, contracted with the adapters:
+// Contracts a panel of rows of G, any gradient of the merged weight, with the adapters:
 //   lora_B_grad[n, :] = s sum_k kept[n, k] G[n, k] lora_A[:, k]
 //   lora_A_sum[k, :] += s sum_n kept[n, k] G[n, k] lora_B[n, :]
-// lora_A_sum stays in the accumulation type (float64 when grad_weight is, else float32), so that the caller adds panels
-// and rounds once.
+// lora_A_sum has the accumulation type (float64 if grad_weight is, else float32), so that it is rounded once, after all panels.
 struct MaskedContractArgs {
   int64_t rows = 0;
   int64_t in_features = 0;  // K

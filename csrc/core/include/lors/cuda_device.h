@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA half asks of a device: whether this build holds code for it, and what configurations depend on.
+// What the CUDA library needs to know of a device: whether this build has code for it, and the limits that tilings depend on.
 #pragma once
 
 #include <lors/status.h>
@@ -8,16 +8,16 @@ namespace lors {
 
 namespace cuda {
 
-// Configurations (csrc/core/cuda/*_config.h) are pure functions of the problem and of this.
+// Tilings (csrc/core/cuda/*_config.h) are pure functions of the problem and these limits.
 struct DeviceLimits {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // of one block, opted in
+  int shared_bytes = 0;  // most per block, with opt-in
 };
 
 }  // namespace cuda
 
-// Success if kernels of this build can run on CUDA device `index`; else a sentence naming the device's architecture and the
-// built ones. Asks the driver, launches nothing, synchronises nothing.
+// Success if kernels of this build can run on CUDA device `index`; else an error naming the device's architecture and the built
+// ones. Asks the driver; launches and synchronises nothing.
 Status cuda_device_supported(int index);
 
 }  // namespace lors

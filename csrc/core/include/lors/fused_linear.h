@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two large products of the layer with the merge inside them, so that the merged weight is never in memory:
+// The two large matmuls of the layer, each merging the weight while loading it, so that merged is never in memory:
 //   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
 //   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
-// merged as in merge.h: fp32 accumulation, each value rounded once to `round_to`. The products accumulate in float32.
+// merged as in merge.h, each value rounded once to `round_to`; the matmuls accumulate in float32. Reads dense weights only.
 // On the CPU bias and output are float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
@@ -16,7 +16,7 @@ struct FusedLinearArgs {
   int64_t out_features = 0;  // N
   int64_t in_features = 0;   // K
   int64_t r = 0;
-  bool input_gradient = false;       // which of the two products
+  bool input_gradient = false;       // which of the two matmuls
   const void* activation = nullptr;  // [T, K], or dY [T, N] for the input gradient; row-major
   DType activation_dtype = DType::float32;
   const void* weight = nullptr;  // [N, K] row-major; float32, bfloat16 or float16

@@ -15,59 +15,11 @@
 
 namespace lors {
 
-// What is known of a dense weight before it is compressed.
-struct Sparse24Report {
-  int64_t offending_groups = 0;   // aligned groups of four along K with more than two kept
-  int64_t first_offender = 0;     // of these the first: n * (K / 4) + g; INT64_MAX if there is none
-  int64_t offending_columns = 0;  // aligned groups of four along N (the last may be shorter) with more than two kept
-};
-
-struct Sparse24InspectArgs {
-  int64_t out_features = 0;      // N
-  int64_t in_features = 0;       // K, a multiple of 4
-  const void* weight = nullptr;  // [N, K] row-major
-  DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;    // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0 (-0.0 counts as zero)
-  Sparse24Report* report = nullptr;  // overwritten; on CUDA in device memory
-};
-
-// The weight must have no offending group: what is third or fourth in its group would be lost.
-struct Sparse24CompressArgs {
-  int64_t out_features = 0;
-  int64_t in_features = 0;       // a multiple of 4
-  const void* weight = nullptr;  // [N, K]
-  DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;  // as above; a kept -0.0 is stored as +0
-  void* values = nullptr;          // [N, K/2] in weight_dtype
-  uint8_t* metadata = nullptr;     // [N, ceil(K/8)]; null: not wanted
-};
-
-struct Sparse24DecompressArgs {
-  int64_t out_features = 0;
-  int64_t in_features = 0;
-  const void* values = nullptr;  // [N, K/2]
-  DType dtype = DType::float32;
-  const uint8_t* metadata = nullptr;  // [N, ceil(K/8)], valid
-  void* weight = nullptr;             // [N, K] in dtype, overwritten whole; +0 off the mask
-};
-
 struct Sparse24MaskArgs {
   int64_t out_features = 0;
   int64_t in_features = 0;
   const uint8_t* metadata = nullptr;  // [N, ceil(K/8)], valid
   uint32_t* mask = nullptr;           // [N, ceil(K/32)], bits beyond in_features 0
-};
-
-// Reads any bytes whatever without harm. report[0]: bytes of metadata with a code that does not occur, with bits beyond the
-// last group, or whose groups hold anything but +0 in a slot without a kept weight. report[1]: index of the first of them in
-// metadata, INT64_MAX if none.
-struct Sparse24ValidateArgs {
-  int64_t out_features = 0;
-  int64_t in_features = 0;
-  const void* values = nullptr;  // [N, K/2]; null: only the metadata is looked at
-  DType dtype = DType::float32;
-  const uint8_t* metadata = nullptr;
-  int64_t* report = nullptr;  // [2], overwritten; on CUDA in device memory
 };
 
 // merged_values = the slots of weight + scaling * mask o (lora_B lora_A), the metadata unchanged: bit for bit the values that
@@ -87,16 +39,8 @@ struct Sparse24MergeArgs {
   void* merged_values = nullptr;  // [N, K/2] in dtype; may be `values` itself
 };
 
-Status sparse24_inspect(const Sparse24InspectArgs& args, const CpuHost* host);
-Status sparse24_inspect(const Sparse24InspectArgs& args, const CudaHost& host);
-Status sparse24_compress(const Sparse24CompressArgs& args, const CpuHost* host);
-Status sparse24_compress(const Sparse24CompressArgs& args, const CudaHost& host);
-Status sparse24_decompress(const Sparse24DecompressArgs& args, const CpuHost* host);
-Status sparse24_decompress(const Sparse24DecompressArgs& args, const CudaHost& host);
 Status sparse24_mask(const Sparse24MaskArgs& args, const CpuHost* host);
 Status sparse24_mask(const Sparse24MaskArgs& args, const CudaHost& host);
-Status sparse24_validate(const Sparse24ValidateArgs& args, const CpuHost* host);
-Status sparse24_validate(const Sparse24ValidateArgs& args, const CudaHost& host);
 Status sparse24_merge(const Sparse24MergeArgs& args, const CpuHost* host);
 Status sparse24_merge(const Sparse24MergeArgs& args, const CudaHost& host);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a core call returns: success, or a sentence that says what was given and what is needed.
+// The result of a core call: success, or an error message that says what was given, what is needed and what to do.
 #pragma once
 
 #include <string>

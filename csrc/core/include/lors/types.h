@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words every kernel family shares: element types, and what a call takes from its caller.
+// What every kernel family shares: element types, weight layouts, and what a call takes from its caller.
 // No torch header is included below csrc/core.
 #pragma once
 
@@ -11,11 +11,19 @@ enum class DType : uint8_t { float64, float32, bfloat16, float16 };
 
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// How a frozen weight is stored: sparse24.h and bitmap.h describe the compressed ones.
+constexpr const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+// How a frozen weight is stored (docs/formats.md). 2:4: sparse24.h. bitmap:
+//   values       [row_offsets[N]]   the kept weights of row 0 by column, then of row 1, ...
+//   mask         [N, ceil(K/32)]    bit k % 32 of word [n, k / 32] is column k; bits beyond K are 0
+//   row_offsets  [N + 1] int64      where each row begins in values; row_offsets[0] = 0
 enum class Layout : uint8_t { dense, sparse24, bitmap };
 
-// What a CPU call takes from the program it runs in. A null member, or no host at all, means: the calling thread alone, and
-// memory from the C library.
+// Threads and memory of the calling program. A null member, or a null CpuHost, means the calling thread alone and memory from
+// the C library.
 struct CpuHost {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   // Calls body(context, begin, end) over disjoint ranges that together cover [0, count), none shorter than `grain` except
@@ -26,7 +34,7 @@ struct CpuHost {
   void (*release)(void* handle) = nullptr;
 };
 
-// What a CUDA call takes from the program it runs in. The caller has made the device current.
+// Stream and memory of the calling program, which has made the device current.
 struct CudaHost {
   void* stream = nullptr;  // the cudaStream_t everything is queued on
   // Returns `bytes` (> 0) of device memory aligned to 256 bytes, and in *handle what `release` takes. `release` is called
