@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._distributed import is_sharded
 from ._library import BUILD, check_device
-from ._sharded import is_sharded
 
 if TYPE_CHECKING:
     from .weight import SparseWeight
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The CPU's variables are judged in csrc/core/cpu/dispatch.cpp.
 _ENVIRONMENT = {
     "LORS_CUDA_FUSED": ("always", "never"),
-    "LORS_SPARSE_PRODUCT": ("auto", "dense", "sparse"),
+    "LORS_SPARSE_PRODUCT": ("dense", "sparse", "auto"),
 }
 _NAMES_SHOWN = 6
 _PROBLEMS_SHOWN = 5
@@ -43,7 +43,7 @@ SUPPORTED_LORA_FIELDS = frozenset(
         "alpha_pattern", "trainable_token_indices", "ensure_weight_tying",
         "runtime_config",  # its one field, ephemeral_gpu_offload, is for DoRA alone
         "megatron_core", "qalora_group_size",  # of no effect without megatron_config and use_qalora
-        "layout", "gradient", "lors",  # ours
+        "layout", "gradient", "lors", "products",  # ours; the last one was before 0.1.0
     }
 )  # fmt: skip
 REFUSED_LORA_FIELDS = {
@@ -111,7 +111,8 @@ def check_environment() -> None:
     for name, allowed in _ENVIRONMENT.items():
         value = os.environ.get(name)
         if value and value not in allowed:
-            raise ValueError(f"{name} is {value!r}; set it to {alternatives(allowed)}, or leave it unset.")
+            words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise ValueError(f"{name} is {value!r}; set it to {words}, or leave it unset.")
 
 
 def rank_number(name: str, value: Any) -> int:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # Files and directories are written beside their final name, flushed and renamed, so a kill or a full disk leaves the
-# old content. Used for checkpoints, logs, plots and model directories.
+# old content; a sealed directory also lists its files with checksums. Used for checkpoints, logs, plots and models.
 """Atomic output."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+SEAL_NAME = "checksums.json"
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -60,34 +64,75 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the files could not be written (also if safetensors reports it); ``path`` is unchanged.
     """
-    temporary, old = _beside(path), _beside(path, "old")
+    temporary = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-        if replace and path.exists():
-            os.rename(path, old)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
-        flush_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise not_written(path, error, error.errno) from error
-    except Exception as error:
-        # For a full disk safetensors raises its own type.
-        if type(error).__name__ == "SafetensorError":
-            raise not_written(path, error) from error
-        raise
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            move_directory(temporary, path, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_directory(source: Path, path: Path, *, replace: bool) -> None:
+    """Flush the files of ``source`` and rename it to ``path``, on one file system; see :func:`new_directory`."""
+    old = _beside(path, "old")
+    for file in source.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+    if replace and path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(source, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    flush_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(directory: Path) -> None:
+    """List the directory's files with their lengths and checksums in its ``checksums.json``."""
+    files = {str(file.relative_to(directory)): _checksum(file) for file in directory.rglob("*") if file.is_file()}
+    replace_file(directory / SEAL_NAME, json.dumps(files, indent=1).encode())
+
+
+def damage(directory: Path) -> str | None:
+    """What differs from the directory's seal, as a part of a sentence; None if nothing does, or it has no seal."""
+    try:
+        files = json.loads((directory / SEAL_NAME).read_bytes())
+        for name, expected in files.items():
+            if _checksum(directory / name) != expected:
+                return f"its {name} was cut short or changed"
+    except FileNotFoundError as error:
+        missing = Path(error.filename)
+        return None if missing.name == SEAL_NAME else f"its {missing.name} is missing"
+    except (ValueError, AttributeError):
+        return f"its {SEAL_NAME} was cut short or changed"
+    return None
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure to write in the block, whoever reports it, into an OSError that says so of ``path``."""
+    try:
+        yield
+    except ConnectionError:  # between processes
+        raise
+    except OSError as error:
+        # One that is explained already names a temporary file; its cause is the system's own.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise not_written(path, cause, error.errno) from cause
+    except Exception as error:
+        # safetensors' writer raises a type of its own for a full disk, torch's zip writer a RuntimeError.
+        if type(error).__name__ == "SafetensorError":
+            raise not_written(path, error) from error
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            raise not_written(path, OSError("the disk is full, or failed")) from error
+        raise
 
 
 def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
@@ -108,6 +153,15 @@ def flush_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _checksum(file: Path) -> list[int | str]:
+    digest, length = hashlib.sha256(), 0
+    with open(file, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+            length += len(chunk)
+    return [length, digest.hexdigest()]
 
 
 def _beside(path: Path, ending: str = "tmp") -> Path:

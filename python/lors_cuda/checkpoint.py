@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import DTYPES, joined, listed
-from ._processes import process_rank, together
-from ._sharded import check_gathered, copy_whole, original_class, reshard, whole
+from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_directory import (
     FORMAT_VERSION,
     PEFT_TYPE,

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 IGNORED = -100  # the label that torch's and transformers' cross entropy skip
 
 
 @dataclass(frozen=True)
-class TokenDataset:
-    """Tokenised examples, each at most ``sequence_length`` long, ready to be padded into batches.
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Tokenised examples, each at most ``sequence_length`` long, as a Trainer takes them; its ``data_collator`` is
+    :meth:`collate`.
 
     Attributes:
         examples: (input_ids, labels) pairs, int32 [L] each, 2 <= L <= sequence_length; labels are the input's ids
@@ -132,22 +133,30 @@ class TokenDataset:
             digest.update(b"" if labels is ids else labels.numpy().tobytes())
         return digest.hexdigest()
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Pad the examples at ``indices`` to the longest of them.
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Example ``index`` as :meth:`collate` takes it: input_ids and labels."""
+        input_ids, labels = self.examples[index]
+        return {"input_ids": input_ids, "labels": labels}
+
+    def collate(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad examples to the longest of them: the ``data_collator`` of a Trainer.
 
         Returns:
-            input_ids, attention_mask (1 = token, 0 = padding) and labels (-100 on padding): int64 [len(indices), L].
+            input_ids, attention_mask (1 = token, 0 = padding) and labels (-100 on padding): int64 [len(examples), L].
         """
-        chosen = [self.examples[index] for index in indices]
-        length = max(len(ids) for ids, _ in chosen)
-        shape = (len(chosen), length)
+        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
-        for row, (ids, marks) in enumerate(chosen):
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-            labels[row, : len(ids)] = marks
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            input_ids[row, :length] = example["input_ids"]
+            attention_mask[row, :length] = 1
+            labels[row, :length] = example["labels"]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The examples at ``indices``, padded by :meth:`collate`."""
+        return self.collate([self[index] for index in indices])
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Every example once, in order."""
@@ -155,38 +164,9 @@ class TokenDataset:
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
     def shuffled_batches(self, batch_size: int, count: int, seed: int) -> list[dict[str, Tensor]]:
-        """The first ``count`` batches of the order that ``seed`` gives; at most one pass over the data."""
-        order = ShuffledOrder(len(self), batch_size, seed)
-        return [self.batch(order.indices(step)) for step in range(min(count, -(-len(self) // order.batch_size)))]
-
-
-class ShuffledOrder:
-    """Which examples make up batch ``step``: a function of (count, batch_size, seed, step) and of nothing else.
-
-    The data is shuffled anew for each epoch, and a batch may reach over the end of one. Training is therefore
-    resumable from its step number alone. A batch is never larger than the data.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        if count < 1 or batch_size < 1:
-            raise ValueError(f"count is {count} and batch_size {batch_size}; both must be at least 1.")
-        self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
-        self._orders: dict[int, list[int]] = {}
-
-    def indices(self, step: int) -> list[int]:
-        """The examples of batch ``step``, counted from 0."""
-        start = step * self.batch_size
-        return [self._at(position) for position in range(start, start + self.batch_size)]
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.count)
-        if epoch not in self._orders:
-            order = list(range(self.count))
-            # A string seeds through SHA-512, the same on every machine and version; a tuple would not be accepted.
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
-            self._orders = {known: self._orders[known] for known in self._orders if known == epoch - 1}
-            self._orders[epoch] = order
-        return self._orders[epoch][offset]
+        """The first ``count`` batches of the data shuffled by ``seed``; at most one pass over the data."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return [self.batch(chosen.tolist()) for chosen in order.split(batch_size)[:count]]
 
 
 def load_data(path: str | os.PathLike[str], tokenizer: Any, sequence_length: int) -> TokenDataset:

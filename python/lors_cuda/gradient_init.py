@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._batches import device_of, progress_bar, running, to_device
 from ._checks import check_whole, joined
-from ._processes import summed, together
-from ._running import device_of, progress_bar, running, to_device
-from ._sharded import check_gathered
+from ._distributed import check_gathered, summed, together
 from .config import LoRSConfig
 from .model import named_lors_layers, require_unconverted
 from .targets import Target, find_targets

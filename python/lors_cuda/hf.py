@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros, small checkpoints.
-# `import lors_cuda` does not import this file, because it needs transformers.
-"""Training with Hugging Face's trainers: masks checked on the way, checkpoints of the adapter's size."""
+# For transformers.Trainer, TRL's trainers and accelerate: a callback that checks the zeros; small, atomic checkpoints;
+# a loss that is not finite stops. `import lors_cuda` does not import this file, because it needs transformers.
+"""Training with Hugging Face's trainers: masks checked on the way, checkpoints that are small and complete."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
+import re
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._distributed import from_first, summed, together
+from ._files import damage, explained, move_directory, seal
 from .adapter_directory import CONFIG_NAME
 from .checkpoint import load_adapter, save_adapter
 from .model import named_lors_layers
@@ -27,6 +35,8 @@ except ImportError as error:
     ) from error
 
 _ADAPTER_FOLDER = "adapter"
+STAGING_NAME = ".incomplete"  # in the output directory: a checkpoint that is being written
+_STATE_NAME = "trainer_state.json"
 _CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
 
 
@@ -115,33 +125,101 @@ class SparsityCallback(TrainerCallback):
 
 
 class LoRSTrainerMixin:
-    """Makes a Trainer's checkpoints adapter directories, as :func:`lors_cuda.save_adapter` writes them.
+    """Makes a Trainer's checkpoints adapter directories that are complete or not there, and stops what diverges.
 
     ``class AdapterTrainer(LoRSTrainerMixin, Trainer): pass``; TRL's trainers likewise. ``save_model`` and the
-    checkpoints then hold the adapters and ``modules_to_save`` instead of the whole model, and
-    ``resume_from_checkpoint`` and ``load_best_model_at_end`` load them with the checks of
-    :func:`lors_cuda.load_adapter`: another base mask, rank or target is refused. A whole-model checkpoint, written
-    without the mixin, is resumed as the Trainer does it.
+    checkpoints then hold the adapters and ``modules_to_save`` instead of the whole model, as
+    :func:`lors_cuda.save_adapter` writes them, and ``resume_from_checkpoint`` and ``load_best_model_at_end`` load them
+    with the checks of :func:`lors_cuda.load_adapter`: another base mask, rank or target is refused. A whole-model
+    checkpoint, written without the mixin, is resumed as the Trainer does it.
+
+    A checkpoint is written to ``.incomplete``, listed with checksums, and renamed; only then are older ones deleted. So
+    a kill or a full disk at any moment leaves the one before usable. ``resume_from_checkpoint=True`` takes the newest
+    complete one and warns of every other (:func:`last_checkpoint`).
+
+    A loss or gradient that is not finite raises FloatingPointError before the optimizer's step, in all processes
+    alike. (Not the gradient where float16's scaler skips such steps, nor where FSDP or DeepSpeed shard it.)
 
     Under FSDP and DeepSpeed the Trainer's own, whole checkpoints stay: each process holds a part there. So do its
-    checkpoints of models of lors_cuda.peft, which hold the adapters alone already.
+    checkpoints of models of lors_cuda.peft, which hold the adapters alone already. They are written in the same way.
     """
+
+    _staging: Path | None = None  # where a checkpoint is being written
+    _step_loss: Tensor | None = None  # of the batches of a step so far
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        with together():
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = _required(last_checkpoint(trainer.args.output_dir), trainer.args.output_dir)
+            elif resume_from_checkpoint:
+                problem = _incomplete(Path(resume_from_checkpoint))
+                if problem is not None:
+                    raise ValueError(f"The checkpoint '{resume_from_checkpoint}' is incomplete: {problem}. {_ANOTHER}")
+        return super().train(from_first(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        trainer: Any = self
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if trainer.accelerator.sync_gradients:  # that was the last batch before the optimizer's step
+            step_loss, self._step_loss = self._step_loss, None
+            _check_finite(trainer, step_loss)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        directory = Path(trainer._get_output_dir(trial=trial))
+        name = f"checkpoint-{trainer.state.global_step}"
+        staging, final = directory / STAGING_NAME, directory / name
+        writes = trainer.args.should_save
+        # A sharded save is a collective, which the others would wait for; there a process that fails ends by itself.
+        agreeing = contextlib.nullcontext() if _is_sharded(trainer) else together()
+        self._staging = staging
+        try:
+            with together(), explained(final):
+                if writes:
+                    shutil.rmtree(staging, ignore_errors=True)
+                    staging.mkdir(parents=True)
+            with agreeing, explained(final):
+                super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+            with together():  # every process has written its part
+                pass
+            with together(), explained(final):
+                if writes:
+                    best = trainer.state.best_model_checkpoint
+                    if best is not None and Path(best).parent == staging:
+                        trainer.state.best_model_checkpoint = str(directory / Path(best).name)
+                        trainer.state.save_to_json(str(staging / name / _STATE_NAME))
+                    seal(staging / name)
+                    move_directory(staging / name, final, replace=True)
+        finally:
+            self._staging = None
+            if writes:
+                shutil.rmtree(staging, ignore_errors=True)
+        if trainer.args.push_to_hub:
+            trainer._push_from_checkpoint(str(final))
+        if writes:
+            _rotate(trainer, directory)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial=trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer: Any = self
-        if _saves_by_itself(trainer):
+        if _is_sharded(trainer):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        if not trainer.args.should_save:
-            return
-        directory = Path(output_dir if output_dir is not None else trainer.args.output_dir)
-        save_adapter(trainer.model, directory)
-        tokenizer = trainer.processing_class
-        if tokenizer is None:
-            tokenizer = getattr(trainer.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-        torch.save(trainer.args, directory / "training_args.bin")
+        # In a checkpoint all processes come here, and the Trainer may wait for them all right after it.
+        with contextlib.nullcontext() if self._staging is None else together():
+            if _is_peft(trainer):
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
+            elif trainer.args.should_save:
+                _save_adapter(trainer, Path(output_dir if output_dir is not None else trainer.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
@@ -166,11 +244,99 @@ class LoRSTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
+_ANOTHER = "Resume from another checkpoint, or start again."
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a Trainer's output directory; None if there is none.
+
+    One that is incomplete is skipped with a warning (UserWarning) that names it. A checkpoint that was written without
+    the mixin counts as complete if its trainer_state.json is, which the Trainer writes last.
+    """
+    folder = Path(directory)
+    numbers = {int(found[1]): path for path in folder.glob("checkpoint-*") if (found := _NAME.fullmatch(path.name))}
+    skipped = [f"'{path}' was being written when the run ended" for path in folder.glob(f"{STAGING_NAME}/checkpoint-*")]
+    newest = None
+    for number in sorted(numbers, reverse=True):
+        problem = _incomplete(numbers[number])
+        if problem is None:
+            newest = numbers[number]
+            break
+        skipped.append(f"'{numbers[number]}' is incomplete: {problem}")
+    for text in skipped:
+        warnings.warn(f"{text}; it is skipped.", UserWarning, stacklevel=2)
+    return newest
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, as a part of a sentence; None if it is complete."""
+    try:
+        step = json.loads((checkpoint / _STATE_NAME).read_bytes())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {_STATE_NAME} is missing or cut short"
+    return damage(checkpoint) if isinstance(step, int) else f"its {_STATE_NAME} has no step"
+
+
+def _required(checkpoint: Path | None, directory: str) -> str:
+    if checkpoint is None:
+        raise ValueError(f"There is no complete checkpoint in '{directory}' to resume from; start without resuming.")
+    return str(checkpoint)
+
+
+def _check_finite(trainer: Any, loss: Tensor) -> None:
+    """Raise FloatingPointError in every process if the step's loss, or its gradient, is not finite in any."""
+    gradients = []
+    if trainer.accelerator.scaler is None and not _is_sharded(trainer):
+        gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    # Not finite in one process, not finite in the sum of all.
+    values = summed(torch.stack([loss.detach().double(), norm.to(loss.device).double()])).tolist()
+    step = f"at step {trainer.state.global_step + 1}; training stopped before that step. Use a lower learning rate, or"
+    if not math.isfinite(values[0]):
+        raise FloatingPointError(f"The loss is {values[0]} {step} check the data and the model.")
+    if not math.isfinite(values[1]):
+        raise FloatingPointError(f"The gradient's norm is {values[1]} {step} a dtype of larger range.")
+
+
+def _rotate(trainer: Any, directory: Path) -> None:
+    """Delete older checkpoints than ``save_total_limit`` allows, as the Trainer does, whose own call saw none."""
+    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0
+        trainer._rotate_checkpoints(use_mtime=True, output_dir=str(directory))
+        return
+    from transformers.trainer_utils import rotate_checkpoints
+
+    rotate_checkpoints(
+        output_dir=str(directory),
+        save_total_limit=trainer.args.save_total_limit,
+        best_model_checkpoint=trainer.state.best_model_checkpoint,
+        use_mtime=True,
+    )
+
+
+def _save_adapter(trainer: Any, directory: Path) -> None:
+    save_adapter(trainer.model, directory)
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    torch.save(trainer.args, directory / "training_args.bin")
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _is_peft(trainer: Any) -> bool:
+    return any(isinstance(m, SparseLayer) and m.storage is not m for m in trainer.model.modules())
+
+
 def _saves_by_itself(trainer: Any) -> bool:
     """Whether checkpoints are the Trainer's own: sharded ones, or those of PEFT."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return True
-    return any(isinstance(m, SparseLayer) and m.storage is not m for m in trainer.model.modules())
+    return _is_sharded(trainer) or _is_peft(trainer)
 
 
 def _is_adapter(directory: str | os.PathLike[str]) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._device_map import hand_over_placement
-from ._sharded import check_gathered, is_partitioned
+from ._distributed import check_gathered, hand_over_placement, is_partitioned
 from .config import LoRSConfig
 from .functional import MergedWeight
 from .linear import LoRSLinear

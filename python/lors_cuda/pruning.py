@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._batches import device_of, progress_bar, running, to_device
 from ._checks import check_choice
-from ._running import device_of, progress_bar, running, to_device
 from .config import LoRSConfig
 from .targets import Target, find_targets
 

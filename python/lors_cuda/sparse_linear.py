@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._sharded import is_sharded, local_part, whole
+from ._distributed import is_sharded, local_part, whole
 from .functional import MergedWeight, sparse_linear
 from .weight import SparseWeight
 

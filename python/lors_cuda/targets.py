@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from ._checks import check_rank, joined, listed
-from ._device_map import is_offloaded, original_forward
+from ._distributed import is_offloaded, original_forward
 from .config import ALL_LINEAR, LoRSConfig, pattern_matches, selects
 from .weight import check_fits
 

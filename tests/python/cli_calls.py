@@ -56,7 +56,9 @@ def linear_zeros(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def curve(run: Path) -> list[dict]:
+    """The steps of a run's log, evaluations left out."""
     entries = [json.loads(line) for line in (run / "training.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "loss" in entry]
     return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
 
 

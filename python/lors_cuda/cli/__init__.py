@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .._checks import check_environment
-from .._processes import OtherProcessFailed, is_first, launched
+from .._distributed import OtherProcessFailed, is_first, launched
 
 COMMANDS = {
     "info": "show versions, devices and which kernels run on this machine",
@@ -31,7 +31,7 @@ COMMANDS = {
 }
 DISTRIBUTED = ("finetune", "info")  # what may run under torchrun
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
-_EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib")
+_EXTRA_PACKAGES = ("transformers", "accelerate", "tokenizers", "safetensors", "tqdm", "matplotlib")
 
 
 class UsageError(Exception):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._distributed import is_first, launched
 from .._library import build_info
-from .._processes import is_first, launched
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line, write_model
 from ..config import ALL_LINEAR, LoRSConfig
@@ -160,8 +160,8 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {first_line(error)}") from error
 
 
-def load_dataset(args: argparse.Namespace, model: nn.Module) -> TokenDataset:
-    """Load --data with the model's tokenizer and check that both fit the model.
+def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None = None) -> TokenDataset:
+    """Load --data, or ``path``, with the model's tokenizer and check that both fit the model.
 
     Raises:
         ValueError: --sequence-length exceeds what the model can take, or a token id exceeds its vocabulary; and as
@@ -173,7 +173,7 @@ def load_dataset(args: argparse.Namespace, model: nn.Module) -> TokenDataset:
     length = args.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest)
     if length > longest:
         raise ValueError(f"--sequence-length is {length}, but the model in '{args.model}' takes at most {longest}.")
-    data = load_data(args.data, tokenizer, length)
+    data = load_data(args.data if path is None else path, tokenizer, length)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and data.max_token_id >= vocabulary:
         raise ValueError(

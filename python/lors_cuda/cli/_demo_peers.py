@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from .._running import running
+from .._batches import running
 from ..linear import LoRSLinear
 from ..model import named_lors_layers
 

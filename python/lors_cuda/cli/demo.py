@@ -11,7 +11,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from .._batches import running
 from .._files import new_directory, replace_file
 from .._library import build_info
 from ..adapter_directory import require_safetensors
 from ..checkpoint import load_adapter, save_adapter
 from ..config import LoRSConfig
 from ..data import TokenDataset, load_data
+from ..evaluation import evaluate
 from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, merge_and_unload
 from ..pruning import measure_sparsity, prune, total_sparsity
-from ..training import TrainingConfig, evaluate, train
 from . import UsageError
 from ._common import _quiet_transformers, load_model, positive_float, positive_int, save_model, say, seed_number
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.hidden_size % 16 or args.rank > args.hidden_size or args.sequence_length < 2:
         raise UsageError("--hidden-size must be a multiple of 16 and at least --rank, --sequence-length at least 2")
+    import accelerate  # noqa: F401  (asked for before the work, not in it)
+
     require_safetensors()
     _quiet_transformers()
     _check_output(args.output)
@@ -221,8 +224,7 @@ class _Demo:
             if entry["step"] % every == 0:
                 self.say(f"      step {entry['step']:>4}  training loss {entry['loss']:.3f}")
 
-        config = TrainingConfig(steps=args.dense_steps, batch_size=args.batch_size, lr=4e-3, seed=args.seed)
-        train(model, self.data, config, progress=self.shown, on_step=report)
+        self.train(model, args.dense_steps, 4e-3, args.seed, report)
         return model
 
     def fine_tune(self, method: Method, sparse: nn.Module, pruned: Row) -> tuple[nn.Module, Row]:
@@ -247,8 +249,7 @@ class _Demo:
             if entry["step"] in marks:
                 curve.append((entry["step"], self.perplexity(model)))
 
-        training = TrainingConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed + 1)
-        train(model, self.data, training, progress=self.shown, on_step=follow)
+        self.train(model, args.steps, args.lr, args.seed + 1, follow)
         row = Row(method.name, method.label, curve[-1][1], pruned.sparsity, curve=curve, color=method.color)
         row.dashed = method.peer is not None
         if method.peer is None and not row.perplexity < pruned.perplexity:
@@ -297,6 +298,18 @@ class _Demo:
         return self.row_of("lora-masked", "plain LoRA, masked again", merged)
 
     # ---- what they use ----
+
+    def train(self, model: nn.Module, steps: int, lr: float, seed: int, each: Callable[[dict[str, Any]], None]) -> None:
+        """Train as `lors-cuda finetune` does, without checkpoints; ``each`` gets every step's entry."""
+        from . import _trainer
+
+        arguments = _trainer.arguments(
+            self.directory, steps=steps, batch_size=self.args.batch_size, lr=lr, seed=seed,
+            device=torch.device("cpu"), save_strategy="no",
+        )  # fmt: skip
+        report = _trainer.Report(bar=self.shown, each=each)
+        with running(model, training=True):
+            _trainer.CommandTrainer(model, arguments, self.data, callbacks=[report]).train()
 
     def perplexity(self, model: nn.Module) -> float:
         at_once = max(1, _EVALUATED_AT_ONCE // self.args.sequence_length)

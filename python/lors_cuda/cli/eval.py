@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_adapter
+from ..evaluation import evaluate
 from ..pruning import measure_sparsity, total_sparsity
-from ..training import evaluate
 from ._common import (
     add_data,
     add_model,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft import PeftModel
 
 from .. import gradient_init
-from .._sharded import check_gathered
+from .._distributed import check_gathered
 from ..sparse_linear import SparseLinear
 from ..targets import Target
 from .config import LoRSLoraConfig

@@ -25,7 +25,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from .._checks import check_whole, joined
-from .._sharded import check_gathered
+from .._distributed import check_gathered
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig

@@ -77,7 +77,8 @@ def test_kill_resume_merge_and_evaluate(home, tmp_path, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "checkpoint.pt", "loss.png", "run.json", "training.jsonl"
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint-100", "checkpoint-90", "loss.png", "run.json",
+        "training.jsonl",
     ]  # fmt: skip
 
     sparse, merged = home / "sparse", tmp_path / "merged"
@@ -115,13 +116,28 @@ def test_completion_only_data_and_the_other_options(home, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["adapted_layers"] == 4
     completion_tokens = [len(str(n + 1)) + 1 for n in range(40)]
-    assert 2 * 8 * min(completion_tokens) * 4 <= result["tokens"] <= 2 * 8 * max(completion_tokens) * 4
+    # 40 pairs are 5 batches: two steps of two, one of one, and the first of the next epoch.
+    assert 7 * 8 * min(completion_tokens) <= result["tokens"] <= 7 * 8 * max(completion_tokens)
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (16, 8.0, True)
     assert config["lors"]["gradient"] == "exact"
     assert {entry["lr"] for entry in curve(run)} == {2e-4}
     assert call("eval", "--model", sparse, "--adapter", run, "--data", home / "pairs.jsonl") == 0
     assert "without the adapter" in capsys.readouterr().out
+
+
+def test_evaluation_while_it_trains(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    evaluated = finetune(home, run, "--eval-data", home / "text.txt", "--checkpoint-every", "4", "--bf16")
+    assert call(*evaluated, "--gradient-checkpointing") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("evaluation: loss") == 2
+    entries = [json.loads(line) for line in (run / "training.jsonl").read_text().splitlines()]
+    found = [entry for entry in entries if "eval_loss" in entry]
+    assert [entry["step"] for entry in found] == [4, 6]
+    assert found[1]["eval_perplexity"] < found[0]["eval_perplexity"]
+    result = json.loads((run / "run.json").read_text())["result"]
+    assert result["eval_perplexity"] == found[1]["eval_perplexity"]
 
 
 def test_gradient_init_changes_the_start_and_not_the_output(home, tmp_path):
@@ -139,7 +155,8 @@ def test_gradient_init_changes_the_start_and_not_the_output(home, tmp_path):
 def test_help_and_info_need_torch_alone():
     program = (
         "import sys\n"
-        "for name in ('transformers', 'tokenizers', 'safetensors', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('transformers', 'accelerate', 'tokenizers', 'safetensors', 'tqdm', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
         "from lors_cuda.cli import main\n"
         "codes = [main(['--help']), main(['--version']), main(['prune', '--help']), main(['finetune', '--help']),\n"
         "         main(['info']), main(['prune', '--model', '.', '--output', 'x', '--method', 'magnitude'])]\n"
@@ -167,7 +184,7 @@ def test_info_says_which_kernels_serve_and_why_not(capsys):
         assert not any(kernel["cuda"] for kernel in info["kernels"].values())
 
 
-@pytest.mark.parametrize("package", ["transformers", "matplotlib"])
+@pytest.mark.parametrize("package", ["transformers", "matplotlib", "accelerate"])
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(home, tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert call(*finetune(home, tmp_path / "run")) == 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from byte_model import byte_llama, full_disk
 from cli_calls import ENVIRONMENT, call, curve, failed, finetune, safetensors_torch, tree
 from lors_cuda._files import new_directory
+from lors_cuda.cli.finetune import _check_options
 from models import refused, tiny_llama
 
 pytest_plugins = ["cli_fixtures"]
@@ -33,6 +36,9 @@ pytest_plugins = ["cli_fixtures"]
         (["finetune", "--rank", "0"], ["--rank", "'0' is not an integer of at least 1"]),
         (["finetune", "--lr", "nan"], ["--lr", "not a number greater than 0"]),
         (["finetune", "--resume", "--overwrite"], ["--overwrite", "not allowed with argument --resume"]),
+        (["finetune", "--report-to", "email"], ["--report-to", "'email'", "'tensorboard', 'wandb'"]),
+        (["finetune", "--bf16", "--fp16"], ["--fp16", "not allowed with argument --bf16"]),
+        (["finetune", "--fsdp", "--deepspeed", "a.json"], ["--deepspeed", "not allowed with argument --fsdp"]),
         (["prune", "--pattern", "4:2"], ["--pattern", "of N:M"]),
         (["prune", "--method", "random"], ["--method", "'random'"]),
         (["prune", "--model", "a", "--output", "b"], ["--method wanda needs calibration text", "--data FILE"]),
@@ -55,8 +61,8 @@ def test_wrong_usage(capsys, arguments, fragments):
         ("LORS_CPU_CAPABILITY", "foo", "set it to baseline, avx2 or avx512"),
         ("LORS_CPU_PRODUCT", 'a"b', "set it to float32 or native"),
         ("LORS_CPU_FUSED", "a\\b", "set it to always or never"),
-        ("LORS_CUDA_FUSED", "yes", "set it to 'always' or 'never'"),
-        ("LORS_SPARSE_PRODUCT", "fast", "set it to 'auto', 'dense'"),
+        ("LORS_CUDA_FUSED", "yes", "set it to always or never"),
+        ("LORS_SPARSE_PRODUCT", "fast", "set it to dense, sparse or auto"),
     ],
 )
 def test_environment_variables_with_unknown_values_are_one_line(variable, value, advice):
@@ -134,6 +140,46 @@ def test_values_that_do_not_fit_the_model(home, tmp_path, capsys):
     assert not run.exists()
 
 
+def test_what_cannot_work_here(home, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    on_cpu = ["--device", "cpu"]
+    assert "--fp16 needs a GPU, and the device is cpu. Use --bf16." in failed(
+        capsys, *finetune(home, run, *on_cpu, "--fp16")
+    )
+    assert "--fsdp needs a GPU" in failed(capsys, *finetune(home, run, *on_cpu, "--fsdp"))
+    assert "--deepspeed needs a GPU" in failed(capsys, *finetune(home, run, *on_cpu, "--deepspeed", "no.json"))
+    assert "--warmup-steps is 7" in failed(capsys, *finetune(home, run, "--warmup-steps", "7"))
+    error = failed(capsys, *finetune(home, run, "--eval-data", tmp_path / "no.txt"))
+    assert "no.txt' does not exist" in error
+    for name in ("tensorboard", "tensorboardX", "wandb", "deepspeed"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for reporter in ("tensorboard", "wandb"):
+        error = failed(capsys, *finetune(home, run, "--report-to", reporter))
+        assert f"--report-to {reporter} needs the package {reporter}, which is not installed" in error
+    monkeypatch.undo()
+    assert not run.exists()
+
+
+def test_options_of_gpus_are_refused_with_the_way_out(tmp_path, monkeypatch):
+    def check(device, **options):
+        given = {"warmup_steps": None, "steps": 1, "device": device, "report_to": [], "deepspeed": None}
+        given |= {"fp16": False, "fsdp": False, **options}
+        _check_options(argparse.Namespace(**given), torch.device(device))
+
+    check("cuda:0", fp16=True)
+    refused(ValueError, lambda: check("cuda:1"), "CUDA_VISIBLE_DEVICES=1 and --device cuda")
+    refused(ValueError, lambda: check("cuda:0", fsdp=True), "start the command by torchrun")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(ImportError, lambda: check("cuda", deepspeed=tmp_path), "needs the package deepspeed")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    refused(FileNotFoundError, lambda: check("cuda", deepspeed=tmp_path / "no"), "no' does not exist")
+    path = tmp_path / "ds.json"
+    for content, fragment in [("{", "is not JSON"), ("[]", "must be a JSON object")]:
+        path.write_text(content)
+        refused(ValueError, lambda: check("cuda", deepspeed=path), fragment)
+
+
 def test_an_adapter_for_another_model(home, adapter, tmp_path, capsys):
     before = tree(adapter)
     merge = ["merge", "--adapter", adapter, "--output", tmp_path / "merged", "--model"]
@@ -188,8 +234,50 @@ def test_output_directories_are_never_overwritten_silently(home, adapter, tmp_pa
     error = failed(capsys, *finetune(home, adapter))
     assert "--resume" in error
     assert "--overwrite" in error
-    assert "steps was 6, is 7" in failed(capsys, *finetune(home, adapter, "--resume", "--steps", "7"))
+    for option, value, fragment in [
+        ("--steps", "7", "steps was 6, is 7"), ("--seed", "1", "seed was 0, is 1"), ("--rank", "2", "r was 4, is 2"),
+        ("--init", "default", "init was 'gradient', is 'default'"), ("--data", home / "pairs.jsonl", "data was"),
+    ]:  # fmt: skip
+        error = failed(capsys, *finetune(home, adapter, "--resume", option, value))
+        assert "other settings" in error
+        assert fragment in error
     assert tree(adapter) == before
+
+
+def test_a_run_of_the_former_training_loop(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(b"of the former loop")
+    error = failed(capsys, *finetune(home, run, "--resume"))
+    assert "checkpoint.pt' was written by an older lors_cuda" in error
+    assert "--overwrite" in error
+    assert "already holds a run" in failed(capsys, *finetune(home, run))
+    assert tree(run) == {"checkpoint.pt": b"of the former loop"}
+    assert call(*finetune(home, run, "--overwrite")) == 0
+    assert not (run / "checkpoint.pt").exists()
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
+def test_a_damaged_checkpoint_is_named_and_skipped(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = finetune(home, run, "--checkpoint-every", "2")
+    assert call(*command) == 0
+    whole = curve(run)
+    optimizer = run / "checkpoint-6/optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    capsys.readouterr()
+    assert call(*command, "--resume") == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"lors-cuda: warning: '{run}/checkpoint-6' is incomplete: its optimizer.pt was cut short or changed; it is "
+        "skipped.\n"
+    )
+    assert "step      4" not in captured.out
+    assert curve(run) == whole
+    (run / "run.json").write_text("{")
+    assert "run.json', which says how the run was started, is missing or damaged" in failed(
+        capsys, *command, "--resume"
+    )
 
 
 def test_overwrite_replaces_a_run_and_a_model(home, adapter, tmp_path):

@@ -11,12 +11,12 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from test_training import StopHere
 
 from adapter_directories import assert_same_files
 from cli_calls import ENVIRONMENT, call, curve, finetune, tree
@@ -39,17 +39,22 @@ def command(rank: int, arguments: list[str], stop: int = 0) -> tuple[int, str, s
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         if stop:
-            stack.enter_context(mock.patch("lors_cuda.cli.finetune._report", return_value=stop_after(stop)))
+            from lors_cuda.cli._trainer import StepLog
+
+            stack.enter_context(mock.patch.object(StepLog, "on_log", stop_after(stop, StepLog.on_log)))
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
 
 
-def stop_after(step: int):
-    def check(entry):
-        if entry["step"] == step:
-            raise StopHere("stopped by the test")
+def stop_after(step: int, on_log: Callable[..., None]) -> Callable[..., None]:
+    """What stands for a kill: an error in both processes, after the log and before the checkpoint."""
 
-    return check
+    def log_and_stop(self, args, state, control, **more):
+        on_log(self, args, state, control, **more)
+        if state.global_step == step:
+            raise FloatingPointError("stopped by the test")
+
+    return log_and_stop
 
 
 def both(pair, *arguments, stop: int = 0) -> tuple[int, str, str]:
@@ -78,7 +83,7 @@ def test_a_run_is_that_of_one_process_and_resumes(pair, home, alone, tmp_path):
     code, out, err = both(pair, *finetune(home, tmp_path / "run", "--checkpoint-every", "2"))
     assert (code, err) == (0, "")
     assert out.count("Model: ") == out.count("2 processes; 2 batches make a step.") == out.count("step      6") == 1
-    assert set(tree(tmp_path / "run")) == set(tree(alone))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in alone.iterdir()}
     assert_same_run(tmp_path / "run", alone)
     assert curve(alone)[-1]["loss"] < 0.95 * curve(alone)[0]["loss"]
     assert json.loads((tmp_path / "run/run.json").read_text())["result"]["processes"] == 2

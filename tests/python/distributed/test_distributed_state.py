@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from adapter_directories import assert_same_files
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, save_adapter
-from lors_cuda._processes import OtherProcessFailed
+from lors_cuda._distributed import OtherProcessFailed
 from models import assert_unchanged, fill_adapters, logits, prune_two_of_four, refused, snapshot, tiny_llama
 
 pytest_plugins = ["pair"]

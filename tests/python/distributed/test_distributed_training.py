@@ -1,60 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train and estimate_gradients in two processes: the results of one, resuming, and errors that end both."""
+"""The mixin's Trainer and estimate_gradients in two processes: the results of one, resuming, errors that end both."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from distributed_cases import assert_close, converted, shard, trained_values
+from distributed_cases import assert_close, converted, trained_values
+from test_command_trainer import adapted, trainer_of, unequal
 from test_gradients import regression_batches, regression_loss, tiny_net
-from test_training import StopHere, adapted, assert_same, curve, stop_at, trained_parameters
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from byte_model import TEXT, byte_tokenizer, full_disk
+from byte_model import full_disk
 from lors_cuda import estimate_gradients, init_from_gradients
-from lors_cuda._processes import OtherProcessFailed, copy_from_first, from_first, sum_gradients
-from lors_cuda.data import TokenDataset
-from lors_cuda.training import TrainingConfig, train
-from lors_cuda.training_files import CHECKPOINT_NAME, LOG_NAME, read_log
+from lors_cuda._distributed import OtherProcessFailed, ended_together, from_first, summed
+from lors_cuda.cli import _trainer
+from lors_cuda.evaluation import evaluate
+from lors_cuda.hf import last_checkpoint
 from models import batch, refused, tiny_llama
 
 pytest_plugins = ["pair"]
 
-BOTH = TrainingConfig(steps=6, lr=5e-3, batch_size=3)  # of unequal length: see padded()
-CHECKPOINTED = TrainingConfig(steps=8, lr=3e-3, batch_size=3, accumulate=2, checkpoint_every=4)
+# Two batches of one and of two examples of unequal length make a step of two processes or of one that accumulates.
+BOTH = {"steps": 6, "lr": 5e-3, "batch_size": 2}
 
 
-def padded() -> TokenDataset:
-    records = [(i, {"prompt": TEXT[i : i + 9], "completion": TEXT[40 : 45 + 6 * i]}) for i in range(7)]
-    return TokenDataset.from_records(records, byte_tokenizer(), 64)
+@contextlib.contextmanager
+def launched(rank: int) -> Iterator[None]:
+    """The environment that torchrun gives, which accelerate reads."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in values.items()}):
+        yield
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def curve(trainer: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in _trainer.steps_of(trainer.state)]
 
 
 # ---- training ----
 
 
-def train_two(rank: int, accumulate: int) -> tuple[list, dict]:
+def train_two(rank: int, directory: str, accumulate: int) -> tuple[list, dict]:
     model = adapted(attention_dropout=0.0)
     if rank == 1:
         with torch.no_grad():  # as another machine might have started; the first process decides
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(1.0)
-    config = TrainingConfig(steps=6, lr=5e-3, batch_size=3, accumulate=accumulate)
-    return curve(train(model, padded(), config)), trained_parameters(model)
+    with launched(rank):
+        trainer = trainer_of(model, unequal(8), Path(directory), gradient_accumulation_steps=accumulate, **BOTH)
+        trainer.train()
+    return curve(trainer), trained_parameters(model)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_loss_curve_is_that_of_one_process(pair, accumulate):
-    (ours, parameters), (others, other_parameters) = pair.run(train_two, accumulate)
+def test_the_loss_curve_is_that_of_one_process(pair, tmp_path, accumulate):
+    (ours, parameters), (others, other_parameters) = pair.run(train_two, str(tmp_path), accumulate)
     assert ours == others
     assert_same(parameters, other_parameters)
     alone = adapted(attention_dropout=0.0)
-    config = TrainingConfig(steps=6, lr=5e-3, batch_size=3, accumulate=2 * accumulate)
-    expected = curve(train(alone, padded(), config))
+    # Four batches, which two processes share without a rest.
+    trainer = trainer_of(alone, unequal(8), tmp_path, gradient_accumulation_steps=2 * accumulate, **BOTH)
+    trainer.train()
+    expected = curve(trainer)
     assert [entry["tokens"] for entry in ours] == [entry["tokens"] for entry in expected]
     for name, tolerance in [("loss", 1e-5), ("grad_norm", 1e-4), ("lr", 1e-12)]:
         assert [e[name] for e in ours] == pytest.approx([e[name] for e in expected], rel=tolerance), name
@@ -62,95 +87,110 @@ def test_the_loss_curve_is_that_of_one_process(pair, accumulate):
     assert_close(parameters, trained_parameters(alone))
 
 
+class StopAt(_trainer.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def stop_and_resume(rank: int, directory: str) -> None:
     """Bit for bit, dropout included: each process goes on with its own random state."""
-    data, mine = padded(), Path(directory) / str(rank)
-    mine.mkdir()
-    whole = adapted()
-    expected = curve(train(whole, data, CHECKPOINTED))
-    with pytest.raises(StopHere if rank == 0 else OtherProcessFailed):
-        train(adapted(), data, CHECKPOINTED, directory=mine, on_step=stop_at(6) if rank == 0 else None)
-    # Only the first process has files; the others need none.
-    assert (rank == 0) == (mine / CHECKPOINT_NAME).exists() == (mine / LOG_NAME).exists()
-    model = adapted()
-    entries = train(model, data, CHECKPOINTED, directory=mine, resume=True)
-    assert curve(entries) == expected
+    options = {**BOTH, "steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    data, run = unequal(), Path(directory) / "run"
+    with launched(rank):
+        whole = adapted()
+        trainer = trainer_of(whole, data, Path(directory) / "whole", **options)
+        trainer.train()
+        expected = curve(trainer)
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of(adapted(), data, run, callbacks=[StopAt(6)], **options).train()
+        assert last_checkpoint(run) == run / "checkpoint-4"
+        model = adapted()
+        trainer = trainer_of(model, data, run, **options)
+        trainer.train(resume_from_checkpoint=True)
+    assert curve(trainer) == expected
     assert_same(trained_parameters(model), trained_parameters(whole))
-    if rank == 0:
-        assert curve(read_log(mine / LOG_NAME)) == expected
+    assert {path.name for path in (run / "checkpoint-8").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert not (run / ".incomplete").exists()
 
 
 def test_resuming_gives_the_same_curve_bit_for_bit(pair, tmp_path):
     pair.run(stop_and_resume, str(tmp_path))
-    refused(ValueError, lambda: train(adapted(), padded(), CHECKPOINTED, directory=tmp_path / "0", resume=True),
-            "other settings", "processes was 2, is 1")  # fmt: skip
 
 
 def fail_in_one(rank: int, directory: str) -> None:
-    data = padded()
-    # A loss that is not finite, in the second process alone.
-    model = adapted()
-    before = trained_parameters(model)
-    if rank == 1:
-        model.model.norm.weight.data[0] = math.nan
-    kind, text = (FloatingPointError, "at step 1") if rank == 1 else (OtherProcessFailed, "Process 1 of 2 failed")
-    refused(kind, lambda: train(model, data, BOTH), text)
-    assert_same(trained_parameters(model), before)
-    # A gradient that is not finite is so in both, after it was added up; one says so.
-    model = adapted()
-    if rank == 1:
-        model.model.layers[0].mlp.up_proj.lora_B.register_hook(lambda gradient: gradient * math.inf)
-    kind, text = (FloatingPointError, "gradient's norm") if rank == 0 else (OtherProcessFailed, "Process 0 of 2")
-    refused(kind, lambda: train(model, data, BOTH), text)
-    assert_same(trained_parameters(model), before)
-    # A disk that is full, in the process that writes.
-    kind, text = (OSError, "could not be written") if rank == 0 else (OtherProcessFailed, "Process 0 of 2")
-    with full_disk(20_000):
-        refused(kind, lambda: train(adapted(), data, BOTH, directory=Path(directory)), text)
+    data, run = unequal(), Path(directory)
+    with launched(rank):
+        # A loss that is not finite, in the second process alone: both stop before that step.
+        model = adapted()
+        trainer = trainer_of(model, data, run, **BOTH)
+        forward = model.forward
+        if rank == 1:
+            model.forward = lambda **batch: poisoned(forward(**batch))
+        before = trained_parameters(model)
+        refused(FloatingPointError, trainer.train, "loss is nan", "at step 1")
+        if rank == 0:  # process 1 gets its parameters
+            assert_same(trained_parameters(model), before)
+        # The same for a gradient.
+        model = adapted()
+        if rank == 1:
+            model.model.layers[0].mlp.up_proj.lora_B.register_hook(lambda gradient: gradient * math.inf)
+        trainer = trainer_of(model, data, run, **BOTH)
+        refused(FloatingPointError, trainer.train, "gradient's norm", "at step 1")
+        assert_same(trained_parameters(model), before)
+        # A disk that is full, in the process that writes.
+        trainer = trainer_of(adapted(), data, run, save_strategy="steps", **BOTH)
+        kind, text = (OSError, "could not be written") if rank == 0 else (OtherProcessFailed, "Process 0 of 2")
+        with full_disk(5_000) if rank == 0 else contextlib.nullcontext():
+            refused(kind, trainer.train, text)
+    if rank == 0:  # the other may look while this one removes what it wrote
+        assert list(run.iterdir()) == []
+
+
+def poisoned(output: Any) -> Any:
+    output["loss"] = output["loss"] * math.nan
+    return output
 
 
 def test_an_error_in_one_process_ends_both(pair, tmp_path):
     pair.run(fail_in_one, str(tmp_path))
 
 
-def refuse_wrappers(rank: int) -> None:
-    data = padded()
-    refused(ValueError, lambda: train(DistributedDataParallel(adapted()), data, BOTH), "pass model.module")
-    model = converted("2:4")
-    shard(model)
-    refused(ValueError, lambda: train(model, data, BOTH), "sharded by fully_shard", "whole copy")
+def say_it_once(rank: int) -> None:
+    def fail():
+        with launched(rank), mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "x"}), ended_together(ValueError):
+            raise ValueError("in both")
+
+    refused(ValueError if rank == 0 else OtherProcessFailed, fail, "in both" if rank == 0 else "process 0 says why")
 
 
-def test_wrapped_models_are_refused(pair):
-    pair.run(refuse_wrappers)
+def test_what_ends_all_is_said_by_one(pair):
+    pair.run(say_it_once)
 
 
-# ---- what training is made of ----
+def evaluate_two(rank: int, batch_size: int) -> Any:
+    return evaluate(adapted(), unequal(), batch_size=batch_size, progress=False)
 
 
-def add_gradients(rank: int) -> None:
-    """A parameter that one process does not reach, one that none reaches, and two dtypes."""
-    shapes = [((3,), torch.float32), ((2, 2), torch.float32), ((2,), torch.bfloat16), ((1,), torch.float32)]
-    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
-    parameters[0].grad = torch.full((3,), 1.0 + rank)
-    if rank == 1:
-        parameters[1].grad = torch.arange(4.0).view(2, 2).T  # not contiguous
-    parameters[2].grad = torch.full((2,), 0.5 + rank, dtype=torch.bfloat16)
-    sum_gradients(parameters)
-    assert parameters[0].grad.tolist() == [3.0] * 3
-    assert parameters[1].grad.tolist() == [[0.0, 2.0], [1.0, 3.0]]
-    assert parameters[2].grad.tolist() == [2.0] * 2
-    assert parameters[2].grad.dtype == torch.bfloat16
-    assert parameters[3].grad is None
-    tensors = [torch.tensor([rank + 5]), torch.full((2, 2), float(rank))]
-    copy_from_first(tensors)
-    assert tensors[0].tolist() == [5]
-    assert not tensors[1].any()
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_perplexity_is_that_of_one_process(pair, batch_size):
+    ours, others = pair.run(evaluate_two, batch_size)
+    assert ours == others
+    alone = evaluate(adapted(), unequal(), batch_size=7, progress=False)
+    assert ours.tokens == alone.tokens
+    assert ours.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def share(rank: int) -> None:
+    assert summed(torch.tensor([rank + 1.0, 2.0])).tolist() == [3.0, 4.0]
     assert from_first({"rank": rank}) == {"rank": 0}
 
 
 def test_sums_and_copies(pair):
-    pair.run(add_gradients)
+    pair.run(share)
 
 
 # ---- the gradient start ----
@@ -207,18 +247,19 @@ def test_no_process_waits_for_one_that_failed(pair):
 # ---- a process that is gone: the last test, because the pair must be started anew after it ----
 
 
-def die_in_one(rank: int) -> str:
-    data = padded()
+def die_in_one(rank: int, directory: str) -> str:
+    die = _trainer.TrainerCallback()
+    die.on_step_end = lambda args, state, control, **_: os._exit(9) if rank == 1 and state.global_step == 2 else None
 
-    def die(entry):
-        if rank == 1 and entry["step"] == 2:
-            os._exit(9)
+    def train():
+        with launched(rank), ended_together(FloatingPointError):
+            trainer_of(adapted(), unequal(), Path(directory), callbacks=[die], **BOTH).train()
 
-    return refused(ConnectionError, lambda: train(adapted(), data, BOTH, on_step=die), "Another process ended")
+    return refused(ConnectionError, train, "Another process ended")
 
 
-def test_a_process_that_is_gone_ends_the_other(pair):
-    (fine, text), (other_fine, other_text) = pair.answers(die_in_one)
+def test_a_process_that_is_gone_ends_the_other(pair, tmp_path):
+    (fine, text), (other_fine, other_text) = pair.answers(die_in_one, str(tmp_path))
     assert fine, text
     assert "so this one ends too" in text
     assert not other_fine

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
+from byte_model import full_disk
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
-from lors_cuda.hf import LoRSTrainerMixin
+from lors_cuda.hf import LoRSTrainerMixin, last_checkpoint
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers
 
@@ -86,7 +91,7 @@ def test_resumes_with_the_same_loss_curve(tmp_path, kind, layout):
     first.train()
     files = {path.name for path in checkpoint(tmp_path).iterdir()}
     if kind is AdapterTrainer:
-        assert files == ADAPTER_FILES | RESUME_FILES
+        assert files == ADAPTER_FILES | RESUME_FILES | {"checksums.json"}
     else:  # what the documentation says happens without the mixin
         assert {"model.safetensors", "config.json"} | RESUME_FILES <= files
     again = make_trainer(tmp_path, model=converted(layout=layout), kind=kind, bf16=True)
@@ -199,3 +204,166 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     assert best is not None
     assert not best.endswith(f"-{STEPS}")
     assert_same(adapters(trainer.model), adapters(load_adapter(tiny_llama(), best)))
+    assert Path(best).parent == tmp_path
+    state = json.loads((Path(best) / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best  # not where it was being written
+
+
+# ---- checkpoints are complete or not there ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[float]]:
+    """A run with checkpoints at steps 2, 4 and 6, and its losses; tests must not change it."""
+    directory = tmp_path_factory.mktemp("finished")
+    trainer = make_trainer(directory, save_steps=2)
+    trainer.train()
+    return directory, losses(trainer)
+
+
+def resumed(directory: Path) -> list[float]:
+    trainer = make_trainer(directory, save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    return losses(trainer)
+
+
+def test_true_resumes_from_the_newest(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-4"
+    assert resumed(tmp_path / "run") == finished[1]
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTER_FILES | RESUME_FILES | {"checksums.json"}))
+def test_a_checkpoint_cut_at_any_byte_is_skipped_and_named(finished, tmp_path, name):
+    shutil.copytree(finished[0], tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-6"
+    content = (newest / name).read_bytes()
+    step = max(1, len(content) // 200)
+    for length in [*range(0, len(content), step), len(content) - 1]:
+        (newest / name).write_bytes(content[:length])
+        with pytest.warns(UserWarning, match=rf"checkpoint-6' is incomplete: its {name} .*; it is skipped"):
+            assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-4"
+    (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # as long as it was
+    with pytest.warns(UserWarning, match=f"its {name}"):
+        assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-4"
+    (newest / name).unlink()
+    if name != "checksums.json":  # without it, it is judged as the Trainer's own
+        with pytest.warns(UserWarning, match=f"its {name} is missing"):
+            assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-4"
+    if name == "optimizer.pt":
+        with pytest.warns(UserWarning, match="skipped"):
+            assert resumed(tmp_path / "run") == finished[1]
+        assert last_checkpoint(tmp_path / "run") == newest  # it was written again
+
+
+def test_an_incomplete_checkpoint_that_is_asked_for_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-6"
+    (newest / "optimizer.pt").write_bytes(b"")
+    refused(
+        ValueError,
+        lambda: make_trainer(tmp_path / "run").train(resume_from_checkpoint=str(newest)),
+        "checkpoint-6' is incomplete: its optimizer.pt was cut short or changed",
+    )
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    call = lambda: make_trainer(tmp_path / "run").train(resume_from_checkpoint=True)  # noqa: E731
+    refused(ValueError, call, "no complete checkpoint")
+
+
+@pytest.mark.parametrize("writer", ["save_adapter", "state", "seal"])
+def test_killed_while_it_saves(finished, tmp_path, writer):
+    """A process that ends in the middle of a checkpoint leaves the one before, and says so when it goes on."""
+    program = f"""
+import os, sys
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+import lors_cuda.hf, torch, transformers
+from trainer_runs import AdapterTrainer, make_trainer
+trainer = make_trainer(Path({str(tmp_path)!r}), save_steps=2)
+def ending(call):
+    def then_end(*args, **kwargs):
+        result = call(*args, **kwargs)
+        if trainer.state.global_step == 4:
+            os._exit(9)
+        return result
+    return then_end
+if {writer!r} == "save_adapter": lors_cuda.hf.save_adapter = ending(lors_cuda.hf.save_adapter)
+if {writer!r} == "seal": lors_cuda.hf.seal = ending(lors_cuda.hf.seal)
+if {writer!r} == "state": transformers.TrainerState.save_to_json = ending(transformers.TrainerState.save_to_json)
+trainer.train()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".incomplete", "checkpoint-2"]
+    with pytest.warns(UserWarning, match=r"\.incomplete/checkpoint-4' was being written when the run ended"):
+        assert resumed(tmp_path) == finished[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("free", [0, 5_000, 20_000])
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(finished, tmp_path, free):
+    class Fill(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                disk.__enter__()
+
+    disk = full_disk(free)
+    trainer = make_trainer(tmp_path, save_steps=2, save_total_limit=1, callbacks=[Fill()])
+    trainer.remove_callback(transformers.PrinterCallback)  # its output is captured in a file
+    try:
+        message = refused(OSError, trainer.train, "checkpoint-4' could not be written", "before is unchanged")
+    finally:
+        disk.__exit__(None, None, None)
+    assert message.count("could not be written") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert resumed(tmp_path) == finished[1]
+
+
+def test_older_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):
+    seen = []
+    replace = os.rename
+
+    def renamed(source, target):
+        replace(source, target)
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+
+    monkeypatch.setattr(os, "rename", renamed)
+    make_trainer(tmp_path, save_steps=2, save_total_limit=1).train()
+    assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
+# ---- what is not finite stops ----
+
+
+class Poison(transformers.TrainerCallback):
+    """Makes the model's next loss not finite, and keeps what is trained as it is then."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.adapters: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.model.norm.weight.data[0] = self.value
+            self.adapters = adapters(model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, value):
+    poison = Poison(value)
+    trainer = make_trainer(tmp_path, save_steps=2, callbacks=[poison])
+    refused(FloatingPointError, trainer.train, "The loss is ", "at step 4", "learning rate")
+    assert_same(adapters(trainer.model), poison.adapters)
+    assert len(losses(trainer)) == 3
+    assert last_checkpoint(tmp_path) == checkpoint(tmp_path, 2)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = adapters(trainer.model)
+    trainer.model.model.layers[0].mlp.up_proj.lora_B.register_hook(lambda gradient: gradient * math.inf)
+    refused(FloatingPointError, trainer.train, "gradient's norm", "at step 1")
+    assert_same(adapters(trainer.model), before)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # What every loop over batches needs: the batch on the model's device, no key-value cache, a progress bar.
-# Used by pruning.py, training.py and the command line; changes no model for good.
+# Used by pruning, evaluation, gradient_init and the command line; changes no model for good.
 """Helpers to run a model over batches."""
 
 from __future__ import annotations
@@ -60,7 +60,20 @@ def progress_bar(items: Iterable[Item], *, total: int, description: str, unit: s
     return bar
 
 
-def annotate(bar: Iterable[Any], text: str) -> None:
-    """Show ``text`` at the end of a bar made by :func:`progress_bar`; nothing if there is none."""
-    if hasattr(bar, "set_postfix_str"):
-        bar.set_postfix_str(text)
+class Progress:
+    """A bar like :func:`progress_bar`'s for a loop that is somebody else's."""
+
+    def __init__(self, total: int, *, description: str, unit: str, shown: bool) -> None:
+        bar = progress_bar(range(total), total=total, description=description, unit=unit, shown=shown)
+        self._bar: Any = bar if hasattr(bar, "update") else None
+
+    def advance(self, text: str) -> None:
+        """One more is done; ``text`` is shown at the end."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
