@@ -8,22 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_gradient, check_whole
+from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from .functional import lors_linear, merge
-from .merged_weight import MergedWeight
 from .sparse_linear import SparseLinear, check_linear, make_linear
 from .weight import SparseWeight
-
-
-def check_rank(r: int, out_features: int, in_features: int) -> None:
-    """Refuse a rank outside [1, min(out_features, in_features)]."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r is {r!r}; the rank must be an integer.")
-    if not 1 <= r <= min(out_features, in_features):
-        raise ValueError(
-            f"r is {r}; for a layer of {out_features} x {in_features} the rank must be between 1 and "
-            f"{min(out_features, in_features)}."
-        )
 
 
 class LoRSLinear(SparseLinear):
@@ -39,6 +27,7 @@ class LoRSLinear(SparseLinear):
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
     """
 
+    has_adapters = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -54,9 +43,8 @@ class LoRSLinear(SparseLinear):
         init_lora_weights: bool = True,
     ) -> None:
         check_rank(r, *sparse_weight.shape)
-        check_gradient(gradient)
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha is {lora_alpha}; it must be a finite number.")
+        check_choice("gradient", gradient, GRADIENTS)
+        alpha_number("lora_alpha", lora_alpha)
         super().__init__(sparse_weight, bias)
         self.r = r
         self.lora_alpha = lora_alpha
@@ -64,7 +52,6 @@ class LoRSLinear(SparseLinear):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.gradient = gradient
         self.adapter_enabled = True
-        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
         device = sparse_weight.device
@@ -135,6 +122,9 @@ class LoRSLinear(SparseLinear):
             cache=self.merged_weight,
         )
 
+    def merged_dense(self) -> Tensor:
+        return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
@@ -143,7 +133,7 @@ class LoRSLinear(SparseLinear):
         """
         self.check_finite()
         with torch.no_grad():
-            merged = merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+            merged = self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
         return make_linear(merged, self.bias).train(self.training)
 

@@ -10,14 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from ._distributed import is_sharded, local_part, whole
-from .functional import sparse_linear
+from .functional import MergedWeight, sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
 
 
-class SparseLinear(nn.Module):
+class SparseLayer:
+    """A linear layer whose frozen weight is sparse: what the layers here and in lors_cuda.peft have in common.
+
+    Attributes:
+        in_features, out_features: K and N.
+        sparse_weight: the frozen weight, without adapters, as a :class:`SparseWeight`.
+        storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
+        has_adapters: whether it is of a kind that has adapters.
+        merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+    """
+
+    in_features: int
+    out_features: int
+    has_adapters = False
+    merged_weight: MergedWeight | None = None
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        raise NotImplementedError
+
+    @property
+    def storage(self) -> Any:
+        raise NotImplementedError
+
+    def merged_dense(self) -> Tensor:
+        """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
+        raise NotImplementedError
+
+
+class SparseLinear(SparseLayer, nn.Module):
     """A frozen linear layer, ``Y = X W^T + bias``, with W stored in one of the layouts of :class:`SparseWeight`.
 
     The stored tensors are frozen parameters, also the integer ones, and not buffers: DistributedDataParallel would send
@@ -61,6 +90,13 @@ class SparseLinear(nn.Module):
     @property
     def sparse_weight(self) -> SparseWeight:
         return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
+
+    @property
+    def storage(self) -> nn.Module:
+        return self
+
+    def merged_dense(self) -> Tensor:
+        return self.sparse_weight.to_dense()
 
     def whole_weight(self) -> SparseWeight:
         """``sparse_weight``, gathered from all processes where ``fully_shard`` has cut it into parts; a collective."""

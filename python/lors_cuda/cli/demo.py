@@ -23,7 +23,7 @@ from .. import __version__
 from .._batches import running
 from .._files import new_directory, replace_file
 from .._library import build_info
-from ..adapter_files import require_safetensors
+from ..adapter_directory import require_safetensors
 from ..checkpoint import load_adapter, save_adapter
 from ..config import LoRSConfig
 from ..data import TokenDataset, load_data
