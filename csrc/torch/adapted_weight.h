@@ -86,38 +86,19 @@ struct AdaptedWeight {
 
   // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
   Tensor merged(ScalarType stored, ScalarType rounded) const {
-    Tensor out = empty(weight, {out_features(), in_features()}, stored);
-    MergeArgs args;
-    describe(args);
-    args.weight_layout = layout;
-    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
-    args.merged = out.mutable_data_ptr();
-    args.merged_dtype = dtype_of(out);
-    args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
-                    : rounded == ScalarType::Half   ? DType::float16
-                                                    : dtype_of(out);
-    check_status(lors::merge(args, backend.host()));
+    Tensor out = empty(weight, {N, K}, stored);
+    const DType dtype = dtype_of(out);
+    merge_to(out.mutable_data_ptr(), Layout::dense, dtype,
+             rounded == ScalarType::BFloat16 ? DType::bfloat16
+             : rounded == ScalarType::Half   ? DType::float16
+                                             : dtype);
     return out;
   }
 
   // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
   Tensor merged_values() const {
     Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    Sparse24MergeArgs args;
-    args.out_features = N;
-    args.in_features = K;
-    args.r = r();
-    args.values = weight.const_data_ptr();
-    args.dtype = dtype_of(weight);
-    args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    args.lora_A = lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = lora_B.const_data_ptr();
-    args.lora_B_dtype = dtype_of(lora_B);
-    args.scaling = scaling;
-    args.merged_values = out.mutable_data_ptr();
-    check_status(lors::sparse24_merge(args, backend.host()));
+    merge_to(out.mutable_data_ptr(), Layout::sparse24, dtype_of(weight), dtype_of(weight));
     return out;
   }
 
@@ -212,6 +193,19 @@ struct AdaptedWeight {
     args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
     args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
     check_status(masked_contract(args, backend.host()));
+  }
+
+  void merge_to(void* merged, Layout merged_layout, DType merged_dtype, DType round_to) const {
+    MergeArgs args;
+    describe(args);
+    args.weight_layout = layout;
+    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
+    args.merged_layout = merged_layout;
+    args.merged = merged;
+    args.merged_dtype = merged_dtype;
+    args.round_to = round_to;
+    check_status(lors::merge(args, backend.host()));
   }
 
   const Backend& backend;
