@@ -84,21 +84,22 @@ struct AdaptedWeight {
     args.scaling = scaling;
   }
 
-  // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
-  Tensor merged(ScalarType stored, ScalarType rounded) const {
-    Tensor out = empty(weight, {N, K}, stored);
-    const DType dtype = dtype_of(out);
-    merge_to(out.mutable_data_ptr(), Layout::dense, dtype,
-             rounded == ScalarType::BFloat16 ? DType::bfloat16
-             : rounded == ScalarType::Half   ? DType::float16
-                                             : dtype);
-    return out;
-  }
-
-  // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
-  Tensor merged_values() const {
-    Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    merge_to(out.mutable_data_ptr(), Layout::sparse24, dtype_of(weight), dtype_of(weight));
+  // merged [N, K], stored as `stored`, each value rounded once to `rounded`; or, of a 2:4 weight and in its own dtype, with
+  // `merged_layout` sparse24 its values [N, K/2]: the metadata stays the same.
+  Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
+    Tensor out = empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
+    MergeArgs args;
+    describe(args);
+    args.weight_layout = layout;
+    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
+    args.merged_layout = merged_layout;
+    args.merged = out.mutable_data_ptr();
+    args.merged_dtype = dtype_of(out);
+    args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
+                    : rounded == ScalarType::Half   ? DType::float16
+                                                    : dtype_of(out);
+    check_status(lors::merge(args, backend.host()));
     return out;
   }
 
@@ -193,19 +194,6 @@ struct AdaptedWeight {
     args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
     args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
     check_status(masked_contract(args, backend.host()));
-  }
-
-  void merge_to(void* merged, Layout merged_layout, DType merged_dtype, DType round_to) const {
-    MergeArgs args;
-    describe(args);
-    args.weight_layout = layout;
-    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
-    args.merged_layout = merged_layout;
-    args.merged = merged;
-    args.merged_dtype = merged_dtype;
-    args.round_to = round_to;
-    check_status(lors::merge(args, backend.host()));
   }
 
   const Backend& backend;
