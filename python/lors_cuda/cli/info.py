@@ -15,7 +15,7 @@ from .. import __version__
 from .._library import build_info
 from ._common import say
 
-_OPS = ("merge", "merge_backward", "linear", "linear_backward", "adapter_grad", "mask_pack", "mask_unpack")
+_OPS = ("merge", "merge_backward", "merged_operand", "linear", "linear_backward", "sparse24_merge")
 _EXTRAS = ("transformers", "safetensors", "tqdm", "matplotlib")
 
 
