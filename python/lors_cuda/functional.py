@@ -78,6 +78,23 @@ def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = Non
     return _linear(input, stored, *stored.no_adapter(), 0.0, bias)
 
 
+def layer_linear(
+    input: Tensor,
+    weight: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    gradient: str,
+    cache: MergedWeight | None,
+) -> Tensor:
+    """:func:`lors_linear` for a layer, which was checked when it was made: here Python checks what only it can see."""
+    stored = _stored(weight, None)
+    check_whole("lora_A", lora_A)
+    check_whole("lora_B", lora_B)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
+
+
 def _linear(
     input: Tensor,
     stored: SparseWeight,

@@ -16,8 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
 from .config import LoRSConfig
 from .functional import MergedWeight
-from .linear import LoRSLinear
-from .sparse_linear import SparseLayer
+from .linear import LoRSLinear, SparseLayer
 from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 
 

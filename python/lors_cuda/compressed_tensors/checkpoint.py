@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._checks import check_choice
 from .._files import new_directory
 from ..formats import pack_mask, sparse24_metadata
-from ..sparse_linear import SparseLinear
+from ..linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional import lors_linear, merge
-from ..sparse_linear import SparseLayer, SparseLinear
+from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .._checks import check_whole, joined
 from .._distributed import check_gathered
 from ..adapter_directory import FORMER_PEFT_TYPE
-from ..sparse_linear import SparseLinear
+from ..linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
 from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out_all_linear
