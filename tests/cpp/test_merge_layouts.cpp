@@ -173,7 +173,7 @@ TEST_P(MergeLayouts, NoAdapterDecompresses) {
     for (const int64_t K : {4, 68, 1028}) {
       SCOPED_TRACE(testing::Message() << "K=" << K << " " << int(dtype));
       const Problem p{9, K, 0, dtype, dtype, dtype};
-      const Operands groups(p, random_groups(9, K, 2, rng), rng), any(p, random_mask(9, K, rng), rng);
+      const Operands groups(p, random_groups(9, K, 2, rng), rng), any(p, random_mask(9, K, 50, rng), rng);
       for (const Operands* o : {&groups, &any})
         for (const Layout layout : {Layout::dense, Layout::sparse24, Layout::bitmap}) {
           if (o == &any && layout == Layout::sparse24) continue;

@@ -116,15 +116,15 @@ struct Sparse24Source {
 
 template <typename Acc, typename W, int Rows>
 struct BitmapSource {
-  int64_t cursor, left;   // of the values: where those of the tile's first row begin, and how many there are from there on
-  const W* first;         // the value at `cursor`
+  int64_t cursor, left;   // where `first` is in all values, and how many there are from there on
+  const W* first;         // one row: its first value of the tile
   const W* values[Rows];  // the tile's first in each row; in the end, the first beyond it
   int64_t words;          // of a row of the mask
   const uint32_t* mask;   // the word with the tile's first column
   int64_t column;         // of the tile, modulo 32
 
   [[gnu::always_inline]] BitmapSource(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
-      : cursor(job.cursors[n]),
+      : cursor(Rows == 1 ? job.cursors[n] : 0),  // a constant where no edge is read, for the registers' sake
         left(job.value_count - cursor),
         first(static_cast<const W*>(job.weight) + cursor),
         words(lors::mask_words(job.in_features)),
