@@ -182,18 +182,13 @@ Call<Host> sparse24_merge_call(const Problem& p) {
                    detail::floats(N * K / 2, p, Fill::poison)};
   call.flop = 1.0 * N * K * r;  // the kept half; the vectors of the kernel compute all
   call.run = [p](void* const* o, Host host) {
-    Sparse24MergeArgs args;
-    args.out_features = p.out_features;
-    args.in_features = p.in_features;
-    args.r = p.r;
-    args.values = o[0];
+    MergeArgs args;
+    detail::describe(args, p, o[0], o[2], o[3]);
+    args.weight_layout = args.merged_layout = Layout::sparse24;
     args.metadata = static_cast<const uint8_t*>(o[1]);
-    args.lora_A = o[2];
-    args.lora_B = o[3];
-    args.dtype = args.lora_A_dtype = args.lora_B_dtype = p.dtype;
-    args.scaling = 0.75;
-    args.merged_values = o[4];
-    return sparse24_merge(args, host);
+    args.merged = o[4];
+    args.merged_dtype = p.dtype;
+    return merge(args, host);
   };
   return call;
 }

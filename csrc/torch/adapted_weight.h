@@ -84,40 +84,22 @@ struct AdaptedWeight {
     args.scaling = scaling;
   }
 
-  // merged [N, K], stored as `stored`, each value rounded once to `rounded`.
-  Tensor merged(ScalarType stored, ScalarType rounded) const {
-    Tensor out = empty(weight, {out_features(), in_features()}, stored);
+  // merged [N, K], stored as `stored`, each value rounded once to `rounded`; or, of a 2:4 weight and in its own dtype, with
+  // `merged_layout` sparse24 its values [N, K/2]: the metadata stays the same.
+  Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
+    Tensor out = empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
     MergeArgs args;
     describe(args);
     args.weight_layout = layout;
     if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
     if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
+    args.merged_layout = merged_layout;
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
                     : rounded == ScalarType::Half   ? DType::float16
                                                     : dtype_of(out);
     check_status(lors::merge(args, backend.host()));
-    return out;
-  }
-
-  // The merged weight of a 2:4 one in its own layout: its values [N, K/2], in its dtype; the metadata is the same.
-  Tensor merged_values() const {
-    Tensor out = empty(weight, {N, K / 2}, weight.scalar_type());
-    Sparse24MergeArgs args;
-    args.out_features = N;
-    args.in_features = K;
-    args.r = r();
-    args.values = weight.const_data_ptr();
-    args.dtype = dtype_of(weight);
-    args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    args.lora_A = lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = lora_B.const_data_ptr();
-    args.lora_B_dtype = dtype_of(lora_B);
-    args.scaling = scaling;
-    args.merged_values = out.mutable_data_ptr();
-    check_status(lors::sparse24_merge(args, backend.host()));
     return out;
   }
 

@@ -143,12 +143,30 @@ Tensor compress(const Tensor& weight, const Tensor& mask) {
   return values;
 }
 
+// What the CPU kernels run with, as JSON members. A wrong environment variable must not keep the package from being imported:
+// its sentence is a member instead, and the first call refuses it.
+std::string cpu_members() {
+  const char *capability = "", *bfloat16 = "", *float16 = "";
+  std::string problem;
+  try {
+    capability = cpu_capability();
+    bfloat16 = cpu_multiplies_natively(DType::bfloat16) ? "bfloat16" : "float32";
+    float16 = cpu_multiplies_natively(DType::float16) ? "float16" : "float32";
+  } catch (const std::exception& error) {
+    problem = error.what();
+    for (char& c : problem)
+      if (c == '"' || c == '\\' || static_cast<unsigned char>(c) < ' ') c = '?';
+  }
+  std::ostringstream out;
+  out << "\"cpu_capability\": \"" << capability << "\", \"cpu_product_bfloat16\": \"" << bfloat16
+      << "\", \"cpu_product_float16\": \"" << float16 << "\", \"cpu_problem\": \"" << problem << '"';
+  return out.str();
+}
+
 std::string build_info() {
   std::ostringstream out;
   out << "{\"version\": \"" << LORS_VERSION << "\", \"compiler\": \"" << LORS_COMPILER << "\", \"cuda_version\": \""
-      << LORS_CUDA_VERSION << "\", \"cuda_archs\": \"" << LORS_CUDA_ARCHS << "\", \"cpu_capability\": \"" << cpu_capability()
-      << "\", \"cpu_product_bfloat16\": \"" << (cpu_multiplies_natively(DType::bfloat16) ? "bfloat16" : "float32")
-      << "\", \"cpu_product_float16\": \"" << (cpu_multiplies_natively(DType::float16) ? "float16" : "float32") << "\"}";
+      << LORS_CUDA_VERSION << "\", \"cuda_archs\": \"" << LORS_CUDA_ARCHS << "\", " << cpu_members() << "}";
   return out.str();
 }
 

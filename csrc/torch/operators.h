@@ -39,7 +39,8 @@ struct Operators {
     const StoredWeight stored = check_adapted_weight("sparse24_merge", values, std::nullopt, metadata, lora_A, lora_B);
     check(stored.layout == Layout::sparse24, "lors::sparse24_merge: metadata must be uint8 [out_features, in_features / 8].");
     const Backend backend(values);
-    return Adapted("sparse24_merge", backend, stored, lora_A, lora_B, scaling).merged_values();
+    const ScalarType dtype = values.scalar_type();
+    return Adapted("sparse24_merge", backend, stored, lora_A, lora_B, scaling).merged(dtype, dtype, Layout::sparse24);
   }
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,

@@ -11,9 +11,8 @@ from .config import LoRSConfig
 from .functional import lors_linear, merge
 from .gradient_init import estimate_gradients, init_from_gradients
 from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
-from .linear import LoRSLinear
+from .linear import LoRSLinear, SparseLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
-from .sparse_linear import SparseLinear
 from .weight import SparseWeight
 
 __version__ = BUILD["version"]

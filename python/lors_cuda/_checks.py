@@ -1,27 +1,209 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a weight, a mask and its adapters must be: the one place where Python checks them, in sentences."""
+# The names of options, what each may be, and the sentences of refusals; for the library, lors_cuda.peft and the command
+# line alike. Python checks what only it can see; the operators check shapes, dtypes and devices again at their edge.
+"""What options, weights, masks and adapters must be: the one place where Python checks them, in sentences."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import operator
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._distributed import is_sharded
-from ._library import check_device
+from ._library import BUILD, check_device
 
 if TYPE_CHECKING:
     from .weight import SparseWeight
 
 GRADIENTS = ("lors", "exact")
+LAYOUTS = ("auto", "dense", "2:4", "bitmap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The CPU's variables are judged in csrc/core/cpu/dispatch.cpp.
+_ENVIRONMENT = {
+    "LORS_CUDA_FUSED": ("always", "never"),
+    "LORS_SPARSE_PRODUCT": ("dense", "sparse", "auto"),
+}
+_NAMES_SHOWN = 6
+_PROBLEMS_SHOWN = 5
+
+# What becomes of each field of PEFT's LoraConfig, in a configuration or in a file: it works, or is refused by name.
+_REWRITES = "it would rewrite the base weight and destroy its zeros"
+SUPPORTED_LORA_FIELDS = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora",
+        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+        "alpha_pattern", "trainable_token_indices", "ensure_weight_tying",
+        "runtime_config",  # its one field, ephemeral_gpu_offload, is for DoRA alone
+        "megatron_core", "qalora_group_size",  # of no effect without megatron_config and use_qalora
+        "layout", "gradient", "lors", "products",  # ours; the last one was before 0.1.0
+    }
+)  # fmt: skip
+REFUSED_LORA_FIELDS = {
+    "fan_in_fan_out": "it is for Conv1D, whose weight is stored transposed; only nn.Linear can be adapted",
+    "megatron_config": "Megatron's parallel layers are no nn.Linear",
+    "loftq_config": _REWRITES,
+    "eva_config": "EVA starts the adapters from data; see init_from_gradients",
+    "corda_config": _REWRITES,
+    "lora_ga_config": _REWRITES,
+    "use_dora": "DoRA rescales each row of the merged weight, which a masked adapter does not do",
+    "velora_config": "VeLoRA changes the gradient of lora_A, which LoRS defines itself",
+    "alora_invocation_tokens": "the merged weight holds for all tokens of a batch, and aLoRA adapts some of them",
+    "use_qalora": "it needs a quantized base",
+    "monteclora_config": "MonteCLoRA samples the adapters, which a masked adapter does not do",
+    "layer_replication": "replicated layers share one weight, and each would have to store it again",
+    "lora_bias": "lora_B has no bias here; train the layer's own with bias='lora_only'",
+    "target_parameters": "only nn.Linear can be adapted, not a bare parameter",
+    "use_bdlora": "block-diagonal adapters are not the B A that is masked",
+    "arrow_config": "Arrow routes each token to other adapters, and the merged weight holds for all tokens",
+    "kasa_config": _REWRITES,
+}
 
 
-def check_gradient(gradient: str) -> None:
-    """Refuse a name of adapter gradients other than "lors" and "exact"."""
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient is {gradient!r}; it must be 'lors' or 'exact'.")
+# ---- the text of lists ----
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """What may be chosen: "'a', 'b' or 'c'"."""
+    quoted = [repr(name) for name in names]
+    return " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as "'a', 'b' and 3 more"."""
+    shown = ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+
+
+def joined(problems: Sequence[str]) -> str:
+    """Sentences in a row; after the first few only their number."""
+    shown = " ".join(problems[:_PROBLEMS_SHOWN])
+    rest = len(problems) - _PROBLEMS_SHOWN
+    return shown if rest <= 0 else f"{shown} And {rest} more like these."
+
+
+# ---- options ----
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse an option's value that is none of the allowed words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be {alternatives(allowed)}.")
+
+
+def check_flag(name: str, value: object, hint: str = "") -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r}{hint}.")
+
+
+def check_environment() -> None:
+    """Refuse a LORS_ environment variable with a value that is none of its own, before any kernel needs it."""
+    if BUILD["cpu_problem"]:
+        raise ValueError(BUILD["cpu_problem"])
+    for name, allowed in _ENVIRONMENT.items():
+        value = os.environ.get(name)
+        if value and value not in allowed:
+            words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise ValueError(f"{name} is {value!r}; set it to {words}, or leave it unset.")
+
+
+def rank_number(name: str, value: Any) -> int:
+    """A rank as an int of at least 1."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        rank = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1, but is {value!r}.") from None
+    if rank < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, but is {rank}.")
+    return rank
+
+
+def alpha_number(name: str, value: Any) -> float:
+    """A lora_alpha: a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, but is {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, but is {value}.")
+    return value
+
+
+def pattern_dict(name: str, values: Any, check: Any) -> dict[str, Any]:
+    """A rank_pattern or alpha_pattern, each value checked; {} for None."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} must be a dict from regular expression to value, but is {values!r}.")
+    for key in values:
+        _regex(name, key)
+    return {key: check(f"{name}[{key!r}]", value) for key, value in values.items()}
+
+
+def names_or_regex(name: str, value: Any) -> Any:
+    """Module names as a list, None for none, or a regular expression as it is."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _regex(name, value)
+    if not isinstance(value, Iterable) or isinstance(value, (Mapping, bytes)):
+        raise TypeError(f"{name} must be a list of module names or a string, but is {type(value).__name__}.")
+    names = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    wrong = [item for item in names if not isinstance(item, str) or not item]
+    if wrong:
+        raise TypeError(f"{name} must hold non-empty module names, but holds {wrong[0]!r}.")
+    return names or None
+
+
+def _regex(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} needs a regular expression as a string, but has {value!r}.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} has the regular expression {value!r}, which is not valid: {error}.") from None
+    return value
+
+
+def check_rank(r: int, out_features: int, in_features: int) -> None:
+    """Refuse a rank outside [1, min(out_features, in_features)]."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r is {r!r}; the rank must be an integer.")
+    if not 1 <= r <= min(out_features, in_features):
+        raise ValueError(
+            f"r is {r}; for a layer of {out_features} x {in_features} the rank must be between 1 and "
+            f"{min(out_features, in_features)}."
+        )
+
+
+def check_lora_fields(where: str, fields: Mapping[str, Any]) -> None:
+    """Judge the fields of a LoraConfig of PEFT, of any version, that are not at their defaults.
+
+    Raises:
+        ValueError: a field would destroy the zeros or bypass the mask. A field that is not known is warned of.
+    """
+    for name, value in fields.items():
+        if value and name in REFUSED_LORA_FIELDS:
+            raise ValueError(f"{name}={value!r} is refused by {where}: {REFUSED_LORA_FIELDS[name]}. Leave it out.")
+    unknown = [name for name, value in fields.items() if value and name not in SUPPORTED_LORA_FIELDS]
+    if unknown:
+        warnings.warn(
+            f"{where} has {', '.join(f'{name}={fields[name]!r}' for name in unknown)}, which this lors_cuda does not "
+            "know and ignores. Leave it out, or install a newer lors-cuda.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# ---- tensors ----
 
 
 def check_whole(name: str, tensor: Tensor) -> None:

@@ -96,14 +96,16 @@ def _cuda_reason(index: int | None = None) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What this build is and what it found: version, compiler, cpu_capability, cpu_product, cuda_version, cuda_archs,
-    cuda_available, cuda_reason (a sentence, or None): of torch's current device."""
+    """What this build is and what it found: version, compiler, cpu_capability, cpu_product, cpu_problem (what is wrong
+    with a LORS_CPU_ environment variable, or None), cuda_version, cuda_archs, and of torch's current device
+    cuda_available and cuda_reason (a sentence, or None)."""
     reason = _cuda_reason()
     return {
         "version": BUILD["version"],
         "compiler": BUILD["compiler"],
         "cpu_capability": BUILD["cpu_capability"],
         "cpu_product": {"bfloat16": BUILD["cpu_product_bfloat16"], "float16": BUILD["cpu_product_float16"]},
+        "cpu_problem": BUILD["cpu_problem"] or None,
         "cuda_version": BUILD["cuda_version"] or None,
         "cuda_archs": [arch for arch in BUILD["cuda_archs"].split(",") if arch],
         "cuda_available": reason is None,

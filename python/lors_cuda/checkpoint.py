@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # save_adapter and load_adapter: what of a model goes into an adapter directory, and whether one fits a model.
-# adapter_files.py reads and writes the files. Everything is checked before a tensor is copied or a module replaced.
+# adapter_directory.py reads and writes the files. Everything is checked before a tensor is copied or a module replaced.
 """Save and load adapters."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import DTYPES, joined, listed
 from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
-from .adapter_files import (
-    DTYPES,
+from .adapter_directory import (
     FORMAT_VERSION,
     PEFT_TYPE,
     PREFIX,
@@ -28,12 +28,12 @@ from .adapter_files import (
     require_safetensors,
     write_adapter,
 )
-from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
+from .config import LoRSConfig
 from .linear import LoRSLinear
-from .model import check_targets, convert, joined, named_lors_layers
+from .model import convert, named_lors_layers
+from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 from .weight import SparseWeight
 
-_NAMES_SHOWN = 6
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
 
 
@@ -313,10 +313,8 @@ def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter
     different = [name for name, fingerprint in fingerprints.items() if stored.get(name) != fingerprint()]
     if not different:
         return []
-    named = ", ".join(f"'{name}'" for name in different[:_NAMES_SHOWN])
-    more = f" and {len(different) - _NAMES_SHOWN} more" if len(different) > _NAMES_SHOWN else ""
     return [
-        f"It was trained on a model with another sparsity mask: {named}{more} differ. Load the base model it was "
+        f"It was trained on a model with another sparsity mask: {listed(different)} differ. Load the base model it was "
         "trained on, or use strict_mask=False to load it all the same."
     ]
 

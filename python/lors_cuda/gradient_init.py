@@ -10,17 +10,18 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import check_whole
+from ._checks import check_whole, joined
 from ._distributed import check_gathered, summed, together
-from .config import LoRSConfig, Target, find_targets
-from .model import joined, named_lors_layers, require_unconverted
+from .config import LoRSConfig
+from .model import named_lors_layers, require_unconverted
+from .targets import Target, find_targets
 
 # The authors' settings for torch.svd_lowrank (github.com/hyx1999/LoRS): q = 4 r, 4 power iterations.
 _OVERSAMPLING = 4
@@ -36,6 +37,7 @@ def estimate_gradients(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: bool = True,
     config: LoRSConfig | None = None,
+    targets: Sequence[Target] | None = None,
 ) -> dict[str, Tensor]:
     """Average the gradient of the loss with respect to each target weight over a few calibration batches.
 
@@ -55,6 +57,7 @@ def estimate_gradients(
             model's device.
         progress: show a progress bar if tqdm is installed and the output is a terminal.
         config: selects the targets; None: LoRSConfig(), which is "all-linear".
+        targets: what `targets.find_targets` found in this model already, instead of `config`.
 
     Returns:
         {module name: mean gradient}, float32 [N, K] on the CPU; zeros for a weight that took part in no batch.
@@ -74,7 +77,8 @@ def estimate_gradients(
         raise ValueError(f"steps must be at least 1, but is {steps}.")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
-    targets = find_targets(model, LoRSConfig() if config is None else config)
+    if targets is None:
+        targets = find_targets(model, LoRSConfig() if config is None else config)
     sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
     count = 0
     # An error in one process must raise in all: the others would wait for it in the next collective.
@@ -212,7 +216,7 @@ def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _only_weights_require_grad(model: nn.Module, targets: list[Target]) -> Iterator[None]:
+def _only_weights_require_grad(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
     """Eval mode, gradients for the target weights only; restores everything afterwards."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     existing = [(target.module.weight, target.module.weight.grad) for target in targets]
@@ -232,7 +236,7 @@ def _only_weights_require_grad(model: nn.Module, targets: list[Target]) -> Itera
 
 
 @contextlib.contextmanager
-def _collected(targets: list[Target], sums: dict[str, Tensor]) -> Iterator[list[str]]:
+def _collected(targets: Sequence[Target], sums: dict[str, Tensor]) -> Iterator[list[str]]:
     """Add each weight's gradient to its sum on the host as soon as it is complete, and free it.
 
     Yields a list that stays empty while every gradient is finite, and else holds the name of the first one that is not.

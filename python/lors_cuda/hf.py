@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from ._distributed import from_first, summed, together
 from ._files import damage, explained, move_directory, seal
-from .adapter_files import CONFIG_NAME
+from .adapter_directory import CONFIG_NAME
 from .checkpoint import load_adapter, save_adapter
-from .functional import merge
-from .linear import LoRSLinear
+from .linear import SparseLayer
 from .model import named_lors_layers
-from .sparse_linear import SparseLinear
+from .targets import has_peft_adapters
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -332,7 +331,7 @@ def _is_sharded(trainer: Any) -> bool:
 
 
 def _is_peft(trainer: Any) -> bool:
-    return any(map(_is_peft_layer, trainer.model.modules()))
+    return any(isinstance(m, SparseLayer) and m.storage is not m for m in trainer.model.modules())
 
 
 def _saves_by_itself(trainer: Any) -> bool:
@@ -344,21 +343,14 @@ def _is_adapter(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / CONFIG_NAME).is_file()
 
 
-def _is_peft_layer(module: nn.Module) -> bool:
-    """Whether it is a LoRS layer of lors_cuda.peft, which is not imported here: peft may be missing."""
-    return "merged_weight" in vars(module) and isinstance(getattr(module, "base_layer", None), nn.Module)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer, nn.Module]]:
     """Iterate over (name, layer, the module that holds its frozen tensors): for PEFT's layers that is their base."""
     bases = set()
     for name, module in model.named_modules():
-        stored = module
-        if _is_peft_layer(module):
-            stored = module.get_submodule("base_layer")
-            bases.add(stored)
-        elif not isinstance(module, SparseLinear) or module in bases:
+        if module in bases or not isinstance(module, SparseLayer):
             continue
+        stored = module.storage
+        bases.add(stored)
         if any(hasattr(parameter, "device_mesh") for parameter in stored.parameters(recurse=False)):
             raise ValueError(
                 f"SparsityCallback checks whole layers, and the parameters of '{name}' are sharded over several "
@@ -376,17 +368,6 @@ def _checksums(stored: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
     }
 
 
-def _merged(layer: Any) -> Tensor:
-    """The weight [N, K] that the layer multiplies by when it is evaluated."""
-    weight = layer.sparse_weight
-    if isinstance(layer, LoRSLinear):
-        return merge(weight, layer.lora_A, layer.lora_B, layer.scaling)
-    if isinstance(layer, SparseLinear):
-        return weight.to_dense()
-    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    return merge(weight, *layer.stacked(names)) if names else weight.to_dense()
-
-
 def _checksum(tensor: Tensor) -> int:
     """sum_i (2i + 1) bits_i mod 2^64: another value in one place always changes it, an odd factor being invertible.
 
@@ -402,10 +383,10 @@ def _checksum(tensor: Tensor) -> int:
     return int(total)
 
 
-def _count_zeros(name: str, layer: Any, step: int) -> int:
+def _count_zeros(name: str, layer: SparseLayer, step: int) -> int:
     """Number of exact zeros in the merged weight, which must include everything off the mask."""
     with torch.no_grad():
-        merged = _merged(layer)
+        merged = layer.merged_dense()
         stray = (merged != 0) & ~layer.sparse_weight.mask()
         if bool(stray.any()):
             row, column = stray.nonzero()[0].tolist()
@@ -449,6 +430,11 @@ def save_adapters_only(accelerator: Any) -> None:
 
 def _only_converted(models: list[nn.Module]) -> int:
     converted = [index for index, model in enumerate(models) if any(named_lors_layers(model))]
+    if not converted and any(map(has_peft_adapters, models)):
+        raise ValueError(
+            "The prepared model is a PEFT model, whose checkpoints are PEFT's: call model.save_pretrained(directory) "
+            "beside accelerator.save_state, and leave save_adapters_only out."
+        )
     if len(converted) != 1:
         raise ValueError(
             f"{len(converted)} of the {len(models)} prepared models have LoRS layers, and save_adapters_only has a "

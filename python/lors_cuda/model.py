@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Conversion of whole models: nn.Linear -> LoRSLinear (get_lors_model) and back (merge_and_unload), in place.
-# config.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
+# targets.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
 """Convert a model to LoRS layers, merge it back, switch the adapters off, keep what is merged."""
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
-from .config import LoRSConfig, Target, conversion_advice, find_targets, saved_modules
-from .linear import LoRSLinear, check_rank
-from .merged_weight import MergedWeight
-from .weight import check_fits
-
-_PROBLEMS_SHOWN = 5
+from .config import LoRSConfig
+from .functional import MergedWeight
+from .linear import LoRSLinear, SparseLayer
+from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 
 
-def get_lors_model(model: nn.Module, config: LoRSConfig | None = None) -> nn.Module:
+def get_lors_model(
+    model: nn.Module, config: LoRSConfig | None = None, *, targets: list[Target] | None = None
+) -> nn.Module:
     """Replace the linears that `config` selects by LoRSLinear, in place, and freeze everything else.
 
     Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
@@ -33,6 +33,8 @@ def get_lors_model(model: nn.Module, config: LoRSConfig | None = None) -> nn.Mod
     Args:
         model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
         config: what to adapt; None: LoRSConfig().
+        targets: what `targets.find_targets` found in this model with this `config` already, so that it is not searched
+            again. The list is emptied on the way: it would keep the dense weights alive.
 
     Returns:
         The same model object.
@@ -44,7 +46,7 @@ def get_lors_model(model: nn.Module, config: LoRSConfig | None = None) -> nn.Mod
     """
     config = LoRSConfig() if config is None else config
     _check_arguments(model, config)
-    return convert(model, find_targets(model, config), config)
+    return convert(model, find_targets(model, config) if targets is None else targets, config)
 
 
 def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.Module:
@@ -191,31 +193,6 @@ def named_lors_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLinear]]:
             yield name, module
 
 
-def check_targets(targets: list[Target], config: LoRSConfig) -> None:
-    """Refuse what from_linear would refuse, for all targets, before the first is replaced.
-
-    Raises:
-        ValueError: a rank is too large or a weight does not fit the layout; every module concerned is named.
-    """
-    problems = []
-    for target in targets:
-        try:
-            check_rank(target.r, target.module.out_features, target.module.in_features)
-            check_fits(target.module.weight.detach(), config.layout)
-        except ValueError as error:
-            problems.append(f"'{target.name}': {error}")
-    if problems:
-        advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
-        raise ValueError(f"The model was not converted. {joined(problems)} {advice}")
-
-
-def joined(problems: list[str]) -> str:
-    """Join sentences; after the first few only their number."""
-    shown = " ".join(problems[:_PROBLEMS_SHOWN])
-    rest = len(problems) - _PROBLEMS_SHOWN
-    return shown if rest <= 0 else f"{shown} And {rest} more like these."
-
-
 def require_unconverted(model: nn.Module) -> None:
     """Refuse a model that has LoRS layers already.
 
@@ -256,12 +233,9 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
 
 
 def _caching_layers(model: nn.Module) -> list[Any]:
-    """The layers that can keep a merged weight: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
-    found = (
-        [module for module in model.modules() if "merged_weight" in vars(module)]
-        if isinstance(model, nn.Module)
-        else []
-    )
+    """The layers with adapters: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, SparseLayer) and module.has_adapters]
     return found or [layer for _, layer in _lors_layers_with_names(model)]  # which refuses a model that has none
 
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from .config import LoRSConfig, Target, find_targets
+from ._checks import check_choice
+from .config import LoRSConfig
+from .targets import Target, find_targets
 
 METHODS = ("magnitude", "wanda")
 # Scores sorted at a time: a 4096 x 11008 layer at once would need 0.7 GB of indices and scores.
@@ -96,6 +98,7 @@ def prune(
     method: str = "wanda",
     batches: Sequence[Mapping[str, Any]] | None = None,
     config: LoRSConfig | None = None,
+    targets: Sequence[Target] | None = None,
     progress: bool = True,
 ) -> list[LayerSparsity]:
     """Set the least important weights of every target linear to exactly +0, in place.
@@ -112,6 +115,7 @@ def prune(
         method: "magnitude" or "wanda".
         batches: for Wanda: keyword arguments of the model (labels are dropped); iterated several times.
         config: selects the targets; None: every nn.Linear except the output head ("all-linear").
+        targets: what `targets.find_targets` found in this model already, instead of `config`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -122,11 +126,11 @@ def prune(
             layer that saw no calibration token; nothing to prune. Layers pruned before an error stay pruned.
     """
     parsed = SparsityPattern.parse(pattern)
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it must be 'magnitude' or 'wanda'.")
+    check_choice("method", method, METHODS)
     if method == "wanda" and not batches:
         raise ValueError("method 'wanda' needs calibration batches, and none were given; or use method='magnitude'.")
-    targets = find_targets(model, LoRSConfig() if config is None else config)
+    if targets is None:
+        targets = find_targets(model, LoRSConfig() if config is None else config)
     for target in targets:
         if not bool(torch.isfinite(target.module.weight).all()):
             raise ValueError(f"The weight of '{target.name}' has NaN or infinity; nothing was pruned.")
@@ -139,9 +143,14 @@ def prune(
     return [_layer_sparsity(target) for target in targets]
 
 
-def measure_sparsity(model: nn.Module, config: LoRSConfig | None = None) -> list[LayerSparsity]:
-    """Count the zeros of every linear that ``config`` selects (None: all but the output head)."""
-    return [_layer_sparsity(target) for target in find_targets(model, LoRSConfig() if config is None else config)]
+def measure_sparsity(
+    model: nn.Module, config: LoRSConfig | None = None, *, targets: Sequence[Target] | None = None
+) -> list[LayerSparsity]:
+    """Count the zeros of every linear that ``config`` selects (None: all but the output head), or of ``targets``, what
+    `targets.find_targets` found in this model already."""
+    if targets is None:
+        targets = find_targets(model, LoRSConfig() if config is None else config)
+    return [_layer_sparsity(target) for target in targets]
 
 
 def total_sparsity(layers: Iterable[LayerSparsity]) -> float:
@@ -210,7 +219,7 @@ class _BlockCall:
 class _InputNorms:
     """Sums of squares of each target's input columns, collected by hooks; padding tokens are not counted."""
 
-    def __init__(self, targets: list[Target]) -> None:
+    def __init__(self, targets: Sequence[Target]) -> None:
         self.sums = {t.name: torch.zeros(t.module.in_features, dtype=torch.float64) for t in targets}
         self.tokens = dict.fromkeys(self.sums, 0)
         self.attention_mask: Tensor | None = None
@@ -254,7 +263,7 @@ class _InputNorms:
 
 def _prune_blocks(
     model: nn.Module,
-    targets: list[Target],
+    targets: Sequence[Target],
     pattern: SparsityPattern,
     batches: Sequence[Mapping[str, Any]],
     progress: bool,
@@ -296,7 +305,7 @@ def _prune_blocks(
 
 
 def _group_by_block(
-    model: nn.Module, targets: list[Target]
+    model: nn.Module, targets: Sequence[Target]
 ) -> tuple[list[tuple[nn.Module, list[Target]]], list[Target]]:
     """Group targets by their outermost ModuleList entry; those in none, or in several, are returned separately."""
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, check_adapters, check_mask, check_tensor, check_weight, check_whole
+from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
 from .formats import (
     check_bitmap,
@@ -23,14 +23,6 @@ from .formats import (
     sparse24_metadata,
     unpack_mask,
 )
-
-LAYOUTS = ("auto", "dense", "2:4", "bitmap")
-
-
-def check_layout(layout: str) -> None:
-    """Refuse a layout that is unknown."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}.")
 
 
 class SparseWeight:
@@ -80,7 +72,7 @@ class SparseWeight:
             ValueError: an unknown layout, a weight that is not 2-D or not floating, or does not fit the layout (the
                 first place is named), or a mask of another shape, dtype or device.
         """
-        check_layout(layout)
+        check_choice("layout", layout, LAYOUTS)
         values = weight.detach() if isinstance(weight, Tensor) else weight
         check_weight(values)
         if mask is not None:
@@ -269,7 +261,7 @@ class SparseWeight:
 
 def check_fits(weight: Tensor, layout: str) -> None:
     """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
-    check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
     check_weight(weight)
     if layout == "2:4":
         check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])

@@ -4,6 +4,7 @@
 #include <lors/sparse24.h>
 
 #include <cmath>
+#include <limits>
 
 #include "layouts.h"
 #include "merge.h"
@@ -40,19 +41,14 @@ struct Operands {
     for (size_t i = 0; i < lora_B.size(); ++i) lora_B[i] = normal(rng) * (i / size_t(p.r) % 2 ? 1.0f : 0x1p-70f);
   }
 
-  template <typename Args>
-  Args args(const Problem& p) const {
-    Args out;
+  MergeArgs merge_args(const Problem& p, Layout layout, void* merged) const {
+    MergeArgs out;
     out.out_features = p.N;
     out.in_features = p.K;
     out.r = p.r;
-    out.lora_A = lora_A.data();
-    out.lora_B = lora_B.data();
+    out.lora_A = p.r ? lora_A.data() : nullptr;
+    out.lora_B = p.r ? lora_B.data() : nullptr;
     out.scaling = 0.75;
-    return out;
-  }
-  MergeArgs merge_args(const Problem& p, Layout layout, void* merged) const {
-    MergeArgs out = args<MergeArgs>(p);
     out.weight_layout = layout;
     out.weight_dtype = p.dtype;
     out.merged_dtype = p.merged_dtype;
@@ -98,16 +94,13 @@ class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
     merged.bytes = dense;
     want = encode(merged, o.mask).values.bytes;
     GuardedBytes apart(int64_t(want.size())), in_place(int64_t(want.size()));
-    Sparse24MergeArgs args = o.args<Sparse24MergeArgs>(p);
-    args.dtype = p.dtype;
-    args.metadata = o.metadata.data();
-    args.values = o.slots.bytes.data();
-    args.merged_values = apart.data();
-    ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, host).ok());
+    MergeArgs args = o.merge_args(p, Layout::sparse24, apart.data());
+    args.merged_layout = Layout::sparse24;
+    ASSERT_TRUE(merge_with(*GetParam(), args, host).ok());
     EXPECT_EQ(apart.values(), want);
     std::copy(o.slots.bytes.begin(), o.slots.bytes.end(), in_place.data());
-    args.values = args.merged_values = in_place.data();
-    ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, host).ok());
+    args.weight = args.merged = in_place.data();
+    ASSERT_TRUE(merge_with(*GetParam(), args, host).ok());
     EXPECT_EQ(in_place.values(), want);
     EXPECT_TRUE(apart.intact() && in_place.intact());
   }
@@ -173,22 +166,51 @@ TEST_P(MergeLayouts, LargeAndOnThreads) {
   }
 }
 
+// Without an adapter the merge decompresses: what is kept as it is but for -0.0, +0 elsewhere.
+TEST_P(MergeLayouts, NoAdapterDecompresses) {
+  std::mt19937_64 rng(4);
+  for (const DType dtype : kDTypes)
+    for (const int64_t K : {4, 68, 1028}) {
+      SCOPED_TRACE(testing::Message() << "K=" << K << " " << int(dtype));
+      const Problem p{9, K, 0, dtype, dtype, dtype};
+      const Operands groups(p, random_groups(9, K, 2, rng), rng), any(p, random_mask(9, K, 50, rng), rng);
+      for (const Operands* o : {&groups, &any})
+        for (const Layout layout : {Layout::dense, Layout::sparse24, Layout::bitmap}) {
+          if (o == &any && layout == Layout::sparse24) continue;
+          GuardedBytes merged(9 * K * dtype_size(dtype));
+          MergeArgs args = o->merge_args(p, layout, merged.data());
+          args.scaling = -std::numeric_limits<double>::infinity();
+          ASSERT_TRUE(merge_with(*GetParam(), args, nullptr).ok());
+          EXPECT_EQ(merged.values(), o->dense.bytes);
+          EXPECT_TRUE(merged.intact());
+        }
+      expect_same_slots(p, groups, &kPieces);
+      Elements zeros(dtype, 9 * K);
+      for (int64_t i = 0; i < 9 * K; ++i) zeros.set(i, zeros.sign());
+      MergeArgs args = any.merge_args(p, Layout::dense, zeros.bytes.data());
+      args.weight = zeros.bytes.data();
+      ASSERT_TRUE(merge_with(*GetParam(), args, nullptr).ok());
+      EXPECT_EQ(zeros.bytes, Elements(dtype, 9 * K).bytes);
+    }
+}
+
 // Slots never hold -0.0, also where the dense merge rounds to it.
 TEST_P(MergeLayouts, ZerosInSlotsHaveNoSign) {
   const float lora_A[4] = {1, 1, 1, 1}, lora_B = -0x1p-30f;
   const uint16_t values[2] = {0, 0};
   const uint8_t metadata = 0 | 1 << 2;
   uint16_t merged[2] = {7, 7};
-  Sparse24MergeArgs args;
+  MergeArgs args;
   args.out_features = args.r = 1;
   args.in_features = 4;
-  args.values = values;
-  args.dtype = DType::float16;
+  args.weight_layout = args.merged_layout = Layout::sparse24;
+  args.weight = values;
+  args.weight_dtype = args.merged_dtype = args.round_to = DType::float16;
   args.metadata = &metadata;
   args.lora_A = lora_A;
   args.lora_B = &lora_B;
-  args.merged_values = merged;
-  ASSERT_TRUE(sparse24_merge_with(*GetParam(), args, nullptr).ok());
+  args.merged = merged;
+  ASSERT_TRUE(merge_with(*GetParam(), args, nullptr).ok());
   EXPECT_EQ(merged[0], 0);
   EXPECT_EQ(merged[1], 0);
 }

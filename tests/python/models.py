@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lors_cuda import targets
 from lors_cuda.config import LoRSConfig
 from lors_cuda.model import get_lors_model
 
@@ -118,3 +119,16 @@ def refused(exception: type[Exception], call: Callable[[], object], *fragments: 
     for fragment in fragments:
         assert fragment in message, f"{fragment!r} is missing in: {message}"
     return message
+
+
+def searched_models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Grows by a model whenever targets are searched in one."""
+    searched: list[nn.Module] = []
+
+    class Counted(targets.Places):
+        def __init__(self, model: nn.Module) -> None:
+            searched.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(targets, "Places", Counted)
+    return searched

@@ -14,6 +14,9 @@ LORS_SIM_BINDING(merge) {
     given.read("metadata", args.metadata);
     given.read("row_offsets", args.row_offsets);
     args.weight_layout = args.metadata ? Layout::sparse24 : args.row_offsets ? Layout::bitmap : Layout::dense;
+    bool to_sparse24 = false;
+    given.read("to_sparse24", to_sparse24);
+    if (to_sparse24) args.merged_layout = Layout::sparse24;
     given.read("merged", args.merged);
     given.read("merged_dtype", args.merged_dtype);
     given.read("round_to", args.round_to);

@@ -79,20 +79,15 @@ def compressed(device: Any, sparse24: bool) -> dict[str, Any]:
     return {"values": upload(device, "values", values), **stored}
 
 
-def merge_compressed(sparse24: bool) -> Callable[[Any], None]:
+def merge_compressed(sparse24: bool, to_sparse24: bool = False) -> Callable[[Any], None]:
     def call(device: Any) -> None:
         stored = compressed(device, sparse24)
-        result = {"merged": empty(device, "merged", (N, K), DTYPE), "merged_dtype": DTYPE, "round_to": DTYPE}
+        merged = empty(device, "merged", (N, K // 2 if to_sparse24 else K), DTYPE)
+        result = {"merged": merged, "merged_dtype": DTYPE, "round_to": DTYPE, "to_sparse24": to_sparse24}
         values = {"weight": stored.pop("values"), "weight_dtype": DTYPE}
         sim.merge(device, **ADAPTED, **adapters(device), **values, **stored, **result)
 
     return call
-
-
-def sparse24_merge(device: Any) -> None:
-    merged = empty(device, "merged", (N, K // 2), DTYPE)
-    stored = compressed(device, True)
-    sim.sparse24_merge(device, **ADAPTED, **adapters(device), **stored, dtype=DTYPE, merged_values=merged)
 
 
 def fused_linear(tokens: int, input_gradient: bool) -> Callable[[Any], None]:
@@ -149,8 +144,8 @@ def cases() -> list[Case]:
             {"values": N * K, "metadata": N * K // 8, "merged": 2 * N * K, **adapter_bytes},
         ),
         Case(
-            "sparse24_merge, 2:4 to 2:4 values",
-            sparse24_merge,
+            "merge, 2:4 to 2:4 values",
+            merge_compressed(True, to_sparse24=True),
             {"values": N * K, "metadata": N * K // 8, "merged": N * K, **adapter_bytes},
         ),
         Case(

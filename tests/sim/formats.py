@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressed layouts as lors/sparse24.h and lors/bitmap.h word them, element by element, and weights for them."""
+"""The compressed layouts as lors/sparse24.h and lors/types.h word them, element by element, and weights for them."""
 
 from __future__ import annotations
 

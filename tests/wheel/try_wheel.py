@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # What a broken wheel would break: every operator on every layout, the modules, files, and what torch.compile sees.
 FILES = ["formats/test_weight", "layer/test_layer", "repo/test_package"]
 OPS = ["ops", "functional", "linear_op", "merge", "refusals", "environment", "compile"]
-MODEL = ["adapter_files", "checkpoint", "config", "gradient_init", "gradients", "layouts", "model"]
+MODEL = ["adapter_directory", "checkpoint", "config", "gradient_init", "gradients", "layouts", "model", "targets"]
 FILES += [*(f"ops/test_{name}" for name in OPS), *(f"model/test_{name}" for name in MODEL)]
 TESTS = ["tests/wheel/test_installed.py", *(f"tests/python/{name}.py" for name in FILES)]
 NEEDED = ["pytest", "pytest-timeout", "hypothesis", "numpy", "packaging", "psutil", "safetensors"]

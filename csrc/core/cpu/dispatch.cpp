@@ -35,26 +35,6 @@ bool has_f16c() {
 }
 #endif
 
-const KernelTable* choose() {
-  const std::string wanted = environment("LORS_CPU_CAPABILITY");
-  if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
-    throw std::runtime_error("LORS_CPU_CAPABILITY is '" + wanted +
-                             "'; set it to baseline, avx2 or avx512, or leave it unset for the best this processor has.");
-  if (wanted == "baseline") return &table_baseline;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && wanted != "avx2") return &table_avx512;
-  if (avx2 && wanted != "avx512") return &table_avx2;
-#endif
-  if (!wanted.empty())
-    throw std::runtime_error("LORS_CPU_CAPABILITY asks for " + wanted +
-                             ", which this processor does not have; unset it, or set it to baseline.");
-  return &table_baseline;
-}
-
 bool prefers_fused(int64_t tokens) {
   static const std::string wanted = environment("LORS_CPU_FUSED");
   if (wanted == "always") return true;
@@ -86,6 +66,29 @@ bool multiplies_natively(DType dtype) {
   if (!wanted.empty())
     throw std::runtime_error("LORS_CPU_PRODUCT is '" + wanted + "'; set it to float32 or native, or leave it unset.");
   return has_matmul_instructions(dtype);
+}
+
+const KernelTable* choose() {
+  // The other variables as well: a wrong value is refused by the first call, whichever kernel that needs.
+  prefers_fused(0);
+  multiplies_natively(DType::bfloat16);
+  const std::string wanted = environment("LORS_CPU_CAPABILITY");
+  if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
+    throw std::runtime_error("LORS_CPU_CAPABILITY is '" + wanted +
+                             "'; set it to baseline, avx2 or avx512, or leave it unset for the best this processor has.");
+  if (wanted == "baseline") return &table_baseline;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && wanted != "avx2") return &table_avx512;
+  if (avx2 && wanted != "avx512") return &table_avx2;
+#endif
+  if (!wanted.empty())
+    throw std::runtime_error("LORS_CPU_CAPABILITY asks for " + wanted +
+                             ", which this processor does not have; unset it, or set it to baseline.");
+  return &table_baseline;
 }
 
 }  // namespace

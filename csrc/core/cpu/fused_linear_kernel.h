@@ -88,24 +88,23 @@ inline void transpose_square(const float* src, int64_t src_stride, float* dst, i
 template <typename W, typename Round>
 inline void merge_block(const lors::cpu::FusedJob& job, int64_t n, int64_t rows, int64_t k, int64_t columns, float* out,
                         int64_t out_stride) {
-  const int64_t K = job.in_features, r = job.r, words = lors::mask_words(K);
+  const int64_t r = job.r;
   const float* lora_A = job.lora_A + k * r;  // panels are fused_columns wide and k is a multiple of that
+  const auto tile = [&](auto tile_rows, int64_t i) {
+    constexpr int Rows = decltype(tile_rows)::value;
+    DenseSource<float, W, Rows> source(job, n + i, k);
+    merge_tile<float, Rows, kFusedVectors>(lora_A, job.lora_B + (n + i) * r, r, source,
+                                           DenseSink<float, Round>{out + i * out_stride, out_stride, false});
+    return i + Rows;
+  };
   for (int64_t i = 0; i < rows;) {
-    const float* lora_B = job.lora_B + (n + i) * r;
-    const W* weight = static_cast<const W*>(job.weight) + (n + i) * K + k;
-    const uint32_t* mask = job.mask ? job.mask + (n + i) * words : nullptr;
     if (columns < kFusedColumns) {
-      merge_edge<float, W, float, Round, kFusedVectors>(lora_A, lora_B, r, weight, mask, words, k, columns,
-                                                        out + i * out_stride);
+      DenseSource<float, W, 1> source(job, n + i, k);
+      merge_edge<float, kFusedVectors>(lora_A, job.lora_B + (n + i) * r, r, source,
+                                       DenseSink<float, Round>{out + i * out_stride, out_stride, false}, columns);
       i += 1;
-    } else if (rows - i >= 4) {
-      merge_tile<float, W, float, Round, 4, kFusedVectors>(lora_A, lora_B, r, weight, K, mask, words, k, out + i * out_stride,
-                                                           out_stride);
-      i += 4;
     } else {
-      merge_tile<float, W, float, Round, 1, kFusedVectors>(lora_A, lora_B, r, weight, K, mask, words, k, out + i * out_stride,
-                                                           out_stride);
-      i += 1;
+      i = rows - i >= 4 ? tile(std::integral_constant<int, 4>{}, i) : tile(std::integral_constant<int, 1>{}, i);
     }
   }
 }

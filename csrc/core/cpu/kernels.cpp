@@ -6,7 +6,6 @@
 
 #include "contract_kernel.h"
 #include "fused_linear_kernel.h"
-#include "merge_compressed_kernel.h"
 #include "merge_kernel.h"
 #include "pack_kernel.h"
 
@@ -23,7 +22,6 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kMergePanel<float>,
     pack,
     merge,
-    sparse24_merge,
     contract_rows,
     contract_columns,
     store_out,

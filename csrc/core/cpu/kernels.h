@@ -24,17 +24,16 @@ struct PackJob {
 
 struct MergeJob {
   int64_t in_features = 0, r = 0;
-  Layout weight_layout = Layout::dense;
-  const void* weight = nullptr;  // as in MergeArgs, also of the next four
+  Layout weight_layout = Layout::dense, merged_layout = Layout::dense;
+  const void* weight = nullptr;  // as in MergeArgs, also of the next three
   DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;        // [N, ceil(K/32)] or null
-  const uint8_t* metadata = nullptr;     // 2:4: [N, ceil(K/8)]
-  const int64_t* row_offsets = nullptr;  // bitmap: [N + 1]
-  int64_t* cursors = nullptr;            // bitmap: [N] scratch, how far each row's values are used up
-  int64_t value_count = 0;               // bitmap: row_offsets[N]
-  const void* lora_A = nullptr;          // Acc [ceil(K/panel), r, panel], zero-padded
-  const void* lora_B = nullptr;          // Acc [N, r], already times scaling
-  void* merged = nullptr;                // [N, K]; sparse24_merge: values [N, K/2], may be `weight`
+  const uint32_t* mask = nullptr;     // [N, ceil(K/32)] or null
+  const uint8_t* metadata = nullptr;  // 2:4: [N, ceil(K/8)]
+  int64_t* cursors = nullptr;         // bitmap: [N], row_offsets to begin with; how far each row's values are used up
+  int64_t value_count = 0;            // bitmap: row_offsets[N]
+  const void* lora_A = nullptr;       // Acc [ceil(K/panel), r, panel], zero-padded
+  const void* lora_B = nullptr;       // Acc [N, r], already times scaling
+  void* merged = nullptr;             // as in MergeArgs
   DType merged_dtype = DType::float32, round_to = DType::float32;
   bool is_double = false;
 };
@@ -95,7 +94,6 @@ struct KernelTable {
   int64_t merge_panel;  // columns of a merge panel in float32; half of it in float64
   void (*pack)(const PackJob&, int64_t row_begin, int64_t row_end);
   void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
-  void (*sparse24_merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
   void (*contract_rows)(const ContractJob&, int64_t row_begin, int64_t row_end);
   void (*contract_columns)(const ContractJob&, int64_t column_begin, int64_t column_end);
   void (*store)(const StoreJob&, int64_t row_begin, int64_t row_end);

@@ -3,19 +3,13 @@
 // pack the adapters once, then one pass over the weight.
 #include "merge.h"
 
+#include <algorithm>
+
 #include "pack_adapters.h"
 #include "workspace.h"
 
 namespace lors {
 namespace cpu {
-namespace {
-
-int64_t panel_of(const KernelTable& table, bool is_double) { return is_double ? table.merge_panel / 2 : table.merge_panel; }
-
-// Below some ten microseconds of work a second thread does not pay.
-int64_t grain(int64_t in_features) { return 1 + 65536 / in_features; }
-
-}  // namespace
 
 Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost* host) {
   const int64_t N = args.out_features, K = args.in_features;
@@ -25,18 +19,20 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
     return Status::error("merge writes float64 for a float64 weight only; convert the weight or ask for float64.");
   if (args.merged_dtype != DType::float32 && args.round_to != args.merged_dtype)
     return Status::error("merge can round to another type than it writes only when it writes float32.");
+  if (Status status = check_merged_layout(args); !status.ok()) return status;
   const bool is_bitmap = args.weight_layout == Layout::bitmap;
-  const PackedAdapters adapters(args, panel_of(table, is_double), is_double, host);
+  const PackedAdapters adapters(args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
   const Workspace cursors(host, is_bitmap ? N * 8 : 0);
+  if (is_bitmap) std::copy_n(args.row_offsets, N, static_cast<int64_t*>(cursors.data()));
   MergeJob job;
   job.in_features = K;
   job.r = args.r;
   job.weight_layout = args.weight_layout;
+  job.merged_layout = args.merged_layout;
   job.weight = args.weight;
   job.weight_dtype = args.weight_dtype;
   job.mask = args.mask;
   job.metadata = args.metadata;
-  job.row_offsets = args.row_offsets;
   job.cursors = static_cast<int64_t*>(cursors.data());
   job.value_count = is_bitmap ? args.row_offsets[N] : 0;
   job.lora_A = adapters.lora_A();
@@ -45,36 +41,13 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
   job.merged_dtype = args.merged_dtype;
   job.round_to = args.round_to;
   job.is_double = is_double;
-  parallel_for(host, N, grain(K), [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });
-  return {};
-}
-
-Status sparse24_merge_with(const KernelTable& table, const Sparse24MergeArgs& args, const CpuHost* host) {
-  const int64_t N = args.out_features, K = args.in_features;
-  if (N == 0 || K == 0) return {};
-  const bool is_double = args.dtype == DType::float64;
-  const PackedAdapters adapters(args, panel_of(table, is_double), is_double, host);
-  MergeJob job;
-  job.in_features = K;
-  job.r = args.r;
-  job.weight_layout = Layout::sparse24;
-  job.weight = args.values;
-  job.weight_dtype = job.merged_dtype = job.round_to = args.dtype;
-  job.metadata = args.metadata;
-  job.lora_A = adapters.lora_A();
-  job.lora_B = adapters.lora_B();
-  job.merged = args.merged_values;
-  job.is_double = is_double;
-  parallel_for(host, N, grain(K), [&](int64_t begin, int64_t end) { table.sparse24_merge(job, begin, end); });
+  // Below some ten microseconds of work a second thread does not pay.
+  parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });
   return {};
 }
 
 }  // namespace cpu
 
 Status merge(const MergeArgs& args, const CpuHost* host) { return cpu::merge_with(cpu::kernels(), args, host); }
-
-Status sparse24_merge(const Sparse24MergeArgs& args, const CpuHost* host) {
-  return cpu::sparse24_merge_with(cpu::kernels(), args, host);
-}
 
 }  // namespace lors

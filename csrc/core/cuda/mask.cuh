@@ -2,7 +2,7 @@
 // The mask of a 2:4 weight [N, K] as bits, from its metadata (lors/sparse24.h): one thread per 32 columns. Launched by mask.cu.
 #pragma once
 
-#include "sparse24_slots.cuh"
+#include "operands.cuh"
 
 namespace lors::cuda {
 

@@ -1,35 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the merge: checks what the kernel cannot do, asks merge_config how to cut the work, picks the kernel by dtypes.
+// Launches the merge: checks what the kernel cannot do, asks merge_config for the tiling, picks the kernel by layouts and
+// dtypes.
 #include "merge.cuh"
 
 #include <lors/merge.h>
 
 #include "launch.h"
-#include "merge_compressed.h"
 
 namespace lors {
 namespace {
 
 using namespace cuda;
 
-template <typename W, typename Out>
-Status launch_merge(const MergeProblem& problem, const MergeConfig& config, const CudaHost& host) {
-  return launch("merge", merge_kernel<W, Out>, dim3(static_cast<unsigned>(config.blocks)),
+template <typename Body>
+Status with_type(DType dtype, const Body& body) {
+  if (dtype == DType::bfloat16) return body(bfloat16{});
+  if (dtype == DType::float16) return body(float16{});
+  return body(float{});
+}
+
+template <template <typename, typename> typename Source, template <typename, typename> typename Sink, typename W, typename Out>
+Status run(const MergeProblem& problem, const MergeConfig& config, const CudaHost& host) {
+  return launch("merge", merge_kernel<Source, Sink, W, Out>, dim3(static_cast<unsigned>(config.blocks)),
                 dim3(static_cast<unsigned>(config.columns)), config.shared_bytes, host, problem);
 }
 
-template <typename W>
-Status launch_merge(DType merged, const MergeProblem& problem, const MergeConfig& config, const CudaHost& host) {
-  if (merged == DType::bfloat16) return launch_merge<W, bfloat16>(problem, config, host);
-  if (merged == DType::float16) return launch_merge<W, float16>(problem, config, host);
-  return launch_merge<W, float>(problem, config, host);
+template <template <typename, typename> typename Source>
+Status run_to_dense(const MergeArgs& args, const MergeProblem& problem, const MergeConfig& config, const CudaHost& host) {
+  return with_type(args.weight_dtype, [&](auto w) {
+    return with_type(args.merged_dtype,
+                     [&](auto out) { return run<Source, DenseSink, decltype(w), decltype(out)>(problem, config, host); });
+  });
 }
 
 }  // namespace
 
 Status merge(const MergeArgs& args, const CudaHost& host) {
-  if (args.weight_layout != Layout::dense) return merge_compressed(args, host);
   const int64_t N = args.out_features, K = args.in_features;
+  const bool from_sparse24 = args.weight_layout == Layout::sparse24, to_sparse24 = args.merged_layout == Layout::sparse24;
   if (N == 0 || K == 0) return {};
   for (const DType dtype : {args.weight_dtype, args.merged_dtype, args.lora_A_dtype, args.lora_B_dtype})
     if (dtype == DType::float64)
@@ -38,34 +46,51 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
           "move them to the CPU.");
   if (args.round_to != args.merged_dtype)
     return Status::error("merge on CUDA rounds to the dtype it writes; ask for the same round_to and merged_dtype.");
+  if (Status status = check_merged_layout(args); !status.ok()) return status;
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
-  MergeProblem problem{};
-  problem.weight = args.weight;
-  problem.mask = args.mask;
-  problem.mask_words = mask_words(K);
-  problem.lora_A = matrix(args.lora_A, args.lora_A_dtype, args.r, K);
-  problem.lora_B = matrix(args.lora_B, args.lora_B_dtype, N, args.r);
-  problem.merged = args.merged;
-  problem.out_features = N;
-  problem.in_features = K;
-  problem.scaling = static_cast<float>(args.scaling);
-  problem.weight_vectors = has_vectors(args.weight, K);
-  problem.merged_vectors = has_vectors(args.merged, K);
   const MergeConfig config = merge_config(N, K, args.r, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype),
-                                          Layout::dense, static_cast<int>(dtype_size(args.weight_dtype)), limits);
+                                          args.weight_layout, static_cast<int>(dtype_size(args.weight_dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
-    return Status::error("merge found no way to cut a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
-                         "] for a device with " + std::to_string(limits.shared_bytes) +
+    return Status::error("merge found no tiling for a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
+                         "] on a device with " + std::to_string(limits.shared_bytes) +
                          " bytes of shared memory per block; use a GPU of architecture 80 or later.");
-  problem.rows = config.rows;
-  problem.panel_rows = config.panel_rows;
-  problem.chunk = config.chunk;
-  problem.column_blocks = config.column_blocks;
-  if (args.weight_dtype == DType::bfloat16) return launch_merge<bfloat16>(args.merged_dtype, problem, config, host);
-  if (args.weight_dtype == DType::float16) return launch_merge<float16>(args.merged_dtype, problem, config, host);
-  return launch_merge<float>(args.merged_dtype, problem, config, host);
+  MergeProblem p{};
+  p.weight = args.weight;
+  p.index = from_sparse24 ? args.metadata : reinterpret_cast<const uint8_t*>(args.mask);
+  p.index_pitch = from_sparse24 ? sparse24_metadata_bytes(K) : 4 * mask_words(K);
+  p.row_offsets = args.row_offsets;
+  p.lora_A = matrix(args.lora_A, args.lora_A_dtype, args.r, K);
+  p.lora_B = matrix(args.lora_B, args.lora_B_dtype, N, args.r);
+  p.merged = args.merged;
+  p.out_features = N;
+  p.in_features = K;
+  p.scaling = args.r > 0 ? static_cast<float>(args.scaling) : 0.f;  // no sign and no NaN of it where nothing is added
+  p.weight_vectors = has_vectors(args.weight, K);
+  p.merged_vectors = has_vectors(args.merged, K);
+  p.index_vectors = p.index_pitch % 16 == 0 && reinterpret_cast<uintptr_t>(p.index) % 16 == 0;
+  p.rows = config.rows;
+  p.panel_rows = config.panel_rows;
+  p.chunk = config.chunk;
+  p.tile_at = config.tile_at;
+  p.tile_pitch = merge_tile_pitch(config.columns);
+  p.column_blocks = config.column_blocks;
+
+  if (to_sparse24)
+    return with_type(args.weight_dtype,
+                     [&](auto w) { return run<Sparse24Source, Sparse24Sink, decltype(w), decltype(w)>(p, config, host); });
+  if (args.weight_layout == Layout::dense) return run_to_dense<DenseSource>(args, p, config, host);
+  if (from_sparse24) return run_to_dense<Sparse24Source>(args, p, config, host);
+
+  const Scratch before(host, N * config.column_blocks);
+  p.before = reinterpret_cast<uint32_t*>(before.data());
+  constexpr int64_t kRows = kBeforeThreads / kWarp;
+  if (Status status = launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((N + kRows - 1) / kRows)),
+                             dim3(kBeforeThreads), 0, host, p, const_cast<uint32_t*>(p.before), config.columns);
+      !status.ok())
+    return status;
+  return run_to_dense<BitmapSource>(args, p, config, host);
 }
 
 }  // namespace lors

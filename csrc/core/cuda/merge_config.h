@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the merge is cut into blocks: a pure function of the problem and the device. A block holds lora_A's columns in shared
+// The tiling of the merge: a pure function of the problem and the device. A block holds lora_A's columns in shared
 // memory and walks down its rows in steps of 32, so the larger the block, the smaller the adapters' share of the traffic: each
 // column of blocks reads all of lora_B, and each row of blocks all of lora_A.
 #pragma once
@@ -38,13 +38,12 @@ struct MergeConfig {
   int64_t blocks = 0;
 };
 
-constexpr int merge_shared_bytes(int columns, int rows, int chunk, int planes_A, int planes_B) {
-  return 2 * (planes_A * chunk * (columns + kMergePad) + planes_B * rows * (chunk + kMergePad));
+constexpr int merge_shared_bytes(int columns, int rows, int chunk, int terms_A, int terms_B) {
+  return 2 * (terms_A * chunk * (columns + kMergePad) + terms_B * rows * (chunk + kMergePad));
 }
 
-// What the busiest multiprocessor moves, in bytes: the tiles of its blocks, the adapters of each, and for each the time until
-// its first weights arrive. 48 KiB, and the half more for 256 threads with too little on its way, are estimates: none was
-// measured.
+// Cost model: bytes moved by the busiest SM, plus 48 KiB latency per block, and half as much again where an SM has only 256
+// threads; the constants are guesses.
 constexpr double merge_cost(const MergeConfig& c, int64_t N, int64_t r, int value_bytes, int multiprocessors) {
   const double each = static_cast<double>((c.blocks + multiprocessors - 1) / multiprocessors);
   const double rows = static_cast<double>(c.rows < N ? c.rows : N), columns = c.columns;
@@ -52,9 +51,9 @@ constexpr double merge_cost(const MergeConfig& c, int64_t N, int64_t r, int valu
   return each * (bytes + 48 * 1024) * (each * columns < 512 ? 1.5 : 1.0);
 }
 
-// planes_*: how many 16-bit planes an adapter's dtype takes (operands.cuh). Which ranks are added up together does not depend
-// on the layout, so that a compressed weight merges to the dense one's bits: room for the largest tile decides it for all.
-constexpr MergeConfig merge_config(int64_t N, int64_t K, int64_t r, int planes_A, int planes_B, Layout layout, int value_bytes,
+// terms_*: split terms of an adapter's dtype (operands.cuh). Which ranks are summed together does not depend on the layout, so
+// that a compressed weight merges to the dense one's bits: the largest tile decides for all.
+constexpr MergeConfig merge_config(int64_t N, int64_t K, int64_t r, int terms_A, int terms_B, Layout layout, int value_bytes,
                                    DeviceLimits limits) {
   const int64_t whole = (r + 15) / 16 * 16;
   const auto make = [&](int columns, int rows, int panel_rows, int64_t chunk) {
@@ -63,14 +62,14 @@ constexpr MergeConfig merge_config(int64_t N, int64_t K, int64_t r, int planes_A
     c.rows = rows;
     c.panel_rows = panel_rows;
     c.chunk = static_cast<int>(chunk);
-    c.tile_at = merge_shared_bytes(columns, panel_rows, c.chunk, planes_A, planes_B);
+    c.tile_at = merge_shared_bytes(columns, panel_rows, c.chunk, terms_A, terms_B);
     c.shared_bytes = c.tile_at + merge_tile_bytes(layout, columns, panel_rows, value_bytes);
     c.column_blocks = (K + columns - 1) / columns;
     c.blocks = c.column_blocks * ((N + rows - 1) / rows);
     return c;
   };
   const auto fits = [&](Layout any, int columns, int rows, int64_t chunk) {
-    return merge_shared_bytes(columns, rows, static_cast<int>(chunk), planes_A, planes_B) +
+    return merge_shared_bytes(columns, rows, static_cast<int>(chunk), terms_A, terms_B) +
                merge_tile_bytes(any, columns, rows, value_bytes) <=
            limits.shared_bytes;
   };

@@ -224,4 +224,18 @@ __device__ __forceinline__ void store_terms(uint16_t* to, int term_size, const u
   }
 }
 
+// Where the slots of a code of layout "2:4" (lors/sparse24.h) stand in their group: 0 to 3, or 4 where the slot holds nothing.
+__device__ __forceinline__ void slots_of(uint32_t code, uint32_t (&position)[2]) {
+  const uint32_t first = code & 3, second = code >> 2 & 3;
+  const bool both = first < second, one = first == second;
+  position[0] = both || (one && first != 3) ? first : 4;
+  position[1] = both || (one && first == 3) ? second : 4;
+}
+// The four columns a code keeps, as bits; nothing for a code that does not occur.
+__device__ __forceinline__ uint32_t kept_by(uint32_t code) {
+  uint32_t position[2];
+  slots_of(code, position);
+  return ((1u << position[0]) | (1u << position[1])) & 15;
+}
+
 }  // namespace lors::cuda

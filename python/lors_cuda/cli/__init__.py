@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .._checks import check_environment
 from .._distributed import OtherProcessFailed, is_first, launched
 
 COMMANDS = {
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         args = _parse(arguments)
+        check_environment()
         if launched() and args.command not in DISTRIBUTED:
             raise UsageError(f"'{args.command}' runs in one process, not under torchrun; only finetune shares its work")
         with warnings.catch_warnings():

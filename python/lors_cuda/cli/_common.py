@@ -19,6 +19,7 @@ from .._distributed import is_first, launched
 from .._library import build_info
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line, write_model
+from ..config import ALL_LINEAR, LoRSConfig
 from ..data import TokenDataset, load_data
 
 if TYPE_CHECKING:
@@ -87,6 +88,34 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_si
         type=positive_int,
         metavar="TOKENS",
         help=f"longest sequence; {DEFAULT_SEQUENCE_LENGTH}, or the model's maximum, where not given",
+    )
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """--target-modules and --exclude-modules."""
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="name suffixes; every linear but the output head if not given",
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is")
+
+
+def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
+    """A configuration with the targets that `add_targets` asks for."""
+    wanted = args.target_modules
+    targets = ALL_LINEAR if wanted in (None, [ALL_LINEAR]) else wanted
+    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **fields)
+
+
+def add_strict_mask(parser: argparse.ArgumentParser) -> None:
+    """--no-strict-mask."""
+    parser.add_argument(
+        "--no-strict-mask",
+        dest="strict_mask",
+        action="store_false",
+        help="load an adapter of another sparsity mask, or of none that is known",
     )
 
 

@@ -23,7 +23,7 @@ from .. import __version__
 from .._batches import running
 from .._files import new_directory, replace_file
 from .._library import build_info
-from ..adapter_files import require_safetensors
+from ..adapter_directory import require_safetensors
 from ..checkpoint import load_adapter, save_adapter
 from ..config import LoRSConfig
 from ..data import TokenDataset, load_data
@@ -224,7 +224,8 @@ class _Demo:
             if entry["step"] % every == 0:
                 self.say(f"      step {entry['step']:>4}  training loss {entry['loss']:.3f}")
 
-        self.train(model, args.dense_steps, 4e-3, args.seed, report)
+        # From scratch at this rate: with a shorter warmup the perplexity depends much on the order of the data.
+        self.train(model, args.dense_steps, 4e-3, args.seed, report, warmup_steps=args.dense_steps // 7)
         return model
 
     def fine_tune(self, method: Method, sparse: nn.Module, pruned: Row) -> tuple[nn.Module, Row]:
@@ -299,13 +300,22 @@ class _Demo:
 
     # ---- what they use ----
 
-    def train(self, model: nn.Module, steps: int, lr: float, seed: int, each: Callable[[dict[str, Any]], None]) -> None:
+    def train(
+        self,
+        model: nn.Module,
+        steps: int,
+        lr: float,
+        seed: int,
+        each: Callable[[dict[str, Any]], None],
+        warmup_steps: int | None = None,
+    ) -> None:
         """Train as `lors-cuda finetune` does, without checkpoints; ``each`` gets every step's entry."""
         from . import _trainer
 
         arguments = _trainer.arguments(
             self.directory, steps=steps, batch_size=self.args.batch_size, lr=lr, seed=seed,
             device=torch.device("cpu"), save_strategy="no",
+            warmup_steps=warmup_steps,
         )  # fmt: skip
         report = _trainer.Report(bar=self.shown, each=each)
         with running(model, training=True):

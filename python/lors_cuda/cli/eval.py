@@ -10,20 +10,32 @@ from typing import Any
 from ..checkpoint import load_adapter
 from ..evaluation import evaluate
 from ..pruning import measure_sparsity, total_sparsity
-from ._common import add_data, add_model, describe_data, load_dataset, load_model, say
+from ._common import (
+    add_data,
+    add_model,
+    add_strict_mask,
+    add_targets,
+    describe_data,
+    load_dataset,
+    load_model,
+    say,
+    target_config,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to measure as well")
+    add_strict_mask(parser)
+    add_targets(parser)
     add_data(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the model, and the model with the adapter if one is given."""
     model = load_model(args.model, args.device)
-    sparsity = total_sparsity(measure_sparsity(model))
+    sparsity = total_sparsity(measure_sparsity(model, target_config(args)))
     data = load_dataset(args, model)
     say(args, f"Data: {describe_data(data)}. Sparsity of the model: {sparsity:.2%}.")
     options = {"batch_size": args.batch_size, "progress": not args.json}
@@ -33,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(args, f"Perplexity {measured.perplexity:.4f}")
         return {**result, "loss": measured.loss, "perplexity": measured.perplexity}
     without = evaluate(model, data, **options)  # before it: modules_to_save are part of the adapter
-    load_adapter(model, args.adapter)
+    load_adapter(model, args.adapter, strict_mask=args.strict_mask)
     measured = evaluate(model, data, **options)
     say(args, f"Perplexity {without.perplexity:.4f} without the adapter, {measured.perplexity:.4f} with it")
     return {

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from .._checks import GRADIENTS
+from .._checks import GRADIENTS, LAYOUTS
 from .._distributed import (
     alike,
     check_launcher,
@@ -35,17 +35,18 @@ from .._distributed import (
     together,
 )
 from .._files import replace_file
-from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
+from ..adapter_directory import CONFIG_NAME, WEIGHTS_NAME, require_safetensors
 from ..checkpoint import load_adapter, save_adapter
-from ..config import ALL_LINEAR, LoRSConfig, find_targets
+from ..config import LoRSConfig
 from ..data import TokenDataset
 from ..gradient_init import estimate_gradients, init_from_gradients
-from ..model import check_targets, get_lors_model, named_lors_layers
+from ..model import get_lors_model, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
-from ..weight import LAYOUTS
+from ..targets import Target, check_targets, find_targets
 from ._common import (
     add_data,
     add_model,
+    add_targets,
     describe_data,
     find_device,
     load_dataset,
@@ -55,6 +56,7 @@ from ._common import (
     positive_int,
     say,
     seed_number,
+    target_config,
 )
 
 RUN_NAME, LOG_NAME, PLOT_NAME = "run.json", "training.jsonl", "loss.png"
@@ -80,12 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=positive_int, default=16, help="rank r of the adapters")
     parser.add_argument("--alpha", type=positive_float, default=16.0, help="lora_alpha; the scaling is alpha / rank")
     parser.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(rank)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="name suffixes; every linear but the output head if left out",
-    )
+    add_targets(parser)
     parser.add_argument("--gradient", choices=GRADIENTS, default="lors", help="how adapter gradients are computed")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="how the sparse weights are stored")
     parser.add_argument("--init", choices=("gradient", "default"), default="gradient", help="how the adapters start")
@@ -123,10 +120,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, convert, start or resume, train, and save; under torchrun in all its processes, of which one writes."""
     check_launcher()
     with alike():
-        config = LoRSConfig(
+        config = target_config(
+            args,
             r=args.rank,
             lora_alpha=args.alpha,
-            target_modules=ALL_LINEAR if args.target_modules in (None, [ALL_LINEAR]) else args.target_modules,
             layout=args.layout,
             gradient=args.gradient,
             use_rslora=args.use_rslora,
@@ -190,10 +187,11 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         from . import _trainer
 
         model = load_model(args.model, args.device)
-        sparsity = total_sparsity(measure_sparsity(model, config))
+        targets = find_targets(model, config)
+        check_targets(targets, config)  # before the work of estimating gradients
+        sparsity = total_sparsity(measure_sparsity(model, targets=targets))
         data = load_dataset(args, model)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
-        check_targets(find_targets(model, config), config)  # before the work of estimating gradients
     say(args, f"Model: '{args.model}', sparsity {sparsity:.2%}. Data: {describe_data(data)}.")
     if eval_data is not None:
         say(args, f"Evaluation at every checkpoint: {describe_data(eval_data)}.")
@@ -204,7 +202,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
     checkpoint = from_first(checkpoint)
     if args.resume and checkpoint is None:
         say(args, "There is no complete checkpoint yet; training starts from the beginning.")
-    _convert(args, model, config, data, checkpoint is not None)
+    _convert(args, model, config, targets, data, checkpoint is not None)
     identity = _identity(args, model, config, data)
     with together():
         if is_first() and checkpoint is not None:
@@ -307,7 +305,12 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _convert(
-    args: argparse.Namespace, model: nn.Module, config: LoRSConfig, data: TokenDataset, resuming: bool
+    args: argparse.Namespace,
+    model: nn.Module,
+    config: LoRSConfig,
+    targets: list[Target],
+    data: TokenDataset,
+    resuming: bool,
 ) -> None:
     """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed."""
     gradients = None
@@ -315,11 +318,11 @@ def _convert(
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
         mine = batches[process_rank() :: process_count()]
         gradients = estimate_gradients(
-            model, mine, steps=args.init_batches, config=config, progress=is_first() and not args.json
+            model, mine, steps=args.init_batches, targets=targets, progress=is_first() and not args.json
         )
     with together():
         torch.manual_seed(args.seed)
-        get_lors_model(model, config)
+        get_lors_model(model, config, targets=targets)
         if gradients is not None:
             init_from_gradients(model, gradients)
 

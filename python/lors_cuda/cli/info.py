@@ -15,8 +15,7 @@ from .. import __version__
 from .._library import build_info
 from ._common import say
 
-_OPS = ("merge", "merge_backward", "linear", "linear_backward", "adapter_grad", "mask_pack", "mask_unpack")
-_SPARSE_PRODUCT = ("dense", "sparse", "auto")  # as csrc/torch/sparse_matmul.h reads LORS_SPARSE_PRODUCT
+_OPS = ("merge", "merge_backward", "merged_operand", "linear", "linear_backward", "sparse24_merge")
 _EXTRAS = ("transformers", "safetensors", "tqdm", "matplotlib")
 
 
@@ -39,11 +38,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     reason = build["cuda_reason"]
     sparse_product = os.environ.get("LORS_SPARSE_PRODUCT") or "dense"
-    sparse_refusal = None
-    if sparse_product not in _SPARSE_PRODUCT:
-        sparse_refusal = (
-            f"LORS_SPARSE_PRODUCT is '{sparse_product}'; set it to dense, sparse or auto, or leave it unset."
-        )
     result = {
         "lors_cuda": __version__,
         "torch": torch.__version__,
@@ -64,7 +58,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "available": reason is None,
             "reason": reason,
             "sparse_product": sparse_product,
-            "sparse_product_refusal": sparse_refusal,
         },
         "compiler": build["compiler"],
         "kernels": kernels,
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"          built for {', '.join(build['cuda_archs']) or 'no architecture'}"
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")
         + f"; torch was built with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}",
-        f"          2:4 forward: {sparse_refusal or sparse_product}",
+        f"          2:4 forward: {sparse_product}",
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
         f"{'kernel':<16}  CPU  CUDA",

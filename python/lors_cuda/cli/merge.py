@@ -15,13 +15,26 @@ from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
-from ._common import add_model, check_new, load_model, save_model, say, sparsity_result, sparsity_table
+from ._common import (
+    add_model,
+    add_strict_mask,
+    add_targets,
+    check_new,
+    load_model,
+    save_model,
+    say,
+    sparsity_result,
+    sparsity_table,
+    target_config,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what finetune wrote")
+    add_strict_mask(parser)
+    add_targets(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
     parser.add_argument(
         "--format",
@@ -36,13 +49,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Merge, verify every layer's mask, and write the result at once or not at all."""
     check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
     model = load_model(args.model, args.device)
-    before = total_sparsity(measure_sparsity(model))
-    load_adapter(model, args.adapter)
+    before = total_sparsity(measure_sparsity(model, target_config(args)))
+    load_adapter(model, args.adapter, strict_mask=args.strict_mask)
     # One bit per weight: a copy of the weights would be as large as the model.
     masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
     merge_and_unload(model)
     rounded = _verify(model, masks)
-    layers = measure_sparsity(model)
+    layers = measure_sparsity(model, target_config(args))
     after = total_sparsity(layers)
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, args.format)

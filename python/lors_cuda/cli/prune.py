@@ -13,6 +13,7 @@ from . import UsageError
 from ._common import (
     add_data,
     add_model,
+    add_targets,
     check_new,
     describe_data,
     load_dataset,
@@ -22,6 +23,7 @@ from ._common import (
     say,
     sparsity_result,
     sparsity_table,
+    target_config,
 )
 
 
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern", type=_pattern, default="2:4", help="2:4 (2 of 4 kept; any N:M), or the zeros: 50%% or 0.5"
     )
     parser.add_argument("--method", choices=METHODS, default="wanda", help="how weights are scored")
+    add_targets(parser)
     add_data(parser, required=False)
     parser.add_argument(
         "--calibration-batches", type=positive_int, default=16, metavar="N", help="batches of --data for wanda"
@@ -53,7 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         batches = data.shuffled_batches(args.batch_size, args.calibration_batches, args.seed)
         used = sum(int(batch["attention_mask"].sum()) for batch in batches)
         say(args, f"Calibration: {describe_data(data)}; {len(batches)} batches with {used} tokens are used.")
-    layers = prune(model, args.pattern, method=args.method, batches=batches, progress=not args.json)
+    config = target_config(args)
+    layers = prune(model, args.pattern, method=args.method, batches=batches, config=config, progress=not args.json)
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory)
     sparsity = total_sparsity(layers)

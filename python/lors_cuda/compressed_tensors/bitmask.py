@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .._checks import DTYPES
+from .._checks import DTYPES, check_choice
 from ..formats import COLUMNS, FULL, translate
 from ..weight import SparseWeight
 
@@ -22,12 +22,6 @@ PARTS = {
     BITMASK: ("compressed", "bitmask", "shape", "row_offsets"),
 }
 FORMATS = tuple(PARTS)
-
-
-def check_format(format: str) -> None:
-    """Refuse a format that is not one of FORMATS."""
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, FORMATS))}.")
 
 
 def encode_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
@@ -45,7 +39,7 @@ def encode_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
     Raises:
         ValueError: an unknown format, not a floating-point weight [N, K], or, for ``"sparse-24-bitmask"``, not 2:4.
     """
-    check_format(format)
+    check_choice("format", format, FORMATS)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor.")
     sparse = SparseWeight.from_dense(weight.detach().cpu(), "2:4" if format == SPARSE24_BITMASK else "bitmap")
@@ -81,7 +75,7 @@ def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight"
         ValueError: an unknown format, a missing or surplus part, or parts that contradict each other; the message names
             the weight and the first wrong place.
     """
-    check_format(format)
+    check_choice("format", format, FORMATS)
     if set(parts) != set(PARTS[format]):
         wrong = ", ".join(repr(part) for part in sorted(set(parts) ^ set(PARTS[format])))
         _refuse(name, f"format {format!r} has the parts {', '.join(PARTS[format])}, and {wrong} is missing or too much")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_choice
 from .._files import new_directory
 from ..formats import pack_mask, sparse24_metadata
-from ..sparse_linear import SparseLinear
+from ..linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
 
@@ -92,8 +93,7 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
 
 def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
     """:func:`save_sparse_checkpoint` into a directory that exists and is empty."""
-    if format not in SAVE_FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, SAVE_FORMATS))}.")
+    check_choice("format", format, SAVE_FORMATS)
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, with save_pretrained.")
     for name, module in model.named_modules():

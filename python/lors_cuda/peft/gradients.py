@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,11 +14,11 @@ from peft import PeftModel
 
 from .. import gradient_init
 from .._distributed import check_gathered
-from ..config import LoRSConfig
-from ..sparse_linear import SparseLinear
+from ..linear import SparseLinear
+from ..targets import Target
 from .config import LoRSLoraConfig
 from .model import LoRSLoraModel
-from .targets import candidates, named_peft_layers, spell_out_all_linear
+from .targets import check_targets, named_peft_layers, selected, spell_out_all_linear
 
 
 def estimate_gradients(
@@ -43,18 +42,21 @@ def estimate_gradients(
     tuner: Any = LoRSLoraModel
     config = tuner._prepare_adapter_config(_NoTuner, config, tuner.get_model_config(model))
     spell_out_all_linear(config, model)
-    selected = {n: m for n, m in candidates(model) if tuner._check_target_module_exists(config, n)}
-    stored = next((name for name, module in selected.items() if isinstance(module, SparseLinear)), None)
+    found = selected(model, config)
+    stored = next((name for name, module in found.items() if isinstance(module, SparseLinear)), None)
     if stored is not None:
         raise ValueError(
             f"'{stored}' is stored sparse, and gradients are estimated with respect to dense weights. Call this on the "
             "model before it is compressed."
         )
-    if not selected:
+    if not found:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
-    targets = LoRSConfig(target_modules="|".join(map(re.escape, selected)))
+    check_targets(found, model, config, new=True)
+    targets = [
+        Target(name, (name,), cast(nn.Linear, module), config.r, config.lora_alpha) for name, module in found.items()
+    ]
     return gradient_init.estimate_gradients(
-        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, config=targets
+        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, targets=targets
     )
 
 

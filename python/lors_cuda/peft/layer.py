@@ -16,8 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional import lors_linear, merge
-from ..merged_weight import MergedWeight
-from ..sparse_linear import SparseLinear
+from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 
@@ -41,7 +40,7 @@ class MaskedVariant(LoraVariant):  # type: ignore[misc]
         return result + lors_linear(x, zeros, lora_A, lora_B, scaling, gradient=gradient)
 
 
-class LoRSLoraLinear(Linear):  # type: ignore[misc]
+class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     """PEFT's LoRA layer on a frozen sparse linear: ``Y = X (W + sum_i s_i M o (B_i A_i))^T + bias`` (arXiv 2501.08582).
 
     The base layer is an ``nn.Linear`` whose zeros are the mask, or a :class:`lors_cuda.SparseLinear`. Adapters are
@@ -56,6 +55,7 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
+    has_adapters = True
     base_layer: nn.Module
     unmerged_values: Tensor | None
     base_was_linear = False
@@ -64,7 +64,6 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.register_buffer("unmerged_values", None, persistent=False)
-        self.merged_weight: MergedWeight | None = None  # while lors_cuda.merge_cache is on
 
     # ---- adapters ----
 
@@ -116,6 +115,14 @@ class LoRSLoraLinear(Linear):  # type: ignore[misc]
             stored = self.base_layer.sparse_weight
             return stored._with(values, stored.mask_bits, stored.index)
         return SparseWeight(values)
+
+    @property
+    def storage(self) -> nn.Module:
+        return self.base_layer
+
+    def merged_dense(self) -> Tensor:
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        return merge(self.sparse_weight, *self.stacked(names)) if names else self.sparse_weight.to_dense()
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
         """A weight of zeros with the base's mask; its values are one stored number, also where autograd keeps them."""

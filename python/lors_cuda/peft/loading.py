@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from torch import nn
 
 from peft import PeftModel
 
-from ..adapter_files import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, read_weights
+from ..adapter_directory import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from .config import LoRSLoraConfig
-from .restore import unchanged_on_error
+from .model import unchanged_on_error
 
 
 def from_pretrained(
@@ -85,25 +84,14 @@ def from_pretrained(
 def _config(path: Path, strict_mask: bool) -> LoRSLoraConfig:
     """The configuration in a directory as a LoRSLoraConfig."""
     where = path / CONFIG_NAME
-    try:
-        fields = json.loads(where.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"'{where}' does not exist; an adapter directory holds {CONFIG_NAME} and {WEIGHTS_NAME}."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"'{where}' is not readable JSON: it is truncated or corrupted ({error}).") from error
-    kind = fields.pop("peft_type", None) if isinstance(fields, dict) else type(fields).__name__
-    if kind not in ("LORA", PEFT_TYPE):
-        raise ValueError(f"'{where}' does not describe a LoRA adapter: its peft_type is {kind!r}.")
+    fields = read_config(where)
+    fields.pop("peft_type")
     known = {item.name for item in dataclasses.fields(LoRSLoraConfig)}
-    unknown = sorted(name for name, value in fields.items() if name not in known and value)
-    if unknown:
-        raise ValueError(f"'{where}' uses {', '.join(unknown)}, which this PEFT does not know. Install a newer one.")
     try:
         config = LoRSLoraConfig(**{name: value for name, value in fields.items() if name in known})
     except (ValueError, TypeError) as error:
         raise ValueError(f"'{where}' does not describe a LoRS adapter: {error}") from error
+    config.is_new = False
     if not strict_mask:
         config.saved_fingerprints = None
     elif config.saved_fingerprints is None:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,21 +20,23 @@ from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.integrations import skip_init_on_device
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .._checks import check_whole
+from .._checks import check_whole, joined
 from .._distributed import check_gathered
-from ..model import joined
-from ..sparse_linear import SparseLinear
+from ..adapter_directory import FORMER_PEFT_TYPE
+from ..linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
-from .restore import unchanged_on_error
-from .targets import candidates, check_targets, named_peft_layers, spell_out_all_linear
+from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out_all_linear
 
 
 class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     """The tuner behind ``peft.get_peft_model(model, LoRSLoraConfig(...))``; use that."""
+
+    _combines = False  # while adapters are combined into one, whose rank may exceed a layer's sides
 
     def inject_adapter(
         self,
@@ -58,7 +61,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         spell_out_all_linear(config, model)
         targets = self._targets(model, config, state_dict)
-        fingerprints = check_targets(targets, model, config)
+        new = config.is_new and state_dict is None and not self._combines
+        check_targets(targets, model, config, new=new)
+        masks = fingerprints(targets, config.saved_fingerprints)
         unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
@@ -71,18 +76,18 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        for name, value in fingerprints.items():
+        for name, value in masks.items():
             layer: Any = model.get_submodule(name)
             layer.mask_fingerprint = value
             layer.base_was_linear |= name in unconverted
-        config.mask_fingerprints, config.saved_fingerprints = fingerprints, None
+        config.mask_fingerprints, config.saved_fingerprints = masks, None
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
     ) -> dict[str, nn.Module]:
         """The modules that PEFT will adapt: those the configuration selects, or those a state names."""
         if state_dict is None:
-            return {n: m for n, m in candidates(model) if self._check_target_module_exists(config, n)}
+            return selected(model, config)
         named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         return {name: module for name, module in candidates(model) if name in named}
 
@@ -171,7 +176,11 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 f"The adapter '{scaled[0]}' has use_rslora=True, and PEFT would scale a weighted sum by the root of "
                 "its rank. Activate the adapters together instead: model.base_model.set_adapter([...])."
             )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        self._combines = True
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self._combines = False
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: Any, *args: Any,
@@ -233,9 +242,66 @@ def _compress(model: nn.Module, name: str, layout: str) -> None:
         setattr(model.get_submodule(parent), child, compressed)
 
 
+# ---- PEFT changes a model step by step, and leaves it so if a later step fails ----
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """If the block raises, take back what adding this adapter has changed in `model`: modules, flags, PEFT's record."""
+    # Names, not modules: nothing here may keep a dense weight alive that is being compressed.
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    known = list(getattr(model, "peft_config", {}))
+    try:
+        yield
+    except BaseException:
+        for name, module in list(model.named_modules()):
+            if kinds.get(name) is type(module):
+                _without(module, adapter_name)
+                continue
+            restored = _unwrapped(module)
+            if isinstance(restored, SparseLinear) and kinds.get(name) is nn.Linear:
+                restored = restored.to_linear()
+            if restored is not module:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, restored)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+        record: Any = getattr(model, "peft_config", None)
+        if isinstance(record, dict) and adapter_name not in known:
+            record.pop(adapter_name, None)
+            if not known:
+                del model.peft_config
+        raise
+
+
+def _without(module: nn.Module, adapter_name: str) -> None:
+    """Delete the adapter from a module that had others before."""
+    if not isinstance(module, (LoRSLoraLinear, AuxiliaryTrainingWrapper)):
+        return
+    if adapter_name not in module._get_available_adapters():
+        return
+    if isinstance(module, LoRSLoraLinear):
+        module.delete_adapter(adapter_name)
+    else:
+        others = [name for name in module.active_adapters if name != adapter_name]
+        module.delete_adapter(adapter_name, new_active_adapters=others[:1])
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What stood in the place of a module that is new."""
+    if isinstance(module, LoRSLoraLinear):
+        return module.base_layer
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        original: nn.Module = module.original_module
+        return original
+    return module
+
+
 # What `peft.utils.register_peft_method` does, which takes the names of PEFT's own enumeration only.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = LoRSLoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = LoRSLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = LoRSLoraModel.prefix
+PEFT_TYPE_TO_CONFIG_MAPPING[FORMER_PEFT_TYPE] = LoRSLoraConfig  # which writes the new one
 # Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the masks.
 CONFIG_KEYS_TO_CHECK[PEFT_METHOD] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "lors"]

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-# Which modules of a model a LoRSLoraConfig adapts, and whether they can be: everything that is checked before the first
-# module is replaced. PEFT's matching of names decides; "all-linear" is spelled out here, as PEFT knows no SparseLinear.
-"""Selection and checks of the target modules."""
+# What lors_cuda/targets.py does not know: PEFT's layers, its matching of names, and what is inside its wrappers.
+"""Selection and checks of the target modules of a LoRSLoraConfig, by the rules of the library."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import ALL_LINEAR, output_heads, unsuitable
-from ..linear import LoRSLinear
-from ..model import joined
-from ..sparse_linear import SparseLinear
+from .._checks import check_rank, joined, listed
+from ..config import ALL_LINEAR, matched
+from ..linear import SparseLayer, SparseLinear
+from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
 
-_NAMES_SHOWN = 6
+# PEFT itself adds these to modules_to_save for models with a task's head, whichever of them the model has.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
 
 
 def named_peft_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLoraLinear]]:
@@ -41,18 +43,18 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def selected(model: nn.Module, config: LoRSLoraConfig) -> dict[str, nn.Module]:
+    """The modules that `config` selects, by PEFT's matching of names."""
+    return {n: m for n, m in candidates(model) if BaseTuner._check_target_module_exists(config, n)}
+
+
 def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
     """Replace target_modules="all-linear" by the names of all linears, also stored sparse, except the output head."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return
-    heads = output_heads(model)
-    linears = (nn.Linear, SparseLinear, LoRSLoraLinear)
-    names = {
-        name
-        for name, module in candidates(model)
-        if isinstance(module, linears) and not any(module is head for head in heads)
-    }
+    linears = set(all_linears(model, (nn.Linear, SparseLayer)))
+    names = {name for name, module in candidates(model) if module in linears}
     if not names:
         raise ValueError(
             f"target_modules='{ALL_LINEAR}' matches nothing: {type(model).__name__} has no nn.Linear and no "
@@ -61,45 +63,51 @@ def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
     config.target_modules = names
 
 
-def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig) -> dict[str, str]:
-    """Refuse what cannot be adapted, for all targets; return {name: fingerprint of its mask}.
+def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:
+    """Refuse what cannot be adapted, for all targets.
+
+    `new`: the adapter is neither loaded nor combined from others, whose rank may exceed a layer's sides.
 
     Raises:
-        ValueError: a module is of the wrong kind, shared or adapted otherwise, its weight does not fit the layout, or
-            the configuration was saved on other masks. Every module concerned is named, and nothing is changed.
+        ValueError: a module is of the wrong kind, shared or adapted otherwise, a rank is too large, its weight does not
+            fit the layout, or modules_to_save names no module. Every one is named, and nothing is changed.
     """
-    names_of: dict[nn.Module, list[str]] = {}
-    holders: dict[Tensor, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of.setdefault(module, []).append(name)
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(name)
-    problems = []
+    places = Places(model)
+    problems = _unknown_saved(model, config)
     for name, module in targets.items():
-        reason = _problem(module, [model.get_submodule(other.rpartition(".")[0]) for other in names_of[module]])
-        others = [other for other in names_of[module] if other != name]
+        reason = _problem(module, places)
+        others = [other for other in places.names_of[module] if other != name]
         if reason is None and others:
             reason = f"is also called '{others[0]}', and PEFT would adapt it under one name only. Leave it out"
-        if reason is None and isinstance(module, nn.Linear):
-            sharing = [other for other in holders[module.weight] if other not in names_of[module]]
-            if sharing:
-                reason = f"shares its weight with '{sharing[0]}' (tied weights). Untie them, or leave it out"
         if reason is not None:
-            problems.append(f"'{name}' cannot be adapted: it {reason} (exclude_modules=['{name}'] leaves it out).")
+            problems.append(cannot_adapt(name, reason))
             continue
+        linear: Any = module
         try:
-            _check_layout(name, module, config)
+            if new:
+                check_rank(matched(config.rank_pattern, name, config.r), linear.out_features, linear.in_features)
+            _check_layout(module, config)
         except ValueError as error:
             problems.append(f"'{name}': {error}")
     if problems:
         raise ValueError(f"The model was not adapted. {joined(problems)}")
-    fingerprints = {name: fingerprint(module) for name, module in targets.items()}
-    if config.saved_fingerprints is not None:
-        _check_masks(fingerprints, config.saved_fingerprints)
-    return fingerprints
+    if new:
+        warn_unused(config, list(targets))
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprints(targets: dict[str, nn.Module], saved: Mapping[str, str] | None) -> dict[str, str]:
+    """{name: fingerprint of its mask} of the targets.
+
+    Raises:
+        ValueError: they are not those that were `saved`.
+    """
+    found = {name: _fingerprint(module) for name, module in targets.items()}
+    if saved is not None:
+        _check_masks(found, saved)
+    return found
+
+
+def _fingerprint(module: nn.Module) -> str:
     """The fingerprint of a target's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`."""
     if isinstance(module, LoRSLoraLinear):
         return module.mask_fingerprint
@@ -108,20 +116,28 @@ def fingerprint(module: nn.Module) -> str:
     return weight.fingerprint()
 
 
-def _problem(module: nn.Module, parents: list[nn.Module]) -> str | None:
+def _problem(module: nn.Module, places: Places) -> str | None:
     """Say why this module cannot be adapted, or None; the words follow 'it'."""
     if isinstance(module, LoRSLoraLinear):
         return None
     if isinstance(module, BaseTunerLayer):
         return f"has an adapter of PEFT's {type(module).__name__}, which is not masked. Unload that one"
-    if isinstance(module, LoRSLinear):
-        return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
-    if isinstance(module, SparseLinear):
+    if type(module) is SparseLinear:
         return "is on the meta device. Load the model's weights first" if module.weight_values.is_meta else None
-    return unsuitable(module, parents)
+    if isinstance(module, SparseLinear):
+        return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
+    return places.problem(module)
 
 
-def _check_layout(name: str, module: nn.Module, config: LoRSLoraConfig) -> None:
+def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
+    """Entries of modules_to_save that name no module, as sentences; PEFT would train nothing for them."""
+    known = _HEADS_OF_TASKS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    entries = [entry for entry in config.modules_to_save or [] if entry not in known]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return [no_saved_module(entry, model) for entry in entries if not any(name.endswith(entry) for name in names)]
+
+
+def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
     if isinstance(module, nn.Linear):
         check_fits(module.weight.detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.saved_fingerprints is None:
@@ -139,15 +155,10 @@ def _check_masks(fingerprints: dict[str, str], saved: Mapping[str, str]) -> None
     if not different and not absent:
         return
     if absent:
-        what = f"It has adapters for {_listed(absent)}, which the model lacks or the configuration leaves out"
+        what = f"It has adapters for {listed(absent)}, which the model lacks or the configuration leaves out"
     else:
-        what = f"It was trained on a model with another sparsity mask: {_listed(different)} differ"
+        what = f"It was trained on a model with another sparsity mask: {listed(different)} differ"
     raise ValueError(
         f"The adapter does not fit the model, and nothing was changed. {what}. Load the base model it was trained on, "
         "or call lors_cuda.peft.from_pretrained(..., strict_mask=False) to load it all the same."
     )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -24,6 +24,7 @@ from cli_calls import (
     succeeded,
 )
 from lors_cuda import LoRSConfig, get_lors_model, load_sparse_checkpoint, save_adapter
+from models import searched_models
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -228,3 +229,9 @@ def test_eval_without_the_adapter_is_the_base_also_where_modules_were_trained(ho
         assert call("eval", "--model", sparse, "--data", home / "text.txt", *SHORT, "--json", *more) == 0
         measured.append(json.loads(capsys.readouterr().out))
     assert measured[1]["perplexity_without_adapter"] == measured[0]["perplexity"] != measured[1]["perplexity"]
+
+
+def test_finetune_finds_its_targets_once(home, tmp_path, monkeypatch):
+    walks = searched_models(monkeypatch)
+    assert call(*finetune(home, tmp_path / "run", "--steps", "1", "--init-batches", "1")) == 0
+    assert len(walks) == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from byte_model import byte_llama, full_disk
-from cli_calls import call, curve, failed, finetune, safetensors_torch, tree
+from cli_calls import ENVIRONMENT, call, curve, failed, finetune, safetensors_torch, tree
 from lors_cuda._files import new_directory
 from lors_cuda.cli.finetune import _check_options
 from models import refused, tiny_llama
@@ -52,6 +53,26 @@ def test_wrong_usage(capsys, arguments, fragments):
     assert captured.err.count("\n") == 1
     for fragment in fragments:
         assert fragment in captured.err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "advice"),
+    [
+        ("LORS_CPU_CAPABILITY", "foo", "set it to baseline, avx2 or avx512"),
+        ("LORS_CPU_PRODUCT", 'a"b', "set it to float32 or native"),
+        ("LORS_CPU_FUSED", "a\\b", "set it to always or never"),
+        ("LORS_CUDA_FUSED", "yes", "set it to always or never"),
+        ("LORS_SPARSE_PRODUCT", "fast", "set it to dense, sparse or auto"),
+    ],
+)
+def test_environment_variables_with_unknown_values_are_one_line(variable, value, advice):
+    environment = {**ENVIRONMENT, variable: value}
+    command = [sys.executable, "-m", "lors_cuda", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"lors-cuda: error: {variable} is ")
+    assert advice in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ---- bad input: exit code 1, one sentence, nothing written ----
@@ -113,6 +134,9 @@ def test_values_that_do_not_fit_the_model(home, tmp_path, capsys):
     run = tmp_path / "run"
     assert "r is 33" in failed(capsys, *finetune(home, run, "--rank", "33"))
     assert "matches no nn.Linear" in failed(capsys, *finetune(home, run, "--target-modules", "query"))
+    assert "nothing is left to adapt" in failed(
+        capsys, *finetune(home, run, "--target-modules", "q_proj", "--exclude-modules", "q_proj")
+    )
     assert not run.exists()
 
 
@@ -165,7 +189,10 @@ def test_an_adapter_for_another_model(home, adapter, tmp_path, capsys):
     other_mask = tmp_path / "mask"
     prune = ["prune", "--model", home / "dense", "--output", other_mask, "--method", "magnitude"]
     assert call(*prune) == 0
-    assert "another sparsity mask" in failed(capsys, *merge, other_mask)
+    error = failed(capsys, *merge, other_mask)
+    assert "another sparsity mask" in error
+    assert "strict_mask=False" in error
+    assert call("merge", *merge[1:4], tmp_path / "unchecked", "--model", other_mask, "--no-strict-mask") == 0
     assert "adapter_config.json" in failed(
         capsys, "eval", "--model", home / "sparse", "--data", home / "text.txt", "--adapter", tmp_path / "no"
     )

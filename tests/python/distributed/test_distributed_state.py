@@ -205,7 +205,7 @@ def save_and_load(rank: int, layout: str, directory: str, fields: dict) -> None:
 
 @every_layout
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head", "norm"]}])
-def test_adapter_files_are_those_of_one_process(pair, tmp_path, layout, fields):
+def test_adapter_directory_are_those_of_one_process(pair, tmp_path, layout, fields):
     pair.run(save_and_load, layout, str(tmp_path), fields)
     assert_same_files(tmp_path / "sharded", tmp_path / "alone")
     loaded = load_adapter(tiny_llama(), tmp_path / "sharded")

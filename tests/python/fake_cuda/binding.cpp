@@ -193,8 +193,13 @@ void contract(const Args& a, int64_t N, const std::vector<double>& G, void* lora
 Status merge(const MergeArgs& a, const CudaHost& host) {
   if (a.round_to != a.merged_dtype) return Status::error("merge was asked for another round_to than merged_dtype.");
   if (Status s = promised(host, {a.weight_dtype, a.merged_dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
+  if (a.merged_layout == Layout::sparse24)
+    std::memset(a.merged, 0, a.out_features * a.in_features / 2 * dtype_size(a.merged_dtype));
   for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t k = 0; k < a.in_features; ++k) store(a.merged, a.merged_dtype, n * a.in_features + k, merged(a, n, k));
+    for (int64_t k = 0; k < a.in_features; ++k) {
+      const int64_t at = a.merged_layout == Layout::sparse24 ? where(a, n, k) : n * a.in_features + k;
+      if (at >= 0) store(a.merged, a.merged_dtype, at, merged(a, n, k));
+    }
   return {};
 }
 

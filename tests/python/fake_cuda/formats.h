@@ -63,18 +63,4 @@ Status sparse24_mask(const Sparse24MaskArgs& a, const CudaHost& host) {
   return {};
 }
 
-Status sparse24_merge(const Sparse24MergeArgs& a, const CudaHost& host) {
-  if (Status s = promised(host, {a.dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
-  const int64_t K = a.in_features;
-  for (int64_t n = 0; n < a.out_features; ++n)
-    for (int64_t i = 0; i < K / 2; ++i) {
-      const int at = position(code_of(a.metadata, n, i / 2, K), i % 2);
-      double sum = 0;
-      for (int64_t j = 0; at >= 0 && j < a.r; ++j)
-        sum += load(a.lora_B, a.lora_B_dtype, n * a.r + j) * load(a.lora_A, a.lora_A_dtype, j * K + i / 2 * 4 + at);
-      store(a.merged_values, a.dtype, n * K / 2 + i, at < 0 ? 0 : load(a.values, a.dtype, n * K / 2 + i) + a.scaling * sum);
-    }
-  return {};
-}
-
 }  // namespace lors

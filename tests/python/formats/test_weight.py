@@ -132,7 +132,7 @@ def test_kept_zeros_stay_kept(device, layout):
 
 @pytest.mark.parametrize("layout", ["24", "csr", "", "Dense", None])
 def test_unknown_layouts_are_refused(layout):
-    with pytest.raises(ValueError, match=r"layout is .*it must be one of 'auto', 'dense', '2:4', 'bitmap'"):
+    with pytest.raises(ValueError, match=r"layout is .*it must be 'auto', 'dense', '2:4' or 'bitmap'"):
         SparseWeight.from_dense(torch.randn(4, 8), layout)
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from byte_model import TEXT, byte_llama, byte_tokenizer
-from lors_cuda.config import LoRSConfig, find_targets
+from lors_cuda.config import LoRSConfig
 from lors_cuda.data import TokenDataset
 from lors_cuda.pruning import SparsityPattern, measure_sparsity, prune, select_mask, total_sparsity
+from lors_cuda.targets import find_targets
 from models import refused, tiny_net
 
 # ---- patterns ----

@@ -175,6 +175,13 @@ def refusals() -> list:
     ]
 
 
+@pytest.mark.parametrize("explicit_mask", [False, True])
+def test_the_merge_without_an_adapter_is_the_masked_weight(device, explicit_mask):
+    case = make_case(7, T, N, K, R, device=device, explicit_mask=explicit_mask)
+    args = good("merge", case) | {"lora_A": case.lora_A[:0], "lora_B": case.lora_B[:, :0]}
+    assert torch.equal(lors.merge(**args), torch.where(case.kept, case.weight, 0.0))
+
+
 @pytest.mark.parametrize(("op", "name", "value", "message"), refusals())
 def test_wrong_arguments_are_refused_with_a_sentence(device, op, name, value, message):
     args = good(op, make_case(7, T, N, K, R, device=device, explicit_mask=True, bias=True))

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import lors_cuda
 from adapter_directories import FILES, edit_config
-from lors_cuda.adapter_files import PEFT_TYPE
 from models import assert_unchanged, logits, refused, snapshot, tiny_llama, trained
 from peft_models import (
     LAYERS,
@@ -31,7 +32,7 @@ from peft_models import (
 )
 
 from_pretrained = lors_peft.from_pretrained
-MAPPINGS = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
+FORMER_TYPE = "LORS: import lors_cuda.peft before loading this adapter"  # what earlier versions wrote
 
 
 @pytest.fixture
@@ -39,12 +40,6 @@ def directory(tmp_path):
     """What save_pretrained of an adapted net wrote, its adapter as `adapted()` fills it."""
     adapted().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def without_us(monkeypatch) -> None:
-    """PEFT as it is where lors_cuda.peft was not imported."""
-    for name in MAPPINGS:
-        monkeypatch.delitem(getattr(peft.mapping, name), PEFT_TYPE)
 
 
 @every_base
@@ -92,7 +87,7 @@ def test_trains_on_after_loading(directory):
 
 def test_the_files(directory):
     fields = json.loads((directory / FILES[0]).read_text())
-    assert fields["peft_type"] == PEFT_TYPE
+    assert fields["peft_type"] == "LORS"
     assert (fields["layout"], fields["gradient"]) == ("auto", "lors")
     assert fields["lors"]["format_version"] == 1
     assert fields["lors"]["mask_fingerprints"] == {name: x.mask_fingerprint for name, x in layers(adapted()).items()}
@@ -110,27 +105,63 @@ def test_files_of_torch_save_load_too(tmp_path):
 # ---- loaded without us: loud ----
 
 
-def test_peft_alone_stops_and_says_what_to_import(directory, monkeypatch):
-    without_us(monkeypatch)
-    model = net()
-    before = snapshot(model)
-    for load in (
-        lambda: peft.PeftModel.from_pretrained(model, directory),
-        lambda: peft.PeftConfig.from_pretrained(directory),
-        lambda: peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"])).load_adapter(directory, "b"),
-    ):
-        refused(KeyError, load, "import lors_cuda.peft before loading this adapter")
-    assert_unchanged(model, before)
+ALONE = """
+import sys, torch, peft
+directory, door = sys.argv[1:]
+model = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.ReLU(), torch.nn.Linear(16, 12))
+before = str(model)
+if door == "second":
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    before = str(model)
+elif door == "transformers":
+    import transformers
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64))
+    before = str(model)
+try:
+    if door == "model":
+        peft.PeftModel.from_pretrained(model, directory)
+    elif door == "config":
+        peft.PeftConfig.from_pretrained(directory)
+    elif door == "second":
+        model.load_adapter(directory, "b")
+    else:
+        model.load_adapter(directory)
+except KeyError as error:
+    assert "lors_cuda" not in sys.modules
+    assert str(model) == before, model
+    print(error.args[0])
+"""
 
 
-def test_transformers_alone_stops_and_says_what_to_import(tmp_path, monkeypatch):
-    model = peft.get_peft_model(tiny_llama(), LoRSLoraConfig(target_modules="all-linear"))
-    model.save_pretrained(tmp_path)
-    without_us(monkeypatch)
-    refused(KeyError, lambda: tiny_llama().load_adapter(tmp_path), "import lors_cuda.peft before")
+@pytest.mark.parametrize("door", ["model", "config", "second", "transformers"])
+def test_peft_alone_stops_at_the_type_and_applies_nothing(directory, tmp_path, door):
+    def shown() -> str:
+        command = [sys.executable, "-c", ALONE, str(directory), door]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert shown() == "LORS"
+    if door == "model":
+        edit_config(directory, peft_type=FORMER_TYPE)
+        assert shown() == FORMER_TYPE
 
 
 # ---- the three kinds of directories ----
+
+
+@pytest.mark.parametrize("kind", ["LORS", FORMER_TYPE, "LORA"])
+def test_every_type_that_we_wrote_loads_in_every_door(saved, tmp_path, kind):
+    ours, library = saved
+    adapted_llama = peft.get_peft_model(tiny_llama(), LoRSLoraConfig(r=4, target_modules="all-linear"))
+    fill(adapted_llama, size=0.05)
+    adapted_llama.save_pretrained(tmp_path / "peft")
+    for directory, model in ((library, ours), (tmp_path / "peft", adapted_llama)):
+        edit_config(directory, peft_type=kind)
+        expected = logits(model)
+        assert torch.equal(logits(lors_cuda.load_adapter(tiny_llama(), directory)), expected)
+        assert torch.equal(logits(from_pretrained(tiny_llama(), directory)), expected)
+        if kind != "LORA":  # which PEFT takes for its own
+            assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_llama(), directory)), expected)
 
 
 def test_our_directories_load_without_peft(tmp_path):
@@ -151,15 +182,6 @@ def test_directories_of_save_adapter_load(saved):
     stock = peft.PeftModel.from_pretrained(tiny_llama(), directory)
     assert torch.equal(logits(stock), logits(model))
     refused(ValueError, lambda: from_pretrained(tiny_llama(seed=1), directory), "another sparsity mask")
-
-
-def test_peft_alone_stops_at_directories_of_save_adapter(saved, monkeypatch):
-    _, directory = saved
-    without_us(monkeypatch)
-    model = tiny_llama()
-    before = snapshot(model)
-    refused(KeyError, lambda: peft.PeftModel.from_pretrained(model, directory), "import lors_cuda.peft before loading")
-    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +217,21 @@ def test_adapters_of_plain_peft_are_loaded_on_request_and_masked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"use_tomorrow": 1}]
+    "changes", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"kasa_config": {"a": 1}}]
 )
-def test_plain_adapters_with_more_than_we_have_are_refused(tmp_path, changes):
+@pytest.mark.parametrize("door", [from_pretrained, lors_cuda.load_adapter])
+def test_plain_adapters_with_more_than_we_have_are_refused(tmp_path, changes, door):
     peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["0"])).save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
-    refused(ValueError, lambda: from_pretrained(net(), tmp_path, strict_mask=False), next(iter(changes)))
+    refused(ValueError, lambda: door(net(), tmp_path, strict_mask=False), next(iter(changes)))
+
+
+@pytest.mark.parametrize("door", [from_pretrained, lors_cuda.load_adapter])
+def test_a_field_of_a_later_peft_in_a_file_is_ignored_by_name(directory, door):
+    edit_config(directory, use_tomorrow=True, off_tomorrow=False)
+    with pytest.warns(UserWarning, match=r"use_tomorrow=True, which this lors_cuda does not know and ignores"):
+        model = door(net(), directory)
+    check_output(adapted(), call=model)
 
 
 # ---- another base, another mask, another rank ----

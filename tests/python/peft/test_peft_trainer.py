@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from lors_cuda import hf
 from lors_cuda.hf import SparsityCallback
 from models import logits, refused, tiny_llama
 from peft_models import LoRSLoraConfig, compressed, layers, lors_peft, peft
@@ -79,15 +78,15 @@ def test_the_sparsity_is_the_merged_weights(tmp_path, base, layout):
 
 
 def test_a_merge_that_loses_a_zero_is_found(tmp_path, monkeypatch):
-    right = hf.merge
+    right = lors_peft.LoRSLoraLinear.merged_dense
 
-    def wrong(weight, *arguments):
-        merged = right(weight, *arguments)
-        row, column = (~weight.mask()).nonzero()[5].tolist()
+    def wrong(layer):
+        merged = right(layer)
+        row, column = (~layer.sparse_weight.mask()).nonzero()[5].tolist()
         merged[row, column] = -0.25
         return merged
 
-    monkeypatch.setattr(hf, "merge", wrong)
+    monkeypatch.setattr(lors_peft.LoRSLoraLinear, "merged_dense", wrong)
     trainer = run(tmp_path, peft_llama("2:4"))
     refused(RuntimeError, trainer.train, "the merged weight is -0.25 in row", "off the mask, at step 2")
 
@@ -98,12 +97,12 @@ def test_disabled_and_inactive_adapters_are_not_merged():
     with torch.no_grad():
         layer.lora_B["default"].weight.fill_(1.0)
     base = layer.sparse_weight.to_dense()
-    assert not torch.equal(hf._merged(layer), base)
+    assert not torch.equal(layer.merged_dense(), base)
     with model.disable_adapter():
-        assert torch.equal(hf._merged(layer), base)
+        assert torch.equal(layer.merged_dense(), base)
     model.add_adapter("second", LoRSLoraConfig(r=4, target_modules=["q_proj"]))
     model.set_adapter("second")
-    assert torch.equal(hf._merged(layer), base)
+    assert torch.equal(layer.merged_dense(), base)
 
 
 def test_the_mixin_leaves_checkpoints_to_peft(tmp_path):

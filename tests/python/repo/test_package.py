@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import os
 import pathlib
 import shutil
@@ -33,6 +35,44 @@ layer(torch.randn(3, 8)).sum().backward()
 assert layer.lora_B.grad is not None
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+def _imported(module: str, path: pathlib.Path) -> set[str]:
+    """The modules of the package that importing this one imports: not inside functions, not for type checkers."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+    todo: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            found |= {".".join(base), *(".".join([*base, alias.name]) for alias in node.names)}
+        todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_imports_have_no_cycle() -> None:
+    """A cycle would make the result of an import depend on which module was imported first."""
+    root = pathlib.Path(lors_cuda.__file__).parent
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = (root.name, *path.relative_to(root).with_suffix("").parts)
+        files[".".join(parts).removesuffix(".__init__")] = path
+    assert len(files) > 30
+    # An ImportFrom of a name names a module or a member of one. A package's members do not import the package.
+    graph = {name: (_imported(name, path) & files.keys()) - {name} for name, path in files.items()}
+    for name, imported in graph.items():
+        graph[name] = {each for each in imported if not name.startswith(f"{each}.")}
+    assert "lors_cuda.weight" in graph["lors_cuda.functional"]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
 def test_build_info_names_what_serves_this_machine() -> None:

@@ -119,6 +119,13 @@ def test_refusals(tmp_path: Path):
     two = Run(adapters_only=True, models=[second])
     refused(ValueError, lambda: two.accelerator.save_state(str(tmp_path / "two")), "2 of the 2 prepared models")
 
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_net(), peft.LoraConfig(target_modules=["0"]))
+    save = accelerate.Accelerator(cpu=True)
+    save_adapters_only(save)
+    save.prepare(adapted)
+    refused(ValueError, lambda: save.save_state(str(tmp_path / "peft")), "is a PEFT model", "model.save_pretrained")
+
     class Sharded:
         distributed_type = accelerate.DistributedType.FSDP
 

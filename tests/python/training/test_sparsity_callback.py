@@ -148,17 +148,17 @@ def test_a_bias_and_a_layer_without_adapter_are_checked_too(tmp_path):
 
 
 def test_a_merge_that_loses_a_zero_is_found(tmp_path, monkeypatch):
-    right, calls = hf.merge, []
+    right, calls = LoRSLinear.merged_dense, []
 
-    def wrong(weight, *arguments):
-        merged = right(weight, *arguments)
-        calls.append(weight)
+    def wrong(layer):
+        merged = right(layer)
+        calls.append(layer)
         if len(calls) == 3:
-            row, column = (~weight.mask()).nonzero()[5].tolist()
+            row, column = (~layer.sparse_weight.mask()).nonzero()[5].tolist()
             merged[row, column] = -0.25
         return merged
 
-    monkeypatch.setattr(hf, "merge", wrong)
+    monkeypatch.setattr(LoRSLinear, "merged_dense", wrong)
     trainer = make_trainer(tmp_path, save_strategy="no", callbacks=[SparsityCallback(every=2)])
     message = refused(RuntimeError, trainer.train, "the merged weight is -0.25 in row", "off the mask, at step 2")
     assert "'model.layers.0.self_attn.v_proj'" in message

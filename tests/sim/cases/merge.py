@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest calls of merge that reach every barrier: for the mutants.
+"""The smallest calls of merge that reach every barrier, in every layout: for the mutants.
 
 Each mutant runs them in a process of its own. NumPy alone, because importing torch takes longer than all of them.
 """
@@ -14,44 +14,94 @@ import numpy as np
 # multiprocessors: with one, a block takes several panels of rows.
 SHAPES = [
     ((64, 128, 16), 227 * 1024, 2),
-    ((40, 72, 5), 227 * 1024, 2),
+    ((40, 300, 5), 227 * 1024, 2),
     ((33, 136, 150), 100 * 1024, 2),
     ((300, 264, 5), 227 * 1024, 1),
 ]
 
 PLANTED = [
-    ("merge_tile.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
-    ("merge_tile.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
-    ("merge.cuh", "if (n >= p.out_features) continue;", "if (n > p.out_features) continue;"),
-    ("merge.cuh", "n < p.out_features ? p.in_features : 0", "n <= p.out_features ? p.in_features : 0"),
+    ("merge.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
+    ("merge.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
+    ("merge.cuh", "if (at.n(h) >= p.out_features) continue;", "if (at.n(h) > p.out_features) continue;"),
     (
         "merge.cuh",
         "fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i])",
         "sum[c][i / 2][2 * h + i % 2] + values[i]",
     ),
     ("merge.cuh", "kept >> i & 1 ?", "kept >> (i ^ 1) & 1 ?"),
+    (
+        "merge_source.cuh",
+        "at.n(h) < p.out_features ? p.in_features : 0",
+        "at.n(h) <= p.out_features ? p.in_features : 0",
+    ),
+    (
+        "merge_source.cuh",
+        "merged[2 * half + slot] = pick(values, half, position[slot])",
+        "merged[2 * half + 1 - slot] = pick(values, half, position[slot])",
+    ),
+    ("merge_source.cuh", "value += has;", "value += 1;"),
+    ("merge_source.cuh", "carry + sum - count", "carry + sum"),
 ]
 
 
 def check(sim: Any) -> None:
     for seed, ((N, K, r), shared_bytes, multiprocessors) in enumerate(SHAPES):
         random = np.random.default_rng(seed)
-        weight = random.standard_normal((N, K)).astype(np.float32) * (random.random((N, K)) < 0.5)
+        weight = random.standard_normal((N, K)).astype(np.float32)
+        groups = random.random((N, K // 4, 4)).argsort(-1).argsort(-1) < random.integers(0, 3, (N, K // 4, 1))
+        any_pattern = random.random((N, K)) < 0.6
         lora_A, lora_B = (random.standard_normal(shape).astype(np.float32) for shape in ((r, K), (N, r)))
-        device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=multiprocessors)
-        merged = device.empty("merged", 4 * N * K)
-        sim.merge(
-            device,
-            out_features=N,
-            in_features=K,
-            r=r,
-            weight=device.upload("weight", weight),
-            lora_A=device.upload("lora_A", lora_A),
-            lora_B=device.upload("lora_B", lora_B),
-            scaling=0.5,
-            merged=merged,
-        )
         product = 0.5 * (lora_B.astype(np.float64) @ lora_A)
-        want = np.where(weight != 0, weight + product, 0)
-        got = device.download(merged).view(np.float32).reshape(N, K)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        for path, kept in (
+            ("dense", any_pattern),
+            ("bitmap", any_pattern),
+            ("2:4", groups.reshape(N, K)),
+            ("2:4 values", groups.reshape(N, K)),
+        ):
+            device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=multiprocessors)
+            want = np.where(kept, weight + product, 0)
+            stored = {}
+            if path == "dense":
+                values = np.where(kept, weight, np.float32(0))
+            elif path == "bitmap":
+                values = weight[kept]
+                words = np.zeros((N, (K + 31) // 32 * 32), dtype=np.uint8)
+                words[:, :K] = kept
+                bits = np.packbits(words, axis=1, bitorder="little").view(np.uint32)
+                offsets = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int64)
+                stored = {"mask": device.upload("mask", bits), "row_offsets": device.upload("offsets", offsets)}
+            else:
+                values, metadata = compress(weight, kept)
+                stored = {"metadata": device.upload("metadata", metadata)}
+            if path == "2:4 values":
+                want = compress(want, kept)[0]
+            merged = device.empty("merged", 4 * want.size)
+            sim.merge(
+                device,
+                out_features=N,
+                in_features=K,
+                r=r,
+                weight=device.upload("values", values),
+                lora_A=device.upload("lora_A", lora_A),
+                lora_B=device.upload("lora_B", lora_B),
+                scaling=0.5,
+                to_sparse24=path == "2:4 values",
+                merged=merged,
+                **stored,
+            )
+            got = device.download(merged).view(np.float32).reshape(want.shape)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def compress(weight: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """values and metadata of layout 2:4, group by group."""
+    N, K = weight.shape
+    values, metadata = np.zeros((N, K // 2), dtype=np.float32), np.zeros((N, (K + 7) // 8), dtype=np.uint8)
+    for n, g in np.ndindex(N, K // 4):
+        at = np.flatnonzero(kept[n, 4 * g : 4 * g + 4])
+        first, second = (at[0], at[-1]) if len(at) else (1, 0)
+        slots = [0, 1] if len(at) == 2 else [int(first == 3)] * len(at)
+        for slot, i in zip(slots, at, strict=True):
+            values[n, 2 * g + slot] = weight[n, 4 * g + i]
+        metadata[n, g // 2] |= np.uint8((first | second << 2) << 4 * (g % 2))
+    return values, metadata

@@ -11,7 +11,7 @@ namespace lors {
 struct MergeArgs {
   int64_t out_features = 0;  // N
   int64_t in_features = 0;   // K
-  int64_t r = 0;
+  int64_t r = 0;             // 0: no adapter, and lora_A and lora_B null: the stored weight is decompressed
   Layout weight_layout = Layout::dense;
   const void* weight = nullptr;  // frozen; dense: [N, K] row-major; 2:4: values [N, K/2]; bitmap: values [row_offsets[N]]
   DType weight_dtype = DType::float32;
@@ -24,12 +24,23 @@ struct MergeArgs {
   const void* lora_B = nullptr;  // [N, r] row-major
   DType lora_B_dtype = DType::float32;
   double scaling = 1.0;
-  void* merged = nullptr;  // [N, K] row-major, overwritten whole
+  // dense; or, of a 2:4 weight and in its dtype, sparse24: the values alone, for the metadata stays the same. Bit for bit what
+  // compressing the dense result with this mask gives.
+  Layout merged_layout = Layout::dense;
+  void* merged = nullptr;  // overwritten whole; dense: [N, K] row-major; 2:4: values [N, K/2], may be `weight` itself
   DType merged_dtype = DType::float32;
   // The type each value is rounded to, once. It is merged_dtype, or a 16-bit type held in a float32 `merged`: a
   // float32 product then sees exactly the values that a 16-bit merged weight has.
   DType round_to = DType::float32;
 };
+
+inline Status check_merged_layout(const MergeArgs& args) {
+  if (args.merged_layout == Layout::dense ||
+      (args.merged_layout == Layout::sparse24 && args.weight_layout == Layout::sparse24 &&
+       args.merged_dtype == args.weight_dtype && args.round_to == args.weight_dtype))
+    return {};
+  return Status::error("merge writes a dense weight, or 2:4 values from a 2:4 weight in its own dtype; ask for one of these.");
+}
 
 Status merge(const MergeArgs& args, const CpuHost* host);
 Status merge(const MergeArgs& args, const CudaHost& host);

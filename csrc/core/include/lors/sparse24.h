@@ -22,26 +22,7 @@ struct Sparse24MaskArgs {
   uint32_t* mask = nullptr;           // [N, ceil(K/32)], bits beyond in_features 0
 };
 
-// merged_values = the slots of weight + scaling * mask o (lora_B lora_A), the metadata unchanged: bit for bit the values that
-// compressing the dense merge with this mask gives. fp32 accumulation (float64 for float64), one rounding.
-struct Sparse24MergeArgs {
-  int64_t out_features = 0;
-  int64_t in_features = 0;
-  int64_t r = 0;
-  const void* values = nullptr;  // [N, K/2]
-  DType dtype = DType::float32;
-  const uint8_t* metadata = nullptr;  // [N, ceil(K/8)], valid
-  const void* lora_A = nullptr;       // [r, K]
-  DType lora_A_dtype = DType::float32;
-  const void* lora_B = nullptr;  // [N, r]
-  DType lora_B_dtype = DType::float32;
-  double scaling = 1.0;
-  void* merged_values = nullptr;  // [N, K/2] in dtype; may be `values` itself
-};
-
 Status sparse24_mask(const Sparse24MaskArgs& args, const CpuHost* host);
 Status sparse24_mask(const Sparse24MaskArgs& args, const CudaHost& host);
-Status sparse24_merge(const Sparse24MergeArgs& args, const CpuHost* host);
-Status sparse24_merge(const Sparse24MergeArgs& args, const CudaHost& host);
 
 }  // namespace lors

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ._checks import check_lora_fields
 from ._files import replace_files
 from .config import LoRSConfig
 
@@ -23,18 +23,14 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
-# The peft_type of what lors_cuda saves. A PEFT that does not know it stops and shows it, instead of applying the
-# adapter unmasked.
-PEFT_TYPE = "LORS: import lors_cuda.peft before loading this adapter"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The peft_type of what lors_cuda saves. A PEFT that does not know it stops, instead of applying the adapter unmasked.
+PEFT_TYPE = "LORS"
+FORMER_PEFT_TYPE = "LORS: import lors_cuda.peft before loading this adapter"
 
 _ADAPTER_KEY = re.compile(re.escape(PREFIX) + r"(?P<name>.+)\.(?P<which>lora_[AB])\.weight")
 _CHECKSUM = "lors_payload_sha256"
-# Fields of PEFT's LoraConfig that change what the adapter computes and have no counterpart here.
-_UNSUPPORTED = (
-    "use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "layers_to_transform", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
-)  # fmt: skip
+# Fields of PEFT's LoraConfig that lors_cuda.peft has and LoRSLinear has not.
+_PEFT_ONLY = ("layers_to_transform", "trainable_token_indices")
 
 
 @dataclass
@@ -66,9 +62,10 @@ def write_adapter(directory: Path, tensors: dict[str, Tensor], fields: dict[str,
 
 def read_adapter(directory: Path) -> SavedAdapter:
     """Read both files and check them by themselves, without a model."""
-    fields, weights = _read_config(directory / CONFIG_NAME), directory / WEIGHTS_NAME
+    where, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    fields = read_config(where)
+    _check_linear_fields(where, fields)
     lors = fields.get("lors")
-    where = directory / CONFIG_NAME
     if lors is not None:
         if not isinstance(lors, dict) or not isinstance(lors.get("mask_fingerprints"), dict):
             raise ValueError(f"'{where}' is corrupted: its field 'lors' has no mask fingerprints. Save it again.")
@@ -104,15 +101,27 @@ def read_adapter(directory: Path) -> SavedAdapter:
     return SavedAdapter(directory, config, lors, adapters, saved)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json whose adapter can be masked: written by lors_cuda, or by PEFT as "LORA".
+
+    Raises:
+        FileNotFoundError: it does not exist. ValueError: it is damaged, of another kind, or uses what LoRS refuses.
+    """
     try:
         fields = json.loads(_read_bytes(path))
     except ValueError as error:
         raise ValueError(f"'{path}' is not readable JSON: it is truncated or corrupted ({error}).") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") not in ("LORA", PEFT_TYPE):
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"'{path}' does not describe a LoRA adapter: peft_type must be 'LORA', but is {kind!r}.")
-    unsupported = [name for name in _UNSUPPORTED if fields.get(name)]
+    kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+    if kind not in ("LORA", PEFT_TYPE, FORMER_PEFT_TYPE):
+        raise ValueError(f"'{path}' does not describe a LoRS or LoRA adapter: its peft_type is {kind!r}.")
+    check_lora_fields(f"'{path}'", fields)
+    config: dict[str, Any] = fields
+    return config
+
+
+def _check_linear_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Refuse what LoRS layers of lors_cuda.peft have and LoRSLinear has not."""
+    unsupported = [name for name in _PEFT_ONLY if fields.get(name)]
     if fields.get("bias") not in (None, "none"):
         unsupported.append("bias")
     if fields.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
@@ -123,7 +132,6 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"'{path}' uses {used}, which LoRS layers do not have. Try "
             "lors_cuda.peft.from_pretrained, which has more of PEFT, or train the adapter without it."
         )
-    return fields
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

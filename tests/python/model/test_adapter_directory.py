@@ -37,8 +37,8 @@ DAMAGE = {
     "empty file": (lambda d: os.truncate(d / FILES[1], 0), ("is truncated or corrupted", FILES[1])),
     "truncated json": (lambda d: os.truncate(d / FILES[0], 50), ("is truncated or corrupted", FILES[0])),
     "binary json": (lambda d: (d / FILES[0]).write_bytes(b"\xff\xfe\x00"), ("is truncated or corrupted", FILES[0])),
-    "json list": (lambda d: (d / FILES[0]).write_text("[1]"), ("peft_type must be 'LORA', but is 'list'",)),
-    "other type": (lambda d: edit_config(d, peft_type="IA3"), ("but is 'IA3'",)),
+    "json list": (lambda d: (d / FILES[0]).write_text("[1]"), ("its peft_type is 'list'",)),
+    "other type": (lambda d: edit_config(d, peft_type="IA3"), ("its peft_type is 'IA3'",)),
     "r a string": (lambda d: edit_config(d, r="four"), ("does not describe a LoRS adapter", "r must be an integer")),
     "bad lors": (lambda d: edit_config(d, lors=3), ("no mask fingerprints",)),
     "newer": (

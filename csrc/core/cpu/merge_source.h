@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the merge (merge_kernel.h) reads a frozen weight, and where the merged values go. A weight stored in another way
+// (quantised, one per expert) is one more Source, and one more line in merge_kernel.h. A Source<Acc, W, Rows> is a tile of Rows
+// rows and one panel of columns and offers
+//   Source(job, n, k)             the tile whose first row and column these are
+//   is_readable(job, n, columns)  whether it can be read in whole vectors where all its columns exist
+//   prefetch<Columns>()           asks for it while the adapters are multiplied
+//   add(i, u, sum)                merged values of vector u of row i from its sums: +0 where nothing is kept
+//   finish(job, n)                after the last `add`
+//   read_edge(edge, columns)      for a tile of one row that ends early: copies it into the buffers of an Edge<panel's columns>
+// and a Sink {merged, stride, streaming}, of the tile's first row and column
+//   Element, kColumns             what it stores, and how many columns each of them stands for
+//   store_row(source, i, row)     row i of the tile
+#pragma once
+
+#include "expand.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace {
+
+// Six rows of two vectors (four with AVX-512's 32 registers) leave room for the operands.
+constexpr int kMergeRows = 6;
+constexpr int kMergeVectors = kVectorBytes == 64 ? 4 : 2;
+template <typename Acc>
+constexpr int kMergePanel = kMergeVectors * kLanes<Acc>;
+
+template <int Count, typename W>
+inline void prefetch_elements(const W* from) {
+#pragma GCC unroll 4
+  for (int byte = 0; byte < int(Count * sizeof(W)); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+}
+
+template <typename Acc, typename W, int Rows>
+struct DenseSource {
+  const W* weight;
+  int64_t stride;
+  int64_t words;         // of a row of the mask
+  const uint32_t* mask;  // of the first row; null: kept where the weight is not zero
+  int64_t column;        // of the tile
+
+  template <typename Job>
+  DenseSource(const Job& job, int64_t n, int64_t k)
+      : weight(static_cast<const W*>(job.weight) + n * job.in_features + k),
+        stride(job.in_features),
+        words(lors::mask_words(stride)),
+        mask(job.mask ? job.mask + n * words : nullptr),
+        column(k) {}
+  static bool is_readable(const lors::cpu::MergeJob&, int64_t, int) { return true; }
+  template <int Columns>
+  void prefetch() const {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns>(weight + i * stride);
+  }
+  Vector<Acc> add(int i, int u, Vector<Acc> sum) const {
+    const Vector<Acc> w = load<Acc>(weight + i * stride + u * kLanes<Acc>);
+    if (!mask) return w != 0 ? w + sum : Vector<Acc>{};
+    // The lanes of one vector never straddle a word: 32 is a multiple of every lane count.
+    const int64_t k = column + u * kLanes<Acc>, word = k / 32;
+    return where_bits<Acc>(word < words ? mask[i * words + word] >> (k % 32) : 0, w + sum);
+  }
+  void finish(const lors::cpu::MergeJob&, int64_t) const {}
+
+  template <int Columns>
+  struct Edge {
+    W weight[Columns] = {};
+  };
+  template <int Columns>
+  void read_edge(Edge<Columns>& edge, int64_t columns) {
+    std::memcpy(edge.weight, weight, size_t(columns) * sizeof(W));
+    weight = edge.weight;
+  }
+};
+
+template <typename Acc, typename W, int Rows>
+struct Sparse24Source {
+  const W* slots;
+  int64_t stride;
+  int64_t bytes;            // of a row of metadata
+  const uint8_t* metadata;  // the byte with the tile's first group
+  int64_t column;           // of the tile, modulo 8
+
+  Sparse24Source(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
+      : slots(static_cast<const W*>(job.weight) + (n * job.in_features + k) / 2),
+        stride(job.in_features / 2),
+        bytes(lors::sparse24_metadata_bytes(job.in_features)),
+        metadata(job.metadata + n * bytes + k / 8),
+        column(kMergePanel<Acc> % 8 ? k % 8 : 0) {}
+  static bool is_readable(const lors::cpu::MergeJob&, int64_t, int) { return true; }
+  template <int Columns>
+  void prefetch() const {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2>(slots + i * stride);
+  }
+  Vector<Acc> add(int i, int u, Vector<Acc> sum) const {
+    const uint8_t* codes = metadata + i * bytes;
+    const int64_t k = column + u * kLanes<Acc>;
+    const Vector<Acc> w = load_sparse24<Acc>(slots + i * stride + u * kLanes<Acc> / 4 * 2, codes, k);
+    return where_bits<Acc>(metadata_bits<Acc>(kSparse24Codes.kept_of_byte, codes, k), w + sum);
+  }
+  void finish(const lors::cpu::MergeJob&, int64_t) const {}
+
+  template <int Columns>
+  struct Edge {
+    W slots[Columns / 2] = {};
+    uint8_t metadata[Columns / 8 + 2] = {};
+  };
+  template <int Columns>
+  void read_edge(Edge<Columns>& edge, int64_t columns) {
+    std::memcpy(edge.slots, slots, size_t(columns / 2) * sizeof(W));
+    std::memcpy(edge.metadata, metadata, size_t(lors::sparse24_metadata_bytes(column + columns)));
+    slots = edge.slots;
+    metadata = edge.metadata;
+  }
+};
+
+template <typename Acc, typename W, int Rows>
+struct BitmapSource {
+  int64_t cursor, left;   // where `first` is in all values, and how many there are from there on
+  const W* first;         // one row: its first value of the tile
+  const W* values[Rows];  // the tile's first in each row; in the end, the first beyond it
+  int64_t words;          // of a row of the mask
+  const uint32_t* mask;   // the word with the tile's first column
+  int64_t column;         // of the tile, modulo 32
+
+  [[gnu::always_inline]] BitmapSource(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
+      : cursor(Rows == 1 ? job.cursors[n] : 0),  // a constant where no edge is read, for the registers' sake
+        left(job.value_count - cursor),
+        first(static_cast<const W*>(job.weight) + cursor),
+        words(lors::mask_words(job.in_features)),
+        mask(job.mask + n * words + k / 32),
+        column(kMergePanel<Acc> % 32 ? k % 32 : 0) {
+    for (int i = 0; i < Rows; ++i) values[i] = first + (job.cursors[n + i] - cursor);
+  }
+  // Rows lie one behind the other, so that only the last can reach beyond all values.
+  static bool is_readable(const lors::cpu::MergeJob& job, int64_t n, int columns) {
+    return job.cursors[n + Rows - 1] + columns <= job.value_count;
+  }
+  template <int Columns>
+  void prefetch() const {
+    // Half of the weights are expected to be kept.
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2>(values[i]);
+  }
+  Vector<Acc> add(int i, int u, Vector<Acc> sum) {
+    const int64_t k = column + u * kLanes<Acc>;
+    const uint32_t bits = (mask[i * words + k / 32] >> (k % 32)) & ((1u << kLanes<Acc>)-1);
+    const Vector<Acc> w = load_bitmap<Acc>(values[i], bits);
+    return where_bits<Acc>(bits, w + sum);
+  }
+  void finish(const lors::cpu::MergeJob& job, int64_t n) const {
+    for (int i = 0; i < Rows; ++i) job.cursors[n + i] = cursor + (values[i] - first);
+  }
+
+  template <int Columns>
+  struct Edge {
+    W values[Columns] = {};
+    uint32_t mask[Columns / 32 + 1] = {};
+  };
+  template <int Columns>
+  void read_edge(Edge<Columns>& edge, int64_t columns) {
+    if (left > 0) std::memcpy(edge.values, first, size_t(left < Columns ? left : Columns) * sizeof(W));
+    std::memcpy(edge.mask, mask, size_t(lors::mask_words(column + columns)) * sizeof(uint32_t));
+    first = values[0] = edge.values;
+    mask = edge.mask;
+  }
+};
+
+template <typename Out, typename Round>
+struct DenseSink {
+  using Element = Out;
+  static constexpr int kColumns = 1;
+  Out* merged;
+  int64_t stride;
+  bool streaming;  // `merged` is aligned to a vector in every row, and too large to be worth keeping in a cache
+
+  template <typename Acc, int Vectors, typename Source>
+  [[gnu::always_inline]] void store_row(const Source&, int i, const Vector<Acc> (&row)[Vectors]) const {
+#pragma GCC unroll 4
+    for (int u = 0; u < Vectors; ++u) {
+      Out* out = merged + i * stride + u * kLanes<Acc>;
+      streaming ? store_streaming<Out, Round, Acc>(out, row[u]) : store<Out, Round, Acc>(out, row[u]);
+    }
+  }
+};
+
+// The slots that the metadata of a Sparse24Source names.
+template <typename W>
+struct Sparse24Sink {
+  using Element = W;
+  static constexpr int kColumns = 2;
+  W* merged;
+  int64_t stride;
+  bool streaming;  // as in DenseSink
+
+  template <typename Acc, int Vectors, typename Source>
+  [[gnu::always_inline]] void store_row(const Source& source, int i, const Vector<Acc> (&row)[Vectors]) const {
+#pragma GCC unroll 2
+    for (int u = 0; u < Vectors; u += 2)
+      store_slots<W, Acc>(
+          merged + i * stride + u / 2 * kLanes<Acc>,
+          slots_of<Acc>(row[u], row[u + 1], source.metadata + i * source.bytes, source.column + u * kLanes<Acc>), streaming);
+  }
+};
+
+}  // namespace
