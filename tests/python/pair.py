@@ -74,6 +74,7 @@ class Pair:
 
 def _serve(rank: int, store: str, connection: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it; without it accelerate warns
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=_SECONDS)
