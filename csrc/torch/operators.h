@@ -2,9 +2,9 @@
 // The operators, the same on every device: check once, allocate with torch, call the core. A Backend offers
 //   Backend(tensor)                      made after the checks, for the device `tensor` is on; lives through the call
 //   host()                               what functions of the core take
-//   product_dtype(activation)            the type a product runs in, and so the type its scratch is stored in
+//   product_dtype(activation)            the type a matmul runs in, and so the type its scratch is stored in
 //   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
-//   prefers_fused_linear(...)            whether the core's product with the merge inside serves instead
+//   prefers_fused_linear(...)            whether the core's matmul with the merge inside is used instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kSparseMatmul                        whether torch has sparse matmuls there (sparse_matmul.h), of a device's architecture()

@@ -146,7 +146,7 @@ def from_first(item: Item) -> Item:
 
 
 def _device() -> torch.device:
-    """Where the group's collectives take their tensors: the CPU if a backend serves it, else the accelerator."""
+    """Where the group's collectives take their tensors: the CPU if a backend supports it, else the accelerator."""
     on_cpu = "cpu:" in dist.get_backend_config()
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 

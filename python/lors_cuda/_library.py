@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled operators and gives each its fake (shape) and autograd half.
 
-The schemas stand in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
+The schemas are in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def build_info() -> dict[str, Any]:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device that no kernel of this build serves."""
+    """Refuse a device that no kernel of this build supports."""
     if device.type in ("cpu", "meta"):
         return
     reason = _cuda_reason(device.index) if device.type == "cuda" else f"there are no kernels for {device.type} devices"

@@ -61,7 +61,7 @@ def lors_linear(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
-        RuntimeError: no kernel of this build serves the device; or, in a second backward, that it is not supported.
+        RuntimeError: no kernel of this build supports the device; or, in a second backward, that it is not supported.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
@@ -247,7 +247,7 @@ class MergedWeight:
                 self._operand = lors.merged_operand(
                     weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, dtype
                 )
-                # Held, so that no new tensor can come to stand at an address of the key.
+                # Keeps the sources alive, so that their addresses in the key cannot be reused.
                 self._key, self._sources = key, tuple(t.detach() for t in tensors)
         return self._operand
 

@@ -301,7 +301,7 @@ class LoRSLinear(SparseLinear):
         return layer.train(linear.training)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Draw lora_A anew (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False."""
+        """Draw a new lora_A (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if init_lora_weights:
             nn.init.zeros_(self.lora_B)

@@ -147,12 +147,12 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
 
     For generation, evaluation and gradient accumulation: there the adapters stay the same over many calls. The outputs
     are those of a fresh merge, up to the order of summation of the product, and training goes on as before: a merged
-    weight is made anew as soon as one of the tensors behind it has changed. It costs one dense weight per layer, in the
+    weight is made again once one of the tensors behind it has changed. It costs one dense weight per layer, in the
     type its products run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them),
     until the block ends. Nests. Without effect in `torch.compile`, under CUDA graph capture, and on layers whose
     adapter is disabled.
 
-    NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` starts anew.
+    NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` invalidates it.
     Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts neither.
 
     Raises:

@@ -71,7 +71,7 @@ def cannot_adapt(name: str, reason: str) -> str:
 def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
     """List the nn.Linear modules of `model` which `config` selects, in the model's order; changes nothing.
 
-    A module that stands in the model under several names is listed once, with all of them; it is selected if one
+    A module that the model has under several names is listed once, with all of them; it is selected if one
     name is, and left out if one name is excluded.
 
     Raises:

@@ -186,7 +186,7 @@ class SparseWeight:
 
         Raises:
             ValueError: a dtype other than float32, bfloat16, float16 and float64.
-            RuntimeError: no kernel of this build serves the device.
+            RuntimeError: no kernel of this build supports the device.
         """
         check_whole("values", self.values)
         if not isinstance(device_or_dtype, torch.dtype):

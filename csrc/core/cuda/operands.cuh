@@ -224,7 +224,7 @@ __device__ __forceinline__ void store_terms(uint16_t* to, int term_size, const u
   }
 }
 
-// Where the slots of a code of layout "2:4" (lors/sparse24.h) stand in their group: 0 to 3, or 4 where the slot holds nothing.
+// Where the slots of a code of layout "2:4" (lors/sparse24.h) are in their group: 0 to 3, or 4 where the slot holds nothing.
 __device__ __forceinline__ void slots_of(uint32_t code, uint32_t (&position)[2]) {
   const uint32_t first = code & 3, second = code >> 2 & 3;
   const bool both = first < second, one = first == second;

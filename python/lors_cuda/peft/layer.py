@@ -167,7 +167,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             return super().forward(x)
         base: Any = self.base_layer
         weight = base.sparse_weight if isinstance(base, SparseLinear) else base.weight
-        # What is stacked is made anew in every call, so that a kept merge could not know it again.
+        # Every call stacks new tensors, which a cached merge could not recognise.
         kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
         return lors_linear(x, weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept)
 

@@ -39,7 +39,7 @@ def from_pretrained(
     Args:
         model: the base model, dense or compressed; or a PEFT model with LoRS adapters, which gets a further one.
         directory: holds adapter_config.json and adapter_model.safetensors.
-        adapter_name: under which the adapter stands in the model.
+        adapter_name: the adapter's name in the model.
         is_trainable: False freezes the adapter and sets the model to evaluation.
         strict_mask: refuse an adapter that was trained on another mask, or on none that is known.
         layout: instead of the saved one, as in :class:`LoRSLoraConfig`.
