@@ -56,7 +56,7 @@ demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
 test:
-	@echo 'C++ tests (2 minutes on two idle cores, building included), CUDA kernels on the simulator (5), Python tests (5).'
+	@echo 'C++ tests, CUDA kernels on the simulator, Python tests: an estimated quarter of an hour on two idle cores, up to three times that on busy ones.'
 	@echo 'For every day: make test-quick, under 3 minutes once this is built.'
 	$(MAKE) test-cpp test-sim test-python
 
