@@ -200,13 +200,7 @@ def check_bitmap(values: Tensor, bits: Tensor, offsets: Tensor, in_features: int
     if values.device.type == "meta":
         return
     corrupted = f"The bitmap weight of shape {(bits.shape[0], in_features)} is corrupted"
-    if in_features % 32:
-        beyond = (bits[:, -1] & -(1 << in_features % 32)) != 0
-        if beyond.any():
-            raise ValueError(
-                f"{corrupted} in {int(beyond.sum())} rows, first in row {int(beyond.nonzero()[0])}: bits beyond the "
-                f"last column are set. {_AGAIN}"
-            )
+    _check_last_bits(bits, in_features, corrupted)
     expected = row_offsets(bits)
     wrong = offsets != expected
     if wrong.any():
@@ -218,4 +212,32 @@ def check_bitmap(values: Tensor, bits: Tensor, offsets: Tensor, in_features: int
     if expected[-1] != values.shape[0]:
         raise ValueError(
             f"{corrupted}: it has {values.shape[0]} values, and {int(expected[-1])} bits are set. {_AGAIN}"
+        )
+
+
+def _check_last_bits(bits: Tensor, in_features: int, corrupted: str) -> None:
+    if in_features % 32:
+        beyond = (bits[:, -1] & -(1 << in_features % 32)) != 0
+        if beyond.any():
+            raise ValueError(
+                f"{corrupted} in {int(beyond.sum())} rows, first in row {int(beyond.nonzero()[0])}: bits beyond the "
+                f"last column are set. {_AGAIN}"
+            )
+
+
+# ---- dense with a mask of its own -----------------------------------------------------------------------------------
+
+
+def check_dense(values: Tensor, bits: Tensor) -> None:
+    """Refuse values [N, K] that are not zero off the mask of these bits, which have the right shape."""
+    if values.device.type == "meta":
+        return
+    corrupted = f"The dense weight of shape {tuple(values.shape)} is corrupted"
+    _check_last_bits(bits, values.shape[1], corrupted)
+    wrong = (values != 0) & ~unpack_mask(bits, values.shape[1])
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{corrupted} in {int(wrong.sum())} of its values, first in row {row}, column {column}: the value, "
+            f"{values[row, column].item()}, is off the mask and must be 0. {_AGAIN}"
         )

@@ -17,6 +17,13 @@ from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
+_INTEGERS = _TENSORS[1:]
+_STATE = (*_TENSORS, "mask_digest")
+_INDEX = {"dense": None, "2:4": torch.uint8, "bitmap": torch.int64}
+_NO_NUMBERS = (
+    "Masks are not numbers: average, decay or convert the values alone, and take weight_mask, weight_index and "
+    "mask_digest unchanged from a model of the same mask."
+)
 
 
 class SparseLayer:
@@ -51,13 +58,22 @@ class SparseLayer:
 class SparseLinear(SparseLayer, nn.Module):
     """A frozen linear layer, ``Y = X W^T + bias``, with W stored in one of the layouts of :class:`SparseWeight`.
 
-    The stored tensors are frozen parameters, also the integer ones, and not buffers: DistributedDataParallel would send
-    buffers around in every forward, and ``fully_shard`` would not shard them.
+    The values are a frozen parameter, the integer tensors are buffers, because masks are not numbers: what averages,
+    decays or flattens ``model.parameters()`` (EMA, LBFGS, ``parameters_to_vector``) cannot reach them, ``state_dict()``
+    gives copies of them, and wherever torch looks for a module's tensors (``.to()``, ``deepcopy``, distributed
+    checkpoints, ``functional_call``, export) it finds them. Under ``fully_shard`` every process holds them whole (1 bit
+    per weight), beside its part of the values. DistributedDataParallel does not broadcast them in every forward, if it
+    wraps what :func:`lors_cuda.get_lors_model` or PEFT returned.
+
+    ``mask_digest`` tells a mask that was changed in place, or averaged in a state, from the one that was stored:
+    forward, merge and ``state_dict()`` compare where torch has counted a change, and ``load_state_dict`` always.
 
     Attributes:
-        weight_values: the values of ``sparse_weight``.
-        weight_mask: its mask bits, None where the layout has none.
-        weight_index: its metadata or row offsets, None where the layout has none.
+        weight_values: Parameter, the values of ``sparse_weight``.
+        weight_mask: buffer, its mask bits; None where the layout has none.
+        weight_index: buffer, its metadata or row offsets; None where the layout has none.
+        mask_digest: buffer, :meth:`SparseWeight.digest`: floating numbers, so that what averages the values of two
+            masks averages their digests too, and the result belongs to neither.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
         weight: the weight, dense [out_features, in_features].
@@ -66,14 +82,19 @@ class SparseLinear(SparseLayer, nn.Module):
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
+    mask_digest: Tensor
     bias: nn.Parameter | None
+    _checked: tuple[tuple[int, int], ...] | None  # the tensors, and their versions, that mask_digest was compared with
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = sparse_weight.shape
-        tensors = (sparse_weight.values, sparse_weight.mask_bits, sparse_weight.index)
-        for name, tensor in zip(_TENSORS, tensors, strict=True):
-            self.register_parameter(name, _frozen(tensor))
+        self.weight_values = _frozen(sparse_weight.values)
+        # What may be None comes last: torch.export counts the buffers of its root wrongly where one follows a None.
+        self.register_buffer("mask_digest", sparse_weight.digest())
+        self.register_buffer("weight_index", sparse_weight.index)
+        self.register_buffer("weight_mask", sparse_weight.mask_bits)
+        self._checked = self._versions()
         self.bias = _frozen(None if bias is None else bias.detach())
 
     @classmethod
@@ -101,10 +122,15 @@ class SparseLinear(SparseLayer, nn.Module):
         return self.sparse_weight.to_dense()
 
     def whole_weight(self) -> SparseWeight:
-        """``sparse_weight``, gathered from all processes where ``fully_shard`` has cut it into parts; a collective."""
-        values, bits, index = (None if t is None else whole(t) for t in self._stored())
-        assert values is not None
-        return SparseWeight(values, bits, index, in_features=self.in_features)
+        """``sparse_weight``, checked, and gathered from all processes where ``fully_shard`` has cut it; a collective.
+
+        Raises:
+            ValueError: as :meth:`check_mask`.
+        """
+        weight = SparseWeight(whole(self.weight_values), self.weight_mask, self.weight_index,
+                              in_features=self.in_features)  # fmt: skip
+        self._compare(weight)
+        return weight
 
     @property
     def weight(self) -> Tensor:
@@ -112,10 +138,59 @@ class SparseLinear(SparseLayer, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
+        self.check_mask()
         return sparse_linear(input, self.sparse_weight, self.bias)
+
+    def check_mask(self, *, always: bool = False) -> None:
+        """Refuse a mask that is not the one that was stored; also values off it. Cheap where torch counts no change.
+
+        Args:
+            always: compare in any case: torch counts no writes through ``tensor.data``. Waits for the device.
+
+        Raises:
+            ValueError: the mask was changed since the layer was made or loaded, or its values do not fit it.
+        """
+        # Compiled code, and tensors that only stand for others, have no content to compare.
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        tensors = [tensor for tensor in self._stored() if tensor is not None]
+        if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
+            return
+        if not always:
+            # ZeRO-3 exchanges the values' content, and a captured graph cannot wait for the device.
+            if self._checked == self._versions() or hasattr(self.weight_values, "ds_shape"):
+                return
+            if self.weight_values.is_cuda and torch.cuda.is_current_stream_capturing():
+                return
+        with torch.no_grad():
+            self._compare(self.sparse_weight)
+        self._checked = self._versions()
+
+    def _compare(self, weight: SparseWeight) -> None:
+        try:
+            SparseWeight.from_stored(weight.values, weight.mask_bits, weight.index, self.in_features)
+            problem = None if weight.has_digest(self.mask_digest) else "its digest is another one."
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(
+                f"The stored weight of {type(self).__name__}({self.extra_repr()}) has another mask than it was made or "
+                f"loaded with (under DistributedDataParallel: than process 0 has): {problem} {_NO_NUMBERS} Load a "
+                "sound state, or convert the sparse model again. torch.optim.swa_utils.AveragedModel needs "
+                "use_buffers=False."
+            )
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors are stored, and how often each was written to in place."""
+        return tuple(
+            (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            for tensor in self._stored()
+            if tensor is not None
+        )
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
+        self.check_mask(always=True)
         return make_linear(self.sparse_weight.to_dense(), self.bias).requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
@@ -127,83 +202,107 @@ class SparseLinear(SparseLayer, nn.Module):
         super()._apply(fn, recurse)
         if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
-            self.weight_mask = _frozen(None if bits is None else bits.to(self.weight_values.device))
+            self.weight_mask = None if bits is None else bits.to(self.weight_values.device)
+        self._checked = None
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": None}  # a copy's tensors are others
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_checked", None)
+        if "mask_digest" not in self._buffers:  # of a version whose integer tensors were parameters
+            for name in _INTEGERS:
+                tensor = self._parameters.pop(name)
+                self.register_buffer(name, None if tensor is None else tensor.detach())
+            self.register_buffer("mask_digest", self.sparse_weight.digest())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_mask()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        if not keep_vars:
+            for name in (*_INTEGERS, "mask_digest"):  # so that averages over a state in place do not reach the layer
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].clone()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
-        # shapes of the parameters. But only where it fits, because a refused state must leave the layer as it was.
+        # shapes of the tensors. But only where it fits, because a refused state must leave the layer as it was.
         errors: list[str] = args[-1]
-        values, bits, index = (state_dict.get(prefix + name) for name in _TENSORS)
-        if values is not None:
-            problem = self._weight_problem(values, bits, index)
-            if problem is not None:
-                errors.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
+        given = {name: state_dict[prefix + name] for name in _STATE if prefix + name in state_dict}
+        if given:
+            try:
+                loaded = self._fitting(given, bool(local_metadata.get("assign_to_params_buffers")))
+            except ValueError as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
                 return
-            for name, tensor, own in zip(_TENSORS, (values, bits, index), self._stored(), strict=True):
+            state_dict = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in given}
+            state_dict.update({prefix + name: tensor for name, tensor in loaded.items() if tensor is not None})
+            for name, tensor in loaded.items():
+                own = getattr(self, name)
                 if tensor is None or own is None or own.shape != tensor.shape:
                     dtype = self.weight_values.dtype if name == "weight_values" else getattr(tensor, "dtype", None)
                     device = self.weight_values.device
-                    setattr(
-                        self,
-                        name,
-                        _frozen(None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)),
-                    )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                    new = None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)
+                    setattr(self, name, _frozen(new) if name == "weight_values" else new)
+            self._checked = None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _weight_problem(self, values: Tensor, bits: Tensor | None, index: Tensor | None) -> str | None:
-        """Why a stored weight cannot be loaded into this layer, as a sentence; None if it can.
+    def _fitting(self, given: dict[str, Tensor], assign: bool) -> dict[str, Tensor | None]:
+        """The tensors of a state as this layer takes them: integers, a digest, and a mask that the dtype cannot lose.
 
-        Where both are sharded the weight is gathered to be checked, so that all processes must load together.
+        Where both are sharded the values are gathered to be checked, so that all processes must load together.
+
+        Raises:
+            ValueError: they are no stored weight, or not one that this layer can hold.
         """
+        # Without values, as in a state without frozen parameters, what there is must be this layer's own.
+        stored = given if "weight_values" in given else dict(zip(_TENSORS, self._stored(), strict=True)) | given
+        values, bits, index = (stored.get(name) for name in _TENSORS)
+        digest = stored.get("mask_digest")
+        assert values is not None
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
-            return (
+            raise ValueError(
                 f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
                 f"with layout='{layout}' before loading it."
             )
-        problem = self._sharding_problem(values, bits, index)
-        if problem is not None:
-            return problem
-        values = whole(values)
-        bits, index = (None if tensor is None else whole(tensor) for tensor in (bits, index))
-        needed, shape = (self.out_features, self.in_features), values.shape
-        try:
-            if index is not None and layout == "2:4":
-                if bits is not None:
-                    return "the state has a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong."
-                shape = SparseWeight.from_sparse24(values, index).shape
-            elif index is not None:
-                if bits is None:
-                    return "the state has row offsets of a bitmap (weight_index) but no bits (weight_mask)."
-                shape = SparseWeight.from_bitmap(values, bits, index, self.in_features).shape
-        except ValueError as error:
-            return str(error)
-        if shape != needed:
-            return f"size mismatch for weight_values: the stored weight has shape {tuple(shape)}, not {needed}."
-        words = (self.out_features, (self.in_features + 31) // 32)
-        if bits is not None and (bits.dtype != torch.int32 or bits.shape != words):
-            given = f"{bits.dtype} with shape {tuple(bits.shape)}"
-            return f"weight_mask is {given}; it must be torch.int32 with shape {words}."
-        return None
+        self._check_sharding(values)
+        bits = _integers("weight_mask", bits, torch.int32, exact=digest is None)
+        index = _integers("weight_index", index, _INDEX[layout], exact=digest is None)
+        weight = SparseWeight.from_stored(whole(values), bits, index, self.in_features)
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
+                f"{(self.out_features, self.in_features)}."
+            )
+        if digest is None and "weight_values" not in given:
+            digest = self.mask_digest
+        if digest is not None and not weight.has_digest(digest):
+            raise ValueError(f"the mask is not the one that was saved: its digest is another one. {_NO_NUMBERS}")
+        if "weight_values" not in given:
+            return {}
+        if not assign:
+            bits = weight.to(self.weight_values.dtype).mask_bits
+        return {"weight_values": values, "weight_mask": bits, "weight_index": index, "mask_digest": weight.digest()}
 
-    def _sharding_problem(self, *given: Tensor | None) -> str | None:
-        if is_sharded(self.weight_values) != is_sharded(given[0]):
+    def _check_sharding(self, values: Tensor) -> None:
+        if is_sharded(self.weight_values) != is_sharded(values):
             sharded = "the layer is sharded and the state is not"
-            if is_sharded(given[0]):
+            if is_sharded(values):
                 sharded = "the state is sharded and the layer is not"
-            return (
+            raise ValueError(
                 f"{sharded}; load it by set_model_state_dict of torch.distributed.checkpoint.state_dict, a whole state "
                 "with StateDictOptions(full_state_dict=True)."
             )
-        if is_sharded(self.weight_values):
-            for name, tensor, own in zip(_TENSORS, given, self._stored(), strict=True):
-                if getattr(tensor, "shape", None) != getattr(own, "shape", None):
-                    return (
-                        f"the state's {name} does not have the layer's shape, so its weight has another mask, and a "
-                        "layer that is sharded cannot take that on. Load it before fully_shard."
-                    )
-        return None
+        if is_sharded(values) and values.shape != self.weight_values.shape:
+            raise ValueError(
+                "the state's weight_values does not have the layer's shape, so its weight has another mask, and a "
+                "layer that is sharded cannot take that on. Load it before fully_shard."
+            )
 
     def _stored(self) -> tuple[Tensor | None, ...]:
         return self.weight_values, self.weight_mask, self.weight_index
@@ -224,7 +323,7 @@ class LoRSLinear(SparseLinear):
     Attributes:
         lora_A: Parameter [r, in_features], Kaiming-uniform at first.
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
-        scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
+        scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. Setting it sets lora_alpha.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
     """
 
@@ -250,7 +349,6 @@ class LoRSLinear(SparseLinear):
         self.r = r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
-        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.gradient = gradient
         self.adapter_enabled = True
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
@@ -300,6 +398,22 @@ class LoRSLinear(SparseLinear):
         )
         return layer.train(linear.training)
 
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        # What is saved is lora_alpha, so that a scaling changed by hand is saved with it.
+        alpha = float(value) * (math.sqrt(self.r) if self.use_rslora else self.r)
+        self.lora_alpha = alpha_number("lora_alpha", alpha)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        scaling = state.pop("scaling", None)  # of a version that stored it
+        super().__setstate__(state)
+        if scaling is not None and scaling != self.scaling:
+            self.scaling = scaling
+
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Draw a new lora_A (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -312,6 +426,7 @@ class LoRSLinear(SparseLinear):
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         if not self.adapter_enabled:
             return super().forward(input)
+        self.check_mask()
         return layer_linear(
             input,
             self.sparse_weight,
@@ -340,6 +455,8 @@ class LoRSLinear(SparseLinear):
 
     def check_finite(self, name: str = "") -> None:
         """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
+        check_whole("weight", self.weight_values)
+        self.check_mask(always=True)
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
             if not torch.isfinite(tensor).all():
@@ -373,7 +490,22 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _layout(index: Tensor | None) -> str:
-    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
+    if index is None:
+        return "dense"
+    # Of an average, which has another dtype, the dimensions tell.
+    return "2:4" if index.dtype == torch.uint8 or (index.dtype != torch.int64 and index.dim() == 2) else "bitmap"
+
+
+def _integers(name: str, tensor: Tensor | None, dtype: torch.dtype | None, *, exact: bool) -> Tensor | None:
+    """A mask tensor of a state as integers; an average in floating point must be whole numbers, up to rounding where a
+    digest will tell whether they are the right ones."""
+    if tensor is None or dtype is None or tensor.dtype == dtype or tensor.is_meta:
+        return tensor
+    numbers = tensor.double().round()
+    bounds = torch.iinfo(dtype)
+    if not bool(((numbers >= bounds.min) & (numbers <= bounds.max)).all()) or (exact and (numbers != tensor).any()):
+        raise ValueError(f"{name} is {tensor.dtype} and must be {dtype}: its numbers are none. {_NO_NUMBERS}")
+    return numbers.to(dtype)
 
 
 def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

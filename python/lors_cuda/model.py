@@ -167,7 +167,7 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
             "whole in each process, without seeing when it changes. Use it on a model that one process holds."
         )
     for layer in layers:
-        MergedWeight.check_countable(layer.parameters())
+        MergedWeight.check_countable([*layer.parameters(), *layer.buffers()])
     before = [layer.merged_weight for layer in layers]
     caches = [MergedWeight() if cache is None else cache for cache in before]
 

@@ -13,6 +13,7 @@ from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, 
 from ._library import check_device, lors
 from .formats import (
     check_bitmap,
+    check_dense,
     check_sparse24,
     check_sparse24_mask,
     compress_sparse24,
@@ -132,6 +133,31 @@ class SparseWeight:
             values.detach().contiguous(), mask_bits.contiguous(), row_offsets.contiguous(), in_features=in_features
         )
 
+    @classmethod
+    def from_stored(
+        cls, values: Tensor, mask_bits: Tensor | None, index: Tensor | None, in_features: int
+    ) -> SparseWeight:
+        """A weight of any layout from its tensors, checked: :meth:`from_sparse24`, :meth:`from_bitmap`, or dense values
+        that are zero off the mask.
+
+        Raises:
+            ValueError: as they; a dense value off the mask is not zero; the mask bits' shape or dtype is wrong.
+        """
+        if index is not None and index.dtype == torch.uint8:
+            if mask_bits is not None:
+                raise ValueError("There is a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong.")
+            return cls.from_sparse24(values, index)
+        if index is not None:
+            if mask_bits is None:
+                raise ValueError("There are row offsets of a bitmap (weight_index) but no bits (weight_mask).")
+            return cls.from_bitmap(values, mask_bits, index, in_features)
+        _check_values(values, 2)
+        if mask_bits is not None:
+            N, K = values.shape
+            _check_index("weight_mask", mask_bits, torch.int32, (N, (K + 31) // 32), values)
+            check_dense(values, mask_bits)
+        return cls(values.detach(), mask_bits)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the values."""
@@ -238,6 +264,22 @@ class SparseWeight:
         digest = hashlib.sha256(f"{self.shape[0]}x{self.shape[1]}:".encode())
         digest.update(self.packed_mask().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def digest(self) -> Tensor:
+        """:meth:`fingerprint` as float32 [64], a hexadecimal digit each; without content on the meta device.
+
+        Small numbers, which every floating type holds, and averages of equal ones come back by rounding.
+        """
+        if type(self.values) not in (Tensor, torch.nn.Parameter) or self.values.is_meta:
+            return torch.empty(64, device=self.device)
+        digits = [float(int(digit, 16)) for digit in self.fingerprint()]
+        return torch.tensor(digits, device=self.device)
+
+    def has_digest(self, digest: Tensor) -> bool:
+        """Whether this is :meth:`digest`, up to rounding; also where one of them has no content."""
+        if digest.is_meta or self.values.is_meta:
+            return True
+        return torch.equal(digest.detach().cpu().float().round(), self.digest().cpu())
 
     def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""

@@ -14,21 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import make_case
 from lors_cuda import LoRSLinear, SparseLinear
 
-STORED = {
-    "dense": {"weight_values"},
-    "2:4": {"weight_values", "weight_index"},
-    "bitmap": {"weight_values", "weight_mask", "weight_index"},
-}
+MASKS = {"dense": set(), "2:4": {"weight_index"}, "bitmap": {"weight_mask", "weight_index"}}
 
 
 @every_layout
-def test_stored_tensors_are_frozen_parameters(device, seed, layout):
-    # DistributedDataParallel sends buffers around in every forward, and fully_shard shards parameters only.
+def test_masks_are_buffers_and_values_frozen_parameters(device, seed, layout):
+    # What averages or flattens parameters must not reach a mask; what fully_shard is to cut must be a parameter.
     case = make_case(seed, 3, 31, 72, 2, layout=layout, device=device, bias=True)
     layer = LoRSLinear.from_linear(linear_of(case), r=2, layout=layout)
-    assert not list(layer.buffers())
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    assert {name for name, _ in layer.named_parameters()} == STORED[layout] | {"bias", "lora_A", "lora_B"}
+    assert {name for name, _ in layer.named_parameters()} == {"weight_values", "bias", "lora_A", "lora_B"}
+    assert {name for name, _ in layer.named_buffers()} == MASKS[layout] | {"mask_digest"}
 
 
 @every_layout
