@@ -165,6 +165,22 @@ def _unreachable(error: RuntimeError) -> ConnectionError:
     )
 
 
+def end_buffer_broadcasts(kind: type[nn.Module]) -> None:
+    """Keep the buffers of modules of this kind out of what DistributedDataParallel, if its forward is running, sends.
+
+    It broadcasts buffers when it is made, which is right, and then before every forward, although these never change.
+    All processes must call this in their first forward; the list of what to leave out is read at each.
+    """
+    ddp: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None or getattr(ddp, "_lors_buffers_left_out", False):
+        return
+    for name, module in ddp.module.named_modules():
+        if isinstance(module, kind):
+            ddp.parameters_to_ignore.update(key for key, _ in module.named_buffers(name, recurse=False))
+    ddp._assign_modules_buffers()  # or it would broadcast an empty list once more
+    ddp._lors_buffers_left_out = True
+
+
 # ---- parameters that several processes share ----
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
-from ._distributed import is_sharded, local_part, whole
+from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -62,8 +62,8 @@ class SparseLinear(SparseLayer, nn.Module):
     decays or flattens ``model.parameters()`` (EMA, LBFGS, ``parameters_to_vector``) cannot reach them, ``state_dict()``
     gives copies of them, and wherever torch looks for a module's tensors (``.to()``, ``deepcopy``, distributed
     checkpoints, ``functional_call``, export) it finds them. Under ``fully_shard`` every process holds them whole (1 bit
-    per weight), beside its part of the values. DistributedDataParallel does not broadcast them in every forward, if it
-    wraps what :func:`lors_cuda.get_lors_model` or PEFT returned.
+    per weight), beside its part of the values. DistributedDataParallel broadcasts them when it is made, as it does
+    parameters, and after the first forward no more (in compiled forwards it goes on, unless broadcast_buffers=False).
 
     ``mask_digest`` tells a mask that was changed in place, or averaged in a state, from the one that was stored:
     forward, merge and ``state_dict()`` compare where torch has counted a change, and ``load_state_dict`` always.
@@ -153,6 +153,7 @@ class SparseLinear(SparseLayer, nn.Module):
         # Compiled code, and tensors that only stand for others, have no content to compare.
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return
+        end_buffer_broadcasts(SparseLinear)
         tensors = [tensor for tensor in self._stored() if tensor is not None]
         if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
             return
@@ -175,7 +176,7 @@ class SparseLinear(SparseLayer, nn.Module):
         if problem is not None:
             raise ValueError(
                 f"The stored weight of {type(self).__name__}({self.extra_repr()}) has another mask than it was made or "
-                f"loaded with (under DistributedDataParallel: than process 0 has): {problem} {_NO_NUMBERS} Load a "
+                f"loaded with: {problem} {_NO_NUMBERS} Load a "
                 "sound state, or convert the sparse model again. torch.optim.swa_utils.AveragedModel needs "
                 "use_buffers=False."
             )
