@@ -150,7 +150,7 @@ def measure(
     """Time the cases in shuffled, interleaved rounds, with ratios to `baseline` taken round by round.
 
     The baseline runs twice in every round; its twin is returned as `baseline + AGAIN`. A case that has spent its budget
-    leaves after `min_rounds`, so that a round's times always stand next to each other; its `rounds` says how many.
+    leaves after `min_rounds`, so that a round's times are always taken next to each other; its `rounds` says how many.
     """
     runs = {**cases, baseline + AGAIN: cases[baseline]}
     timings: dict[str, Timing] = {}

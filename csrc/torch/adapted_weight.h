@@ -104,7 +104,7 @@ struct AdaptedWeight {
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] has the backend's product_dtype, and so has `shared`, the merged weight if the caller
+  // activation's dtype. `out` [T, N or K] has the backend's matmul_dtype, and so has `shared`, the merged weight if the caller
   // has it already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
@@ -118,8 +118,8 @@ struct AdaptedWeight {
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
       const Tensor merged = shared ? *shared : own ? weight : this->merged(compute, dtype);
-      return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
-                              addend);
+      return Backend::matmul(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
+                             addend);
     }
     const Tensor tokens = row_major(activation);
     FusedLinearArgs args;

@@ -56,13 +56,13 @@ struct Cpu {
   const CpuHost* host() const { return &kTorch; }
 
   // See cpu_multiplies_natively.
-  static ScalarType product_dtype(ScalarType activation) {
+  static ScalarType matmul_dtype(ScalarType activation) {
     if (activation == ScalarType::BFloat16 && !cpu_multiplies_natively(DType::bfloat16)) return ScalarType::Float;
     if (activation == ScalarType::Half && !cpu_multiplies_natively(DType::float16)) return ScalarType::Float;
     return activation;
   }
 
-  static void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  static void matmul(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
     if (bias) {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
     } else {
@@ -94,7 +94,7 @@ struct Cpu {
     for (int64_t begin = 0; begin < N; begin += panel_rows) {
       const int64_t rows = std::min(panel_rows, N - begin);
       Tensor grad_weight = torch::stable::narrow(panel, 0, 0, rows);
-      product(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
+      matmul(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
       adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
     }
     if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));

@@ -66,9 +66,9 @@ class Cuda {
 
   const CudaHost& host() const { return host_; }
 
-  static ScalarType product_dtype(ScalarType activation) { return activation; }
+  static ScalarType matmul_dtype(ScalarType activation) { return activation; }
 
-  static void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  static void matmul(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
     if (bias) {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
     } else {

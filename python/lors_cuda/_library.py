@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled operators and gives each its fake (shape) and autograd half.
+"""Loads the compiled operators and gives each its fake kernel and its autograd formula.
 
 The schemas are in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
 """
@@ -46,7 +46,7 @@ def _load_cuda_half() -> str | None:
     """Register the CUDA kernels, which touches no device; why there are none, as a sentence without its full stop."""
     built, running = BUILD["cuda_version"], torch.version.cuda
     if not built:
-        none = "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+        none = "this build of lors_cuda has no CUDA backend (it was built without nvcc)"
         if running is None:
             return none
         return (
@@ -65,9 +65,9 @@ def _load_cuda_half() -> str | None:
         )
     try:
         if not _load("_ops_cuda"):
-            return "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
+            return "the CUDA backend of lors_cuda (_ops_cuda.so) is missing from the package; install it again"
     except OSError as error:  # the loader's: the CPU must go on working
-        return f"the CUDA half of lors_cuda did not load beside torch {torch.__version__}: {error.__cause__ or error}"
+        return f"the CUDA backend of lors_cuda did not load with torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 
@@ -125,7 +125,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-# ---- fake halves: shapes and dtypes, for torch.compile and torch.export ---------------------------------------------
+# ---- fake kernels: shapes and dtypes, for torch.compile and torch.export --------------------------------------------
 
 
 @torch.library.register_fake("lors::merge")
@@ -222,7 +222,7 @@ def _(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
-# ---- autograd halves ------------------------------------------------------------------------------------------------
+# ---- autograd formulas ----------------------------------------------------------------------------------------------
 # Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
 # whoever gave it keeps it anyway.
 

@@ -103,7 +103,7 @@ def measure_steps(
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        _step(models[name], batches[0])  # warms up the allocator and the caches of the products
+        _step(models[name], batches[0])  # warms up the allocator and the caches of the matmuls
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
