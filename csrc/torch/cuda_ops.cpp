@@ -65,6 +65,8 @@ class Cuda {
   }
 
   const CudaHost& host() const { return host_; }
+  static constexpr auto allocate = allocate_from_torch;
+  static constexpr auto release = release_to_torch;
 
   static ScalarType matmul_dtype(ScalarType activation) { return activation; }
 
@@ -106,7 +108,8 @@ class Cuda {
     const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
     AdapterGradExactArgs args;
     adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
-    const std::optional<Tensor> kept = adapted.kept();
+    std::optional<Scratch<Cuda>> scratch;
+    const std::optional<Tensor> kept = adapted.kept(scratch);
     args.weight = kept ? nullptr : adapted.weight.const_data_ptr();
     args.weight_dtype = dtype_of(adapted.weight);
     args.mask = bits(kept);

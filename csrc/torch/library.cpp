@@ -42,5 +42,6 @@ STABLE_TORCH_LIBRARY(lors, m) {
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
   // The kept values of a dense weight row by row, -0.0 as +0.0. CPU only; lors_cuda/formats.py is the rest of compressing.
   m.def("compress(Tensor weight, Tensor mask) -> Tensor");
-  m.def("build_info() -> str");  // JSON: what this binary is, what it found
+  m.def("release_scratch() -> int");  // frees the scratch memory that the CPU operators keep (cpu_scratch.h), returns its bytes
+  m.def("build_info() -> str");       // JSON: what this binary is, what it found
 }

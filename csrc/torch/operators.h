@@ -123,7 +123,8 @@ struct Operators {
     Tensor grad_lora_A = empty(lora_A, {r, K}, lora_A.scalar_type());
     Tensor grad_lora_B = empty(lora_B, {N, r}, lora_B.scalar_type());
     Tensor lora_A_sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, r}, accumulation_dtype(weight));
-    adapted.contract(G, 0, adapted.kept(), &lora_A_sum, &grad_lora_B);
+    std::optional<Scratch<Backend>> scratch;
+    adapted.contract(G, 0, adapted.kept(scratch), &lora_A_sum, &grad_lora_B);
     torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
     return {grad_lora_A, grad_lora_B};
   }

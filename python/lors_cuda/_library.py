@@ -42,7 +42,7 @@ def _wheel_label(cuda_version: str, archs: Iterable[str]) -> str:
     return "+" + ".".join([f"cu{cuda_version.split('.')[0]}", *(f"sm{arch}" for arch in archs)])
 
 
-def _load_cuda_half() -> str | None:
+def _load_cuda() -> str | None:
     """Register the CUDA kernels, which touches no device; why there are none, as a sentence without its full stop."""
     built, running = BUILD["cuda_version"], torch.version.cuda
     if not built:
@@ -71,7 +71,7 @@ def _load_cuda_half() -> str | None:
     return None
 
 
-_CUDA_MISSING = _load_cuda_half()
+_CUDA_MISSING = _load_cuda()
 
 
 @functools.cache
@@ -111,6 +111,18 @@ def build_info() -> dict[str, Any]:
         "cuda_available": reason is None,
         "cuda_reason": reason,
     }
+
+
+def release_scratch() -> int:
+    """Free the scratch memory that the CPU operators keep between calls; returns its size in bytes.
+
+    Merged weights that live for one call, packed operands and partial sums are written there, because fresh memory
+    costs more time than writing into it. It is at most what one call (each of several threads) has needed at once, the
+    largest layer's merged weight in most cases; the next call that needs it allocates again. Blocks with huge pages are
+    given up by themselves when the system is short of memory. On CUDA scratch is part of torch's cache
+    (``torch.cuda.empty_cache``).
+    """
+    return int(lors.release_scratch())
 
 
 def check_device(device: torch.device) -> None:

@@ -88,7 +88,7 @@ def why_no_cuda(monkeypatch, **found: object) -> str | None:
     monkeypatch.setitem(_library.BUILD, "cuda_archs", "80,90a" if found["built"] else "")
     monkeypatch.setattr(torch.version, "cuda", found["torch"])
     monkeypatch.setattr(_library, "_load", found.get("load", lambda name: True))
-    monkeypatch.setattr(_library, "_CUDA_MISSING", _library._load_cuda_half())
+    monkeypatch.setattr(_library, "_CUDA_MISSING", _library._load_cuda())
     return _library._cuda_reason(found.get("index"))
 
 
