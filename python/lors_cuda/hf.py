@@ -361,10 +361,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer, nn.Module]]:
 
 def _checksums(stored: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
     """Dtype and checksum of each frozen tensor of the module itself."""
+    tensors = {**dict(stored.named_parameters(recurse=False)), **dict(stored.named_buffers(recurse=False))}
     return {
-        key: (parameter.dtype, _checksum(parameter.detach()))
-        for key, parameter in stored.named_parameters(recurse=False)
-        if not parameter.requires_grad
+        key: (tensor.dtype, _checksum(tensor.detach())) for key, tensor in tensors.items() if not tensor.requires_grad
     }
 
 

@@ -260,11 +260,13 @@ class SparseLinear(SparseLayer, nn.Module):
         Raises:
             ValueError: they are no stored weight, or not one that this layer can hold.
         """
-        # Without values, as in a state without frozen parameters, what there is must be this layer's own.
-        stored = given if "weight_values" in given else dict(zip(_TENSORS, self._stored(), strict=True)) | given
-        values, bits, index = (stored.get(name) for name in _TENSORS)
-        digest = stored.get("mask_digest")
-        assert values is not None
+        values, bits, index, digest = (given.get(name) for name in _STATE)
+        if values is None:  # a state without frozen parameters
+            for name in given.keys() & set(_INTEGERS):
+                own_tensor = getattr(self, name)
+                if own_tensor is None or not torch.equal(given[name].to(own_tensor.device), own_tensor):
+                    raise ValueError(f"the state has another {name} than the layer, and no weight_values. {_NO_NUMBERS}")
+            return {}
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             raise ValueError(
@@ -280,12 +282,8 @@ class SparseLinear(SparseLayer, nn.Module):
                 f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
                 f"{(self.out_features, self.in_features)}."
             )
-        if digest is None and "weight_values" not in given:
-            digest = self.mask_digest
         if digest is not None and not weight.has_digest(digest):
             raise ValueError(f"the mask is not the one that was saved: its digest is another one. {_NO_NUMBERS}")
-        if "weight_values" not in given:
-            return {}
         if not assign:
             bits = weight.to(self.weight_values.dtype).mask_bits
         return {"weight_values": values, "weight_mask": bits, "weight_index": index, "mask_digest": weight.digest()}

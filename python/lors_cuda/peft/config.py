@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from .._checks import (
     GRADIENTS,
@@ -89,6 +92,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         self.mask_fingerprints: dict[str, str] = {}
         if saved is not None:
             self._read(saved)
+        #: {module name: (the layer's own {adapter name: scaling}, the adapter's name)} of the model it is attached to.
+        self.scalings: dict[str, tuple[dict[str, Any], str]] = {}
         #: Whether its adapter is a new one, and not loaded: then its rank must suit the layers.
         self.is_new = self.saved_fingerprints is None
         self.validate()
@@ -153,11 +158,26 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, but is {self.lora_dropout!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT writes them, with the fingerprints of the masks under "lors"."""
+        """The fields as PEFT writes them, with the fingerprints of the masks under "lors", and in `alpha_pattern` the
+        scalings that layers have now, where they were changed after the adapter was made."""
         values: dict[str, Any] = super().to_dict()
+        values["alpha_pattern"] = self._changed_alphas() | values["alpha_pattern"]
         fingerprints = Fingerprints(self.mask_fingerprints or self.saved_fingerprints or {})
         values["lors"] = {"format_version": FORMAT_VERSION, "mask_fingerprints": fingerprints}
         return values
+
+
+    def _changed_alphas(self) -> dict[str, float]:
+        """{pattern of one module's name: lora_alpha} where a layer's scaling is not what the configuration says."""
+        changed = {}
+        for name, (scalings, adapter) in self.scalings.items():
+            rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
+            alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.lora_alpha)
+            divisor = math.sqrt(rank) if self.use_rslora else rank
+            scaling = float(scalings.get(adapter, alpha / divisor))
+            if not math.isclose(scaling, alpha / divisor, rel_tol=1e-6):  # a tensor's, for hotswapping, is rounded
+                changed[f"^{re.escape(name)}"] = alpha_number(f"The lora_alpha of '{name}'", scaling * divisor)
+        return changed
 
 
 def _start_problem(start: Any) -> str:

@@ -43,20 +43,21 @@ class MaskedVariant(LoraVariant):  # type: ignore[misc]
 class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     """PEFT's LoRA layer on a frozen sparse linear: ``Y = X (W + sum_i s_i M o (B_i A_i))^T + bias`` (arXiv 2501.08582).
 
-    The base layer is an ``nn.Linear`` whose zeros are the mask, or a :class:`lors_cuda.SparseLinear`. Adapters are
+    The base layer is a :class:`lors_cuda.SparseLinear`, also where its layout is "dense", so that there is one place
+    that keeps masks: what it says of averages, conversions and states holds here. Adapters are
     PEFT's: ``lora_A[name].weight`` [r, K], ``lora_B[name].weight`` [N, r].
 
     Attributes:
         gradient: {adapter name: "lors" or "exact"}.
         unmerged_values: the base's stored values while adapters are merged, so that unmerge restores every bit; None
             otherwise. NOTE: a merged layer therefore stores its values twice.
-        base_was_linear: the base layer was an ``nn.Linear`` and was compressed; ``unload`` gives one back.
+        base_was_linear: the base layer was an ``nn.Linear``; ``unload`` gives one back.
         mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
     has_adapters = True
-    base_layer: nn.Module
+    base_layer: SparseLinear
     unmerged_values: Tensor | None
     base_was_linear = False
     mask_fingerprint = ""
@@ -104,17 +105,14 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     @property
     def stored_values(self) -> Tensor:
         """The base layer's parameter that merging changes."""
-        base: Any = self.base_layer
-        return base.weight_values if isinstance(base, SparseLinear) else base.weight
+        return self.base_layer.weight_values
 
     @property
     def sparse_weight(self) -> SparseWeight:
         """The base weight, without what is merged into it."""
-        values = self.stored_values if self.unmerged_values is None else self.unmerged_values
-        if isinstance(self.base_layer, SparseLinear):
-            stored = self.base_layer.sparse_weight
-            return stored._with(values, stored.mask_bits, stored.index)
-        return SparseWeight(values)
+        stored = self.base_layer.sparse_weight
+        values = stored.values if self.unmerged_values is None else self.unmerged_values
+        return stored._with(values, stored.mask_bits, stored.index)
 
     @property
     def storage(self) -> nn.Module:
@@ -137,8 +135,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
 
     def restored_base(self) -> nn.Module:
         """The base layer as it was before the first adapter: compressed, or a plain ``nn.Linear``."""
-        base: nn.Module = self.base_layer
-        return base.to_linear() if self.base_was_linear and isinstance(base, SparseLinear) else base
+        return self.base_layer.to_linear() if self.base_was_linear else self.base_layer
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         linear: Any = module
@@ -157,6 +154,13 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             if not any(parameter.is_meta for parameter in adapters[adapter_name].parameters()):
                 adapters[adapter_name].to(self.stored_values.device if device is None else device)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Of a version whose dense base layers were nn.Linear.
+        former = state_dict.pop(f"{prefix}base_layer.weight", None)
+        if former is not None:
+            state_dict[f"{prefix}base_layer.weight_values"] = former
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,11 +169,11 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not names or not self._is_one_product(names):
             return super().forward(x)
-        base: Any = self.base_layer
-        weight = base.sparse_weight if isinstance(base, SparseLinear) else base.weight
+        base = self.base_layer
+        base.check_mask()
         # Every call stacks new tensors, which a cached merge could not recognise.
         kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
-        return lors_linear(x, weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept)
+        return lors_linear(x, base.sparse_weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept)
 
     def _is_one_product(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
@@ -192,8 +196,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        values = self.merged_values([*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(values).all()):
+        self.base_layer.check_mask(always=True)
+        merged = self.merged_values([*self.merged_adapters, *names])
+        if safe_merge and not bool(torch.isfinite(merged.values).all()):
             raise ValueError(
                 f"The merged weight has NaN or infinity (adapters {', '.join(names)}), so nothing was merged. Put "
                 "finite adapters back (an earlier checkpoint, a lower learning rate) and merge again."
@@ -201,16 +206,14 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         stored = self.stored_values
         if self.unmerged_values is None:
             self.unmerged_values = stored.data
-        stored.data = values
+        stored.data = merged.values
+        if merged.layout == "dense":  # so that it is kept where a merged value is zero, or rounds to zero later
+            self.base_layer.weight_mask = self.sparse_weight.packed_mask()
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
-    def merged_values(self, names: Sequence[str]) -> Tensor:
-        """The base's stored values with these adapters merged in; a new tensor."""
-        weight, pair = self.sparse_weight, self.stacked(names)
-        if weight.layout != "dense":
-            return weight.merge(*pair).values
-        return merge(SparseWeight(weight.values.detach(), weight.mask_bits), *pair)
+    def merged_values(self, names: Sequence[str]) -> SparseWeight:
+        """The base's weight with these adapters merged in; new values."""
+        return self.sparse_weight.merge(*self.stacked(names))
 
     def unmerge(self) -> None:
         """Put the base's values back as they were before :meth:`merge`, bit for bit."""
@@ -230,9 +233,4 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             return self.restored_base()
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         self.unmerged_values = None  # not twice in memory; the layer is dropped
-        base: Any = self.base_layer
-        if isinstance(base, SparseLinear):
-            return base.to_linear()
-        if self.merged:
-            base.weight.data += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return base
+        return self.base_layer.to_linear()

@@ -80,6 +80,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             layer: Any = model.get_submodule(name)
             layer.mask_fingerprint = value
             layer.base_was_linear |= name in unconverted
+            config.scalings[name] = (layer.scaling, adapter_name)
         config.mask_fingerprints, config.saved_fingerprints = masks, None
 
     def _targets(
@@ -150,6 +151,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             check_whole(f"The weight of '{name}'", layer.stored_values)
             if base and not bool(torch.isfinite(layer.stored_values).all()):
                 raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
+            layer.base_layer.check_mask(always=True)
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):
@@ -158,7 +160,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                             f"The adapter '{adapter}' of '{name}' holds NaN or infinity, so nothing was merged. Put "
                             "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
                         )
-            if safe_merge and merging and not bool(torch.isfinite(layer.merged_values(merging)).all()):
+            if safe_merge and merging and not bool(torch.isfinite(layer.merged_values(merging).values).all()):
                 raise ValueError(
                     f"The merged weight of '{name}' would hold NaN or infinity, so nothing was merged. Check the base "
                     "weight, and the size of the adapters for its dtype."
@@ -234,12 +236,10 @@ def _state_problems(model: nn.Module, adapter_name: str, state: Mapping[str, Ten
 
 @skip_init_on_device  # or PEFT's low_cpu_mem_usage, meant for new adapters, would put the weight on the meta device
 def _compress(model: nn.Module, name: str, layout: str) -> None:
-    """Put a SparseLinear in the place of a linear, unless its weight stays dense."""
+    """Put a SparseLinear in the place of a linear."""
     parent, _, child = name.rpartition(".")
     linear = model.get_submodule(name)
-    compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
-    if compressed.sparse_weight.layout != "dense":
-        setattr(model.get_submodule(parent), child, compressed)
+    setattr(model.get_submodule(parent), child, SparseLinear.compress(linear, layout))  # type: ignore[arg-type]
 
 
 # ---- PEFT changes a model step by step, and leaves it so if a later step fails ----

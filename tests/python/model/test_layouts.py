@@ -50,7 +50,8 @@ def stack(width: int, layers: int) -> nn.Module:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of every storage that the model's frozen weights hold, whatever views it."""
-    held = [t for n, t in model.named_parameters() if n.endswith("weight") or ".weight_" in f".{n}"]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    held = [t for n, t in tensors if n.endswith("weight") or ".weight_" in f".{n}"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 
