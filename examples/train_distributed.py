@@ -42,7 +42,7 @@ def main(output: Path, strategy: str) -> None:
     sparse = prune(copy.deepcopy(dense))
     masks = {name: module.weight != 0 for name, module in sparse.named_modules() if isinstance(module, nn.Linear)}
 
-    # Convert first, then wrap. The stored weights are frozen parameters, which both wrappers support.
+    # Convert first, then wrap. The stored values are frozen parameters and masks buffers, which both wrappers support.
     model = lors_cuda.get_lors_model(copy.deepcopy(sparse), lors_cuda.LoRSConfig(r=8, lora_alpha=16))
     total = sum(parameter.nbytes for parameter in model.parameters())
     if strategy == "fsdp":

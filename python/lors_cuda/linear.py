@@ -274,9 +274,10 @@ class SparseLinear(SparseLayer, nn.Module):
                 f"with layout='{layout}' before loading it."
             )
         self._check_sharding(values)
+        all_values = whole(values)  # before what only one process may refuse
         bits = _integers("weight_mask", bits, torch.int32, exact=digest is None)
         index = _integers("weight_index", index, _INDEX[layout], exact=digest is None)
-        weight = SparseWeight.from_stored(whole(values), bits, index, self.in_features)
+        weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "

@@ -161,23 +161,24 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         """The fields as PEFT writes them, with the fingerprints of the masks under "lors", and in `alpha_pattern` the
         scalings that layers have now, where they were changed after the adapter was made."""
         values: dict[str, Any] = super().to_dict()
-        values["alpha_pattern"] = self._changed_alphas() | values["alpha_pattern"]
+        values["alpha_pattern"] = self._true_alphas()
         fingerprints = Fingerprints(self.mask_fingerprints or self.saved_fingerprints or {})
         values["lors"] = {"format_version": FORMAT_VERSION, "mask_fingerprints": fingerprints}
         return values
 
 
-    def _changed_alphas(self) -> dict[str, float]:
-        """{pattern of one module's name: lora_alpha} where a layer's scaling is not what the configuration says."""
-        changed = {}
+    def _true_alphas(self) -> dict[str, float]:
+        """`alpha_pattern`, or, where a layer's scaling is another one, a pattern of the same meaning by full names."""
+        alphas, changed = {}, False
         for name, (scalings, adapter) in self.scalings.items():
             rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
             alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.lora_alpha)
             divisor = math.sqrt(rank) if self.use_rslora else rank
             scaling = float(scalings.get(adapter, alpha / divisor))
             if not math.isclose(scaling, alpha / divisor, rel_tol=1e-6):  # a tensor's, for hotswapping, is rounded
-                changed[f"^{re.escape(name)}"] = alpha_number(f"The lora_alpha of '{name}'", scaling * divisor)
-        return changed
+                alpha, changed = alpha_number(f"The lora_alpha of '{name}'", scaling * divisor), True
+            alphas[f"^{re.escape(name)}"] = alpha
+        return alphas if changed else self.alpha_pattern
 
 
 def _start_problem(start: Any) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from adapter_directories import assert_same_files
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, save_adapter
-from lors_cuda._distributed import OtherProcessFailed
+from lors_cuda._distributed import OtherProcessFailed, whole
 from models import assert_unchanged, fill_adapters, logits, prune_two_of_four, refused, snapshot, tiny_llama
 
 pytest_plugins = ["pair"]
@@ -151,14 +151,12 @@ def refuse_states(rank: int) -> None:
     # Weights of the same number in other places are another mask that fits; damaged ones do not.
     for name in ("weight_mask", "weight_index"):
         damaged = {key: value.clone() for key, value in get_model_state_dict(model).items()}
-        local = damaged[f"model.layers.0.mlp.up_proj.{name}"].to_local()
-        if rank == 1:  # process 0's part is whole; both must refuse
-            local[0] = 1
+        damaged[f"model.layers.0.mlp.up_proj.{name}"][0] = 1  # whole in each process, unlike the values
         refused(RuntimeError, lambda damaged=damaged: model.load_state_dict(damaged), "up_proj", "corrupted in")
     # As anywhere in torch, layers that fit were loaded; the one that does not is as it was.
     for name, value in model.state_dict().items():
         if name.startswith("model.layers.0.mlp.up_proj."):
-            assert torch.equal(value.to_local(), before["values"][name].to_local()), name
+            assert torch.equal(whole(value), whole(before["values"][name])), name
 
 
 def test_states_that_do_not_fit_are_refused_in_every_process(pair):

@@ -53,6 +53,20 @@ def test_round_trip(tmp_path, fields, dtype):
             assert layer.lora_A.dtype == expected.lora_A.dtype == torch.float32
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"alpha_pattern": {"mlp.*": 3.5}}])
+def test_scalings_set_by_hand_are_saved(tmp_path, fields):
+    model = trained(**fields)
+    for number, (_, layer) in enumerate(named_lors_layers(model)):
+        layer.scaling *= 0.5 if number % 2 else 3
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(tiny_llama(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    # A model of the original scaling would be another one.
+    other = get_lors_model(tiny_llama(), LoRSConfig(**{"r": 4, "lora_alpha": 8, **fields}))
+    with pytest.raises(ValueError, match="lora_alpha"):
+        load_adapter(other, tmp_path)
+
+
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
     _, directory = saved
     save_adapter(load_adapter(tiny_llama(), directory), tmp_path / "second")
