@@ -52,6 +52,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         unmerged_values: the base's stored values while adapters are merged, so that unmerge restores every bit; None
             otherwise. NOTE: a merged layer therefore stores its values twice.
         base_was_linear: the base layer was an ``nn.Linear``; ``unload`` gives one back.
+        mask_was_implicit: the base, of layout "dense", was given mask bits for the time that adapters are merged.
         mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
     """
 
@@ -60,6 +61,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     base_layer: SparseLinear
     unmerged_values: Tensor | None
     base_was_linear = False
+    mask_was_implicit = False
     mask_fingerprint = ""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
@@ -207,8 +209,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if self.unmerged_values is None:
             self.unmerged_values = stored.data
         stored.data = merged.values
-        if merged.layout == "dense":  # so that it is kept where a merged value is zero, or rounds to zero later
-            self.base_layer.weight_mask = self.sparse_weight.packed_mask()
+        if merged.layout == "dense" and self.base_layer.weight_mask is None:
+            # It must not change where a merged value is zero, or rounds to zero in a conversion.
+            self.mask_was_implicit, self.base_layer.weight_mask = True, self.sparse_weight.packed_mask()
         self.merged_adapters.extend(names)
 
     def merged_values(self, names: Sequence[str]) -> SparseWeight:
@@ -223,6 +226,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if self.unmerged_values is not None:
             self.stored_values.data = self.unmerged_values
             self.unmerged_values = None
+        bits = self.base_layer.weight_mask
+        if self.mask_was_implicit and torch.equal(SparseWeight(self.stored_values).packed_mask(), bits):
+            self.mask_was_implicit, self.base_layer.weight_mask = False, None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
