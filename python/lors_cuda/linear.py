@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
+from .dense_view import DenseView
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -60,13 +61,15 @@ class SparseLinear(SparseLayer, nn.Module):
         weight_index: its metadata or row offsets, None where the layout has none.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features].
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
     """
 
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
     bias: nn.Parameter | None
+    weight_uses = 0
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -108,7 +111,10 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        # A compiled graph drops what is not used, and cannot hold a view.
+        if torch.compiler.is_compiling():
+            return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        return DenseView(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
@@ -343,7 +349,7 @@ class LoRSLinear(SparseLinear):
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
             if not torch.isfinite(tensor).all():
-                tensor = self.weight if which == "weight" else tensor
+                tensor = self.sparse_weight.to_dense() if which == "weight" else tensor
                 finite = torch.isfinite(tensor)
                 row, column = (~finite).nonzero()[0].tolist()
                 where = f" of layer {name!r}" if name else ""
