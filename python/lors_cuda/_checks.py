@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._distributed import is_sharded
 from ._library import BUILD, check_device
@@ -225,11 +226,22 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} has the layout {value.layout}; it must be strided: call its to_dense().")
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor keeps its values in other tensors: torch's semi-structured ones, torchao's, quantized ones."""
+    return type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor)
+
+
 def check_weight(weight: Tensor) -> None:
     """A frozen dense weight [N, K] on a device with kernels."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor or a SparseWeight.")
     check_tensor("weight", weight)
+    if is_packed(weight):
+        raise ValueError(
+            f"weight is of the class {type(weight).__name__}, which holds its values in packed tensors, and LoRS needs "
+            "an ordinary tensor. Give a semi-structured tensor of torch to SparseWeight.from_dense, which converts it; "
+            "of a quantized one give weight.dequantize(), or load the model unquantized."
+        )
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be [out_features, in_features], both at least 1."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import check_whole, joined
+from ._checks import check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from .config import LoRSConfig
 from .model import named_lors_layers, require_unconverted
@@ -79,6 +79,12 @@ def estimate_gradients(
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     if targets is None:
         targets = find_targets(model, LoRSConfig() if config is None else config)
+    packed = next((target for target in targets if is_packed(target.module.weight)), None)
+    if packed is not None:
+        raise ValueError(
+            f"The weight of '{packed.name}' is of the class {type(packed.module.weight).__name__}, and gradients are "
+            "estimated with respect to ordinary tensors. Put its to_dense() or dequantize() in its place first."
+        )
     sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
     count = 0
     # An error in one process must raise in all: the others would wait for it in the next collective.

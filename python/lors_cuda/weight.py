@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
 from ._library import check_device, lors
+from .dense_view import DenseView
 from .formats import (
     check_bitmap,
     check_sparse24,
@@ -64,6 +65,7 @@ class SparseWeight:
 
         Args:
             weight: [N, K], float32, bfloat16, float16 or float64. Referenced, not copied, where it needs no change.
+                torch's semi-structured tensors are decompressed, exactly.
             layout: ``"dense"``; ``"2:4"``, at most two kept in each aligned group of four along K; ``"bitmap"``, any
                 pattern; or ``"auto"``: ``"2:4"`` if it fits, else ``"bitmap"`` if that is smaller, else ``"dense"``.
             mask: bool [N, K], True where kept; weights off it become +0. None: kept where ``weight != 0``.
@@ -73,7 +75,7 @@ class SparseWeight:
                 first place is named), or a mask of another shape, dtype or device.
         """
         check_choice("layout", layout, LAYOUTS)
-        values = weight.detach() if isinstance(weight, Tensor) else weight
+        values = plain(weight)
         check_weight(values)
         if mask is not None:
             check_mask(mask, values)
@@ -259,9 +261,30 @@ class SparseWeight:
         )
 
 
+def plain(weight: Tensor) -> Tensor:
+    """A weight as an ordinary tensor without a gradient: a layer's ``weight`` and torch's semi-structured tensors are
+    decompressed. What else is no ordinary tensor comes back as it is, for `check_weight` to refuse.
+
+    Raises:
+        ValueError: a semi-structured tensor that is transposed, or that torch cannot read where it is.
+    """
+    if isinstance(weight, DenseView):
+        return weight[:]
+    if not isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
+        return weight.detach() if isinstance(weight, Tensor) else weight
+    try:
+        return weight.detach().to_dense()
+    except Exception as error:  # assertions, and what cuSPARSELt raises
+        raise ValueError(
+            f"weight is a {type(weight).__name__} that torch cannot decompress here ({error}). Give the tensor that "
+            "to_sparse_semi_structured returned, on the device it was made on, or the dense weight."
+        ) from error
+
+
 def check_fits(weight: Tensor, layout: str) -> None:
     """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
     check_choice("layout", layout, LAYOUTS)
+    weight = plain(weight)
     check_weight(weight)
     if layout == "2:4":
         check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])

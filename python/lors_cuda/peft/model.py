@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .._checks import check_whole, joined
+from .._checks import check_whole, is_packed, joined
 from .._distributed import check_gathered
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..linear import SparseLinear
@@ -240,6 +240,8 @@ def _compress(model: nn.Module, name: str, layout: str) -> None:
     compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
     if compressed.sparse_weight.layout != "dense":
         setattr(model.get_submodule(parent), child, compressed)
+    elif is_packed(linear.weight):  # type: ignore[arg-type]
+        linear.weight = nn.Parameter(compressed.weight_values.detach(), requires_grad=False)
 
 
 # ---- PEFT changes a model step by step, and leaves it so if a later step fails ----

@@ -112,8 +112,9 @@ def _fingerprint(module: nn.Module) -> str:
     if isinstance(module, LoRSLoraLinear):
         return module.mask_fingerprint
     linear: Any = module
-    weight = linear.sparse_weight if isinstance(module, SparseLinear) else SparseWeight(linear.weight.detach())
-    return weight.fingerprint()
+    if isinstance(module, SparseLinear):
+        return module.sparse_weight.fingerprint()
+    return SparseWeight.from_dense(linear.weight, "dense").fingerprint()
 
 
 def _problem(module: nn.Module, places: Places) -> str | None:
