@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
+from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
 from .functional import MergedWeight
 from .linear import LoRSLinear, SparseLayer
@@ -29,6 +30,9 @@ def get_lors_model(
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
     soon as its replacement stands, so no second copy of the model exists. The configuration used is kept as
     `model.lors_config`. Source: LoRS, arXiv 2501.08582.
+
+    Warns (UserWarning) where the adapted weights have no zeros, where the model has experts, which get no adapters, and
+    where a head that no checkpoint has filled stays frozen.
 
     Args:
         model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
@@ -46,7 +50,11 @@ def get_lors_model(
     """
     config = LoRSConfig() if config is None else config
     _check_arguments(model, config)
-    return convert(model, find_targets(model, config) if targets is None else targets, config)
+    heads = new_heads(model)
+    convert(model, find_targets(model, config) if targets is None else targets, config)
+    adapted = {layer for _, layer in named_lors_layers(model)}
+    warn_of_conversion(model, adapted, heads, config.modules_to_save, stacklevel=2)
+    return model
 
 
 def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.Module:

@@ -22,12 +22,16 @@ from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_te
 SAVE_FORMATS = (DENSE, *FORMATS)
 
 
-def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
+def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = False) -> nn.Module:
     """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
 
     Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
     loaded by transformers. Nothing is fetched from the network, and no code from the directory is run.
+
+    Args:
+        directory: with config.json.
+        any_architecture: load the class of transformers that config.json names, whatever its task.
 
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
@@ -47,7 +51,9 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     tensors = None if format is None else read_tensors(directory, format)
     try:
         model, info = (
-            _from_files(transformers, directory) if tensors is None else _from_tensors(transformers, directory, tensors)
+            _from_files(transformers, directory, any_architecture)
+            if tensors is None
+            else _from_tensors(transformers, directory, tensors, any_architecture)
         )
     except ImportError:
         raise
@@ -56,6 +62,13 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers would use random values in their place.
+        config: Any = model.config
+        made_of = (config.architectures or [type(model).__name__])[0]
+        if made_of != type(model).__name__:
+            raise ValueError(
+                f"'{directory}' holds a {made_of}, and a causal language model is needed; '{missing[0]}' and "
+                f"{len(missing) - 1} more tensors of a {type(model).__name__} are not in its files."
+            )
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
@@ -137,22 +150,39 @@ def _worthwhile(weight: Tensor, format: str) -> bool:
     return K % 4 == 0 and not bool((sparse24_metadata(pack_mask(weight != 0), K) < 0).any())
 
 
-def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
-    loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
+def _from_files(transformers: Any, directory: Path, any_architecture: bool) -> tuple[nn.Module, dict[str, Any]]:
+    model_class = transformers.AutoModelForCausalLM
+    if any_architecture:
+        model_class = _named_class(transformers, _config(transformers, directory)) or model_class
+    loaded: tuple[nn.Module, dict[str, Any]] = model_class.from_pretrained(
         str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
     )
     return loaded
 
 
-def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+def _config(transformers: Any, directory: Path) -> Any:
+    return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+
+
+def _named_class(transformers: Any, config: Any) -> Any:
+    """The class of transformers that a configuration names; None if there is none."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None) if names[0] else None
+
+
+def _from_tensors(
+    transformers: Any, directory: Path, tensors: dict[str, Tensor], any_architecture: bool
+) -> tuple[nn.Module, dict[str, Any]]:
     """The same from tensors in memory, which become the model's parameters; the config loses its compression keys."""
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    config = _config(transformers, directory)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     # AutoModel takes a state_dict only with a directory; the model's own class takes it alone.
-    with torch.device("meta"):
-        model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    model_class = _named_class(transformers, config) if any_architecture else None
+    if model_class is None:
+        with torch.device("meta"):
+            model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
     )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .._checks import check_whole, is_packed, joined
 from .._distributed import check_gathered
 from ..adapter_directory import FORMER_PEFT_TYPE
+from ..advice import new_heads, warn_of_conversion
 from ..linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -64,6 +65,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         new = config.is_new and state_dict is None and not self._combines
         check_targets(targets, model, config, new=new)
         masks = fingerprints(targets, config.saved_fingerprints)
+        heads = new_heads(model) if new else []
         unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
@@ -81,6 +83,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             layer.mask_fingerprint = value
             layer.base_was_linear |= name in unconverted
         config.mask_fingerprints, config.saved_fingerprints = masks, None
+        if new:
+            adapted = {layer.storage for _, layer in named_peft_layers(model) if adapter_name in layer.lora_A}
+            warn_of_conversion(model, adapted, heads, config.modules_to_save, stacklevel=2)
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
