@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-VOCABULARY = 128
+VOCABULARY = 384  # of byte_tokenizer
 _SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _BERT = {**_SIZES, "intermediate_size": 64}
 _LLAMA = {**_BERT, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -60,15 +60,16 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     except Exception as error:  # transformers, safetensors and pickle each raise their own types
         raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
+    config: Any = model.config
+    saved_as = (config.architectures or [type(model).__name__])[0]
+    # A masked language model's tensors fit a causal one's class, but it was trained to see the whole text.
+    if saved_as != type(model).__name__ and (missing or saved_as.endswith("ForMaskedLM")):
+        raise ValueError(
+            f"'{directory}' holds a {saved_as}, and a causal language model is needed; its weights are not those of a "
+            f"{type(model).__name__}. Name another model's directory."
+        )
     if missing:
         # transformers would use random values in their place.
-        config: Any = model.config
-        made_of = (config.architectures or [type(model).__name__])[0]
-        if made_of != type(model).__name__:
-            raise ValueError(
-                f"'{directory}' holds a {made_of}, and a causal language model is needed; '{missing[0]}' and "
-                f"{len(missing) - 1} more tensors of a {type(model).__name__} are not in its files."
-            )
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
