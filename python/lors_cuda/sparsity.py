@@ -269,13 +269,14 @@ def beside_base_model(model: nn.Module) -> dict[str, nn.Module]:
     base = getattr(model, "base_model", None)
     if not hasattr(model, "base_model_prefix") or base is model or not isinstance(base, nn.Module):
         return {}
-    parts = {name: child for name, child in model.named_children() if child is not base}
+    parts = {name: child for name, child in model.named_children() if all(one is not base for one in child.modules())}
     return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
 
 
 def task_heads(model: nn.Module) -> dict[str, nn.Module]:
     """The heads of a transformers model for a task (classification, question answering, CTC): what it has beside its
     base model, if it has no output embeddings."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
     model = unwrap() if callable(unwrap) else model
     getter = getattr(model, "get_output_embeddings", None)
