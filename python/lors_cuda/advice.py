@@ -13,7 +13,7 @@ from torch import nn
 
 from ._checks import listed
 from .config import selects
-from .sparsity import EXPERTS, Weight, beside_base_model, task_heads, weights_of
+from .sparsity import EXPERTS, Weight, beside_base_model, task_heads, total_sparsity, weights_of
 
 # A model that was never pruned may have a few exact zeros.
 _DENSE_BELOW = 0.01
@@ -79,8 +79,7 @@ def _dense(weights: Sequence[Weight]) -> str | None:
         if one is None or one.sparsity >= _DENSE_BELOW:
             return None
         counted.append(one)
-    zeros = sum(one.zeros for one in counted)
-    return f"{zeros / sum(one.weights for one in counted):.2%}" if counted else None
+    return f"{total_sparsity(counted):.2%}" if counted else None
 
 
 def _about_experts(weights: Sequence[Weight]) -> Iterator[str]:
@@ -89,8 +88,8 @@ def _about_experts(weights: Sequence[Weight]) -> Iterator[str]:
         return
     share = sum(weight.numel for weight in experts) / sum(weight.numel for weight in weights)
     counted = [one for one in (weight.counted() for weight in experts) if one is not None]
-    zeros = sum(one.zeros for one in counted) / max(sum(one.weights for one in counted), 1)
+    zeros = f", and {total_sparsity(counted):.2%} of them are zero" if counted else ""
     yield (
         f"The experts ({listed([weight.name for weight in experts])}) are no linears, get no adapters and stay as they "
-        f"are. They are {share:.1%} of the model's weights, and {zeros:.2%} of them are zero."
+        f"are. They are {share:.1%} of the model's weights{zeros}."
     )

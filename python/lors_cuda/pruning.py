@@ -190,7 +190,7 @@ def _targets(model: nn.Module, config: LoRSConfig | None) -> tuple[list[Weight],
     left_out = [f"Not pruned: {described(found)}, because {reason}." for reason, found in reasons.items()]
     experts = [weight for weight in weights if weight.kind == EXPERTS]
     if experts:
-        left_out.append(f"Not pruned: the experts {described(experts)}, which are no linears and stay dense.")
+        left_out.append(f"Not pruned: the experts {described(experts)}, which are no linears and stay as they are.")
     if not targets:
         nothing = f"{type(model).__name__} has no linear to prune."
         raise ValueError(" ".join([nothing, *left_out]))

@@ -12,6 +12,7 @@ from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ._checks import check_whole, is_packed, listed
 from .config import ALL_LINEAR, LoRSConfig, selects
@@ -250,11 +251,12 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
             own.pop("weight_orig", None)  # of torch.nn.utils.prune; `weight` is what is used
             own["weight"] = cast(nn.Parameter, module.weight)
         for key, values in own.items():
-            if values is None or id(values) in seen or values.dim() < 2:
+            if values is None or is_lazy(values) or id(values) in seen or values.dim() < 2:
                 continue
             if kind == LINEAR and is_linear(module) and id(values) in tied:
                 continue
-            seen.add(id(values))
+            if values is module._parameters.get(key):  # the id of a computed tensor may soon be another's
+                seen.add(id(values))
             name = f"{names[0]}.{key}".lstrip(".")
             if is_linear(module) and key == "weight":
                 shape = tuple(values.T.shape) if is_conv1d(module) else tuple(values.shape)
