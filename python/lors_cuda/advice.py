@@ -13,6 +13,7 @@ from torch import nn
 
 from ._checks import listed
 from .config import selects
+from .linear import SparseLayer
 from .sparsity import EXPERTS, Weight, beside_base_model, task_heads, total_sparsity, weights_of
 
 # A model that was never pruned may have a few exact zeros.
@@ -46,7 +47,8 @@ def warn_of_conversion(
             "lors_cuda.pruning.prune), or see whether the pruned one was meant."
         )
     sentences += _about_experts(weights)
-    frozen = [name for name in heads if not modules_to_save or not selects(list(modules_to_save), name)]
+    frozen = [name for name in heads if not selects(list(modules_to_save or []), name)]
+    frozen = [name for name in frozen if not isinstance(model.get_submodule(name), SparseLayer)]
     if frozen:
         sentences.append(
             f"{listed(frozen)} of {type(model).__name__} stays frozen, and is not known to come from a checkpoint. If "
@@ -57,13 +59,18 @@ def warn_of_conversion(
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """The parts of a transformers model beside its base model (a classifier, say) that no checkpoint has filled.
+    """The parts beside a transformers model's base model (a classifier, say) that no checkpoint has filled, also where
+    a module of another kind holds that model and a head.
 
     transformers marks every parameter that it loads. Where none is marked (a model made from a configuration, a deep
     copy), the heads of tasks are returned, but not output embeddings: a language model is then new, or old, as a whole.
     """
     loaded = any(_is_loaded(parameter) for parameter in model.parameters())
     parts = beside_base_model(model) if loaded else task_heads(model)
+    if loaded and not hasattr(model, "base_model_prefix"):
+        inside = {part for each in model.modules() if hasattr(each, "base_model_prefix") for part in each.modules()}
+        others = {name: module for name, module in model.named_modules() if name and module not in inside}
+        parts = {name: part for name, part in others.items() if any(True for _ in part.parameters(recurse=False))}
     return [name for name, part in parts.items() if any(not _is_loaded(one) for one in part.parameters())]
 
 

@@ -34,8 +34,9 @@ class DenseView(Tensor):
     ``weight_uses`` and runs on the plain dense tensor, which is kept as long as this object is.
 
     Raises:
-        ValueError: an operation would make it require a gradient, or would write to the dense form of a compressed
-            weight; either would be lost.
+        ValueError: an operation would make it a parameter or require a gradient, or would write to the dense form of a
+            compressed weight; all these would be lost.
+        RuntimeError: torch's, where it is assigned to another tensor's ``data``; assign ``weight.clone()``.
     """
 
     _layer: SparseLinear
@@ -44,19 +45,32 @@ class DenseView(Tensor):
     @staticmethod
     def __new__(cls, layer: SparseLinear) -> DenseView:
         values = layer.weight_values
+        # To torch it is a meta tensor whose device is asked for: so `tensor.data = view`, which takes the memory of a
+        # tensor without asking it, is refused by torch. With memory that is not there it would end in a crash.
         view: DenseView = Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=values.dtype, device=values.device
+            cls,
+            (layer.out_features, layer.in_features),
+            dtype=values.dtype,
+            device=torch.device("meta"),
+            dispatch_device=True,
         )
         view._layer, view._dense = layer, None
         return view
 
+    @property
+    def _is_param(self) -> bool:
+        """False; nn.Parameter sets it, on the view itself, which would then hold no values of its own."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        raise ValueError(_FROZEN)
+
     def _used(self) -> Tensor:
         """The dense tensor; in layout "dense" of the stored memory."""
-        layer = self._layer
-        layer.weight_uses += 1
+        self._layer.weight_uses += 1
         if self._dense is None:
-            stored = layer.weight_index is None
-            self._dense = layer.weight_values.detach() if stored else layer.sparse_weight.to_dense()
+            self._dense = dense_tensor(self._layer).detach()  # not the parameter, which would copy as one
         return self._dense
 
     @classmethod
@@ -71,17 +85,14 @@ class DenseView(Tensor):
             if name in _LOOKS:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if name in _ITSELF and isinstance(args[0], DenseView):
+            if name in _ITSELF and args and isinstance(args[0], DenseView):
                 return args[0]
         if called == "__set__" or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             if name in ("requires_grad", "requires_grad_"):
                 if not all((*args[1:], *kwargs.values())):
                     return args[0]  # it is frozen already
-                raise ValueError(
-                    "The weight of a sparse layer is frozen and cannot require a gradient. Train lora_A and lora_B, or "
-                    "take a copy of your own with weight.clone()."
-                )
-            _refuse_writing(name, args[0])
+                raise ValueError(_FROZEN)
+            _refuse_writing(name, args[0] if args else kwargs)  # torch.nn.init passes names only
         _refuse_writing("out=", kwargs.get("out"))
         return func(*_plain(args), **_plain(kwargs))
 
@@ -89,13 +100,25 @@ class DenseView(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What reaches torch's operators from C++, without the method above."""
+        """What reaches torch's operators from C++, without the method above; and its device."""
+        if func is torch.ops.prim.device.default:
+            return args[0]._layer.weight_values.device
         if func._schema.is_mutable:
             _refuse_writing(func._schema.name, (args[:1], (kwargs or {}).get("out")))
         return func(*_plain(args), **_plain(kwargs or {}))
 
 
 _ACCESSORS = ("__get__", "__set__")
+_FROZEN = (
+    "The weight of a sparse layer is frozen, and neither a parameter nor able to require a gradient. Train lora_A and "
+    "lora_B, or take a copy of your own with weight.clone()."
+)
+
+
+def dense_tensor(layer: SparseLinear) -> Tensor:
+    """The weight of a layer, [N, K]: in layout "dense" the stored tensor, else a new one."""
+    weight = layer.sparse_weight
+    return weight.values if weight.layout == "dense" else weight.to_dense()
 
 
 def _plain(arguments: Any) -> Any:
@@ -104,7 +127,7 @@ def _plain(arguments: Any) -> Any:
 
 def _refuse_writing(name: str, written: Any) -> None:
     for view in tree_leaves(written):
-        if isinstance(view, DenseView) and view._layer.weight_index is not None:
+        if isinstance(view, DenseView) and view._layer.sparse_weight.layout != "dense":
             raise ValueError(
                 f"The weight of a compressed layer is read-only as a dense tensor: {name} would change a copy that "
                 "nothing reads. Change the layer's weight_values, or take a copy of your own with weight.clone()."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
-from .dense_view import DenseView
+from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -112,9 +112,7 @@ class SparseLinear(SparseLayer, nn.Module):
     @property
     def weight(self) -> Tensor:
         # A compiled graph drops what is not used, and cannot hold a view.
-        if torch.compiler.is_compiling():
-            return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
-        return DenseView(self)
+        return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""

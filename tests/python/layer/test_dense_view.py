@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -137,6 +138,7 @@ WRITES = [
     lambda w: w.zero_(),
     lambda w: w.data.mul_(2),
     lambda w: nn.init.zeros_(w),
+    lambda w: nn.init.normal_(w),
     lambda w: w.__setitem__(0, 1.0),
     lambda w: torch.add(w, 1, out=w),
     lambda w: torch._foreach_add_([w], 1.0),
@@ -155,8 +157,22 @@ def test_writes_that_would_be_lost_are_refused(layout, write):
 @every_layout
 def test_training_the_weight_is_refused(layout):
     layer, _ = layer_of(layout)
-    for attempt in (nn.Parameter, lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True)):
+    frozen = functools.partial(nn.Parameter, requires_grad=False)
+    for attempt in (nn.Parameter, frozen, lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True)):
         refused(ValueError, lambda attempt=attempt: attempt(layer.weight), "frozen", "weight.clone()")
+
+
+@every_layout
+def test_a_plain_linear_takes_a_copy_and_no_view(layout):
+    layer, weight = layer_of(layout)
+    linear = nn.Linear(72, 31, bias=False)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # it would take the memory, and there is none
+        linear.weight.data = layer.weight
+    linear.weight.data = layer.weight.clone()
+    assert torch.equal(linear.weight, weight)
+    linear.load_state_dict({"weight": layer.weight})
+    assert torch.equal(linear.half().weight, weight.half())
+    assert torch.equal(torch.func.functional_call(linear, {"weight": layer.weight}, torch.eye(72)).T, weight)
 
 
 def test_a_dense_layout_is_written_in_place():

@@ -139,6 +139,25 @@ def test_a_head_from_a_checkpoint_is_not_new_and_one_that_it_lacks_is(convert, t
         convert(new, target_modules=["query"])
 
 
+class Wrapped(nn.Module):
+    """A loaded encoder and a head of one's own, as user code has it."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.encoder = transformers.AutoModel.from_pretrained(directory, add_pooling_layer=False)
+        self.head = nn.Linear(32, 2)
+
+
+@both_doors
+def test_a_head_of_ones_own_beside_a_loaded_model_is_named(convert, tmp_path):
+    classifier().bert.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'head' of Wrapped stays frozen"):
+        convert(Wrapped(tmp_path), target_modules=["query"])
+    with no_warning():
+        convert(Wrapped(tmp_path), target_modules=["query"], modules_to_save=["head"])
+        convert(Wrapped(tmp_path).encoder, target_modules=["query"])
+
+
 def test_output_embeddings_that_no_file_holds_are_named(tmp_path):
     model = tiny_llama()
     model.model.save_pretrained(tmp_path)
