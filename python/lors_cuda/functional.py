@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _autograd
 from ._checks import (
     GRADIENTS,
     check_adapters,
@@ -135,9 +136,8 @@ def _linear(
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
     merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
-    tokens = input.reshape(-1, stored.shape[1])
-    output = lors.linear(
-        tokens,
+    output: Tensor = _autograd.linear(
+        input,
         stored.values,
         stored.mask_bits,
         stored.index,
@@ -148,11 +148,7 @@ def _linear(
         gradient,
         merged,
     )
-    if input.dim() == 2:
-        return output
-    # As torch's own linear, not a view: what is written into a view of a fresh result costs autograd a copy of its
-    # history, and fully_shard loses its hook on it.
-    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], stored.shape[0]))
+    return output
 
 
 def merge(
@@ -173,7 +169,10 @@ def merge(
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
-    return lors.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
+    merged: Tensor = _autograd.merge(
+        stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling)
+    )
+    return merged
 
 
 def _as_float(scaling: float | Tensor) -> float:
@@ -227,10 +226,11 @@ class MergedWeight:
         """The merged weight for activations of ``dtype``, as lors::linear takes it; None where it may not be kept.
 
         None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
-        values stand only after a replay; and on the meta device.
+        values stand only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
+        last no longer than the call.
         """
         device = weight.device
-        if torch.compiler.is_compiling() or device.type == "meta":
+        if torch.compiler.is_compiling() or device.type == "meta" or _autograd.is_transformed():
             return None
         stream = None
         if device.type == "cuda":

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+# Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
+# whoever gave it keeps it anyway.
+"""The operators' derivatives: one set of formulas, which eager calls run and torch.compile and export find registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._library import lors
+from .formats import pack_mask
+
+_registry = torch.library.Library("lors", "IMPL")  # what it registers lasts as long as it does
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode may be at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class Differentiable:
+    """A computation with its derivatives.
+
+    Args:
+        name: of the node in autograd's graph.
+        compute: the computation; it runs below autograd.
+        save: ``save(ctx, args)`` keeps what the formulas need.
+        backward, jvp: as in torch.autograd.Function.
+        vmap: as there too; None: one call for each sample.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compute: Callable[..., Any],
+        save: Callable[..., None],
+        backward: Callable[..., Any],
+        jvp: Callable[..., Any],
+        vmap: Callable[..., Any] | None = None,
+    ) -> None:
+        def below_autograd(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return compute(*args)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = compute(*args)
+            save(ctx, args)
+            return output
+
+        def nested_jvp(*args: Any) -> Any:
+            # torch switches forward mode off around jvp, so that one inside another would silently give zero.
+            with forward_ad._set_fwd_grad_enabled(True):
+                return jvp(*args)
+
+        formulas = {"backward": staticmethod(backward), "jvp": staticmethod(nested_jvp)}
+        # torch.func needs a forward without ctx, and that costs every call 20 us more: torch binds the arguments to its
+        # signature. So there are two classes of the same formulas.
+        self.eager: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
+        transformed = {
+            "forward": staticmethod(below_autograd),
+            "setup_context": staticmethod(lambda ctx, inputs, output: save(ctx, inputs)),
+            "vmap": staticmethod(vmap or self.each),
+        }
+        self.transformed: Any = type(name, (torch.autograd.Function,), {**transformed, **formulas})
+        self.compute = compute
+
+    def __call__(self, *args: Any) -> Any:
+        """The result; in a graph of torch.compile or torch.export the operators themselves, with what is registered."""
+        return self.compute(*args) if torch.compiler.is_compiling() else self.apply(*args)
+
+    def apply(self, *args: Any) -> Any:
+        """The result, with autograd's node where a derivative could be asked for."""
+        if torch._C._are_functorch_transforms_active():
+            return self.transformed.apply(*args)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return self.eager.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.compute(*args)
+
+    def each(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """The rule for torch.vmap that always holds: one call for each sample."""
+        samples = [
+            self(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+def _not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None = None) -> Differentiable:
+    """``lors::op``, every derivative of which is refused."""
+
+    def save(ctx: Any, args: tuple[Any, ...]) -> None:
+        pass
+
+    def refuse(ctx: Any, *args: Any) -> None:
+        raise RuntimeError(sentence)
+
+    function = Differentiable(op, getattr(lors, op).default, save, refuse, refuse, vmap)
+    _registry.impl(op, function.apply, "Autograd")
+    return function
+
+
+# ---- the gradients --------------------------------------------------------------------------------------------------
+
+_SECOND_DERIVATIVES = (
+    "lors_cuda does not support double backward, nor forward-mode derivatives of its gradients (torch.func.hessian): they "
+    "are not themselves differentiable. Call backward without create_graph=True, or use lors_cuda.reference for second "
+    "derivatives."
+)
+
+
+def _linear_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    grad_output, bias, needs_adapter_grads = args[0], args[7], args[11:13]
+    if any(needs_adapter_grads) or bias is not None or any(dim is not None for dim in in_dims[1:]):
+        return linear_backward.each(info, in_dims, *args)
+    tokens = grad_output.movedim(in_dims[0], 0)
+    grad_input, *nothing = linear_backward(tokens.flatten(0, 1), *args[1:])
+    rows = tokens.shape[1] if args[10] else 0
+    return (grad_input.view(-1 if rows else info.batch_size, rows, grad_input.shape[1]), *nothing), (0, None, None, None)
+
+
+linear_backward = _not_differentiable("linear_backward", _SECOND_DERIVATIVES, _linear_backward_vmap)
+merge_backward = _not_differentiable("merge_backward", _SECOND_DERIVATIVES)
+for _op in ("merged_operand", "sparse24_merge", "compress"):
+    _not_differentiable(
+        _op, f"lors::{_op} has no derivatives; use lors_cuda.merge or lors_cuda.lors_linear, or detach its arguments."
+    )
+
+
+# ---- forward mode ---------------------------------------------------------------------------------------------------
+
+
+def _primals(ctx: Any) -> list[Tensor | None]:
+    """What was saved for jvp, without the tangents that are being propagated."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+
+
+def _refuse_tangents(**frozen: Tensor | None) -> None:
+    for name, tangent in frozen.items():
+        if tangent is not None:
+            raise RuntimeError(
+                f"{name} has a tangent, but LoRS freezes it: there are no derivatives with respect to it. Differentiate "
+                "with respect to the input, lora_A, lora_B and the bias alone."
+            )
+
+
+def _adapter_tangent(
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_A_tangent: Tensor | None,
+    lora_B_tangent: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor] | None:
+    """``M o (dB A + B dA)`` as an adapter [dA; A], [B, dB] of a weight of zeros with the same mask; None for zero."""
+    rows, columns = [], []
+    if lora_A_tangent is not None:
+        rows.append(lora_A_tangent)
+        columns.append(lora_B)
+    if lora_B_tangent is not None:
+        rows.append(lora_A)
+        columns.append(lora_B_tangent)
+    if not rows:
+        return None
+    if index is None and mask is None:
+        mask = pack_mask(weight != 0)
+    zeros = weight.new_zeros(()).expand(weight.shape)
+    return zeros, mask, index, torch.cat(rows), torch.cat(columns, 1)
+
+
+# ---- linear: input [..., K] to [..., N] -------------------------------------------------------------------------------
+
+_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS = 0, 1, 4, 5, 6  # positions among the arguments
+
+
+def _linear(input: Tensor, *args: Any) -> Tensor:
+    if input.dim() == 2:
+        output: Tensor = lors.linear(input, *args)
+        return output
+    output = lors.linear(input.reshape(-1, input.shape[-1]), *args)
+    # As torch's own linear, not a view: what is written into a view of a fresh result costs autograd a copy of its
+    # history, and fully_shard loses its hook on it.
+    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.shape[1]))
+
+
+def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
+    input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged = args
+    # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(
+        input if needs[_LORA_A] or needs[_LORA_B] else None,
+        weight,
+        mask,
+        index,
+        lora_A,
+        lora_B,
+        bias if needs[_BIAS] else None,
+        merged if needs[_INPUT] else None,
+    )
+    ctx.save_for_forward(input, weight, mask, index, lora_A, lora_B, bias, merged)  # until jvp has run, which is at once
+    ctx.set_materialize_grads(False)  # so that jvp sees what has no tangent
+
+
+def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 10
+    input, weight, mask, index, lora_A, lora_B, bias, merged = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = needs[_INPUT], needs[_LORA_A], needs[_LORA_B]
+    leading = None
+    if grad_output.dim() != 2:
+        leading = grad_output.shape[:-1]
+        grad_output = grad_output.reshape(-1, lora_B.shape[0])
+        input = None if input is None else input.reshape(-1, lora_A.shape[1])
+    grad_input, grad_lora_A, grad_lora_B, grad_bias = linear_backward(
+        grad_output,
+        input,
+        weight,
+        mask,
+        index,
+        lora_A,
+        lora_B,
+        bias,
+        ctx.scaling,
+        ctx.gradient,
+        needs_input_grad,
+        needs_lora_A_grad,
+        needs_lora_B_grad,
+        merged,
+    )
+    if leading is not None and needs_input_grad:
+        grad_input = grad_input.view(*leading, grad_input.shape[1])
+    return (
+        grad_input if needs_input_grad else None,
+        None,
+        None,
+        None,
+        grad_lora_A if needs_lora_A_grad else None,
+        grad_lora_B if needs_lora_B_grad else None,
+        None if bias is None else grad_bias,
+        *(None,) * 3,
+    )
+
+
+def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
+    """``dY = dX W~^T + X (s M o (dB A + B dA))^T + dbias``: the derivative of the forward, whatever ``gradient`` says.
+
+    It is itself differentiable, with the exact gradients.
+    """
+    input, weight, mask, index, lora_A, lora_B, _, merged = _primals(ctx)
+    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[-1])
+    parts = []
+    if tangents[_INPUT] is not None:
+        adapted = (weight, mask, index, lora_A, lora_B)
+        parts.append(linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged))
+    adapted = _adapter_tangent(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B])
+    if adapted is not None:
+        parts.append(linear(input, *adapted, None, ctx.scaling, "exact", None))
+    if tangents[_BIAS] is not None:
+        parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
+    return sum(parts[1:], parts[0])
+
+
+def _linear_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        return linear.each(info, in_dims, *args)
+    return linear(args[_INPUT].movedim(in_dims[_INPUT], 0), *args[1:]), 0  # more tokens
+
+
+linear = Differentiable("lors_linear", _linear, _save_linear, _linear_backward, _linear_jvp, _linear_vmap)
+
+
+# ---- merge ------------------------------------------------------------------------------------------------------------
+
+
+def _save_merge(ctx: Any, args: tuple[Any, ...]) -> None:
+    *tensors, ctx.scaling = args
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _merge_backward(ctx: Any, grad_merged: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_merged is None:
+        return (None,) * 6
+    grads = merge_backward(grad_merged, *ctx.saved_tensors, ctx.scaling)
+    return None, None, None, *grads, None
+
+
+def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
+    weight_tangent, _, _, *adapter_tangents, _ = tangents
+    _refuse_tangents(weight=weight_tangent)
+    adapted = _adapter_tangent(*_primals(ctx), *adapter_tangents)
+    return merge(*adapted, ctx.scaling)
+
+
+merge = Differentiable("lors_merge", lors.merge, _save_merge, _merge_backward, _merge_jvp)
+
+
+# ---- registered for the operators ---------------------------------------------------------------------------------------
+
+
+def _linear_kernel(input: Tensor, *args: Any) -> Tensor:
+    if not isinstance(input, Tensor) or input.dim() != 2:
+        with torch._C._AutoDispatchBelowAutograd():
+            return lors.linear(input, *args)  # which refuses it in a sentence
+    return linear.apply(input, *args, *(None,) * (9 - len(args)))  # the dispatcher leaves out a default
+
+
+_registry.impl("linear", _linear_kernel, "Autograd")
+_registry.impl("merge", merge.apply, "Autograd")
