@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from ._library import lors
@@ -24,19 +25,19 @@ def is_transformed() -> bool:
 
 
 class Differentiable:
-    """A computation with its derivatives.
+    """A computation by one operator, and the derivatives of both.
 
     Args:
-        name: of the node in autograd's graph.
-        compute: the computation; it runs below autograd.
+        op: the operator's name.
+        compute: the computation; it calls the operator.
         save: ``save(ctx, args)`` keeps what the formulas need.
         backward, jvp: as in torch.autograd.Function.
-        vmap: as there too; None: one call for each sample.
+        vmap: as in torch.library.register_vmap; None: one call for each sample.
     """
 
     def __init__(
         self,
-        name: str,
+        op: str,
         compute: Callable[..., Any],
         save: Callable[..., None],
         backward: Callable[..., Any],
@@ -46,6 +47,11 @@ class Differentiable:
         def below_autograd(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return compute(*args)
+
+        def below_level(*args: Any) -> Any:
+            # An autograd.Function switches both modes off, also for the outer levels of torch.func.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return below_autograd(*args)
 
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -58,24 +64,24 @@ class Differentiable:
             with forward_ad._set_fwd_grad_enabled(True):
                 return jvp(*args)
 
+        self.compute = compute
         formulas = {"backward": staticmethod(backward), "jvp": staticmethod(nested_jvp)}
         # torch.func needs a forward without ctx, and that costs every call 20 us more: torch binds the arguments to its
-        # signature. So there are two classes of the same formulas.
-        self.eager: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
-        transformed = {
-            "forward": staticmethod(below_autograd),
-            "setup_context": staticmethod(lambda ctx, inputs, output: save(ctx, inputs)),
-            "vmap": staticmethod(vmap or self.each),
-        }
-        self.transformed: Any = type(name, (torch.autograd.Function,), {**transformed, **formulas})
-        self.compute = compute
+        # signature. So there are several classes of the same formulas.
+        self.eager: Any = type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
+        formulas["setup_context"] = staticmethod(lambda ctx, inputs, output: save(ctx, inputs))
+        formulas["vmap"] = staticmethod(vmap or self.each)
+        transformed = {"forward": staticmethod(below_autograd), **formulas}
+        self.transformed: Any = type(op, (torch.autograd.Function,), transformed)
+        level = {"forward": staticmethod(below_level), **formulas}
+        self.level: Any = type(op, (torch.autograd.function._SingleLevelFunction,), level)
+        _registry.impl(op, self.kernel, "Autograd")
+        torch.library.register_vmap(f"lors::{op}", vmap or self.each, lib=_registry)
 
     def __call__(self, *args: Any) -> Any:
-        """The result; in a graph of torch.compile or torch.export the operators themselves, with what is registered."""
-        return self.compute(*args) if torch.compiler.is_compiling() else self.apply(*args)
-
-    def apply(self, *args: Any) -> Any:
-        """The result, with autograd's node where a derivative could be asked for."""
+        """The result; in a graph of torch.compile or torch.export that of the operator, with what is registered."""
+        if torch.compiler.is_compiling():
+            return self.compute(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformed.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -83,10 +89,17 @@ class Differentiable:
         with torch._C._AutoDispatchBelowAutograd():
             return self.compute(*args)
 
+    def kernel(self, *args: Any) -> Any:
+        """The operator's kernel for autograd, which the dispatcher calls; under torch.func for one of its levels."""
+        if not torch._C._are_functorch_transforms_active():
+            return self.eager.apply(*args)
+        with enable_single_level_autograd_function():
+            return self.level.apply(*args)
+
     def each(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """The rule for torch.vmap that always holds: one call for each sample."""
         samples = [
-            self(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            self.compute(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(samples[0], Tensor):
@@ -103,9 +116,7 @@ def _not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None 
     def refuse(ctx: Any, *args: Any) -> None:
         raise RuntimeError(sentence)
 
-    function = Differentiable(op, getattr(lors, op).default, save, refuse, refuse, vmap)
-    _registry.impl(op, function.apply, "Autograd")
-    return function
+    return Differentiable(op, getattr(lors, op), save, refuse, refuse, vmap)
 
 
 # ---- the gradients --------------------------------------------------------------------------------------------------
@@ -122,7 +133,7 @@ def _linear_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any
     if any(needs_adapter_grads) or bias is not None or any(dim is not None for dim in in_dims[1:]):
         return linear_backward.each(info, in_dims, *args)
     tokens = grad_output.movedim(in_dims[0], 0)
-    grad_input, *nothing = linear_backward(tokens.flatten(0, 1), *args[1:])
+    grad_input, *nothing = lors.linear_backward(tokens.flatten(0, 1), *args[1:])
     rows = tokens.shape[1] if args[10] else 0
     return (grad_input.view(-1 if rows else info.batch_size, rows, grad_input.shape[1]), *nothing), (0, None, None, None)
 
@@ -140,7 +151,7 @@ for _op in ("merged_operand", "sparse24_merge", "compress"):
 
 def _primals(ctx: Any) -> list[Tensor | None]:
     """What was saved for jvp, without the tangents that are being propagated."""
-    return [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+    return [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
 
 
 def _refuse_tangents(**frozen: Tensor | None) -> None:
@@ -152,7 +163,7 @@ def _refuse_tangents(**frozen: Tensor | None) -> None:
             )
 
 
-def _adapter_tangent(
+def _adapter_tangents(
     weight: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
@@ -160,21 +171,14 @@ def _adapter_tangent(
     lora_B: Tensor,
     lora_A_tangent: Tensor | None,
     lora_B_tangent: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor] | None:
-    """``M o (dB A + B dA)`` as an adapter [dA; A], [B, dB] of a weight of zeros with the same mask; None for zero."""
-    rows, columns = [], []
-    if lora_A_tangent is not None:
-        rows.append(lora_A_tangent)
-        columns.append(lora_B)
-    if lora_B_tangent is not None:
-        rows.append(lora_A)
-        columns.append(lora_B_tangent)
-    if not rows:
-        return None
-    if index is None and mask is None:
+) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]:
+    """``M o (B dA)`` and ``M o (dB A)``, each as an adapter of a weight of zeros with the same mask."""
+    pairs = [(lora_A_tangent, lora_B), (lora_A, lora_B_tangent)]
+    pairs = [(A, B) for A, B in pairs if A is not None and B is not None]
+    if pairs and index is None and mask is None:
         mask = pack_mask(weight != 0)
     zeros = weight.new_zeros(()).expand(weight.shape)
-    return zeros, mask, index, torch.cat(rows), torch.cat(columns, 1)
+    return [(zeros, mask, index, A, B) for A, B in pairs]
 
 
 # ---- linear: input [..., K] to [..., N] -------------------------------------------------------------------------------
@@ -261,10 +265,9 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
     parts = []
     if tangents[_INPUT] is not None:
         adapted = (weight, mask, index, lora_A, lora_B)
-        parts.append(linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged))
-    adapted = _adapter_tangent(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B])
-    if adapted is not None:
-        parts.append(linear(input, *adapted, None, ctx.scaling, "exact", None))
+        parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged))
+    for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
+        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None))
     if tangents[_BIAS] is not None:
         parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
     return sum(parts[1:], parts[0])
@@ -273,10 +276,18 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
 def _linear_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     if any(dim is not None for dim in in_dims[1:]):
         return linear.each(info, in_dims, *args)
-    return linear(args[_INPUT].movedim(in_dims[_INPUT], 0), *args[1:]), 0  # more tokens
+    return _linear(args[_INPUT].movedim(in_dims[_INPUT], 0), *args[1:]), 0  # more tokens
 
 
-linear = Differentiable("lors_linear", _linear, _save_linear, _linear_backward, _linear_jvp, _linear_vmap)
+class _Linear(Differentiable):
+    def kernel(self, input: Tensor, *args: Any) -> Any:
+        if not isinstance(input, Tensor) or input.dim() != 2:
+            with torch._C._AutoDispatchBelowAutograd():
+                return lors.linear(input, *args)  # which refuses it in a sentence
+        return super().kernel(input, *args, *(None,) * (9 - len(args)))  # the dispatcher leaves out a default
+
+
+linear = _Linear("linear", _linear, _save_linear, _linear_backward, _linear_jvp, _linear_vmap)
 
 
 # ---- merge ------------------------------------------------------------------------------------------------------------
@@ -299,22 +310,8 @@ def _merge_backward(ctx: Any, grad_merged: Tensor | None) -> tuple[Tensor | None
 def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     weight_tangent, _, _, *adapter_tangents, _ = tangents
     _refuse_tangents(weight=weight_tangent)
-    adapted = _adapter_tangent(*_primals(ctx), *adapter_tangents)
-    return merge(*adapted, ctx.scaling)
+    parts = [lors.merge(*adapter, ctx.scaling) for adapter in _adapter_tangents(*_primals(ctx), *adapter_tangents)]
+    return sum(parts[1:], parts[0])
 
 
-merge = Differentiable("lors_merge", lors.merge, _save_merge, _merge_backward, _merge_jvp)
-
-
-# ---- registered for the operators ---------------------------------------------------------------------------------------
-
-
-def _linear_kernel(input: Tensor, *args: Any) -> Tensor:
-    if not isinstance(input, Tensor) or input.dim() != 2:
-        with torch._C._AutoDispatchBelowAutograd():
-            return lors.linear(input, *args)  # which refuses it in a sentence
-    return linear.apply(input, *args, *(None,) * (9 - len(args)))  # the dispatcher leaves out a default
-
-
-_registry.impl("linear", _linear_kernel, "Autograd")
-_registry.impl("merge", merge.apply, "Autograd")
+merge = Differentiable("merge", lors.merge, _save_merge, _merge_backward, _merge_jvp)
