@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
 # whoever gave it keeps it anyway.
-"""The operators' derivatives: one set of formulas, which eager calls run and torch.compile and export find registered."""
+"""The operators' derivatives: one set of formulas, run by eager calls, registered for torch.compile and export."""
 
 from __future__ import annotations
 
@@ -68,19 +68,20 @@ class Differentiable:
         formulas = {"backward": staticmethod(backward), "jvp": staticmethod(nested_jvp)}
         # torch.func needs a forward without ctx, and that costs every call 20 us more: torch binds the arguments to its
         # signature. So there are several classes of the same formulas.
-        self.eager: Any = type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
+        name = f"lors_{op}"
+        self.eager: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
         formulas["setup_context"] = staticmethod(lambda ctx, inputs, output: save(ctx, inputs))
         formulas["vmap"] = staticmethod(vmap or self.each)
         transformed = {"forward": staticmethod(below_autograd), **formulas}
-        self.transformed: Any = type(op, (torch.autograd.Function,), transformed)
+        self.transformed: Any = type(name, (torch.autograd.Function,), transformed)
         level = {"forward": staticmethod(below_level), **formulas}
-        self.level: Any = type(op, (torch.autograd.function._SingleLevelFunction,), level)
+        self.level: Any = type(name, (torch.autograd.function._SingleLevelFunction,), level)
         _registry.impl(op, self.kernel, "Autograd")
         torch.library.register_vmap(f"lors::{op}", vmap or self.each, lib=_registry)
 
     def __call__(self, *args: Any) -> Any:
-        """The result; in a graph of torch.compile or torch.export that of the operator, with what is registered."""
-        if torch.compiler.is_compiling():
+        """The result; in a graph that torch.compile, torch.export or torch.jit.trace makes, the operator's own."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.compute(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformed.apply(*args)
@@ -122,20 +123,19 @@ def _not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None 
 # ---- the gradients --------------------------------------------------------------------------------------------------
 
 _SECOND_DERIVATIVES = (
-    "lors_cuda does not support double backward, nor forward-mode derivatives of its gradients (torch.func.hessian): they "
-    "are not themselves differentiable. Call backward without create_graph=True, or use lors_cuda.reference for second "
+    "lors_cuda does not support double backward, nor forward mode over its gradients (torch.func.hessian): they are "
+    "not themselves differentiable. Call backward without create_graph=True, or use lors_cuda.reference for second "
     "derivatives."
 )
 
 
 def _linear_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    grad_output, bias, needs_adapter_grads = args[0], args[7], args[11:13]
-    if any(needs_adapter_grads) or bias is not None or any(dim is not None for dim in in_dims[1:]):
+    grad_output, bias, needs = args[0], args[7], args[10:13]
+    if needs != (True, False, False) or bias is not None or any(dim is not None for dim in in_dims[1:]):
         return linear_backward.each(info, in_dims, *args)
     tokens = grad_output.movedim(in_dims[0], 0)
     grad_input, *nothing = lors.linear_backward(tokens.flatten(0, 1), *args[1:])
-    rows = tokens.shape[1] if args[10] else 0
-    return (grad_input.view(-1 if rows else info.batch_size, rows, grad_input.shape[1]), *nothing), (0, None, None, None)
+    return (grad_input.view(*tokens.shape[:2], grad_input.shape[1]), *nothing), (0, None, None, None)
 
 
 linear_backward = _not_differentiable("linear_backward", _SECOND_DERIVATIVES, _linear_backward_vmap)
@@ -158,8 +158,8 @@ def _refuse_tangents(**frozen: Tensor | None) -> None:
     for name, tangent in frozen.items():
         if tangent is not None:
             raise RuntimeError(
-                f"{name} has a tangent, but LoRS freezes it: there are no derivatives with respect to it. Differentiate "
-                "with respect to the input, lora_A, lora_B and the bias alone."
+                f"{name} has a tangent, but LoRS freezes it: there are no derivatives with respect to it. "
+                "Differentiate with respect to the input, lora_A, lora_B and the bias alone."
             )
 
 
@@ -181,7 +181,7 @@ def _adapter_tangents(
     return [(zeros, mask, index, A, B) for A, B in pairs]
 
 
-# ---- linear: input [..., K] to [..., N] -------------------------------------------------------------------------------
+# ---- linear: input [..., K] to [..., N] -----------------------------------------------------------------------------
 
 _INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS = 0, 1, 4, 5, 6  # positions among the arguments
 
@@ -210,7 +210,7 @@ def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
         bias if needs[_BIAS] else None,
         merged if needs[_INPUT] else None,
     )
-    ctx.save_for_forward(input, weight, mask, index, lora_A, lora_B, bias, merged)  # until jvp has run, which is at once
+    ctx.save_for_forward(input, weight, mask, index, lora_A, lora_B, bias, merged)  # only until jvp has run, at once
     ctx.set_materialize_grads(False)  # so that jvp sees what has no tangent
 
 
@@ -290,7 +290,7 @@ class _Linear(Differentiable):
 linear = _Linear("linear", _linear, _save_linear, _linear_backward, _linear_jvp, _linear_vmap)
 
 
-# ---- merge ------------------------------------------------------------------------------------------------------------
+# ---- merge ----------------------------------------------------------------------------------------------------------
 
 
 def _save_merge(ctx: Any, args: tuple[Any, ...]) -> None:

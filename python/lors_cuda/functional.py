@@ -49,11 +49,12 @@ def lors_linear(
             float16, or float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
         lora_A: [r, K] adapter in any of these dtypes; its gradient has its dtype.
         lora_B: [N, r] adapter in any of these dtypes; its gradient has its dtype.
-        scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float and gets no gradient.
+        scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float; one that requires grad is refused.
         bias: [N] or None.
         mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
         gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
-            ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
+            ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both, and so is
+            forward mode, which gives the derivative of this function whatever ``gradient`` says.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
 
     Returns:
@@ -63,6 +64,11 @@ def lors_linear(
         TypeError: an argument is of the wrong type.
         ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
         RuntimeError: no kernel of this build supports the device; or, in a second backward, that it is not supported.
+
+    torch.func and forward mode: ``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ``jacfwd`` and ``linearize`` give
+    derivatives with respect to ``input``, ``lora_A``, ``lora_B`` and ``bias``; derivatives of gradients (``hessian``, a
+    backward with ``create_graph=True``) raise an error. A tangent of an adapter forms [N, K] tensors. ``vmap`` over the
+    input alone is one call with more tokens, over other arguments and in per-sample gradients one call for each sample.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
@@ -162,16 +168,15 @@ def merge(
     """The merged weight ``W~ = W + s M o (B A)`` as a dense tensor, exactly +0 off the mask.
 
     Arguments as in :func:`lors_linear`. Accumulated in float32 (float64 for float64) and rounded once. Differentiable
-    in ``lora_A`` and ``lora_B`` (with the exact gradient). Non-finite values propagate; nothing is synchronised.
+    in ``lora_A`` and ``lora_B``, with the exact gradient, also in forward mode. Non-finite values propagate; nothing is
+    synchronised.
 
     Returns:
         [N, K] in the weight's dtype.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
-    merged: Tensor = _autograd.merge(
-        stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling)
-    )
+    merged: Tensor = _autograd.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
     return merged
 
 
@@ -179,6 +184,12 @@ def _as_float(scaling: float | Tensor) -> float:
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:
             raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a float or a 0-d tensor.")
+        if scaling.requires_grad or (not torch.compiler.is_compiling() and _autograd.is_transformed()):
+            raise ValueError(
+                "scaling is a tensor that requires grad, or is used under torch.func or in forward mode; it is read as "
+                "a number, which would lose its derivatives. Pass a float, or scaling 1.0 with lora_B * scaling, which "
+                "is the same and differentiable."
+            )
         scaling = scaling.item()
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}; it must be a float or a 0-d tensor.")
