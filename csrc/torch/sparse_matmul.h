@@ -93,7 +93,7 @@ std::optional<Tensor> sparse_matmul(const AdaptedWeight<Backend>& adapted, const
     std::ostringstream text;
     text << "lors::linear: LORS_SPARSE_PRODUCT is '" << setting << "', and torch's sparse matmul of " << T
          << " tokens with a 2:4 weight of shape " << shape(operand)
-         << " failed: " << (reason.empty() ? "its reason stands on stderr." : reason)
+         << " failed: " << (reason.empty() ? "its reason is on stderr." : reason)
          << " Set LORS_SPARSE_PRODUCT=dense for the dense matmul.";
     throw std::runtime_error(text.str());
   }

@@ -81,7 +81,7 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> Any:
         """The result; in a graph that torch.compile, torch.export or torch.jit.trace makes, the operator's own."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return self.compute(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformed.apply(*args)
@@ -149,7 +149,7 @@ for _op in ("merged_operand", "sparse24_merge", "compress"):
 # ---- forward mode ---------------------------------------------------------------------------------------------------
 
 
-def _primals(ctx: Any) -> list[Tensor | None]:
+def _primals(ctx: Any) -> list[Any]:
     """What was saved for jvp, without the tangents that are being propagated."""
     return [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
 
@@ -173,8 +173,8 @@ def _adapter_tangents(
     lora_B_tangent: Tensor | None,
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]:
     """``M o (B dA)`` and ``M o (dB A)``, each as an adapter of a weight of zeros with the same mask."""
-    pairs = [(lora_A_tangent, lora_B), (lora_A, lora_B_tangent)]
-    pairs = [(A, B) for A, B in pairs if A is not None and B is not None]
+    candidates = ((lora_A_tangent, lora_B), (lora_A, lora_B_tangent))
+    pairs = [(A, B) for A, B in candidates if A is not None and B is not None]
     if pairs and index is None and mask is None:
         mask = pack_mask(weight != 0)
     zeros = weight.new_zeros(()).expand(weight.shape)

@@ -237,7 +237,7 @@ class MergedWeight:
         """The merged weight for activations of ``dtype``, as lors::linear takes it; None where it may not be kept.
 
         None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
-        values stand only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
+        values exist only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
         last no longer than the call.
         """
         device = weight.device
