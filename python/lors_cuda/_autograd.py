@@ -66,8 +66,9 @@ class Differentiable:
 
         self.compute = compute
         formulas = {"backward": staticmethod(backward), "jvp": staticmethod(nested_jvp)}
-        # torch.func needs a forward without ctx, and that costs every call 20 us more: torch binds the arguments to its
-        # signature. So there are several classes of the same formulas.
+        # Three classes of the same formulas. torch.func needs a forward without ctx, which costs every call 20 us more
+        # (torch binds the arguments to its signature), so that plain eager calls have one with it. And where the
+        # dispatcher calls, torch.func has taken its levels apart already, and one of them is asked for.
         name = f"lors_{op}"
         self.eager: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), **formulas})
         formulas["setup_context"] = staticmethod(lambda ctx, inputs, output: save(ctx, inputs))

@@ -124,7 +124,8 @@ def _linear(
             f"input has dtype {input.dtype} and weight {stored.dtype}; convert one to the other, or run floating-point "
             "input under torch.autocast."
         )
-    input = input.to(wanted)
+    if input.dtype != wanted:
+        input = input.to(wanted)
     if input.dim() == 0 or input.shape[-1] != stored.shape[1]:
         raise ValueError(
             f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {stored.shape[1]} for a "
