@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
+from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
@@ -330,27 +330,16 @@ class LoRSLinear(SparseLinear):
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
-            ValueError: the weight or an adapter holds a NaN or an infinity; the first place is named.
+            ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
+                dtype's range); the first place is named. The layer is sharded.
         """
-        self.check_finite()
-        with torch.no_grad():
-            merged = self.merged_dense()
-            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return make_linear(merged, self.bias).train(self.training)
-
-    def check_finite(self, name: str = "") -> None:
-        """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
-            if not torch.isfinite(tensor).all():
-                tensor = self.weight if which == "weight" else tensor
-                finite = torch.isfinite(tensor)
-                row, column = (~finite).nonzero()[0].tolist()
-                where = f" of layer {name!r}" if name else ""
-                raise ValueError(
-                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Put "
-                    "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
-                )
+        with torch.no_grad():
+            weight, merged = self.sparse_weight, self.merged_dense()
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+            check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
+        return make_linear(merged, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"

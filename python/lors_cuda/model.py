@@ -97,22 +97,26 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge every adapter into its weight and put plain nn.Linear modules back, in place.
 
     The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
-    All layers are checked before the first is replaced. As after PEFT's merge_and_unload the weights stay frozen;
-    call `model.requires_grad_(True)` to train the whole model.
+    All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
+    merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), the model has
-            no LoRS layers, or its parameters are sharded among processes; nothing is changed then.
+        ValueError: a weight or an adapter holds NaN or infinity, or a merged weight would (the module, the first place
+            and its value are named), the model has no LoRS layers, or its parameters are sharded among processes;
+            nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
-        layer.check_finite(names[0])
+        try:
+            layer.merge()
+        except ValueError as error:
+            raise ValueError(f"Layer '{names[0]}': {error} Nothing was merged.") from error
     layers.reverse()
     while layers:
         names, layer = layers.pop()

@@ -111,13 +111,12 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     # ---- merging: whatever can be refused is refused before the first layer is changed ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; nothing is merged if an adapter or, with ``safe_merge``, a merged weight is not finite.
+        """As in PEFT; nothing is merged if an adapter or a merged weight is not finite, whatever ``safe_merge`` says.
 
         Raises:
             ValueError: that, or a name is no adapter's.
         """
-        self._check_names(adapter_names)
-        self._check_finite(adapter_names, safe_merge)
+        self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -128,12 +127,11 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_names(adapter_names)
-            self._check_finite(adapter_names, safe_merge, base=True)
+            self._check_merge(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_names(self, adapter_names: list[str] | None) -> None:
-        """Refuse names of no adapter: PEFT would merge nothing for them."""
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse names of no adapter, for which PEFT would merge nothing, and what is not finite, also once merged."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list of names, but is the string {adapter_names!r}.")
         unknown = [name for name in adapter_names or [] if name not in self.peft_config]
@@ -142,14 +140,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 f"There is no adapter {unknown[0]!r}, so nothing was merged. The model has "
                 f"{', '.join(map(repr, self.peft_config))}."
             )
-
-    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
-        """Refuse what is not finite: adapters, with ``base`` weights, with ``safe_merge`` merged weights."""
         check_gathered(self.model)
         for name, layer in named_peft_layers(self.model):
             check_whole(f"The weight of '{name}'", layer.stored_values)
-            if base and not bool(torch.isfinite(layer.stored_values).all()):
-                raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):
@@ -158,11 +151,12 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                             f"The adapter '{adapter}' of '{name}' holds NaN or infinity, so nothing was merged. Put "
                             "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
                         )
-            if safe_merge and merging and not bool(torch.isfinite(layer.merged_values(merging)).all()):
-                raise ValueError(
-                    f"The merged weight of '{name}' would hold NaN or infinity, so nothing was merged. Check the base "
-                    "weight, and the size of the adapters for its dtype."
-                )
+            joining = [each for each in merging if each not in layer.merged_adapters]
+            try:
+                if joining or layer.merged_adapters:
+                    layer.merged_values([*layer.merged_adapters, *joining])
+            except ValueError as error:
+                raise ValueError(f"Layer '{name}': {error} Nothing was merged.") from error
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """As in PEFT. "cat", and "svd" with a sufficient svd_rank, give the sum, masked; the others approximate it.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cases import FLOATS, Case, make_case
 from expectations import check_linear, check_merge
-from lors_cuda import LoRSLinear, lors_linear
+from lors_cuda import LoRSLinear, lors_linear, merge
 from tolerance import assert_close, assert_zero_off_mask
 
 every_layout = pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
@@ -367,8 +367,37 @@ def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad, l
     with pytest.raises(ValueError, match=rf"{name}\[3, 4\] is {bad}; merging would spread it") as caught:
         layer.merge()
     assert "merge again" in str(caught.value)
-    with pytest.raises(ValueError, match=rf"{name}\[3, 4\] of layer 'model\.up' is"):
-        layer.check_finite("model.up")
+
+
+def overflowing(dtype, layout):
+    """A layer [4, 8] of large finite values, whose merged [1, 4] alone is beyond the dtype's range."""
+    largest = torch.finfo(dtype).max
+    linear = nn.Linear(8, 4, bias=False, dtype=dtype)
+    linear.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, -1.0] * 2] * 4, dtype=dtype) * largest * 0.75)
+    layer = LoRSLinear.from_linear(linear, r=1, lora_alpha=2.0, layout=layout)
+    with torch.no_grad():
+        layer.lora_A.fill_(0.0)[0, 4] = 1.0
+        layer.lora_B.fill_(0.0)[1, 0] = largest * 0.25
+    return layer
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_merge_beyond_the_dtypes_range_is_refused_in_every_door(dtype, layout):
+    layer = overflowing(dtype, layout)
+    pair = layer.lora_A.detach(), layer.lora_B.detach()
+    for refused_merge in (layer.merge, lambda: layer.sparse_weight.merge(*pair, layer.scaling)):
+        with pytest.raises(ValueError, match=r"merged\[1, 4\] would be") as caught:
+            refused_merge()
+        assert str(dtype) in str(caught.value)
+        value = float(str(caught.value).partition("would be ")[2].partition(",")[0])
+        assert value == pytest.approx(1.25 * torch.finfo(dtype).max, rel=0.01)
+    propagated = merge(layer.sparse_weight, *pair, layer.scaling)
+    assert torch.isinf(propagated).nonzero().tolist() == [[1, 4]]
+    with torch.no_grad():
+        layer.lora_B *= 0.5  # just within it
+    assert torch.isfinite(layer.merge().weight).all()
+    assert torch.isfinite(layer.sparse_weight.merge(*pair, layer.scaling).values).all()
 
 
 @pytest.mark.parametrize(

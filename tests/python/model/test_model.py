@@ -153,6 +153,19 @@ def test_merge_refuses_non_finite_values_and_names_the_place(which, value):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+def test_merge_refuses_a_sum_beyond_the_range_and_changes_nothing(layout):
+    model = converted(dtype=torch.float16, layout=layout)
+    fill_adapters(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_B[2] = 1e6
+    before = snapshot(model)
+    refused(ValueError, lambda: merge_and_unload(model), "'model.layers.1.mlp.down_proj': merged[2, ", "torch.float16")
+    assert_unchanged(model, before)
+    merge_and_unload(model.float())  # the way out that the sentence names
+    assert torch.isfinite(model.model.layers[1].mlp.down_proj.weight).all()
+
+
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [

@@ -252,7 +252,7 @@ def test_the_gradient_start_leaves_the_output_and_the_zeros():
 def test_wrong_gradient_starts_are_refused():
     model = adapted()
     right = {name: torch.randn(layer.out_features, layer.in_features) for name, layer in layers(model).items()}
-    init_from_gradients(model, right)
+    init_from_gradients(model, {**right, "7": "a module that has no adapter"})
     before = snapshot(model)
     refused(ValueError, lambda: init_from_gradients(model, right, "b"), "no LoRS adapter 'b'")
     refused(ValueError, lambda: init_from_gradients(net(), right), "no LoRS adapter")
