@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
 from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
@@ -51,7 +52,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         unmerged_values: the base's stored values while adapters are merged, so that unmerge restores every bit; None
             otherwise. NOTE: a merged layer therefore stores its values twice.
         base_was_linear: the base layer was an ``nn.Linear`` and was compressed; ``unload`` gives one back.
-        mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
+        fingerprint: of the base layer's weight, None before the first adapter is complete.
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
@@ -59,7 +60,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     base_layer: nn.Module
     unmerged_values: Tensor | None
     base_was_linear = False
-    mask_fingerprint = ""
+    fingerprint: Fingerprint | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)

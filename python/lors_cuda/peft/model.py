@@ -63,7 +63,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         targets = self._targets(model, config, state_dict)
         new = config.is_new and state_dict is None and not self._combines
         check_targets(targets, model, config, new=new)
-        masks = fingerprints(targets, config.saved_fingerprints)
+        found = fingerprints(targets, config)
         unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
@@ -76,11 +76,11 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        for name, value in masks.items():
+        for name, value in found.items():
             layer: Any = model.get_submodule(name)
-            layer.mask_fingerprint = value
+            layer.fingerprint = value
             layer.base_was_linear |= name in unconverted
-        config.mask_fingerprints, config.saved_fingerprints = masks, None
+        config.fingerprints, config.trained_on = found, None
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
@@ -297,5 +297,5 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = LoRSLoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = LoRSLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = LoRSLoraModel.prefix
 PEFT_TYPE_TO_CONFIG_MAPPING[FORMER_PEFT_TYPE] = LoRSLoraConfig  # which writes the new one
-# Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the masks.
+# Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the base.
 CONFIG_KEYS_TO_CHECK[PEFT_METHOD] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "lors"]
