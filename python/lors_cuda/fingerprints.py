@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# What adapter files hold of the base weights they were trained on, beside the adapters: fingerprints of mask and values,
-# and the dtype. Equal whatever the layout, device and sharding. Used by checkpoint.py and lors_cuda.peft.
+# What adapter files hold of the base weights they were trained on: fingerprints of mask and values, and the dtype. The
+# same whatever the layout, device and sharding. Used by checkpoint.py and lors_cuda.peft.
 """Fingerprints of base weights, and what differs between two bases: mask, dtype or values."""
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Fingerprint:
 def fingerprint(weight: SparseWeight) -> Fingerprint:
     """The fingerprint of a weight that is whole.
 
-    ``values`` is the SHA-256 of the shape and, for each row, of ``sum_k (2k + 1) bits_k mod 2^64``, where ``bits_k`` are
-    the scrambled bits of the value as float64. So a weight that is stored in a wider dtype without rounding has the
-    same one, and another value in one place always changes it: odd factors and the scrambling are invertible. Computed
+    ``values`` is the SHA-256 of the shape and, for each row, of ``sum_k (2k + 1) x_k mod 2^64``, where ``x_k`` is
+    ``b ^ (b >> 32)`` for the 64 bits ``b`` of the value as float64. So a weight that is stored in a wider dtype without
+    rounding has the same one, and another value in one place always changes it: both steps are invertible. Computed
     where the weight is; one number of each row is read back.
 
     Raises:
@@ -52,8 +52,9 @@ def fingerprint(weight: SparseWeight) -> Fingerprint:
     sums = []
     for rows in dense.split(max(1, _CHUNK // K)):
         bits = rows.double().view(torch.int64)
-        bits = bits ^ (bits >> 32)  # the low bits of a 16-bit value are all zero: those of the sum would be
-        sums.append(bits.mul_(places).sum(dim=1))
+        # The low bits of what was a 16-bit value are zero, and so would those of the sum be.
+        scrambled = (bits >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(bits)
+        sums.append(scrambled.mul_(places).sum(dim=1))
     digest = hashlib.sha256(f"{N}x{K}:".encode())
     digest.update(torch.cat(sums).cpu().numpy().tobytes())
     return Fingerprint(weight.fingerprint(), digest.hexdigest(), str(weight.dtype).removeprefix("torch."))
@@ -123,14 +124,14 @@ def _load_in(names: list[str], saved: Mapping[str, Fingerprint]) -> str:
 
 
 def _advice(name: str, found: Mapping[str, Fingerprint], saved: Mapping[str, Fingerprint]) -> str:
-    """What to do; it names the dtype where that may be all that differs, or where the file does not say which it was."""
+    """What to do; names the dtype where that may be all that differs, or the file does not say which it was."""
     before, now = saved[name].dtype if name in saved else "", found[name].dtype
     if before == now or (not before and now not in ("float16", "bfloat16")):
         return "Load the base model it was trained on"
     known = f"torch.{before}" if before else "another dtype"
     return (
-        f"Load the base model it was trained on; if this is that one, in torch.{now} now and in {known} in training, load "
-        "it in the dtype of the training"
+        f"Load the base model it was trained on; if this is that one, in torch.{now} now and in {known} in training, "
+        "load it in the dtype of the training"
     )
 
 

@@ -155,8 +155,8 @@ def _check_base(found: dict[str, Fingerprint], saved: Mapping[str, Fingerprint],
     what = mask_problem(found, saved)
     if absent:
         what = (
-            f"It has adapters for {listed(absent)}, which the model lacks or the configuration leaves out. Load the base "
-            "model it was trained on"
+            f"It has adapters for {listed(absent)}, which the model lacks or the configuration leaves out. Load the "
+            "base model it was trained on"
         )
     if what is not None and strict_mask:
         raise ValueError(

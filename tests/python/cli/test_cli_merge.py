@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lors-cuda merge` refuses a base of other values, and a result that its dtype cannot hold; nothing is written then."""
+"""`lors-cuda merge` refuses a base of other values, and a result that its dtype cannot hold; it writes nothing then."""
 
 from __future__ import annotations
 

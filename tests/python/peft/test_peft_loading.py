@@ -437,4 +437,8 @@ def test_the_core_compares_what_peft_saved(directory):
     assert set(fields["value_fingerprints"]) == set(LAYERS)
     other = net()
     other[0].weight.data *= 1.5
-    refused(ValueError, lambda: lors_cuda.load_adapter(other, directory, strict_values=True), "The weights of '0' have the mask")
+    refused(
+        ValueError,
+        lambda: lors_cuda.load_adapter(other, directory, strict_values=True),
+        "The weights of '0' have the mask",
+    )
