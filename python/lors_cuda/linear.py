@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
+from ._checks import DTYPES, GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
+_STORED_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
 
 
 class SparseLayer:
@@ -156,6 +157,14 @@ class SparseLinear(SparseLayer, nn.Module):
 
         Where both are sharded the weight is gathered to be checked, so that all processes must load together.
         """
+        for name, tensor in zip(_TENSORS, (values, bits, index), strict=True):
+            if isinstance(tensor, Tensor) and tensor.dtype not in _STORED_DTYPES[name]:
+                needed = " or ".join(map(str, _STORED_DTYPES[name]))
+                return (
+                    f"{name} has dtype {tensor.dtype}; it must be {needed}. A stored weight is loaded as it was saved: "
+                    "its integer tensors say which weights are kept, and averaging or a way through another dtype "
+                    "destroys them. Exchange lora_A and lora_B alone."
+                )
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             return (

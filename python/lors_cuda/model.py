@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
+from ._saving import guard_saving, unguard_saving
 from .config import LoRSConfig
 from .functional import MergedWeight
 from .linear import LoRSLinear, SparseLayer
@@ -28,7 +29,8 @@ def get_lors_model(
     Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
     soon as its replacement exists, so no second copy of the model exists. The configuration used is kept as
-    `model.lors_config`. Source: LoRS, arXiv 2501.08582.
+    `model.lors_config`. `save_pretrained` of a transformers model is refused until it is merged: an ordinary checkpoint
+    cannot hold these layers. Source: LoRS, arXiv 2501.08582.
 
     Args:
         model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
@@ -90,6 +92,7 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
             parameter.requires_grad_(parameter.is_floating_point())
     # Through vars(): nn.Module's __setattr__ is typed for tensors and modules only.
     vars(model)["lors_config"] = copy.deepcopy(config)
+    guard_saving(model)
     return model
 
 
@@ -122,6 +125,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         names, layer = layers.pop()
         _replace(model, names, layer.merge().requires_grad_(False))
     vars(model).pop("lors_config", None)
+    unguard_saving(model)
     return model
 
 

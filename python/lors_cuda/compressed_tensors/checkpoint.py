@@ -53,14 +53,20 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
         raise
     except Exception as error:  # transformers, safetensors and pickle each raise their own types
         raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    unmerged = next((key for key in missing if f"{key}_values" in unexpected), None)
+    if unmerged is not None:
+        raise ValueError(
+            f"The model in '{directory}' was saved unmerged: its '{unmerged}' is stored as a LoRS layer's tensors. "
+            "Convert the base model by get_lors_model as for the training, load these tensors by load_state_dict, and "
+            "save merge_and_unload(model)."
+        )
     if missing:
         # transformers would use random values in their place.
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
         )
-    unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         warnings.warn(
             f"The files in '{directory}' hold '{unexpected[0]}' and {len(unexpected) - 1} more tensors that "

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .._checks import check_whole, joined
 from .._distributed import check_gathered
+from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
@@ -81,6 +82,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             layer.fingerprint = value
             layer.base_was_linear |= name in unconverted
         config.fingerprints, config.trained_on = found, None
+        guard_saving(model)
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
@@ -128,7 +130,9 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unguard_saving(model)
+        return model
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Refuse names of no adapter, for which PEFT would merge nothing, and what is not finite, also once merged."""

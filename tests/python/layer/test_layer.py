@@ -264,6 +264,30 @@ def test_a_corrupt_state_is_refused_and_changes_nothing(seed, layout, name, chan
     check_linear(layer(case.input), case)
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    [
+        ("dense", "weight_mask", torch.float32),
+        ("2:4", "weight_index", torch.float32),
+        ("2:4", "weight_index", torch.int32),
+        ("bitmap", "weight_mask", torch.float64),
+        ("bitmap", "weight_mask", torch.int64),
+        ("bitmap", "weight_index", torch.float16),
+        ("bitmap", "weight_index", torch.int32),
+        *((layout, "weight_values", torch.int32) for layout in ("dense", "2:4", "bitmap")),
+    ],
+)
+def test_a_state_in_another_dtype_is_called_that_and_changes_nothing(seed, layout, name, dtype):
+    case = make_case(seed, 9, 31, 72, 5, layout=layout, explicit_mask=layout == "dense")
+    layer = layer_of(case)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    state[name] = state[name].to(dtype)
+    with pytest.raises(RuntimeError, match=rf"{name} has dtype {dtype}; it must be torch\.") as caught:
+        layer.load_state_dict(state)
+    assert "layout=" not in str(caught.value)
+    check_linear(layer(case.input), case)
+
+
 def test_a_bitmap_of_another_count_loads(device, seed):
     """How many weights are kept is the stored weight's to say, as its mask is."""
     case, other = (
