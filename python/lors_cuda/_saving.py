@@ -19,8 +19,8 @@ from .linear import SparseLayer
 
 _METHODS = ("save_pretrained", "push_to_hub")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # of transformers.Trainer
-# from_pretrained takes this key for the name of the weights' file, and quotes a value that is none. Without a config.json
-# it would take the class's default configuration, of several billion parameters, and random numbers.
+# from_pretrained takes this key for the name of the weights' file, and quotes a value that is none. Without a
+# config.json it would take the class's default configuration, of billions of parameters, and random numbers.
 _MARK = {
     "transformers_weights": "none, because this model has LoRS layers that are not merged. Resume training from it, or "
     "save lors_cuda.merge_and_unload(model)"

@@ -159,9 +159,9 @@ class SparseLinear(SparseLayer, nn.Module):
         """
         for name, tensor in zip(_TENSORS, (values, bits, index), strict=True):
             if isinstance(tensor, Tensor) and tensor.dtype not in _STORED_DTYPES[name]:
-                needed = " or ".join(map(str, _STORED_DTYPES[name]))
+                allowed = " or ".join(map(str, _STORED_DTYPES[name]))
                 return (
-                    f"{name} has dtype {tensor.dtype}; it must be {needed}. A stored weight is loaded as it was saved: "
+                    f"{name} has dtype {tensor.dtype}; it must be {allowed}. A stored weight is loaded as it was saved: "
                     "its integer tensors say which weights are kept, and averaging or a way through another dtype "
                     "destroys them. Exchange lora_A and lora_B alone."
                 )
