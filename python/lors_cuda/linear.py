@@ -161,9 +161,9 @@ class SparseLinear(SparseLayer, nn.Module):
             if isinstance(tensor, Tensor) and tensor.dtype not in _STORED_DTYPES[name]:
                 allowed = " or ".join(map(str, _STORED_DTYPES[name]))
                 return (
-                    f"{name} has dtype {tensor.dtype}; it must be {allowed}. A stored weight is loaded as it was saved: "
-                    "its integer tensors say which weights are kept, and averaging or a way through another dtype "
-                    "destroys them. Exchange lora_A and lora_B alone."
+                    f"{name} has dtype {tensor.dtype}; it must be {allowed}. A stored weight is loaded as it was "
+                    "saved: its integer tensors say which weights are kept, and averaging or a way through another "
+                    "dtype destroys them. Exchange lora_A and lora_B alone."
                 )
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
