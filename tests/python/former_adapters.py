@@ -39,11 +39,11 @@ def fill(model: nn.Module) -> None:
 
 
 def write(directory: Path) -> None:
-    import peft
     from safetensors.torch import save_file
 
     import lors_cuda
     import lors_cuda.peft
+    import peft
 
     options = {"r": 2, "lora_alpha": 4, "target_modules": ["0", "2"], "modules_to_save": ["4"]}
     ours = lors_cuda.get_lors_model(base(), lors_cuda.LoRSConfig(**options))

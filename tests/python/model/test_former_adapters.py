@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import lors_cuda
 from former_adapters import base, inputs
+from lors_cuda import load_adapter
 
 KEPT = Path(__file__).parent / "adapters_0.1.0"
 
@@ -27,12 +27,12 @@ def test_an_adapter_of_an_earlier_version_computes_what_it_did(kind, door):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         if door == "core":
-            model = lors_cuda.load_adapter(model, KEPT / kind)
+            model = load_adapter(model, KEPT / kind)
         else:
             pytest.importorskip("peft")
-            import lors_cuda.peft
+            from lors_cuda.peft import from_pretrained
 
-            model = lors_cuda.peft.from_pretrained(model, KEPT / kind)
+            model = from_pretrained(model, KEPT / kind)
     expected = load_file(KEPT / "outputs.safetensors")[kind]
     assert not torch.allclose(base()(inputs()), expected)
     torch.testing.assert_close(model(inputs()).detach(), expected)
@@ -42,4 +42,4 @@ def test_its_mask_is_still_compared():
     other = base()
     other[2].weight.data = other[2].weight.data.roll(1, dims=1)
     with pytest.raises(ValueError, match="another sparsity mask: '2' differ"):
-        lors_cuda.load_adapter(other, KEPT / "save_adapter")
+        load_adapter(other, KEPT / "save_adapter")
