@@ -274,6 +274,13 @@ def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
 
 def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dict[str, Tensor]) -> list[str]:
     problems = []
+    largest = min(out_features, in_features)
+    if r > largest:  # as a weighted sum of adapters may
+        problems.append(
+            f"'{name}' has rank {r} in the adapter, and its layer of {out_features} x {in_features} takes at most "
+            f"{largest}. Load it with lors_cuda.peft.from_pretrained and merge it there; or, where PEFT has summed it "
+            f"from others, sum them by add_weighted_adapter(..., combination_type='svd', svd_rank={largest})."
+        )
     for which, needed in (("lora_A", [r, in_features]), ("lora_B", [out_features, r])):
         tensor = pair[which]
         if list(tensor.shape) != needed:
