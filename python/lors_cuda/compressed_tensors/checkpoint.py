@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._files import new_directory
+from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
@@ -29,6 +33,8 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
     loaded by transformers. Nothing is fetched from the network, and no code from the directory is run.
 
+    An adapter in the same directory is not applied, and warned of: :func:`lors_cuda.load_adapter` loads it.
+
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
 
@@ -43,6 +49,8 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     if not (directory / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"'{directory}' holds no model: it has no {CONFIG_NAME}.")
     transformers = require("transformers")
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
+        warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
     format = stored_format(directory)
     tensors = None if format is None else read_tensors(directory, format)
     try:
@@ -144,10 +152,25 @@ def _worthwhile(weight: Tensor, format: str) -> bool:
 
 
 def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
-    loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
-    )
-    return loaded
+    with _without_adapter(directory) as files:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(files), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+        )
+    model.name_or_path = model.config._name_or_path = str(directory)
+    return model, info
+
+
+@contextlib.contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The model's files without an adapter that is beside them, which transformers would apply by way of PEFT."""
+    if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in directory.iterdir():
+            if file.name != ADAPTER_CONFIG_NAME:
+                Path(links, file.name).symlink_to(file.resolve())
+        yield Path(links)
 
 
 def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:

@@ -442,3 +442,17 @@ def test_the_core_compares_what_peft_saved(directory):
         lambda: lors_cuda.load_adapter(other, directory, strict_values=True),
         "The weights of '0' have the mask",
     )
+
+
+@pytest.mark.parametrize("format", ["dense", "sparse-24-bitmask"])
+def test_a_model_directory_that_holds_an_adapter_too_is_loaded_without_it(tmp_path, format):
+    lors_cuda.save_sparse_checkpoint(tiny_llama(), tmp_path / "model", format)
+    lors_cuda.save_adapter(trained(), tmp_path / "model")
+    with pytest.warns(UserWarning, match="holds an adapter beside the model, which is loaded without it"):
+        model = lors_cuda.load_sparse_checkpoint(tmp_path / "model")
+    torch.testing.assert_close(logits(model), logits(tiny_llama()))
+    assert model.config._name_or_path == str(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lors_cuda.load_adapter(model, tmp_path / "model")
+    torch.testing.assert_close(logits(model), logits(trained()))
