@@ -290,6 +290,9 @@ def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: f
 
     Finite parts may have a sum beyond the range of the weight's dtype, so that checking what is read is not enough.
     """
+    check_has_values("weight", weight.values)
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; it must be finite. Set lora_alpha, or the layer's scaling, anew.")
     for which, stored in (("weight", weight.values), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not bool(torch.isfinite(stored).all()):
             tensor = weight.to_dense() if which == "weight" else stored
@@ -308,6 +311,12 @@ def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: f
             f"from the adapter: beyond the range of {weight.dtype}, which ends at {torch.finfo(weight.dtype).max:.6g}. "
             f"Train a smaller adapter (a lower learning rate or lora_alpha){wider}."
         )
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor on the meta device."""
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, where it has no values. Load the model's weights first.")
 
 
 def _first_place(tensor: Tensor) -> tuple[int, int]:

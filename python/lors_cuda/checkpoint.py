@@ -293,7 +293,10 @@ def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dic
 def _fit_dtype(what: str, stored: Tensor, own: Tensor) -> list[str]:
     """Refuse a conversion that would lose digits: float32 into bfloat16, bfloat16 into float16."""
     if stored.dtype != own.dtype and torch.promote_types(stored.dtype, own.dtype) != own.dtype:
-        return [f"{what} is {stored.dtype} in the adapter and {own.dtype} in the model, which cannot hold it."]
+        return [
+            f"{what} is {stored.dtype} in the adapter and {own.dtype} in the model, which cannot hold it. "
+            "Load it before the model is converted to that dtype."
+        ]
     return []
 
 

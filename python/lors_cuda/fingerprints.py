@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._checks import listed
+from ._checks import check_has_values, listed
 from .weight import SparseWeight
 
 _CHUNK = 1 << 18  # weights at a time: their integers, 8 bytes each, stay in the processor's cache
@@ -44,8 +44,7 @@ def fingerprint(weight: SparseWeight) -> Fingerprint:
     Raises:
         ValueError: the weight is on the meta device.
     """
-    if weight.device.type == "meta":
-        raise ValueError("A weight of the model is on the meta device, where it has no values. Load the weights first.")
+    check_has_values("A weight", weight.values)
     dense = weight.to_dense()
     N, K = dense.shape
     places = 2 * torch.arange(K, device=dense.device) + 1

@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .._checks import check_whole, joined
+from .._checks import check_has_values, check_whole, joined
 from .._distributed import check_gathered
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
@@ -147,6 +147,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         check_gathered(self.model)
         for name, layer in named_peft_layers(self.model):
             check_whole(f"The weight of '{name}'", layer.stored_values)
+            check_has_values(f"The weight of '{name}'", layer.stored_values)
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):

@@ -153,6 +153,13 @@ def test_merge_refuses_non_finite_values_and_names_the_place(which, value):
     assert_unchanged(model, before)
 
 
+def test_merge_says_what_has_no_values_or_no_finite_scaling():
+    model = converted()
+    model.model.layers[1].mlp.down_proj.scaling = math.nan
+    refused(ValueError, lambda: merge_and_unload(model), "'model.layers.1.mlp.down_proj': scaling is nan")
+    refused(ValueError, lambda: merge_and_unload(model.to("meta")), "weight is on the meta device", "Load the model")
+
+
 @pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
 def test_merge_refuses_a_sum_beyond_the_range_and_changes_nothing(layout):
     model = converted(dtype=torch.float16, layout=layout)
