@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import weakref
 from pathlib import Path
@@ -44,7 +43,7 @@ class _Guard:
         if layer is None or getattr(model, "_hf_peft_config_loaded", False):  # then transformers writes the adapter
             return write(model, *args, **kwargs)
         directory = args[0] if args else kwargs.get("save_directory")
-        if self._method == "save_pretrained" and _CHECKPOINT.fullmatch(os.path.basename(str(directory))):
+        if self._method == "save_pretrained" and _CHECKPOINT.fullmatch(Path(str(directory)).name):
             write(model, *args, **kwargs)
             config = Path(str(directory), "config.json")
             if config.is_file():  # written by one process

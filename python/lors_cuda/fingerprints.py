@@ -15,7 +15,8 @@ import torch
 from ._checks import check_has_values, listed
 from .weight import SparseWeight
 
-_CHUNK = 1 << 18  # weights at a time: their integers, 8 bytes each, stay in the processor's cache
+# Weights at a time: on the CPU, of each thread, so that their integers, 8 bytes each, stay in its cache.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 16, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def fingerprint(weight: SparseWeight) -> Fingerprint:
     N, K = dense.shape
     places = 2 * torch.arange(K, device=dense.device) + 1
     sums = []
-    for rows in dense.split(max(1, _CHUNK // K)):
+    chunk = _CPU_CHUNK * torch.get_num_threads() if dense.device.type == "cpu" else _GPU_CHUNK
+    for rows in dense.split(max(1, chunk // K)):
         bits = rows.double().view(torch.int64)
         # The low bits of what was a 16-bit value are zero, and so would those of the sum be.
         scrambled = (bits >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(bits)
