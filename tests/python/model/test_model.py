@@ -155,8 +155,9 @@ def test_merge_refuses_non_finite_values_and_names_the_place(which, value):
 
 def test_merge_says_what_has_no_values_or_no_finite_scaling():
     model = converted()
-    model.model.layers[1].mlp.down_proj.scaling = math.nan
-    refused(ValueError, lambda: merge_and_unload(model), "'model.layers.1.mlp.down_proj': scaling is nan")
+    layer = model.model.layers[1].mlp.down_proj
+    pair = layer.lora_A.detach(), layer.lora_B.detach()
+    refused(ValueError, lambda: layer.sparse_weight.merge(*pair, math.nan), "scaling is nan", "lora_alpha")
     refused(ValueError, lambda: merge_and_unload(model.to("meta")), "weight is on the meta device", "Load the model")
 
 
