@@ -305,7 +305,7 @@ def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: f
         row, column = _first_place(merged.to_dense())
         kept = float(weight.to_dense()[row, column])
         added = float(lora_B[row].double() @ lora_A[:, column].double()) * scaling
-        wider = ", or merge after model.float()" if weight.dtype == torch.float16 else ""
+        wider = ", or merge in float32 (in Python: model.float())" if weight.dtype == torch.float16 else ""
         raise ValueError(
             f"merged[{row}, {column}] would be {kept + added:.6g}, which is {kept:.6g} in the weight and {added:.6g} "
             f"from the adapter: beyond the range of {weight.dtype}, which ends at {torch.finfo(weight.dtype).max:.6g}. "

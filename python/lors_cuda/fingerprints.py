@@ -75,9 +75,13 @@ def from_fields(lors: Any) -> dict[str, Fingerprint] | None:
     if not isinstance(lors, Mapping):
         return None
     masks, values, dtypes = (lors.get(key, {}) for key in ("mask_fingerprints", "value_fingerprints", "weight_dtypes"))
-    if "mask_fingerprints" not in lors or not all(isinstance(each, Mapping) for each in (masks, values, dtypes)):
+    if "mask_fingerprints" not in lors or not all(map(_is_text, (masks, values, dtypes))):
         return None
     return {name: Fingerprint(mask, values.get(name, ""), dtypes.get(name, "")) for name, mask in masks.items()}
+
+
+def _is_text(fields: Any) -> bool:
+    return isinstance(fields, Mapping) and all(isinstance(value, str) for value in fields.values())
 
 
 def mask_problem(found: Mapping[str, Fingerprint], saved: Mapping[str, Fingerprint]) -> str | None:

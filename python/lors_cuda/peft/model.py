@@ -158,7 +158,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                         )
             joining = [each for each in merging if each not in layer.merged_adapters]
             try:
-                if joining or layer.merged_adapters:
+                if joining:
                     layer.merged_values([*layer.merged_adapters, *joining])
             except ValueError as error:
                 raise ValueError(f"Layer '{name}': {error} Nothing was merged.") from error
@@ -271,6 +271,7 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
             record.pop(adapter_name, None)
             if not known:
                 del model.peft_config
+        unguard_saving(model)
         raise
 
 

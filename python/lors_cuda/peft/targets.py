@@ -140,7 +140,8 @@ def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
 
 def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
     if isinstance(module, nn.Linear):
-        check_fits(module.weight.detach(), config.layout)
+        if config.trained_on is None or not config.strict_mask:  # else the mask itself is compared
+            check_fits(module.weight.detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.trained_on is None:
         stored = module.sparse_weight.layout
         if config.layout not in ("auto", stored):

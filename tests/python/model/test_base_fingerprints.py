@@ -204,6 +204,20 @@ def test_a_base_in_a_wider_dtype_may_be_another_one_or_the_one_that_was_rounded(
     assert hint in text
 
 
+@pytest.mark.parametrize("door", ["core", "peft"])
+def test_a_mask_that_does_not_fit_the_layout_is_another_mask(tmp_path, door):
+    save_adapter(trained(layout="2:4"), tmp_path)
+    model = tiny_llama()
+    model.get_submodule(Q_PROJ).weight.data += 1.0
+    call = load_adapter
+    if door == "peft":
+        pytest.importorskip("peft")
+        from lors_cuda.peft import from_pretrained as call
+    before = snapshot(model)
+    refused(ValueError, lambda: call(model, tmp_path), f"another sparsity mask: '{Q_PROJ}' differ")
+    assert_unchanged(model, before)
+
+
 def test_weights_that_are_not_loaded_yet_are_called_that(saved):
     _, directory = saved
     for model in (tiny_llama().to("meta"), get_lors_model(tiny_llama(), LoRSConfig(r=4, lora_alpha=8)).to("meta")):
