@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=not args.force)
     except ValueError as error:
-        raise ValueError(str(error).replace("use strict_values=False to load", "use --force to merge")) from error
+        raise ValueError(str(error).replace("strict_values=False", "--force")) from error
     # One bit per weight: a copy of the weights would be as large as the model.
     masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
     merge_and_unload(model)

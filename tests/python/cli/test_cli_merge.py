@@ -27,7 +27,7 @@ def test_an_adapter_is_merged_once_unless_forced(home, adapter, tmp_path, capsys
     assert call(*merge(home / "sparse", adapter, once)) == 0
     error = failed(capsys, *merge(once, adapter, twice))
     assert "is merged into them already" in error
-    assert "use --force to merge it all the same" in error
+    assert "use --force" in error
     assert not twice.exists()
     assert call(*merge(once, adapter, twice, "--force")) == 0
     assert "lors-cuda: warning: The adapter in" in capsys.readouterr().err
