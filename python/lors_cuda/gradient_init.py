@@ -126,12 +126,13 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Args:
         model: a converted model.
-        gradients: {module name: [N, K]} as `estimate_gradients` returns it, one for each LoRS layer.
+        gradients: {module name: [N, K]} as `estimate_gradients` returns it, one for each LoRS layer; those of other
+            modules are ignored, so that one estimate serves every choice of targets.
         stable_gamma: finite, greater than 0.
 
     Raises:
-        ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity (all
-            problems are listed and nothing is changed); the model is already sharded.
+        ValueError: a layer has no gradient, or one of another shape, or with NaN or infinity (all problems are listed
+            and nothing is changed); the model is already sharded.
         TypeError: `gradients` is not a mapping of tensors.
     """
     check_start(gradients, stable_gamma)
@@ -181,12 +182,10 @@ def check_start(gradients: Mapping[str, Tensor], stable_gamma: float) -> None:
 
 def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor]) -> list[str]:
     problems = [f"There is no gradient for '{name}'." for name in adapters if name not in gradients]
-    for name, gradient in gradients.items():
-        if name not in adapters:
-            problems.append(f"'{name}' has a gradient but is no LoRS layer of this model.")
+    for name, (lora_A, lora_B) in adapters.items():
+        if name not in gradients:
             continue
-        lora_A, lora_B = adapters[name]
-        needed = [lora_B.shape[0], lora_A.shape[1]]
+        gradient, needed = gradients[name], [lora_B.shape[0], lora_A.shape[1]]
         if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
             kind = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
             problems.append(f"The gradient of '{name}' must be a floating-point tensor, but is {kind}.")

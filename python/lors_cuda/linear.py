@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
+from ._checks import DTYPES, GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
 from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
@@ -18,6 +18,7 @@ from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
+_STORED_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
 
 
 class SparseLayer:
@@ -160,6 +161,14 @@ class SparseLinear(SparseLayer, nn.Module):
 
         Where both are sharded the weight is gathered to be checked, so that all processes must load together.
         """
+        for name, tensor in zip(_TENSORS, (values, bits, index), strict=True):
+            if isinstance(tensor, Tensor) and tensor.dtype not in _STORED_DTYPES[name]:
+                allowed = " or ".join(map(str, _STORED_DTYPES[name]))
+                return (
+                    f"{name} has dtype {tensor.dtype}; it must be {allowed}. A stored weight is loaded as it was "
+                    "saved: its integer tensors say which weights are kept, and averaging or a way through another "
+                    "dtype destroys them. Exchange lora_A and lora_B alone."
+                )
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             return (
@@ -334,27 +343,16 @@ class LoRSLinear(SparseLinear):
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
-            ValueError: the weight or an adapter holds a NaN or an infinity; the first place is named.
+            ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
+                dtype's range); the first place is named. The layer is sharded.
         """
-        self.check_finite()
-        with torch.no_grad():
-            merged = self.merged_dense()
-            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return make_linear(merged, self.bias).train(self.training)
-
-    def check_finite(self, name: str = "") -> None:
-        """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
-            if not torch.isfinite(tensor).all():
-                tensor = self.sparse_weight.to_dense() if which == "weight" else tensor
-                finite = torch.isfinite(tensor)
-                row, column = (~finite).nonzero()[0].tolist()
-                where = f" of layer {name!r}" if name else ""
-                raise ValueError(
-                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Put "
-                    "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
-                )
+        with torch.no_grad():
+            weight, merged = self.sparse_weight, self.merged_dense()
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+            check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
+        return make_linear(merged, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
+from ._checks import (
+    DTYPES,
+    LAYOUTS,
+    check_adapters,
+    check_choice,
+    check_mask,
+    check_merge,
+    check_tensor,
+    check_weight,
+    check_whole,
+)
 from ._library import check_device, lors
 from .dense_view import DenseView
 from .formats import (
@@ -218,21 +228,27 @@ class SparseWeight:
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: shapes, dtypes or devices do not fit.
+            ValueError: shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
+                beyond the range of the weight's dtype (the first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
-            if self.layout == "2:4":
-                values = lors.sparse24_merge(self.values, self.index, lora_A, lora_B, float(scaling))
-                return self._with(values, None, self.index)
-            merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, float(scaling))
-            bits = self.mask_bits
-            if self.layout == "bitmap":
-                assert bits is not None
-                return self._with(kept_values(merged, bits), bits, self.index)
-            if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
-                bits = pack_mask(self.values != 0)
+            merged = self._merged(lora_A, lora_B, float(scaling))
+            if merged.device.type != "meta":
+                check_merge(self, lora_A, lora_B, float(scaling), merged)
+        return merged
+
+    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
+        if self.layout == "2:4":
+            return self._with(lors.sparse24_merge(self.values, self.index, lora_A, lora_B, scaling), None, self.index)
+        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling)
+        bits = self.mask_bits
+        if self.layout == "bitmap":
+            assert bits is not None
+            return self._with(kept_values(merged, bits), bits, self.index)
+        if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
+            bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
 
     def fingerprint(self) -> str:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._files import new_directory
+from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
@@ -28,6 +32,8 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
     loaded by transformers. Nothing is fetched from the network, and no code from the directory is run.
+
+    An adapter in the same directory is not applied, and warned of: :func:`lors_cuda.load_adapter` loads it.
 
     Args:
         directory: with config.json.
@@ -47,6 +53,8 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     if not (directory / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"'{directory}' holds no model: it has no {CONFIG_NAME}.")
     transformers = require("transformers")
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
+        warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
     format = stored_format(directory)
     tensors = None if format is None else read_tensors(directory, format)
     try:
@@ -59,7 +67,14 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
         raise
     except Exception as error:  # transformers, safetensors and pickle each raise their own types
         raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    unmerged = next((key for key in missing if f"{key}_values" in unexpected), None)
+    if unmerged is not None:
+        raise ValueError(
+            f"The model in '{directory}' was saved unmerged: its '{unmerged}' is stored as a LoRS layer's tensors. "
+            "Convert the base model by get_lors_model as for the training, load these tensors by load_state_dict, and "
+            "save merge_and_unload(model)."
+        )
     config: Any = model.config
     saved_as = (config.architectures or [type(model).__name__])[0]
     # A masked language model's tensors fit a causal one's class, but it was trained to see the whole text.
@@ -74,7 +89,6 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
         )
-    unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         warnings.warn(
             f"The files in '{directory}' hold '{unexpected[0]}' and {len(unexpected) - 1} more tensors that "
@@ -155,10 +169,25 @@ def _from_files(transformers: Any, directory: Path, any_architecture: bool) -> t
     model_class = transformers.AutoModelForCausalLM
     if any_architecture:
         model_class = _named_class(transformers, _config(transformers, directory)) or model_class
-    loaded: tuple[nn.Module, dict[str, Any]] = model_class.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
-    )
-    return loaded
+    with _without_adapter(directory) as files:
+        model, info = model_class.from_pretrained(
+            str(files), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+        )
+    model.name_or_path = model.config._name_or_path = str(directory)
+    return model, info
+
+
+@contextlib.contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The model's files without an adapter that is beside them, which transformers would apply by way of PEFT."""
+    if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in directory.iterdir():
+            if file.name != ADAPTER_CONFIG_NAME:
+                Path(links, file.name).symlink_to(file.resolve())
+        yield Path(links)
 
 
 def _config(transformers: Any, directory: Path) -> Any:
