@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
+from ._checks import DTYPES, GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
+from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -19,10 +20,10 @@ _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
 _INTEGERS = _TENSORS[1:]
 _STATE = (*_TENSORS, "mask_digest")
-_INDEX = {"dense": None, "2:4": torch.uint8, "bitmap": torch.int64}
+_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
 _NO_NUMBERS = (
-    "Masks are not numbers: average, decay or convert the values alone, and take weight_mask, weight_index and "
-    "mask_digest unchanged from a model of the same mask."
+    "Masks are not numbers: average, decay or convert lora_A and lora_B, or weight_values, alone, and take weight_mask, "
+    "weight_index and mask_digest unchanged from a model of the same mask."
 )
 
 
@@ -76,7 +77,8 @@ class SparseLinear(SparseLayer, nn.Module):
             masks averages their digests too, and the result belongs to neither.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features].
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
     """
 
     weight_values: Tensor
@@ -85,6 +87,7 @@ class SparseLinear(SparseLayer, nn.Module):
     mask_digest: Tensor
     bias: nn.Parameter | None
     _checked: tuple[tuple[int, int], ...] | None  # the tensors, and their versions, that mask_digest was compared with
+    weight_uses = 0
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -134,7 +137,8 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        # A compiled graph drops what is not used, and cannot hold a view.
+        return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
@@ -253,7 +257,7 @@ class SparseLinear(SparseLayer, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _fitting(self, given: dict[str, Tensor], assign: bool) -> dict[str, Tensor | None]:
-        """The tensors of a state as this layer takes them: integers, a digest, and a mask that the dtype cannot lose.
+        """The tensors of a state as this layer takes them: with a digest, and a mask that its dtype cannot lose.
 
         Where both are sharded the values are gathered to be checked, so that all processes must load together.
 
@@ -261,6 +265,10 @@ class SparseLinear(SparseLayer, nn.Module):
             ValueError: they are no stored weight, or not one that this layer can hold.
         """
         values, bits, index, digest = (given.get(name) for name in _STATE)
+        for name, dtypes in _DTYPES.items():
+            if name in given and given[name].dtype not in dtypes:
+                allowed = " or ".join(map(str, dtypes))
+                raise ValueError(f"{name} has dtype {given[name].dtype}; it must be {allowed}. {_NO_NUMBERS}")
         if values is None:  # a state without frozen parameters
             for name in given.keys() & set(_INTEGERS):
                 own_tensor = getattr(self, name)
@@ -275,8 +283,6 @@ class SparseLinear(SparseLayer, nn.Module):
             )
         self._check_sharding(values)
         all_values = whole(values)  # before what only one process may refuse
-        bits = _integers("weight_mask", bits, torch.int32, exact=digest is None)
-        index = _integers("weight_index", index, _INDEX[layout], exact=digest is None)
         weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
@@ -445,29 +451,17 @@ class LoRSLinear(SparseLinear):
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
-            ValueError: the weight or an adapter holds a NaN or an infinity; the first place is named.
+            ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
+                dtype's range); the first place is named. The layer is sharded.
         """
-        self.check_finite()
-        with torch.no_grad():
-            merged = self.merged_dense()
-            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return make_linear(merged, self.bias).train(self.training)
-
-    def check_finite(self, name: str = "") -> None:
-        """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
-        check_whole("weight", self.weight_values)
         self.check_mask(always=True)
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
-            if not torch.isfinite(tensor).all():
-                tensor = self.weight if which == "weight" else tensor
-                finite = torch.isfinite(tensor)
-                row, column = (~finite).nonzero()[0].tolist()
-                where = f" of layer {name!r}" if name else ""
-                raise ValueError(
-                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Put "
-                    "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
-                )
+        with torch.no_grad():
+            weight, merged = self.sparse_weight, self.merged_dense()
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+            check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
+        return make_linear(merged, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"
@@ -490,22 +484,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _layout(index: Tensor | None) -> str:
-    if index is None:
-        return "dense"
-    # Of an average, which has another dtype, the dimensions tell.
-    return "2:4" if index.dtype == torch.uint8 or (index.dtype != torch.int64 and index.dim() == 2) else "bitmap"
-
-
-def _integers(name: str, tensor: Tensor | None, dtype: torch.dtype | None, *, exact: bool) -> Tensor | None:
-    """A mask tensor of a state as integers; an average in floating point must be whole numbers, up to rounding where a
-    digest will tell whether they are the right ones."""
-    if tensor is None or dtype is None or tensor.dtype == dtype or tensor.is_meta:
-        return tensor
-    numbers = tensor.double().round()
-    bounds = torch.iinfo(dtype)
-    if not bool(((numbers >= bounds.min) & (numbers <= bounds.max)).all()) or (exact and (numbers != tensor).any()):
-        raise ValueError(f"{name} is {tensor.dtype} and must be {dtype}: its numbers are none. {_NO_NUMBERS}")
-    return numbers.to(dtype)
+    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
 def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
 from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
@@ -53,7 +54,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             otherwise. NOTE: a merged layer therefore stores its values twice.
         base_was_linear: the base layer was an ``nn.Linear``; ``unload`` gives one back.
         mask_was_implicit: the base, of layout "dense", was given mask bits for the time that adapters are merged.
-        mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
+        fingerprint: of the base layer's weight, None before the first adapter is complete.
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
@@ -62,7 +63,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     unmerged_values: Tensor | None
     base_was_linear = False
     mask_was_implicit = False
-    mask_fingerprint = ""
+    fingerprint: Fingerprint | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -193,30 +194,27 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         before in one sum, so that the order does not matter.
 
         Raises:
-            ValueError: with ``safe_merge``, the merged weight has a NaN or an infinity; nothing is changed.
+            ValueError: what is merged, or the merged weight, has a NaN or an infinity, with ``safe_merge`` or without;
+                the first place is named and nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        self.base_layer.check_mask(always=True)
-        merged = self.merged_values([*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(merged.values).all()):
-            raise ValueError(
-                f"The merged weight has NaN or infinity (adapters {', '.join(names)}), so nothing was merged. Put "
-                "finite adapters back (an earlier checkpoint, a lower learning rate) and merge again."
-            )
+        values = self.merged_values([*self.merged_adapters, *names])
         stored = self.stored_values
         if self.unmerged_values is None:
             self.unmerged_values = stored.data
-        stored.data = merged.values
-        if merged.layout == "dense" and self.base_layer.weight_mask is None:
+        stored.data = values
+        if self.sparse_weight.layout == "dense" and self.base_layer.weight_mask is None:
             # It must not change where a merged value is zero, or rounds to zero in a conversion.
             self.mask_was_implicit, self.base_layer.weight_mask = True, self.sparse_weight.packed_mask()
         self.merged_adapters.extend(names)
 
-    def merged_values(self, names: Sequence[str]) -> SparseWeight:
-        """The base's weight with these adapters merged in; new values."""
-        return self.sparse_weight.merge(*self.stacked(names))
+    @torch.no_grad()
+    def merged_values(self, names: Sequence[str]) -> Tensor:
+        """The base's stored values with these adapters merged in; a new tensor. Refused as :meth:`merge` says."""
+        self.base_layer.check_mask(always=True)
+        return self.sparse_weight.merge(*self.stacked(names)).values
 
     def unmerge(self) -> None:
         """Put the base's values back as they were before :meth:`merge`, bit for bit."""

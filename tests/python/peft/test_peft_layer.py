@@ -142,7 +142,8 @@ def test_unmerging_restores_every_bit(base):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pointers = {name: layer.stored_values.data_ptr() for name, layer in layers(model).items()}
     model.merge_adapter()
-    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    merged = model.state_dict()  # a dense base has mask bits for the time
+    changed = [name for name, value in before.items() if not torch.equal(value, merged[name])]
     assert len(changed) == len(LAYERS)
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["second"])
@@ -226,23 +227,38 @@ def test_nothing_is_merged_if_one_adapter_is_not_finite(value, unload):
 @every_base
 def test_a_weight_that_is_not_finite_is_not_unloaded_as_merged(base):
     model = adapted(compressed(net(), base))
-    layers(model)["2"].stored_values.data.view(-1)[3] = float("inf")
-    with pytest.raises(ValueError, match="weight of '2' holds NaN or infinity, so nothing was merged"):
-        model.merge_and_unload()
+    values = layers(model)["2"].stored_values.data.view(-1)
+    values[values.nonzero()[3]] = float("inf")  # a kept one: in place of a zero it would be another mask
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"Layer '2': weight\[\d, \d\] is inf.* Nothing was merged"):
+            merge()
     assert set(layers(model)) == set(LAYERS)
 
 
-def test_safe_merge_refuses_what_overflows():
-    model = adapted(net(dtype=torch.float16))
-    layers(model)["2"].lora_B["default"].weight.data[:] = 60000.0
-    before = layers(model)["0"].stored_values.clone()
+@every_base
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_merge_that_overflows_is_refused_and_changes_nothing(base, safe):
+    model = adapted(compressed(net(dtype=torch.float16), base))
+    layers(model)["2"].lora_B["default"].weight.data[1] = 60000.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="merged weight of '2' would hold NaN or infinity, so nothing was merged"):
-            merge(safe_merge=True)
-    with pytest.raises(ValueError, match="merged weight has NaN or infinity"):
-        layers(model)["2"].merge(safe_merge=True)
-    assert torch.equal(layers(model)["0"].stored_values, before)
+        with pytest.raises(ValueError, match=r"Layer '2': merged\[1, \d+\] would be .* torch.float16"):
+            merge(safe_merge=safe)
+    with pytest.raises(ValueError, match=r"merged\[1, \d+\] would be .* torch.float16"):
+        layers(model)["2"].merge(safe_merge=safe)
     assert not layers(model)["2"].merged
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_that_overflows_beside_one_merged_before_is_refused():
+    model = adapted(net(dtype=torch.float16), adapters=("default", "second"))
+    model.merge_adapter(["default"])
+    layers(model)["0"].lora_B["second"].weight.data[:] = 60000.0
+    with pytest.raises(ValueError, match="Layer '0': merged"):
+        model.merge_adapter(["second"])
+    assert all(layer.merged_adapters == ["default"] for layer in layers(model).values())
 
 
 def test_names_of_no_adapter_are_not_merged():
@@ -329,3 +345,38 @@ def test_wrong_input_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         repr(model)
+
+
+@every_layout
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+def test_forward_mode_gives_the_derivative_of_the_forward(layout, gradient):
+    """Of the input, through one adapter, two, none, a merged one, and beside the base under dropout."""
+    model, x = adapted(adapters=("default", "other"), layout=layout, gradient=gradient), inputs()
+    tangent = inputs(seed=9)
+
+    def check(names: tuple[str, ...]) -> None:
+        weights, bias = merged_reference(model, names), net()[2].bias.detach()
+        formula = lambda x: torch.relu(x @ weights["0"].T) @ weights["2"].T + bias  # noqa: E731
+        expected = torch.func.jvp(formula, (x,), (tangent,))
+        for ours, theirs in zip(torch.func.jvp(model, (x,), (tangent,)), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs)
+
+    for names in (("default",), ("default", "other")):
+        model.base_model.set_adapter(list(names))
+        check(names)
+    with model.disable_adapter():
+        check(())
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    check(("default",))
+    model.unmerge_adapter()
+    dropping = adapted(layout=layout, gradient=gradient, lora_dropout=0.5, target_modules=["0"]).train()
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return dropping(x)
+
+    _, derivative = torch.func.jvp(dropped, (x,), (tangent,))
+    step = 1e-6
+    difference = (dropped(x + step * tangent) - dropped(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative.detach(), difference.detach(), rtol=1e-4, atol=1e-6)
