@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ._files import replace_file
-from .linear import SparseLayer
+from .sparse_linear import SparseLayer
 
 _METHODS = ("save_pretrained", "push_to_hub")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # of transformers.Trainer

@@ -13,7 +13,7 @@ from torch import nn
 
 from ._checks import listed
 from .config import selects
-from .linear import SparseLayer
+from .sparse_linear import SparseLayer
 from .sparsity import EXPERTS, Weight, beside_base_model, task_heads, total_sparsity, weights_of
 
 # A model that was never pruned may have a few exact zeros.

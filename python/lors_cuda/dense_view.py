@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
-    from .linear import SparseLinear
+    from .sparse_linear import SparseLinear
 
 # What can be asked of a tensor without its values. Everything else is a use.
 _LOOKS = frozenset(

@@ -23,8 +23,8 @@ from ._distributed import from_first, summed, together
 from ._files import damage, explained, move_directory, seal
 from .adapter_directory import CONFIG_NAME
 from .checkpoint import load_adapter, save_adapter
-from .linear import SparseLayer
 from .model import named_lors_layers
+from .sparse_linear import SparseLayer
 from .sparsity import weights_of
 from .targets import has_peft_adapters
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ._batches import progress_bar, running
 from ._checks import DTYPES, check_choice, is_packed, listed
 from .config import LoRSConfig
-from .linear import SparseLayer
+from .sparse_linear import SparseLayer
 from .sparsity import (
     EXPERTS,
     LINEAR,

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ._checks import check_whole, is_packed, listed
 from .config import ALL_LINEAR, LoRSConfig, selects
-from .linear import SparseLinear
+from .sparse_linear import SparseLinear
 from .targets import Target, output_heads
 from .weight import plain
 

@@ -19,7 +19,7 @@ from .._checks import check_choice
 from .._files import new_directory
 from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
-from ..linear import SparseLinear
+from ..sparse_linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
 

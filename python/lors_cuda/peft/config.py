@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+
+from peft import LoraConfig
 
 from .._checks import (
     GRADIENTS,
@@ -173,7 +174,6 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         fingerprints = to_fields(self.fingerprints or self.trained_on or {})
         values["lors"] = SavedBase(format_version=FORMAT_VERSION, **fingerprints)
         return values
-
 
     def _true_alphas(self) -> dict[str, float]:
         """`alpha_pattern`, or, where a layer's scaling is another one, a pattern of the same meaning by full names."""

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from .. import gradient_init
 from .._distributed import check_gathered
-from ..linear import SparseLinear
+from ..sparse_linear import SparseLinear
 from ..targets import Target
 from .config import LoRSLoraConfig
 from .model import LoRSLoraModel

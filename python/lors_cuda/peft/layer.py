@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
-from ..linear import SparseLayer, SparseLinear
+from ..sparse_linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 
@@ -176,7 +176,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         base.check_mask()
         # Every call stacks new tensors, which a cached merge could not recognise.
         kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
-        return lors_linear(x, base.sparse_weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept)
+        return lors_linear(
+            x, base.sparse_weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept
+        )
 
     def _is_one_product(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
@@ -225,8 +227,10 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             self.stored_values.data = self.unmerged_values
             self.unmerged_values = None
         bits = self.base_layer.weight_mask
-        if self.mask_was_implicit and torch.equal(SparseWeight(self.stored_values).packed_mask(), bits):
-            self.mask_was_implicit, self.base_layer.weight_mask = False, None
+        if self.mask_was_implicit and bits is not None:
+            if torch.equal(SparseWeight(self.stored_values).packed_mask(), bits):
+                self.base_layer.weight_mask = None
+            self.mask_was_implicit = False
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(

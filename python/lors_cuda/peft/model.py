@@ -29,7 +29,7 @@ from .._distributed import check_gathered
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..advice import new_heads, warn_of_conversion
-from ..linear import SparseLinear
+from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
 from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out_all_linear

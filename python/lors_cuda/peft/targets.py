@@ -15,7 +15,7 @@ from torch import nn
 from .._checks import check_rank, joined, listed
 from ..config import ALL_LINEAR, matched
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
-from ..linear import SparseLayer, SparseLinear
+from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseLinear: a frozen layer, stored sparse, that keeps its mask; and the base class of all our layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import DTYPES
+from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
+from .dense_view import DenseView, dense_tensor
+from .functional import MergedWeight, sparse_linear
+from .weight import SparseWeight
+
+_Self = TypeVar("_Self", bound="SparseLinear")
+_TENSORS = ("weight_values", "weight_mask", "weight_index")
+_INTEGERS = _TENSORS[1:]
+_STATE = (*_TENSORS, "mask_digest")
+_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
+_NO_NUMBERS = (
+    "Masks are not numbers: average, decay or convert lora_A and lora_B, or weight_values, alone, and take "
+    "weight_mask, weight_index and mask_digest unchanged from a model of the same mask."
+)
+
+
+class SparseLayer:
+    """A linear layer whose frozen weight is sparse: what the layers here and in lors_cuda.peft have in common.
+
+    Attributes:
+        in_features, out_features: K and N.
+        sparse_weight: the frozen weight, without adapters, as a :class:`SparseWeight`.
+        storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
+        has_adapters: whether it is of a kind that has adapters.
+        merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+    """
+
+    in_features: int
+    out_features: int
+    has_adapters = False
+    merged_weight: MergedWeight | None = None
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        raise NotImplementedError
+
+    @property
+    def storage(self) -> Any:
+        raise NotImplementedError
+
+    def merged_dense(self) -> Tensor:
+        """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
+        raise NotImplementedError
+
+
+class SparseLinear(SparseLayer, nn.Module):
+    """A frozen linear layer, ``Y = X W^T + bias``, with W stored in one of the layouts of :class:`SparseWeight`.
+
+    The values are a frozen parameter, the integer tensors are buffers, because masks are not numbers: what averages,
+    decays or flattens ``model.parameters()`` (EMA, LBFGS, ``parameters_to_vector``) cannot reach them, ``state_dict()``
+    gives copies of them, and wherever torch looks for a module's tensors (``.to()``, ``deepcopy``, distributed
+    checkpoints, ``functional_call``, export) it finds them. Under ``fully_shard`` every process holds them whole (1 bit
+    per weight), beside its part of the values. DistributedDataParallel broadcasts them when it is made, as it does
+    parameters, and after the first forward no more (in compiled forwards it goes on, unless broadcast_buffers=False).
+
+    ``mask_digest`` tells a mask that was changed in place, or averaged in a state, from the one that was stored:
+    forward, merge and ``state_dict()`` compare where torch has counted a change, and ``load_state_dict`` always.
+
+    Attributes:
+        weight_values: Parameter, the values of ``sparse_weight``.
+        weight_mask: buffer, its mask bits; None where the layout has none.
+        weight_index: buffer, its metadata or row offsets; None where the layout has none.
+        mask_digest: buffer, :meth:`SparseWeight.digest`: floating numbers, so that what averages the values of two
+            masks averages their digests too, and the result belongs to neither.
+        bias: frozen Parameter [out_features] or None.
+        sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
+    """
+
+    weight_values: Tensor
+    weight_mask: Tensor | None
+    weight_index: Tensor | None
+    mask_digest: Tensor
+    bias: nn.Parameter | None
+    _checked: tuple[tuple[int, int], ...] | None  # the tensors, and their versions, that mask_digest was compared with
+    weight_uses = 0
+
+    def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = sparse_weight.shape
+        self.weight_values = nn.Parameter(sparse_weight.values, requires_grad=False)
+        # What may be None comes last: torch.export counts the buffers of its root wrongly where one follows a None.
+        self.register_buffer("mask_digest", sparse_weight.digest())
+        self.register_buffer("weight_index", sparse_weight.index)
+        self.register_buffer("weight_mask", sparse_weight.mask_bits)
+        self._checked = self._versions()
+        self.bias = _frozen(None if bias is None else bias.detach())
+
+    @classmethod
+    def compress(cls, linear: nn.Linear, layout: str = "auto", mask: Tensor | None = None) -> SparseLinear:
+        """The frozen layer of a linear layer whose weight has zeros; ``layout`` and ``mask`` as in
+        :meth:`SparseWeight.from_dense`. Tensors are referenced, not copied, where possible.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``.
+            ValueError: as :meth:`SparseWeight.from_dense`.
+        """
+        check_linear(linear)
+        weight = SparseWeight.from_dense(linear.weight.detach(), layout, mask)
+        return SparseLinear(weight, linear.bias).train(linear.training)
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
+
+    @property
+    def storage(self) -> nn.Module:
+        return self
+
+    def merged_dense(self) -> Tensor:
+        return self.sparse_weight.to_dense()
+
+    def whole_weight(self) -> SparseWeight:
+        """``sparse_weight``, checked, and gathered from all processes where ``fully_shard`` has cut it; a collective.
+
+        Raises:
+            ValueError: as :meth:`check_mask`.
+        """
+        weight = SparseWeight(whole(self.weight_values), self.weight_mask, self.weight_index,
+                              in_features=self.in_features)  # fmt: skip
+        self._compare(weight)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        # A compiled graph drops what is not used, and cannot hold a view.
+        return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
+        self.check_mask()
+        return sparse_linear(input, self.sparse_weight, self.bias)
+
+    def check_mask(self, *, always: bool = False) -> None:
+        """Refuse a mask that is not the one that was stored; also values off it. Cheap where torch counts no change.
+
+        Args:
+            always: compare in any case: torch counts no writes through ``tensor.data``. Waits for the device.
+
+        Raises:
+            ValueError: the mask was changed since the layer was made or loaded, or its values do not fit it.
+        """
+        # Compiled code, and tensors that only stand for others, have no content to compare.
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        end_buffer_broadcasts(SparseLinear)
+        tensors = [tensor for tensor in self._stored() if tensor is not None]
+        if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
+            return
+        if not always:
+            # ZeRO-3 exchanges the values' content, and a captured graph cannot wait for the device.
+            if self._checked == self._versions() or hasattr(self.weight_values, "ds_shape"):
+                return
+            if self.weight_values.is_cuda and torch.cuda.is_current_stream_capturing():
+                return
+        with torch.no_grad():
+            self._compare(self.sparse_weight)
+        self._checked = self._versions()
+
+    def _compare(self, weight: SparseWeight) -> None:
+        try:
+            SparseWeight.from_stored(weight.values, weight.mask_bits, weight.index, self.in_features)
+            problem = None if weight.has_digest(self.mask_digest) else "its digest is another one."
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(
+                f"The stored weight of {type(self).__name__}({self.extra_repr()}) has another mask than it was made or "
+                f"loaded with: {problem} {_NO_NUMBERS} Load a "
+                "sound state, or convert the sparse model again. torch.optim.swa_utils.AveragedModel needs "
+                "use_buffers=False."
+            )
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors are stored, and how often each was written to in place."""
+        return tuple(
+            (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            for tensor in self._stored()
+            if tensor is not None
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
+        self.check_mask(always=True)
+        return make_linear(self.sparse_weight.to_dense(), self.bias).requires_grad_(False).train(self.training)
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        before = self.weight_values.detach()  # the parameter itself may be given the converted data
+        # A conversion to a smaller type may round a kept weight to zero; the mask must not lose it.
+        implicit = self.weight_index is None and self.weight_mask is None and before.device.type != "meta"
+        if implicit and is_sharded(before):
+            _check_keeps_mask(before, fn)
+        super()._apply(fn, recurse)
+        if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
+            bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
+            self.weight_mask = None if bits is None else bits.to(self.weight_values.device)
+        self._checked = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": None}  # a copy's tensors are others
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_checked", None)
+        if "mask_digest" not in self._buffers:  # of a version whose integer tensors were parameters
+            for name in _INTEGERS:
+                tensor = self._parameters.pop(name)
+                self.register_buffer(name, None if tensor is None else tensor.detach())
+            self.register_buffer("mask_digest", self.sparse_weight.digest())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_mask()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in (*_INTEGERS, "mask_digest"):  # so that averages over a state in place do not reach the layer
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].clone()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
+        # shapes of the tensors. But only where it fits, because a refused state must leave the layer as it was.
+        errors: list[str] = args[-1]
+        given = {name: state_dict[prefix + name] for name in _STATE if prefix + name in state_dict}
+        if given:
+            try:
+                loaded = self._fitting(given, bool(local_metadata.get("assign_to_params_buffers")))
+            except ValueError as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+                return
+            state_dict = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in given}
+            state_dict.update({prefix + name: tensor for name, tensor in loaded.items() if tensor is not None})
+            for name, tensor in loaded.items():
+                own = getattr(self, name)
+                if tensor is None or own is None or own.shape != tensor.shape:
+                    dtype = self.weight_values.dtype if name == "weight_values" else getattr(tensor, "dtype", None)
+                    device = self.weight_values.device
+                    new = None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)
+                    setattr(self, name, _frozen(new) if name == "weight_values" else new)
+            self._checked = None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _fitting(self, given: dict[str, Tensor], assign: bool) -> dict[str, Tensor | None]:
+        """The tensors of a state as this layer takes them: with a digest, and a mask that its dtype cannot lose.
+
+        Where both are sharded the values are gathered to be checked, so that all processes must load together.
+
+        Raises:
+            ValueError: they are no stored weight, or not one that this layer can hold.
+        """
+        values, bits, index, digest = (given.get(name) for name in _STATE)
+        for name, dtypes in _DTYPES.items():
+            if name in given and given[name].dtype not in dtypes:
+                allowed = " or ".join(map(str, dtypes))
+                raise ValueError(f"{name} has dtype {given[name].dtype}; it must be {allowed}. {_NO_NUMBERS}")
+        if values is None:  # a state without frozen parameters
+            for name in given.keys() & set(_INTEGERS):
+                own_tensor = getattr(self, name)
+                if own_tensor is None or not torch.equal(given[name].to(own_tensor.device), own_tensor):
+                    raise ValueError(
+                        f"the state has another {name} than the layer, and no weight_values. {_NO_NUMBERS}"
+                    )
+            return {}
+        layout, own = _layout(index), _layout(self.weight_index)
+        if layout != own:
+            raise ValueError(
+                f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
+                f"with layout='{layout}' before loading it."
+            )
+        self._check_sharding(values)
+        all_values = whole(values)  # before what only one process may refuse
+        weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
+                f"{(self.out_features, self.in_features)}."
+            )
+        if digest is not None and not weight.has_digest(digest):
+            raise ValueError(f"the mask is not the one that was saved: its digest is another one. {_NO_NUMBERS}")
+        if not assign:
+            bits = weight.to(self.weight_values.dtype).mask_bits
+        return {"weight_values": values, "weight_mask": bits, "weight_index": index, "mask_digest": weight.digest()}
+
+    def _check_sharding(self, values: Tensor) -> None:
+        if is_sharded(self.weight_values) != is_sharded(values):
+            sharded = "the layer is sharded and the state is not"
+            if is_sharded(values):
+                sharded = "the state is sharded and the layer is not"
+            raise ValueError(
+                f"{sharded}; load it by set_model_state_dict of torch.distributed.checkpoint.state_dict, a whole state "
+                "with StateDictOptions(full_state_dict=True)."
+            )
+        if is_sharded(values) and values.shape != self.weight_values.shape:
+            raise ValueError(
+                "the state's weight_values does not have the layer's shape, so its weight has another mask, and a "
+                "layer that is sharded cannot take that on. Load it before fully_shard."
+            )
+
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        return self.weight_values, self.weight_mask, self.weight_index
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"layout={_layout(self.weight_index)!r}"  # also where the tensors are partitioned and empty
+        )
+
+
+def check_linear(linear: nn.Module) -> None:
+    """Refuse what is no nn.Linear."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain linear layer of ``weight`` [N, K], which it takes, and ``bias`` [N], which it copies."""
+    N, K = weight.shape
+    linear = nn.utils.skip_init(nn.Linear, K, N, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def _layout(index: Tensor | None) -> str:
+    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
+
+
+def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a conversion that rounds a kept weight of a sharded layer to zero: it cannot be given a mask any more."""
+    local = local_part(values)
+    converted = fn(local)
+    if converted.dtype != local.dtype and bool(((converted == 0) & (local != 0)).any()):
+        raise ValueError(
+            "The conversion rounds weights that are kept to zero, and the layer, sharded by fully_shard, cannot be "
+            "given a mask that keeps them. Convert the model's dtype before fully_shard."
+        )
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
