@@ -284,7 +284,10 @@ class SparseLinear(SparseLayer, nn.Module):
             )
         self._check_sharding(values)
         all_values = whole(values)  # before what only one process may refuse
-        weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
+        try:
+            weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
+        except ValueError as error:  # of an average that was cast to integers, too
+            raise ValueError(f"{error} {_NO_NUMBERS}") from error
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
