@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._batches import device_of, running
 from .._distributed import is_first, launched
 from .._library import build_info
+from .._records import ENDINGS
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line, write_model
 from ..config import ALL_LINEAR, LoRSConfig
@@ -80,7 +82,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_size: int = 8) -> None:
     """--data, --tokenizer, --batch-size and --sequence-length."""
-    parser.add_argument("--data", type=Path, required=required, metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument("--data", type=Path, required=required, metavar="FILE", help=f"text or records: {', '.join(ENDINGS)}")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer, if not the model's")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="sequences per forward pass")
     parser.add_argument(
@@ -160,12 +162,14 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {first_line(error)}") from error
 
 
-def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None = None) -> TokenDataset:
+def load_dataset(
+    args: argparse.Namespace, model: nn.Module, path: Path | None = None, *, packing: bool = False
+) -> TokenDataset:
     """Load --data, or ``path``, with the model's tokenizer and check that both fit the model.
 
     Raises:
-        ValueError: --sequence-length exceeds what the model can take, or a token id exceeds its vocabulary; and as
-            load_tokenizer and load_data.
+        ValueError: --sequence-length exceeds what the model can take, a token id exceeds its vocabulary, or the model
+            does not keep packed examples apart; and as load_tokenizer and load_data.
     """
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     config = getattr(model, "config", None)
@@ -174,6 +178,9 @@ def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None =
     if length > longest:
         raise ValueError(f"--sequence-length is {length}, but the model in '{args.model}' takes at most {longest}.")
     data = load_data(args.data if path is None else path, tokenizer, length)
+    if packing:
+        check_packing(model)
+        data = data.packed(length)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and data.max_token_id >= vocabulary:
         raise ValueError(
@@ -183,11 +190,41 @@ def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None =
     return data
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Refuse a model in which an example sees what is packed before it; found out by running it on two examples.
+
+    Raises:
+        ValueError: it does, or takes no position_ids.
+    """
+    size = getattr(getattr(model, "config", None), "vocab_size", None) or 8
+    second = torch.arange(8) % size
+    batch = torch.stack([torch.cat([first, second]) for first in (torch.zeros_like(second), second.flip(0))])
+    positions = torch.arange(8).repeat(2, 2)
+    device = device_of(model)
+    with running(model, training=False):
+        try:
+            logits = model(input_ids=batch.to(device), position_ids=positions.to(device)).logits[:, 8:].float()
+        except TypeError:
+            apart = False
+        else:
+            apart = torch.allclose(logits[0], logits[1], rtol=0.0, atol=1e-5 * float(logits.abs().max()))
+    if not apart:
+        raise ValueError(
+            f"In {type(model).__name__} an example sees the one that --packing puts before it, so its loss would be "
+            "another. Train without --packing."
+        )
+
+
 def describe_data(data: TokenDataset) -> str:
     """One line about a dataset: how much, and what was cut or left out."""
     text = f"{len(data)} sequences, {data.loss_tokens} tokens to predict"
+    if data.packs is not None:
+        text += f", {len(data.examples)} examples packed into them"
+    if data.continued:
+        text += f", {data.continued} texts longer than --sequence-length go on in further ones"
     if data.truncated:
-        text += f", {data.truncated} cut to fit"
+        text += f", {data.truncated} cut to fit into --sequence-length"
     if data.skipped:
         text += f", {data.skipped} without a token to predict left out"
     return text
