@@ -43,7 +43,8 @@ def as_messages(turns: list[Any], where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{place} has the {role_key} {role!r}; it must be one of {', '.join(_ROLES)}.")
         if not isinstance(content, (str, list)) and not (content is None and turn.get("tool_calls")):
             raise ValueError(f'{place}: "{content_key}" is a JSON {value_kind(content)}; it must be a string.')
-        rest = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
+        # A null is no value: a template that asks `is defined` would take "tool_calls": null for a call.
+        rest = {name: item for name, item in turn.items() if name not in (role_key, content_key) and item is not None}
         messages.append({**rest, "role": _ROLES[role], "content": content or ""})
     return messages
 
@@ -56,8 +57,8 @@ class ChatTemplate:
         self._plain = not getattr(tokenizer, "chat_template", None)
         if self._plain:
             warnings.warn(
-                "The tokenizer has no chat template. Conversations are written as <|user|>, a new line, the message, the "
-                "EOS token, <|assistant|>, ...; a chat_template.jinja in the tokenizer's directory would decide.",
+                "The tokenizer has no chat template. Conversations are written as <|user|>, a new line, the message, "
+                "the EOS token, <|assistant|>, ...; a chat_template.jinja in the tokenizer's directory would decide.",
                 stacklevel=5,
             )
 
@@ -101,8 +102,8 @@ class _Conversation:
             words = message["content"].split() if isinstance(message["content"], str) else []
             if message["role"] in ("user", "assistant") and words and words[-1] not in text:
                 raise ValueError(
-                    f"{self.where}: the chat template leaves out what message {number} says; it may need the content as "
-                    'a list: [{"type": "text", "text": ...}].'
+                    f"{self.where}: the chat template leaves out what message {number} says; it may need the content "
+                    'as a list: [{"type": "text", "text": ...}].'
                 )
         return self._tokens(text, spans)
 
@@ -166,10 +167,12 @@ class _Conversation:
 
     def _tokens(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         ids = self._ids(text)
-        borders = [0, *(border for span in spans for border in span), len(text)]
-        pieces = [self._ids(text[start:end]) for start, end in zip(borders, borders[1:], strict=False)]
-        if [token for piece in pieces for token in piece] == ids:
-            return ids, [number % 2 == 1 for number, piece in enumerate(pieces) for _ in piece]
+        beginnings = [[self._ids(text[:border]) for border in span] for span in spans]
+        if all(ids[: len(one)] == one for pair in beginnings for one in pair):
+            said = [False] * len(ids)
+            for before, whole in beginnings:
+                said[len(before) : len(whole)] = [True] * (len(whole) - len(before))
+            return ids, said
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{self.where}: the tokenizer joins characters across the border of a turn, and does not say which; a "

@@ -90,9 +90,9 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
           loses tokens from its start (BOS stays) down to half of ``sequence_length``, and then the completion loses
           tokens from its end.
         - ``{"messages": [{"role": ..., "content": ...}, ...]}``, and ``{"conversations": [{"from": ..., "value": ...},
-          ...]}`` as ShareGPT has it (human, gpt, system): written by the tokenizer's chat template, with ``tools`` if the
-          record has them; the loss counts on the assistant's turns, all of them, with what ends each. If they are too
-          long, they lose tokens from their end.
+          ...]}`` as ShareGPT has it (human, gpt, system): written by the tokenizer's chat template, with ``tools`` if
+          the record has them; the loss counts on the assistant's turns, all of them, with what ends each. If they are
+          too long, they lose tokens from their end.
 
         Texts, completions and conversations end with the tokenizer's EOS token, if it has one, so that the model
         learns to stop; once, where they bring it along. A chat template that closes the last turn by a special token
@@ -216,9 +216,10 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
 
 def load_data(path: str | os.PathLike[str], tokenizer: Any, sequence_length: int) -> TokenDataset:
-    """Load a ``.txt`` file (see :meth:`TokenDataset.from_text`), or the records (:meth:`TokenDataset.from_records`) of a
-    ``.jsonl`` (an object per line), ``.json`` (one array of objects, or lines), ``.csv`` (a row of column names, commas)
-    or ``.parquet`` file (needs the package ``datasets``).
+    """Load a ``.txt`` file by :meth:`TokenDataset.from_text`, any other by :meth:`TokenDataset.from_records`.
+
+    Records are in a ``.jsonl`` (an object per line), ``.json`` (one array of objects, or lines), ``.csv`` (a row of
+    column names, commas between) or ``.parquet`` file; the last needs the package ``datasets``.
 
     Args:
         path: its ending, in any case, says what it is. UTF-8 text, with or without a byte order mark. Blank lines of
@@ -344,7 +345,7 @@ class _Encoder:
 
 
 def _pieces(first: list[int], ids: list[int], length: int, last: Sequence[int] = ()) -> list[Example]:
-    """Consecutive examples, each begun with ``first``; a rest that has nothing to predict, or only ``last``, is dropped."""
+    """Consecutive examples, each begun with ``first``; a rest of one token, or of only ``last``, is dropped."""
     begin = torch.tensor(first, dtype=torch.int32)
     chunks = torch.split(torch.tensor(ids, dtype=torch.int32), length - len(first))
     if len(chunks) > 1 and chunks[-1].tolist() == list(last):

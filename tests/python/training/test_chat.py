@@ -30,8 +30,7 @@ def loss_of(tokenizer, record, length: int = 512) -> tuple[str, list[str]]:
     """The whole text of the one example, and the runs of its tokens on which the loss counts."""
     ((ids, labels),) = TokenDataset.from_records([(1, record)], tokenizer, length).examples
     runs, run = [], []
-    for token, label in zip(ids.tolist(), [*labels.tolist()[1:], IGNORED], strict=True):
-        assert label in (IGNORED, *ids.tolist())
+    assert all(label in (token, IGNORED) for token, label in zip(ids.tolist(), labels.tolist(), strict=True))
     for label in [*labels.tolist(), IGNORED]:
         if label != IGNORED:
             run.append(label)
@@ -128,7 +127,9 @@ def test_without_a_chat_template_there_is_a_warning_and_a_plain_one():
     with pytest.warns(UserWarning, match="has no chat template") as caught:
         data = TokenDataset.from_records([(n, {"messages": messages()}) for n in range(2)], tokenizer, 512)
     assert len(caught) == 1
-    assert tokenizer.decode(data.examples[0][0]).startswith("<|system|>\nbe brief</s>\n<|user|>\na?</s>\n<|assistant|>\n")
+    assert tokenizer.decode(data.examples[0][0]).startswith(
+        "<|system|>\nbe brief</s>\n<|user|>\na?</s>\n<|assistant|>\n"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert loss_of(tokenizer, {"messages": messages()})[1] == ["\n\u00e9!</s>", "B.</s>"]
@@ -136,7 +137,11 @@ def test_without_a_chat_template_there_is_a_warning_and_a_plain_one():
         refused(ValueError, lambda: loss_of(tokenizer, record), "line 1 has tools", "chat_template.jinja")
 
 
-THINKS = HEAD + "{{ ('[thought]' if loop.last and m.role == 'assistant' else '') + m.content + '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+THINKS = (
+    HEAD
+    + "{{ ('[thought]' if loop.last and m.role == 'assistant' else '') + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    + PROMPT
+)
 ENDS = CHATML.replace(PROMPT, "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}")
 OTHER_PROMPT = CHATML.replace(PROMPT, "{% if add_generation_prompt %}<|im_start|>assistant\n[thought]{% endif %}")
 
@@ -158,7 +163,11 @@ def test_templates_whose_turns_depend_on_their_place(template, expected):
     assert said == expected
 
 
-BY_LENGTH = HEAD + "{{ (messages | map(attribute='content') | join | length) ~ m.content + '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+BY_LENGTH = (
+    HEAD
+    + "{{ (messages | map(attribute='content') | join | length) ~ m.content + '<|im_end|>\\n' }}{% endfor %}"
+    + PROMPT
+)
 LISTS = HEAD + "{% for part in m.content %}{{ part.text }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
 ONLY_USERS = MARKED.replace("m.role == 'assistant'", "m.role == 'model'")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
@@ -187,7 +196,7 @@ def test_conversations_that_cannot_be_told_are_refused(template, turns, fragment
 def test_tokenizers_without_offsets_refuse_what_they_join():
     class Joining(type(byte_tokenizer())):
         def __call__(self, text, **options):
-            return super().__call__(text.replace("\n\n", "\n"), **options)
+            return super().__call__(text.replace("\n\n", "\r"), **options)
 
     tokenizer = Joining()
     tokenizer.chat_template = CHATML

@@ -16,7 +16,7 @@ from byte_model import byte_tokenizer
 from lors_cuda.data import IGNORED, TokenDataset, load_data
 from models import refused
 
-PAIRS = [{"prompt": f"{n}, \"{n}\"\n=", "completion": f"0{n}"} for n in range(5)]
+PAIRS = [{"prompt": f'{n}, "{n}"\n=', "completion": f"0{n}"} for n in range(5)]
 CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
@@ -99,7 +99,7 @@ def test_texts_keep_their_line_ends(tokenizer, tmp_path, content):
 def test_cells_are_text_and_may_be_long(tokenizer, tmp_path):
     cells = ["007", "NA", "null", "1e3", "x" * 200_000]
     path = tmp_path / "a.csv"
-    path.write_bytes("text\r\n".encode() + b"".join(cell.encode() + b"\r\n\r\n" for cell in cells))
+    path.write_bytes(b"text\r\n" + b"".join(cell.encode() + b"\r\n\r\n" for cell in cells))
     limit = csv.field_size_limit()
     data = load_data(path, tokenizer, 250_000)
     assert [bytes(token - 3 for token in ids[:-1]).decode() for ids, _ in as_lists(data)] == cells
@@ -180,7 +180,10 @@ def test_rows_of_parquet_are_named(tokenizer, tmp_path):
 def test_reading_a_table_writes_nothing(tmp_path):
     """No cache and no lock file: homes may be read-only, and processes read the same file at once."""
     path, home = written(tmp_path / "a[1]*.parquet", [{"text": "abc"}]), tmp_path / "home"
-    code = f"from lors_cuda._records import read_records; from pathlib import Path\nprint(list(read_records(Path({str(path)!r}), '.parquet')))"
+    code = (
+        "from pathlib import Path; from lors_cuda._records import read_records\n"
+        f"print(list(read_records(Path({str(path)!r}), '.parquet')))"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HOME": str(home), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
