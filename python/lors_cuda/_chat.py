@@ -113,7 +113,7 @@ class _Conversation:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            (text,), spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # annotated as a string
                 conversations=[messages],
                 tools=self.tools,
                 chat_template=self.template,
@@ -126,11 +126,12 @@ class _Conversation:
         except Exception as error:  # a template is a program, and may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self.where}: the chat template refuses the conversation: {reason}") from None
+        (text,), spans = rendered
         return text, list(spans[0]) if marks else []
 
     def _spans_by_beginnings(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         text, _ = self._render(messages)
-        spans = []
+        spans: list[tuple[int, int]] = []
         for number in range(len(messages)):
             if messages[number]["role"] == "assistant":
                 start, end = self._span(messages, number, text)
