@@ -90,7 +90,7 @@ def kind_of(record: Any, where: str) -> tuple[str, ...]:
             _check_unicode(record, (*kind, "tools"), where)
             return kind
     has = ", ".join(f'"{name}"' for name in known or record) or "nothing"
-    few = "" if known else ", none of which is known"
+    few = "" if known or not record else ", none of which is known"
     raise ValueError(f"{where} has {has}{few}; it must have {NEEDED}, and one of these only. Rename the fields.")
 
 

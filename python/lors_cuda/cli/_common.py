@@ -180,21 +180,21 @@ def load_dataset(
     if length > longest:
         raise ValueError(f"--sequence-length is {length}, but the model in '{args.model}' takes at most {longest}.")
     data = load_data(args.data if path is None else path, tokenizer, length)
-    if packing:
-        check_packing(model)
-        data = data.packed(length)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and data.max_token_id >= vocabulary:
         raise ValueError(
             f"The tokenizer gives token {data.max_token_id}, but the model's vocabulary has {vocabulary}: they do not "
             "belong together. Name the right one with --tokenizer."
         )
-    return data
+    if not packing:
+        return data
+    check_packing(model)
+    return data.packed(length)
 
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Refuse a model in which packing changes an example; found out by running it on 16 tokens.
+    """Refuse a model in which packing changes an example; found out by running it on a few tokens.
 
     Raises:
         ValueError: an example sees what is packed before it, or does not begin at position 0.
@@ -232,7 +232,7 @@ def describe_data(data: TokenDataset) -> str:
     if data.packs is not None:
         text += f", {len(data.examples)} examples packed into them"
     if data.continued:
-        text += f", {data.continued} texts longer than --sequence-length go on in further ones"
+        text += f", {data.continued} text(s) longer than --sequence-length go on in further ones"
     if data.truncated:
         text += f", {data.truncated} cut to fit into --sequence-length"
     if data.skipped:

@@ -164,7 +164,7 @@ def test_what_was_cut_is_said(home, tmp_path, capsys):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert call("eval", "--model", home / "sparse", "--data", path, "--sequence-length", "16") == 0
     said = capsys.readouterr().out
-    assert "1 texts longer than --sequence-length go on in further ones" in said
+    assert "1 text(s) longer than --sequence-length go on in further ones" in said
     assert "1 cut to fit into --sequence-length, 1 without a token to predict left out" in said
 
 
