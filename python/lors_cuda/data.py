@@ -184,7 +184,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
         Returns:
             input_ids, labels (-100 on padding) and attention_mask (1 = token, 0 = padding): int64 [len(examples), L];
-            of packed data position_ids instead of the mask, where the padding is one more example.
+            of packed data position_ids instead of the mask: padding comes last, and no token sees what follows it.
         """
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED)
@@ -196,7 +196,6 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
             attention_mask[row, :length] = 1
             if self.packs is not None:
                 position_ids[row, :length] = example["position_ids"]
-                position_ids[row, length:] -= length
         extra = {"attention_mask": attention_mask} if self.packs is None else {"position_ids": position_ids}
         return {"input_ids": input_ids, **extra, "labels": labels}
 

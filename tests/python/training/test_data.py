@@ -244,9 +244,10 @@ def test_packing_keeps_every_example_whole(lengths):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packing_changes_no_loss(tokenizer, attention):
     records = [(n, {"prompt": f"{n}+{n}=", "completion": str(2 * n)}) for n in range(95, 106)]
-    data = TokenDataset.from_records([*records, (0, {"text": TEXT[:50]})], tokenizer, 64)
+    texts = [(n, {"text": TEXT[n : 2 * n + 9]}) for n in range(3, 20, 4)]
+    data = TokenDataset.from_records([*records, *texts], tokenizer, 64)
     packed = data.packed(64)
-    assert len(packed) < len(data) == 12
+    assert len(packed) < len(data) == 16
     assert "attention_mask" not in packed.batch([0, 1])
     assert packed.fingerprint != data.fingerprint
     model = byte_llama(attn_implementation=attention)
