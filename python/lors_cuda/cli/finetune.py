@@ -103,6 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-data", type=Path, metavar="FILE", help="perplexity of it at every checkpoint, in the log"
     )
+    parser.add_argument(
+        "--packing",
+        action="store_true",
+        help="put as many examples into a sequence as fit; each attends to itself only",
+    )
     parser.add_argument("--report-to", nargs="+", choices=tuple(_REPORTERS), default=[], help="send the log there too")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
@@ -190,7 +195,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         targets = find_targets(model, config)
         check_targets(targets, config)  # before the work of estimating gradients
         sparsity = measure_sparsity(model, targets=targets)
-        data = load_dataset(args, model)
+        data = load_dataset(args, model, packing=args.packing)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
     say(args, f"Model: '{args.model}', sparsity {sparsity}. Data: {describe_data(data)}.")
     if eval_data is not None:
