@@ -242,10 +242,9 @@ def _fit_unconverted(model: nn.Module, adapter: SavedAdapter, strict_mask: bool)
     fingerprints: dict[str, Callable[[], str]] = {}
     for target in targets:
         if target.name in adapter.adapters:
-            linear = target.module
-            pair = adapter.adapters[target.name]
-            problems += _fit_layer(target.name, linear.out_features, linear.in_features, target.r, pair)
-            fingerprints[target.name] = partial(_fingerprint, linear)
+            N, K = target.weight.shape
+            problems += _fit_layer(target.name, N, K, target.r, adapter.adapters[target.name])
+            fingerprints[target.name] = partial(_fingerprint, target)
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
     problems = problems or _fit_masks(fingerprints, adapter, strict_mask)
     if not problems:
@@ -257,8 +256,8 @@ def _layer_fingerprint(layer: LoRSLinear) -> str:
     return layer.whole_weight().fingerprint()
 
 
-def _fingerprint(linear: nn.Linear) -> str:
-    return SparseWeight.from_dense(linear.weight.detach(), "dense").fingerprint()
+def _fingerprint(target: Target) -> str:
+    return SparseWeight.from_dense(target.weight.detach().contiguous(), "dense").fingerprint()
 
 
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
+from ._linears import is_conv1d, is_linear, make_linear, weight_of
+from ._weight_reads import used_by_a_forward
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -47,6 +50,24 @@ class SparseLayer:
         """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
         raise NotImplementedError
 
+    def goes_past_adapters(self) -> bool:
+        """For the property ``weight``: whether a forward reads it instead of calling the layer, which is warned of.
+
+        It is then given the merged weight: the model computes what it will after a merge, and the adapters get their
+        gradients. torch.compile traces forwards only, and drops what is merely looked at.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        use = used_by_a_forward(self)  # type: ignore[arg-type]
+        if use is not None:
+            warnings.warn(
+                f"{use} instead of calling the layer. It is given the merged weight, made again at each such read, "
+                "with the exact gradient. Leave the layer out by exclude_modules if that is too slow.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return use is not None
+
 
 class SparseLinear(SparseLayer, nn.Module):
     """A frozen linear layer, ``Y = X W^T + bias``, with W stored in one of the layouts of :class:`SparseWeight`.
@@ -60,13 +81,15 @@ class SparseLinear(SparseLayer, nn.Module):
         weight_index: its metadata or row offsets, None where the layout has none.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features].
+        weight: the weight, dense [out_features, in_features]; of a Conv1D [in_features, out_features].
+        conv1d: whether the plain layer is transformers' Conv1D, whose own weight is [in_features, out_features].
     """
 
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
     bias: nn.Parameter | None
+    conv1d = False
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -82,12 +105,13 @@ class SparseLinear(SparseLayer, nn.Module):
         :meth:`SparseWeight.from_dense`. Tensors are referenced, not copied, where possible.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``.
+            TypeError: ``linear`` is no ``nn.Linear`` and no Conv1D of transformers.
             ValueError: as :meth:`SparseWeight.from_dense`.
         """
         check_linear(linear)
-        weight = SparseWeight.from_dense(linear.weight.detach(), layout, mask)
-        return SparseLinear(weight, linear.bias).train(linear.training)
+        layer = SparseLinear(SparseWeight.from_dense(_dense(linear), layout, mask), linear.bias)
+        layer.conv1d = is_conv1d(linear)
+        return layer.train(linear.training)
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -108,15 +132,17 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        dense = self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        return dense.t() if self.conv1d else dense
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         return sparse_linear(input, self.sparse_weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
-        return make_linear(self.sparse_weight.to_dense(), self.bias).requires_grad_(False).train(self.training)
+        """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
+        linear = make_linear(self.sparse_weight.to_dense(), self.bias, self.conv1d)
+        return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         before = self.weight_values.detach()  # the parameter itself may be given the converted data
@@ -226,6 +252,8 @@ class LoRSLinear(SparseLinear):
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
+        weight: the frozen weight, dense, as in SparseLinear. Code that multiplies by it inside a module's forward,
+            instead of calling the layer, is given the merged weight, with gradients to the adapter.
     """
 
     has_adapters = True
@@ -276,7 +304,7 @@ class LoRSLinear(SparseLinear):
         """Wrap a linear layer whose weight has zeros. The layer's tensors are referenced, not copied, where possible.
 
         Args:
-            linear: the layer; its weight is frozen in the result.
+            linear: the layer, also transformers' Conv1D; its weight is frozen in the result.
             r: rank, 1 to min(out_features, in_features).
             lora_alpha: scaling is lora_alpha / r (lora_alpha / sqrt(r) with ``use_rslora``).
             layout: how the weight is stored, see :meth:`SparseWeight.from_dense`.
@@ -290,7 +318,7 @@ class LoRSLinear(SparseLinear):
         """
         check_linear(linear)
         layer = cls(
-            SparseWeight.from_dense(linear.weight.detach(), layout, mask),
+            SparseWeight.from_dense(_dense(linear), layout, mask),
             linear.bias,
             r=r,
             lora_alpha=lora_alpha,
@@ -298,6 +326,7 @@ class LoRSLinear(SparseLinear):
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
         )
+        layer.conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
@@ -323,11 +352,17 @@ class LoRSLinear(SparseLinear):
             self.merged_weight,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        if self.adapter_enabled and self.goes_past_adapters():
+            return self.merged_dense().t() if self.conv1d else self.merged_dense()
+        return SparseLinear.weight.__get__(self)
+
     def merged_dense(self) -> Tensor:
         return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
 
     def merge(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
+        """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
             ValueError: the weight or an adapter holds a NaN or an infinity; the first place is named.
@@ -336,14 +371,14 @@ class LoRSLinear(SparseLinear):
         with torch.no_grad():
             merged = self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return make_linear(merged, self.bias).train(self.training)
+        return make_linear(merged, self.bias, self.conv1d).train(self.training)
 
     def check_finite(self, name: str = "") -> None:
         """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
             if not torch.isfinite(tensor).all():
-                tensor = self.weight if which == "weight" else tensor
+                tensor = self.sparse_weight.to_dense() if which == "weight" else tensor
                 finite = torch.isfinite(tensor)
                 row, column = (~finite).nonzero()[0].tolist()
                 where = f" of layer {name!r}" if name else ""
@@ -357,19 +392,15 @@ class LoRSLinear(SparseLinear):
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Refuse what is no nn.Linear."""
-    if not isinstance(linear, nn.Linear):
+    """Refuse what is no nn.Linear and no Conv1D."""
+    if not is_linear(linear):
         raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear layer of ``weight`` [N, K], which it takes, and ``bias`` [N], which it copies."""
-    N, K = weight.shape
-    linear = nn.utils.skip_init(nn.Linear, K, N, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+def _dense(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied."""
+    weight = weight_of(linear).detach()
+    return weight.contiguous() if is_conv1d(linear) else weight
 
 
 def _layout(index: Tensor | None) -> str:

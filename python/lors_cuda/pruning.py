@@ -130,9 +130,9 @@ def prune(
     if method == "wanda" and not batches:
         raise ValueError("method 'wanda' needs calibration batches, and none were given; or use method='magnitude'.")
     if targets is None:
-        targets = find_targets(model, LoRSConfig() if config is None else config)
+        targets = find_targets(model, LoRSConfig(r=1) if config is None else config)
     for target in targets:
-        if not bool(torch.isfinite(target.module.weight).all()):
+        if not bool(torch.isfinite(target.weight).all()):
             raise ValueError(f"The weight of '{target.name}' has NaN or infinity; nothing was pruned.")
     with torch.no_grad(), running(model, training=False):
         if method == "wanda":
@@ -149,7 +149,7 @@ def measure_sparsity(
     """Count the zeros of every linear that ``config`` selects (None: all but the output head), or of ``targets``, what
     `targets.find_targets` found in this model already."""
     if targets is None:
-        targets = find_targets(model, LoRSConfig() if config is None else config)
+        targets = find_targets(model, LoRSConfig(r=1) if config is None else config)
     return [_layer_sparsity(target) for target in targets]
 
 
@@ -183,11 +183,12 @@ def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
 
 def _prune_layer(target: Target, pattern: SparsityPattern, input_norms: Tensor | None) -> None:
     """Zero a layer's lowest scores; ``input_norms`` [K] float32 for Wanda, None for magnitude."""
-    weight = target.module.weight
+    weight = target.weight
     if input_norms is None and pattern.group is None:
         # Over the whole layer: sorting gives the exact count even if magnitudes are equal.
         order = weight.detach().abs().flatten().sort(stable=True, descending=True).indices
-        weight.view(-1)[order[order.numel() - round(pattern.sparsity * order.numel()) :]] = 0.0
+        removed = order[order.numel() - round(pattern.sparsity * order.numel()) :]
+        weight[removed // weight.shape[1], removed % weight.shape[1]] = 0.0
         return
     for rows in torch.split(weight, max(1, _SCORES_AT_ONCE // weight.shape[1])):
         scores = rows.abs().float()
@@ -195,7 +196,7 @@ def _prune_layer(target: Target, pattern: SparsityPattern, input_norms: Tensor |
 
 
 def _layer_sparsity(target: Target) -> LayerSparsity:
-    weight = target.module.weight.detach()
+    weight = target.weight.detach()
     N, K = weight.shape
     return LayerSparsity(target.name, (N, K), int((weight == 0).sum()))
 
@@ -220,7 +221,7 @@ class _InputNorms:
     """Sums of squares of each target's input columns, collected by hooks; padding tokens are not counted."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        self.sums = {t.name: torch.zeros(t.module.in_features, dtype=torch.float64) for t in targets}
+        self.sums = {t.name: torch.zeros(t.weight.shape[1], dtype=torch.float64) for t in targets}
         self.tokens = dict.fromkeys(self.sums, 0)
         self.attention_mask: Tensor | None = None
         self._targets = targets
@@ -243,7 +244,7 @@ class _InputNorms:
             )
         if not bool(torch.isfinite(sums).all()):
             raise ValueError(f"The inputs of '{target.name}' have NaN or infinity on the calibration data.")
-        return sums.sqrt().to(target.module.weight.device, torch.float32)
+        return sums.sqrt().to(target.weight.device, torch.float32)
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import partial
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._checks import check_rank, joined, listed
+from .._linears import is_linear, weight_of
 from ..config import ALL_LINEAR, matched
 from ..linear import SparseLayer, SparseLinear
-from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
+from ..targets import Places, adaptable, cannot_adapt, no_saved_module, output_heads, shape_of, warn_unused
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -49,18 +50,25 @@ def selected(model: nn.Module, config: LoRSLoraConfig) -> dict[str, nn.Module]:
 
 
 def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
-    """Replace target_modules="all-linear" by the names of all linears, also stored sparse, except the output head."""
+    """Replace target_modules="all-linear" by the names of the linears that can be adapted, stored sparse or not, except
+    the output head."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return
-    linears = set(all_linears(model, (nn.Linear, SparseLayer)))
-    names = {name for name, module in candidates(model) if module in linears}
+    heads = output_heads(model)
+    names = {
+        name
+        for name, module in candidates(model)
+        if (is_linear(module) or isinstance(module, SparseLayer)) and not any(module is head for head in heads)
+    }
     if not names:
         raise ValueError(
             f"target_modules='{ALL_LINEAR}' matches nothing: {type(model).__name__} has no nn.Linear and no "
-            "SparseLinear (apart from an output head). Only these can be adapted; Conv1D and embeddings cannot."
+            "SparseLinear (apart from an output head). Only these can be adapted; embeddings cannot."
         )
     config.target_modules = names
+    chosen = selected(model, config)  # without what exclude_modules and the other fields leave out
+    config.target_modules = set(adaptable(chosen, partial(_problem, places=Places(model)), config, stacklevel=9))
 
 
 def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:
@@ -76,16 +84,12 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
     problems = _unknown_saved(model, config)
     for name, module in targets.items():
         reason = _problem(module, places)
-        others = [other for other in places.names_of[module] if other != name]
-        if reason is None and others:
-            reason = f"is also called '{others[0]}', and PEFT would adapt it under one name only. Leave it out"
         if reason is not None:
             problems.append(cannot_adapt(name, reason))
             continue
-        linear: Any = module
         try:
             if new:
-                check_rank(matched(config.rank_pattern, name, config.r), linear.out_features, linear.in_features)
+                check_rank(matched(config.rank_pattern, name, config.r), *shape_of(module))
             _check_layout(module, config)
         except ValueError as error:
             problems.append(f"'{name}': {error}")
@@ -111,9 +115,9 @@ def _fingerprint(module: nn.Module) -> str:
     """The fingerprint of a target's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`."""
     if isinstance(module, LoRSLoraLinear):
         return module.mask_fingerprint
-    linear: Any = module
-    weight = linear.sparse_weight if isinstance(module, SparseLinear) else SparseWeight(linear.weight.detach())
-    return weight.fingerprint()
+    if isinstance(module, SparseLinear):
+        return module.sparse_weight.fingerprint()
+    return SparseWeight(weight_of(module).detach().contiguous()).fingerprint()
 
 
 def _problem(module: nn.Module, places: Places) -> str | None:
@@ -126,7 +130,10 @@ def _problem(module: nn.Module, places: Places) -> str | None:
         return "is on the meta device. Load the model's weights first" if module.weight_values.is_meta else None
     if isinstance(module, SparseLinear):
         return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
-    return places.problem(module)
+    reason, names = places.problem(module), places.names_of[module]
+    if reason is None and len(names) > 1:
+        return f"is also called '{names[1]}', and PEFT would adapt it under one name only. Leave it out"
+    return reason
 
 
 def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
@@ -138,8 +145,8 @@ def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
 
 
 def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
-    if isinstance(module, nn.Linear):
-        check_fits(module.weight.detach(), config.layout)
+    if is_linear(module):
+        check_fits(weight_of(module).detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.saved_fingerprints is None:
         stored = module.sparse_weight.layout
         if config.layout not in ("auto", stored):

@@ -182,7 +182,6 @@ def test_an_adapter_of_peft_is_loaded_on_request_and_masked(tmp_path):
     "changes",
     [
         {"use_dora": True},
-        {"fan_in_fan_out": True},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"lora_bias": True},
