@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
 TORCH_INDEX ?=
-# Whether the editable install has the CUDA half: without a GPU it could only be compiled, which `make kernels` and `make wheel` do.
+# Whether the editable install has the CUDA backend: without a GPU it could only be compiled, which `make kernels` and `make wheel` do.
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHS ?= 80;90a
 # What "all" stands for: the architectures whose kernels are held to their budget of registers.
@@ -12,7 +12,7 @@ ALL_ARCHS := 80;86;89;90a;100a;120a
 ifeq ($(CUDA_ARCHS),all)
 override CUDA_ARCHS := $(ALL_ARCHS)
 endif
-# `make wheel`: the CUDA half (AUTO, ON, OFF), the label in the version (ON, OFF), the platform tag (auto: what this machine's
+# `make wheel`: the CUDA backend (AUTO, ON, OFF), the label in the version (ON, OFF), the platform tag (auto: what this machine's
 # compiler and C library allow; e.g. manylinux_2_28_x86_64: that one, or fail).
 WHEEL_CUDA ?= AUTO
 WHEEL_LABEL ?= ON
@@ -118,7 +118,7 @@ bench-cpp: $(VENV)/.ready
 	$(CMAKE) --build build/bench-cpp
 	build/bench-cpp/bench/cpp/bench_cpu
 
-# With the CUDA half wherever there is nvcc, whatever the editable install beside it has. CMake first says what the wheel will
+# With the CUDA backend wherever there is nvcc, whatever the editable install beside it has. CMake first says what the wheel will
 # hold, and the label comes from that; WHEEL_LABEL=OFF leaves it out, for an index that refuses labels.
 # libtorch.so is torch's, which the wheel requires; every other library must be one that every Linux of the tag has.
 wheel: $(VENV)/.ready

@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output:
             report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol), before)
 
-    on_cpu = arguments.device == CPU  # products in 16 bits are slow on some processors, on no GPU
+    on_cpu = arguments.device == CPU  # matmuls in 16 bits are slow on some processors, on no GPU
     for dtype in arguments.dtype:
         for tokens in arguments.tokens:
             problem = make_problem(

@@ -162,9 +162,9 @@ def official_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
 
 
 class _Official(torch.autograd.Function):
-    """LoRS in eager torch: the weight recomputed in backward, the adapter gradients as four thin products.
+    """LoRS in eager torch: the weight recomputed in backward, the adapter gradients as four thin matmuls.
 
-    NOTE: the authors' code leaves `scaling` out of both adapter gradients; it stands here so that errors compare. It
+    NOTE: the authors' code leaves `scaling` out of both adapter gradients; it is here so that errors compare. It
     multiplies [r, K] and [N, r] only, which costs nothing next to the rest.
     """
 
@@ -191,7 +191,7 @@ def official(input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scal
 
 
 class _OfficialUpcast(torch.autograd.Function):
-    """The same with every product in float32: what a person would write who found torch's 16-bit products slow."""
+    """The same with every matmul in float32: what a person would write who found torch's 16-bit matmuls slow."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -335,7 +335,7 @@ def stored_tensors(function: LinearFunction, weight: Tensor) -> list[Tensor]:
 PEERS: dict[str, Peer] = {
     "official": Peer(lambda: official, "lors", "LoRS in eager torch, the baseline"),
     "official_upcast": Peer(
-        lambda: official_upcast, "lors", "LoRS in eager torch, its products in float32", only_16_bit=True
+        lambda: official_upcast, "lors", "LoRS in eager torch, its matmuls in float32", only_16_bit=True
     ),
     "lors_cuda": Peer(lambda: LorsCudaLinear("lors"), "lors", 'this package, gradient="lors", dense weight'),
     "lors_cuda_24": Peer(

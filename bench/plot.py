@@ -31,7 +31,7 @@ STYLE: dict[str, tuple[str, str, str]] = {
     "lors_cuda_bitmap": ("lors_cuda, bitmap weight", "#0b5fa5", ":"),
     "lors_cuda_exact": ("lors_cuda, exact gradients", "#6baed6", "-"),
     "official": ("official LoRS, eager", "#333333", "-"),
-    "official_upcast": ("official LoRS, products in float32", "#333333", "--"),
+    "official_upcast": ("official LoRS, matmuls in float32", "#333333", "--"),
     "compiled": ("torch.compile", "#e07b00", "-"),
     "compiled_max_autotune": ("torch.compile, max-autotune", "#e07b00", "--"),
     "sqft": ("SQFT", "#2e8b57", "-"),

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import lors_cuda
+
 CPU = torch.device("cpu")
 AGAIN = "_again"  # suffix of the baseline's twin, whose ratio is the noise of the run
 
@@ -150,7 +152,7 @@ def measure(
     """Time the cases in shuffled, interleaved rounds, with ratios to `baseline` taken round by round.
 
     The baseline runs twice in every round; its twin is returned as `baseline + AGAIN`. A case that has spent its budget
-    leaves after `min_rounds`, so that a round's times always stand next to each other; its `rounds` says how many.
+    leaves after `min_rounds`, so that a round's times are always taken next to each other; its `rounds` says how many.
     """
     runs = {**cases, baseline + AGAIN: cases[baseline]}
     timings: dict[str, Timing] = {}
@@ -220,6 +222,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device = CPU) -> dict[st
         run()
         torch.cuda.synchronize(device)
         return {"peak": torch.cuda.max_memory_allocated(device) - before, "peak_resident": None}
+    lors_cuda.release_scratch()  # so that the run allocates it, and it counts
     # Kineto prints a line on stderr at every start and stop; the level is read when the first profile starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as directory:

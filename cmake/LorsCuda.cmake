@@ -25,15 +25,15 @@ if(NOT LORS_CUDA STREQUAL "OFF")
     set(LORS_CUDA_ENABLED ON)
   elseif(LORS_CUDA STREQUAL "ON")
     message(FATAL_ERROR
-      "LORS_CUDA=ON, but no nvcc was found. Install the CUDA toolkit, set CUDACXX to its nvcc, or build the CPU half "
+      "LORS_CUDA=ON, but no nvcc was found. Install the CUDA toolkit, set CUDACXX to its nvcc, or build the CPU backend "
       "alone with LORS_CUDA=OFF.")
   endif()
 endif()
 if(LORS_CUDA_ENABLED)
   if(CMAKE_VERSION VERSION_LESS 3.25.2)
     message(FATAL_ERROR
-      "The CUDA half needs CMake >= 3.25.2 and this is ${CMAKE_VERSION}, which does not know C++20 in CUDA. Install a newer one "
-      "(pip install cmake), or build the CPU half alone with LORS_CUDA=OFF.")
+      "The CUDA backend needs CMake >= 3.25.2 and this is ${CMAKE_VERSION}, which does not know C++20 in CUDA. Install a newer one "
+      "(pip install cmake), or build the CPU backend alone with LORS_CUDA=OFF.")
   endif()
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # the list is ours, see lors_cuda_target
   enable_language(CUDA)
@@ -41,7 +41,7 @@ if(LORS_CUDA_ENABLED)
   set(LORS_CUDA_VERSION "${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}")
   string(REPLACE ";" "," LORS_CUDA_ARCHS_TEXT "${LORS_CUDA_ARCHS}")
 endif()
-message(STATUS "lors_cuda: CUDA half ${LORS_CUDA_ENABLED} (nvcc ${LORS_CUDA_VERSION}, architectures ${LORS_CUDA_ARCHS_TEXT})")
+message(STATUS "lors_cuda: CUDA backend ${LORS_CUDA_ENABLED} (nvcc ${LORS_CUDA_VERSION}, architectures ${LORS_CUDA_ARCHS_TEXT})")
 
 # lors_cuda_target(target): nvcc's settings for a target with .cu files.
 function(lors_cuda_target target)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds lors_cuda without installing it: bench/gpu/build.sh WORK ARCH puts the package with its compiled libraries into
-# WORK/site, for PYTHONPATH. With cmake and ninja if both are there, else with g++ and nvcc alone. ARCH "none": the CPU half.
+# WORK/site, for PYTHONPATH. With cmake and ninja if both are there, else with g++ and nvcc alone. ARCH "none": the CPU backend.
 # Needs a torch (its headers), no GPU. LORS_GPU_PLAIN=1 takes the second way in any case.
 set -euo pipefail
 

@@ -132,7 +132,7 @@ def group_of(name: str, problem: Problem) -> Group:
                 p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, name, False, True, True
             )[1:3],
             _dense_exact if exact else _four_matmuls,
-            "dY^T X in memory, masked, two products" if exact else "four matrix products",
+            "dY^T X in memory, masked, two matmuls" if exact else "four matmuls",
             lambda p: truth(p, name)[1:3],
             size * (T * (N + K) + 2 * adapters + (N * K if exact else 0)),
             2 * T * N * K + 4 * N * K * r if exact else 4 * T * r * (N + K),
@@ -146,7 +146,7 @@ def group_of(name: str, problem: Problem) -> Group:
             if name == FORWARD24
             else lambda p: lors.linear(p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, "lors"),
             lambda p: p.input @ official_merge(p.weight, p.lora_A, p.lora_B, s).T,
-            "merged in three passes, one product",
+            "merged in three passes, one matmul",
             lambda p: [reference.linear(p.input, p.weight, p.lora_A, p.lora_B, s)],
             moved,
             flop,
@@ -159,7 +159,7 @@ def group_of(name: str, problem: Problem) -> Group:
     return Group(
         lambda p: lors.linear_backward(p.grad_output, None, p.weight, None, None, p.lora_A, p.lora_B, *backward)[:1],
         lambda p: p.grad_output @ official_merge(p.weight, p.lora_A, p.lora_B, s),
-        "merged in three passes, one product",
+        "merged in three passes, one matmul",
         lambda p: truth(p, "lors")[:1],
         moved,
         flop,

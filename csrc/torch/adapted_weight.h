@@ -46,6 +46,24 @@ inline ScalarType accumulation_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A temporary [rows, columns] on the device of `like`. It is never returned: the next call uses its memory again.
+template <typename Backend>
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype)
+      : tensor(torch::stable::from_blob(Backend::allocate(rows * columns * element_bytes(dtype), &handle_), {rows, columns},
+                                        {columns, 1}, like.device(), dtype)) {}
+  ~Scratch() { Backend::release(handle_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  void* handle_ = nullptr;
+
+ public:
+  Tensor tensor;
+};
+
 // Makes the arguments row-major once, for all calls of the core. `backend` must outlive this.
 template <typename Backend>
 struct AdaptedWeight {
@@ -84,10 +102,9 @@ struct AdaptedWeight {
     args.scaling = scaling;
   }
 
-  // merged [N, K], stored as `stored`, each value rounded once to `rounded`; or, of a 2:4 weight and in its own dtype, with
+  // out [N, K] = the merged weight, each value rounded once to `rounded`; or, of a 2:4 weight and in its own dtype, with
   // `merged_layout` sparse24 its values [N, K/2]: the metadata stays the same.
-  Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
-    Tensor out = empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
+  void merge(Tensor& out, ScalarType rounded, Layout merged_layout = Layout::dense) const {
     MergeArgs args;
     describe(args);
     args.weight_layout = layout;
@@ -100,11 +117,17 @@ struct AdaptedWeight {
                     : rounded == ScalarType::Half   ? DType::float16
                                                     : dtype_of(out);
     check_status(lors::merge(args, backend.host()));
+  }
+
+  // The same as a new tensor of dtype `stored`.
+  Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
+    Tensor out = empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
+    merge(out, rounded, merged_layout);
     return out;
   }
 
   // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] has the backend's product_dtype, and so has `shared`, the merged weight if the caller
+  // activation's dtype. `out` [T, N or K] has the backend's matmul_dtype, and so has `shared`, the merged weight if the caller
   // has it already.
   void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                 const std::optional<Tensor>& shared) const {
@@ -117,9 +140,11 @@ struct AdaptedWeight {
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
     if (!fused) {
-      const Tensor merged = shared ? *shared : own ? weight : this->merged(compute, dtype);
-      return Backend::product(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
-                              addend);
+      std::optional<Scratch<Backend>> scratch;
+      if (!shared && !own) merge(scratch.emplace(weight, N, K, compute).tensor, dtype);
+      const Tensor& merged = shared ? *shared : own ? weight : scratch->tensor;
+      return Backend::matmul(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
+                             addend);
     }
     const Tensor tokens = row_major(activation);
     FusedLinearArgs args;
@@ -156,11 +181,11 @@ struct AdaptedWeight {
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
-  // The mask for the exact gradients: bits [N, ceil(K/32)], a temporary made from the metadata for 2:4; nothing for a dense
+  // The mask for the exact gradients: bits [N, ceil(K/32)], made from the metadata in `scratch` for 2:4; nothing for a dense
   // weight without a mask, whose nonzero entries are the mask.
-  std::optional<Tensor> kept() const {
+  std::optional<Tensor> kept(std::optional<Scratch<Backend>>& scratch) const {
     if (layout != Layout::sparse24) return mask;
-    Tensor bits = empty(weight, {N, mask_words(K)}, ScalarType::Int);
+    const Tensor& bits = scratch.emplace(weight, N, mask_words(K), ScalarType::Int).tensor;
     Sparse24MaskArgs args;
     args.out_features = N;
     args.in_features = K;
@@ -171,7 +196,7 @@ struct AdaptedWeight {
   }
 
   // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
-  // those rows of lora_B_grad [N, r]; null: not computed. `kept`: see kept().
+  // those rows of lora_B_grad [N, r]; null: not computed. `kept`: what kept() returned.
   void contract(const Tensor& G, int64_t begin, const std::optional<Tensor>& kept, Tensor* lora_A_sum,
                 Tensor* lora_B_grad) const {
     const auto row = [&](const Tensor& t) {

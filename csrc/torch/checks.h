@@ -54,6 +54,10 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+inline int64_t element_bytes(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float || type == ScalarType::Int ? 4 : 2;
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& weight) {
   check(t.device() == weight.device(), "lors::", op, ": ", name,
         " is on another device than weight; move all tensors of one call to the same device.");

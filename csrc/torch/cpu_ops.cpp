@@ -9,30 +9,18 @@
 #include <bit>
 
 #include "build_info.h"
+#include "cpu_scratch.h"
 #include "operators.h"
 
 namespace lors::binding {
 namespace {
 
-// The core runs on torch's thread pool and in tensors of bytes, so that torch's settings and memory profilers apply.
+// The core runs on torch's thread pool, so that torch's settings apply.
 void run_on_torch_threads(int64_t count, int64_t grain, CpuHost::Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-void* allocate_from_torch(int64_t bytes, void** handle) {
-  const int64_t stride = 1;
-  AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &tensor));
-  void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-  *handle = tensor;
-  return data;
-}
-
-void release_to_torch(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
-
-constexpr CpuHost kTorch{run_on_torch_threads, allocate_from_torch, release_to_torch};
+constexpr CpuHost kTorch{run_on_torch_threads, take_scratch, return_scratch};
 
 // Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say. Refuses bits beyond K.
 std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K) {
@@ -54,15 +42,17 @@ struct Cpu {
   explicit Cpu(const Tensor&) {}
 
   const CpuHost* host() const { return &kTorch; }
+  static constexpr auto allocate = take_scratch;
+  static constexpr auto release = return_scratch;
 
   // See cpu_multiplies_natively.
-  static ScalarType product_dtype(ScalarType activation) {
+  static ScalarType matmul_dtype(ScalarType activation) {
     if (activation == ScalarType::BFloat16 && !cpu_multiplies_natively(DType::bfloat16)) return ScalarType::Float;
     if (activation == ScalarType::Half && !cpu_multiplies_natively(DType::float16)) return ScalarType::Float;
     return activation;
   }
 
-  static void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  static void matmul(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
     if (bias) {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
     } else {
@@ -89,12 +79,13 @@ struct Cpu {
     const int64_t panel_rows = std::clamp<int64_t>(kPanelElements / K, 1, N);
     const Tensor dY = to(grad_output, acc), X = to(input, acc);
     Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
-    Tensor panel = empty(X, {panel_rows, K}, acc);
-    const std::optional<Tensor> kept = adapted.kept();
+    Scratch<Cpu> panel(X, panel_rows, K, acc);
+    std::optional<Scratch<Cpu>> scratch;
+    const std::optional<Tensor> kept = adapted.kept(scratch);
     for (int64_t begin = 0; begin < N; begin += panel_rows) {
       const int64_t rows = std::min(panel_rows, N - begin);
-      Tensor grad_weight = torch::stable::narrow(panel, 0, 0, rows);
-      product(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
+      Tensor grad_weight = torch::stable::narrow(panel.tensor, 0, 0, rows);
+      matmul(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
       adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
     }
     if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
@@ -177,6 +168,9 @@ STABLE_TORCH_LIBRARY_IMPL(lors, CPU, m) {
   m.impl("compress", TORCH_BOX(&explained<&compress>));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("release_scratch", TORCH_BOX(&release_scratch));
+}
 
 }  // namespace lors::binding

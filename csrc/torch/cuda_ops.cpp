@@ -65,10 +65,12 @@ class Cuda {
   }
 
   const CudaHost& host() const { return host_; }
+  static constexpr auto allocate = allocate_from_torch;
+  static constexpr auto release = release_to_torch;
 
-  static ScalarType product_dtype(ScalarType activation) { return activation; }
+  static ScalarType matmul_dtype(ScalarType activation) { return activation; }
 
-  static void product(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  static void matmul(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
     if (bias) {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0));
     } else {
@@ -106,7 +108,8 @@ class Cuda {
     const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
     AdapterGradExactArgs args;
     adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
-    const std::optional<Tensor> kept = adapted.kept();
+    std::optional<Scratch<Cuda>> scratch;
+    const std::optional<Tensor> kept = adapted.kept(scratch);
     args.weight = kept ? nullptr : adapted.weight.const_data_ptr();
     args.weight_dtype = dtype_of(adapted.weight);
     args.mask = bits(kept);

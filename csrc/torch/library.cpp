@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "scaling)"
       " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
 
-  // merged [N, K] rounded once to `dtype`, stored in the type that products of `dtype` run in: what linear and linear_backward
+  // merged [N, K] rounded once to `dtype`, stored in the type that matmuls of `dtype` run in: what linear and linear_backward
   // take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
   m.def(
       "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
@@ -42,5 +42,6 @@ STABLE_TORCH_LIBRARY(lors, m) {
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
   // The kept values of a dense weight row by row, -0.0 as +0.0. CPU only; lors_cuda/formats.py is the rest of compressing.
   m.def("compress(Tensor weight, Tensor mask) -> Tensor");
-  m.def("build_info() -> str");  // JSON: what this binary is, what it found
+  m.def("release_scratch() -> int");  // frees the scratch memory that the CPU operators keep (cpu_scratch.h), returns its bytes
+  m.def("build_info() -> str");       // JSON: what this binary is, what it found
 }

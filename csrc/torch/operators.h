@@ -2,8 +2,8 @@
 // The operators, the same on every device: check once, allocate with torch, call the core. A Backend offers
 //   Backend(tensor)                      made after the checks, for the device `tensor` is on; lives through the call
 //   host()                               what functions of the core take
-//   product_dtype(activation)            the type a matmul runs in, and so the type its scratch is stored in
-//   product(out, a, b, bias)             out = a b (+ bias broadcast over rows), all in one type: torch's own
+//   matmul_dtype(activation)             the type a matmul runs in, and so the type its scratch is stored in
+//   matmul(out, a, b, bias)              out = a b (+ bias broadcast over rows), all in one type: torch's own
 //   prefers_fused_linear(...)            whether the core's matmul with the merge inside is used instead
 //   fused_bias_dtype(bias)               and which type that takes its bias in
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
@@ -50,7 +50,7 @@ struct Operators {
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);
     const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling);
-    return adapted.merged(Backend::product_dtype(dtype), dtype);
+    return adapted.merged(Backend::matmul_dtype(dtype), dtype);
   }
 
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
@@ -61,7 +61,7 @@ struct Operators {
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
-    const ScalarType dtype = input.scalar_type(), compute = Backend::product_dtype(dtype);
+    const ScalarType dtype = input.scalar_type(), compute = Backend::matmul_dtype(dtype);
     if (merged) check_merged("linear", *merged, stored, compute);
     const Backend backend(weight);
     if (input.size(0) == 0) return empty(input, {0, stored.out_features}, dtype);
@@ -89,7 +89,7 @@ struct Operators {
             " tokens and input ", input->size(0), "; they must be the same.");
     }
     if (bias) check_bias("linear_backward", *bias, stored);
-    const ScalarType dtype = grad_output.scalar_type(), compute = Backend::product_dtype(dtype);
+    const ScalarType dtype = grad_output.scalar_type(), compute = Backend::matmul_dtype(dtype);
     if (merged) check_merged("linear_backward", *merged, stored, compute);
 
     const Backend backend(weight);
@@ -123,7 +123,8 @@ struct Operators {
     Tensor grad_lora_A = empty(lora_A, {r, K}, lora_A.scalar_type());
     Tensor grad_lora_B = empty(lora_B, {N, r}, lora_B.scalar_type());
     Tensor lora_A_sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, r}, accumulation_dtype(weight));
-    adapted.contract(G, 0, adapted.kept(), &lora_A_sum, &grad_lora_B);
+    std::optional<Scratch<Backend>> scratch;
+    adapted.contract(G, 0, adapted.kept(scratch), &lora_A_sum, &grad_lora_B);
     torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
     return {grad_lora_A, grad_lora_B};
   }

@@ -23,7 +23,7 @@ inline std::string torch_reason() {
   if (message.find(" API call failed at ") == std::string::npos) throw std::runtime_error(message);
   const std::string reason = torch_reason();
   if (reason.empty())
-    throw std::runtime_error("torch failed inside an operator of lors_cuda; its reason stands on stderr. (" + message + ")");
+    throw std::runtime_error("torch failed inside an operator of lors_cuda; its reason is on stderr. (" + message + ")");
   throw std::runtime_error("torch failed inside an operator of lors_cuda: " + reason);
 }
 

@@ -5,7 +5,7 @@ Needs torch alone; saving adapters also needs safetensors, model directories the
 ``cli`` extra.
 """
 
-from ._library import BUILD
+from ._library import BUILD, release_scratch
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRSConfig
 from .functional import lors_linear, merge
@@ -33,6 +33,7 @@ __all__ = [
     "merge_and_unload",
     "merge_cache",
     "named_lors_layers",
+    "release_scratch",
     "save_adapter",
     "save_sparse_checkpoint",
 ]

@@ -47,7 +47,7 @@ def check_launcher() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks and writes: the only one, or number 0; also before it met the others."""
+    """Whether this is the process that prints and writes: the only one, or number 0; also before it met the others."""
     return not launched() or int(os.environ["RANK"]) == 0
 
 
@@ -60,7 +60,7 @@ def alike() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_together(*kinds: type[Exception]) -> Iterator[None]:
-    """Run a block that communicates by itself; of an error of these kinds, raised in every process, one speaks.
+    """Run a block that communicates by itself; of an error of these kinds, raised in every process, one prints.
 
     Raises:
         ConnectionError: another process ended while this one waited for it.

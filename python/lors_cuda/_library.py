@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled operators and gives each its fake (shape) and autograd half.
+"""Loads the compiled operators and gives each its fake kernel and its autograd formula.
 
 The schemas are in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
 """
@@ -42,11 +42,11 @@ def _wheel_label(cuda_version: str, archs: Iterable[str]) -> str:
     return "+" + ".".join([f"cu{cuda_version.split('.')[0]}", *(f"sm{arch}" for arch in archs)])
 
 
-def _load_cuda_half() -> str | None:
+def _load_cuda() -> str | None:
     """Register the CUDA kernels, which touches no device; why there are none, as a sentence without its full stop."""
     built, running = BUILD["cuda_version"], torch.version.cuda
     if not built:
-        none = "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+        none = "this build of lors_cuda has no CUDA backend (it was built without nvcc)"
         if running is None:
             return none
         return (
@@ -65,13 +65,13 @@ def _load_cuda_half() -> str | None:
         )
     try:
         if not _load("_ops_cuda"):
-            return "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
+            return "the CUDA backend of lors_cuda (_ops_cuda.so) is missing from the package; install it again"
     except OSError as error:  # the loader's: the CPU must go on working
-        return f"the CUDA half of lors_cuda did not load beside torch {torch.__version__}: {error.__cause__ or error}"
+        return f"the CUDA backend of lors_cuda did not load with torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 
-_CUDA_MISSING = _load_cuda_half()
+_CUDA_MISSING = _load_cuda()
 
 
 @functools.cache
@@ -113,6 +113,18 @@ def build_info() -> dict[str, Any]:
     }
 
 
+def release_scratch() -> int:
+    """Free the scratch memory that the CPU operators keep between calls; returns its size in bytes.
+
+    Merged weights that live for one call, packed operands and partial sums are written there, because fresh memory
+    costs more time than writing into it. It is at most what one call (each of several threads) has needed at once, the
+    largest layer's merged weight in most cases; the next call that needs it allocates again. Blocks with huge pages are
+    given up by themselves when the system is short of memory. On CUDA scratch is part of torch's cache
+    (``torch.cuda.empty_cache``).
+    """
+    return int(lors.release_scratch())
+
+
 def check_device(device: torch.device) -> None:
     """Refuse a device that no kernel of this build supports."""
     if device.type in ("cpu", "meta"):
@@ -125,7 +137,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-# ---- fake halves: shapes and dtypes, for torch.compile and torch.export ---------------------------------------------
+# ---- fake kernels: shapes and dtypes, for torch.compile and torch.export --------------------------------------------
 
 
 @torch.library.register_fake("lors::merge")
@@ -222,7 +234,7 @@ def _(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
-# ---- autograd halves ------------------------------------------------------------------------------------------------
+# ---- autograd formulas ----------------------------------------------------------------------------------------------
 # Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
 # whoever gave it keeps it anyway.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The two files of an adapter directory in PEFT's format: adapter_config.json and adapter_model.safetensors with the
-# keys base_model.model.<path>.lora_A.weight [r, K] and .lora_B.weight [N, r]; our own fields stand under "lors".
+# keys base_model.model.<path>.lora_A.weight [r, K] and .lora_B.weight [N, r]; our own fields are under "lors".
 # Used by checkpoint.py; knows no model. Files are replaced whole or not at all.
 """Reading and writing adapter directories."""
 
@@ -94,9 +94,9 @@ def read_adapter(directory: Path) -> SavedAdapter:
             saved[key.removeprefix(PREFIX)] = tensor
         else:
             raise ValueError(f"'{weights}' is no adapter: its tensor '{key}' does not begin with '{PREFIX}'.")
-    halves = sorted(name for name, pair in adapters.items() if len(pair) != 2)
-    if halves or not adapters:
-        what = f"'{halves[0]}' has only one of lora_A and lora_B" if halves else "it has no lora_A and lora_B"
+    unpaired = sorted(name for name, pair in adapters.items() if len(pair) != 2)
+    if unpaired or not adapters:
+        what = f"'{unpaired[0]}' has only one of lora_A and lora_B" if unpaired else "it has no lora_A and lora_B"
         raise ValueError(f"'{weights}' is incomplete: {what}. Save the adapter again.")
     return SavedAdapter(directory, config, lors, adapters, saved)
 

@@ -39,7 +39,7 @@ class LoRSConfig:
         exclude_modules: name suffixes, or a regular expression for the whole name; these are never adapted.
         layout: how the frozen weight is stored: "auto", "dense", "2:4" or "bitmap".
         gradient: "lors" (the paper's rearranged adapter gradients) or "exact" (true gradient of the
-            forward, which needs one [out_features, in_features] product per layer).
+            forward, which needs one [out_features, in_features] matrix per layer).
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
         rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,

@@ -227,7 +227,7 @@ class MergedWeight:
         """The merged weight for activations of ``dtype``, as lors::linear takes it; None where it may not be kept.
 
         None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
-        values stand only after a replay; and on the meta device.
+        values exist only after a replay; and on the meta device.
         """
         device = weight.device
         if torch.compiler.is_compiling() or device.type == "meta":

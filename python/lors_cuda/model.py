@@ -27,7 +27,7 @@ def get_lors_model(
 
     Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
-    soon as its replacement stands, so no second copy of the model exists. The configuration used is kept as
+    soon as its replacement exists, so no second copy of the model exists. The configuration used is kept as
     `model.lors_config`. Source: LoRS, arXiv 2501.08582.
 
     Args:
@@ -146,9 +146,9 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
     """Keep each layer's merged weight from one forward to the next, inside a `with` block.
 
     For generation, evaluation and gradient accumulation: there the adapters stay the same over many calls. The outputs
-    are those of a fresh merge, up to the order of summation of the product, and training goes on as before: a merged
+    are those of a fresh merge, up to the order of summation of the matmul, and training goes on as before: a merged
     weight is made again once one of the tensors behind it has changed. It costs one dense weight per layer, in the
-    type its products run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them),
+    type its matmuls run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them),
     until the block ends. Nests. Without effect in `torch.compile`, under CUDA graph capture, and on layers whose
     adapter is disabled.
 

@@ -43,7 +43,7 @@ class Target:
 
 
 class Places:
-    """Where each module and each parameter of a model stands, and by that why a module cannot be adapted."""
+    """The place of each module and each parameter of a model, and so why a module cannot be adapted."""
 
     def __init__(self, model: nn.Module) -> None:
         self._readers = weight_readers(model)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
 
-CUDA_HALF = "lors_cuda/_ops_cuda.so"
+CUDA_PART = "lors_cuda/_ops_cuda.so"
 
 
 def find_cuobjdump() -> str:
@@ -63,15 +63,16 @@ def check(wheel: Path, cuobjdump: str | None = None) -> tuple[list[str], set[str
             problems.append(f"it holds {', '.join(strange)}; all it should hold is below lors_cuda")
         if "lors_cuda/_ops.so" not in names:
             problems.append("lors_cuda/_ops.so is missing")
-        if CUDA_HALF in names:
-            archs = architectures(Path(content.extract(CUDA_HALF, folder)), cuobjdump or find_cuobjdump())
+        if CUDA_PART in names:
+            archs = architectures(Path(content.extract(CUDA_PART, folder)), cuobjdump or find_cuobjdump())
             if not archs:
-                problems.append(f"{CUDA_HALF} holds no machine code for any architecture")
+                problems.append(f"{CUDA_PART} holds no machine code for any architecture")
     if version.local is not None:
         label = version.local.split(".")
         named = {part.removeprefix("sm") for part in label[1:]}
-        if (label[0] == "cpu") == (CUDA_HALF in names):
-            problems.append(f"it is labelled +{version.local} and has {'a' if CUDA_HALF in names else 'no'} CUDA half")
+        if (label[0] == "cpu") == (CUDA_PART in names):
+            has = "a" if CUDA_PART in names else "no"
+            problems.append(f"it is labelled +{version.local} and has {has} CUDA backend")
         elif named != archs:
             problems.append(
                 f"it is labelled +{version.local} and holds code for {', '.join(sorted(archs)) or 'no architecture'}"
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unpacked = sum(entry.file_size for entry in content.infolist())
     print(wheel)
     print(f"  {wheel.stat().st_size / 1e6:.1f} MB, {unpacked / 1e6:.1f} MB unpacked; ", end="")
-    print(f"code for {', '.join(sorted(archs))}" if archs else "no CUDA half")
+    print(f"code for {', '.join(sorted(archs))}" if archs else "no CUDA backend")
     for problem in problems:
         print(f"  {wheel.name}: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interpreter = fresh_environment(folder / "venv", sys.executable, given.torch, given.index)
     if interpreter is None:
         return 1
-    # Without the CUDA half, so that it takes a minute.
+    # Without the CUDA backend, so that it takes a minute.
     activated = {"PATH": f"{interpreter.parent}:{os.environ['PATH']}", "SKBUILD_CMAKE_DEFINE": "LORS_CUDA=OFF"}
     line = install_line((source / "README.md").read_text())
     if run(["bash", "-c", line], cwd=source, env={**os.environ, **activated}):

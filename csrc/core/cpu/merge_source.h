@@ -9,7 +9,7 @@
 //   finish(job, n)                after the last `add`
 //   read_edge(edge, columns)      for a tile of one row that ends early: copies it into the buffers of an Edge<panel's columns>
 // and a Sink {merged, stride, streaming}, of the tile's first row and column
-//   Element, kColumns             what it stores, and how many columns each of them stands for
+//   Element, kColumns             what it stores, and how many columns each of them holds
 //   store_row(source, i, row)     row i of the tile
 #pragma once
 

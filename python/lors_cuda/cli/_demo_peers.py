@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from .._batches import running
+from .._library import release_scratch
 from ..linear import LoRSLinear
 from ..model import named_lors_layers
 
@@ -103,7 +104,7 @@ def measure_steps(
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        _step(models[name], batches[0])  # warms up the allocator and the caches of the products
+        _step(models[name], batches[0])  # warms up the allocator and the caches of the matmuls
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -130,6 +131,7 @@ def _peak_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     # Kineto announces every profile on stderr; it reads the level when the first one starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     gc.collect()
+    release_scratch()  # so that the step allocates it, and it counts
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

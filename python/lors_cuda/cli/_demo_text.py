@@ -41,7 +41,7 @@ def language_reference() -> dict[str, str]:
 def split_topics(topics: Mapping[str, str], held_out_bytes: int) -> Split:
     """Hold out every tenth topic, at most about ``held_out_bytes`` of them; train on the others.
 
-    Topics quote each other: a fifth of the reference stands in it more than once. So a paragraph is used once only,
+    Topics quote each other: a fifth of the reference occurs in it more than once. So a paragraph is used once only,
     and the training text has none of a held-out topic, also of those left out for size.
     """
     names = sorted(topics)

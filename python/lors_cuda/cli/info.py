@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lors-cuda info``: what is installed, what this machine has, and which kernels serve it."""
+"""``lors-cuda info``: what is installed, what this machine has, and which kernels support it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     product = ", ".join(f"{dtype} in {how}" for dtype, how in build["cpu_product"].items())
     lines = [
         f"lors_cuda {__version__}, torch {torch.__version__}, Python {result['python']}, {result['platform']}",
-        f"CPU       kernels use {build['cpu_capability']}, {torch.get_num_threads()} thread(s); products of {product}",
+        f"CPU       kernels use {build['cpu_capability']}, {torch.get_num_threads()} thread(s); matmuls of {product}",
         f"CUDA      {'available: ' + ', '.join(gpus) if reason is None else 'not available: ' + reason}",
         f"          built for {', '.join(build['cuda_archs']) or 'no architecture'}"
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")

@@ -87,6 +87,6 @@ def init_from_gradients(
 
 
 class _NoTuner:
-    """Stands for the tuner where PEFT asks it for the target modules of an architecture."""
+    """Takes the place of the tuner where PEFT asks it for the target modules of an architecture."""
 
     target_module_mapping = LoRSLoraModel.target_module_mapping

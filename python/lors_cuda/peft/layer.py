@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The layer of LoRS adapters in PEFT. Fused wherever one product with the merged weight is the answer: any number of
-# active adapters, no dropout in effect. Otherwise PEFT's own forward, with the masked product as the side branch.
+# The layer of LoRS adapters in PEFT. Fused wherever one matmul with the merged weight is the answer: any number of
+# active adapters, no dropout in effect. Otherwise PEFT's own forward, with the masked update as the side branch.
 """LoRSLoraLinear: PEFT's LoRA layer with masked adapters."""
 
 from __future__ import annotations

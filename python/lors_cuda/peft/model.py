@@ -180,7 +180,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: Any, *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        # Of the products without the mask, whose rank is low; the layer masks the result. Those with it have full rank.
+        # Of B A without the mask, whose rank is low; the layer masks the result. With the mask it would have full rank.
         unmasked = SimpleNamespace(
             lora_A=target.lora_A,
             lora_embedding_A=target.lora_embedding_A,

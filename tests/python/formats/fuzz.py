@@ -99,7 +99,8 @@ def damage(random: np.random.Generator, stored: Stored, name: str) -> None:
         limits = np.iinfo(array.dtype)
         array.reshape(-1)[random.integers(array.size)] = [0, 1, limits.max, limits.min][random.integers(4)]
     else:
-        setattr(stored, name, array[..., :-1].copy() if random.integers(2) else np.append(array, array[..., :1], axis=-1))
+        shorter = random.integers(2)
+        setattr(stored, name, array[..., :-1].copy() if shorter else np.append(array, array[..., :1], axis=-1))
 
 
 def read(stored: Stored) -> tuple[np.ndarray, np.ndarray] | None:

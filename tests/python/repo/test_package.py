@@ -88,14 +88,14 @@ def why_no_cuda(monkeypatch, **found: object) -> str | None:
     monkeypatch.setitem(_library.BUILD, "cuda_archs", "80,90a" if found["built"] else "")
     monkeypatch.setattr(torch.version, "cuda", found["torch"])
     monkeypatch.setattr(_library, "_load", found.get("load", lambda name: True))
-    monkeypatch.setattr(_library, "_CUDA_MISSING", _library._load_cuda_half())
+    monkeypatch.setattr(_library, "_CUDA_MISSING", _library._load_cuda())
     return _library._cuda_reason(found.get("index"))
 
 
 def test_cuda_tensors_are_refused_with_the_reason(monkeypatch) -> None:
     """Without CUDA kernels, a CUDA tensor gets a sentence, not a dispatcher's trace."""
     reason = why_no_cuda(monkeypatch, built="", torch=None)
-    assert reason == "this build of lors_cuda has no CUDA half (it was built without nvcc)"
+    assert reason == "this build of lors_cuda has no CUDA backend (it was built without nvcc)"
     with pytest.raises(RuntimeError, match=r"built without nvcc.*lors-cuda info"):
         _library.check_device(torch.device("cuda", 0))
 
@@ -108,7 +108,7 @@ def test_a_torch_without_cuda_is_explained(monkeypatch) -> None:
 def test_a_wheel_without_the_cuda_half_names_the_one_to_install(monkeypatch) -> None:
     reason = why_no_cuda(monkeypatch, built="", torch="13.0")
     assert reason == (
-        "this build of lors_cuda has no CUDA half (it was built without nvcc); beside torch "
+        "this build of lors_cuda has no CUDA backend (it was built without nvcc); beside torch "
         f"{torch.__version__} install the wheel labelled +cu13 and your GPU's architecture, e.g. +cu13.sm90a for "
         "compute capability 9.0"
     )
@@ -129,11 +129,11 @@ def test_cuda_major_mismatch_is_explained(monkeypatch, capsys) -> None:
 
 def test_a_missing_cuda_half_is_explained(monkeypatch) -> None:
     reason = why_no_cuda(monkeypatch, built="13.0", torch="13.1", load=lambda name: False)
-    assert reason == "the CUDA half of lors_cuda (_ops_cuda.so) is missing from the installed package; install it again"
+    assert reason == "the CUDA backend of lors_cuda (_ops_cuda.so) is missing from the package; install it again"
 
 
 def test_a_cuda_half_that_does_not_load_is_explained(monkeypatch) -> None:
-    """And importing the package goes on: the CPU half works."""
+    """And importing the package goes on: the CPU backend works."""
 
     def load(name: str) -> bool:
         raise OSError("Could not load this library") from OSError("undefined symbol: aoti_torch_cuda_mm_out")
@@ -141,7 +141,7 @@ def test_a_cuda_half_that_does_not_load_is_explained(monkeypatch) -> None:
     reason = why_no_cuda(monkeypatch, built="13.0", torch="13.0", load=load)
     assert reason is not None
     assert reason.endswith(
-        "did not load beside torch " + torch.__version__ + ": undefined symbol: aoti_torch_cuda_mm_out"
+        "did not load with torch " + torch.__version__ + ": undefined symbol: aoti_torch_cuda_mm_out"
     )
 
 

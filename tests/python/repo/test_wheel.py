@@ -109,8 +109,8 @@ def test_a_wheel_that_is_what_its_name_says(tmp_path, cuobjdump, version, cuda):
     ("wheel", "problem"),
     [
         ({"version": "1.0+cu13.sm90a", "cuda": True}, "it is labelled +cu13.sm90a and holds code for 80, 90a"),
-        ({"version": "1.0+cu13.sm80.sm90a", "cuda": False}, "it is labelled +cu13.sm80.sm90a and has no CUDA half"),
-        ({"version": "1.0+cpu", "cuda": True}, "it is labelled +cpu and has a CUDA half"),
+        ({"version": "1.0+cu13.sm80.sm90a", "cuda": False}, "it is labelled +cu13.sm80.sm90a and has no CUDA backend"),
+        ({"version": "1.0+cpu", "cuda": True}, "it is labelled +cpu and has a CUDA backend"),
         (
             {"version": "1.0+cpu", "cuda": False, "metadata": "1.0"},
             "its metadata say version 1.0; its name says 1.0+cpu",

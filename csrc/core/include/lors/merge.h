@@ -30,7 +30,7 @@ struct MergeArgs {
   void* merged = nullptr;  // overwritten whole; dense: [N, K] row-major; 2:4: values [N, K/2], may be `weight` itself
   DType merged_dtype = DType::float32;
   // The type each value is rounded to, once. It is merged_dtype, or a 16-bit type held in a float32 `merged`: a
-  // float32 product then sees exactly the values that a 16-bit merged weight has.
+  // float32 matmul then sees exactly the values that a 16-bit merged weight has.
   DType round_to = DType::float32;
 };
 
