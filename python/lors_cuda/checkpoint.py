@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
     disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile, DistributedDataParallel or
     DeepSpeed the names are those of the inner model. With several processes, call it in one, unless the model is under
-    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
+    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes. Adapters that are
+    still zero while others have learned are named in a warning.
 
     Raises:
         ValueError: the model has no LoRS layers, or layers with and without use_rslora.
@@ -66,6 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for name, tensor in _saved_tensors(model, config).items():
         tensors[PREFIX + name] = whole(tensor)
     fields = _config_fields(model, layers, config)
+    if not sharded or process_rank() == 0:
+        _warn_untrained({name: tensors[f"{PREFIX}{name}.lora_B.weight"] for name in layers})
     if not sharded:
         write_adapter(Path(directory), tensors, fields)
         return
@@ -121,6 +125,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
     for name, tensor in adapter.saved.items():
         copy_whole(existing[name], tensor)
     return model
+
+
+def _warn_untrained(lora_B: dict[str, Tensor]) -> None:
+    """Say which adapters are still at their zero start while others are not."""
+    zero = [name for name, tensor in lora_B.items() if not tensor.is_meta and not bool(tensor.any())]
+    if zero and len(zero) < len(lora_B):
+        warnings.warn(
+            f"{len(zero)} of {len(lora_B)} adapters are still zero: {listed(zero)}. They had no gradient. That is "
+            "right for an expert that saw no token; a layer that the loss does not reach can be left out "
+            "(exclude_modules).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # ---- what the files hold ----

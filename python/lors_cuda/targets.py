@@ -115,7 +115,7 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
     if every:
         chosen = adaptable(chosen, places.problem, config)
     for name, module in chosen.items():
-        reason = None if every else places.problem(module)
+        reason = _not_loaded(module) if every else places.problem(module)
         if reason is not None:
             raise ValueError(cannot_adapt(name, reason))
     targets = [
@@ -133,7 +133,8 @@ def adaptable(
 ) -> dict[str, nn.Module]:
     """What "all-linear" adapts of {name: linear}: those without a problem and large enough for config.r.
 
-    The others are listed, reason by reason, in one warning. A rank of rank_pattern was asked for, and not judged here.
+    The others are listed, reason by reason, in one warning. Kept for the caller to refuse are a rank of rank_pattern,
+    which was asked for, and a module that is not loaded as it must be.
 
     Raises:
         ValueError: nothing is left.
@@ -142,9 +143,9 @@ def adaptable(
     sizes = {name: _size(module) for name, module in linears.items()}
     for name, module in linears.items():
         reason = problem(module)
-        if reason is not None:
+        if reason is not None and _not_loaded(module) is None:
             reasons.setdefault(reason, []).append(name)
-    shapes = {name: shape_of(module) for name, module in linears.items() if name not in _names(reasons)}
+    shapes = {name: shape_of(linears[name]) for name in linears if name not in _names(reasons) and sizes[name]}
     if any(min(shape) >= config.r for shape in shapes.values()):  # or else the rank is what cannot be, and is refused
         for name, shape in shapes.items():
             if config.r > min(shape) and matched(config.rank_pattern, name, None) is None:
@@ -271,15 +272,9 @@ def _unsuitable(module: nn.Module) -> str | None:
             "computes its weight (torch.nn.utils.prune or parametrize). Make that permanent first: "
             "torch.nn.utils.prune.remove(module, 'weight') or parametrize.remove_parametrizations(module, 'weight')"
         )
-    if is_lazy(weight):
-        return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
-    if is_offloaded(module):
-        return (
-            "has its weights offloaded by accelerate (device_map), which brings them for each forward only. Load the "
-            "model without offloading to the CPU or the disk, or leave it out"
-        )
-    if weight.device.type == "meta":
-        return "is on the meta device, without values. Load the model's weights first"
+    reason = _not_loaded(module)
+    if reason is not None:
+        return reason
     if weight.dtype not in DTYPES:
         return f"has a weight of dtype {weight.dtype}, and a floating-point one is needed. Load the model unquantized"
     if weight.dim() != 2 or 0 in weight.shape:
@@ -304,6 +299,21 @@ def _rank_problem(r: int, shape: tuple[int, int]) -> str:
     except ValueError as error:
         return str(error).rstrip(".")
     raise AssertionError("the rank fits")
+
+
+def _not_loaded(module: nn.Module) -> str | None:
+    """Why a module is not loaded as it must be, which loading the model otherwise mends; None if it is."""
+    weight = module._parameters.get("weight")
+    if is_lazy(weight):
+        return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
+    if is_offloaded(module):
+        return (
+            "has its weights offloaded by accelerate (device_map), which brings them for each forward only. Load the "
+            "model without offloading to the CPU or the disk, or leave it out"
+        )
+    if weight is not None and weight.device.type == "meta":
+        return "is on the meta device, without values. Load the model's weights first"
+    return None
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
