@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Code that multiplies by `layer.weight` instead of calling the layer (WavLM's attention, Mamba's fused kernels,
 # nn.MultiheadAttention) goes past an adapter. It is found twice: by the source of the forwards, before a model is
-# converted (`weight_readers`), and while a forward runs, by who reads the property (`used_by_a_forward`). A look at the
+# converted (`weight_readers`), and while a forward runs, by who reads the property (`uses_weight`). A look at the
 # dtype or the shape of a weight, as T5 takes, is no use of it.
 """Who reads a layer's weight without calling the layer."""
 
@@ -11,7 +11,6 @@ import ast
 import functools
 import inspect
 import os
-import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -66,28 +65,28 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
     return readers
 
 
-def used_by_a_forward(layer: nn.Module) -> str | None:
-    """Who uses the values of `layer.weight` inside a module's forward; None outside one, or if only dtype or shape is
-    looked at. For SparseLayer.goes_past_adapters, called by the property: the reader is three frames up. The words
-    precede 'instead of'.
-    """
-    reader: Any = sys._getframe(3)
-    name = None
-    frame = reader
-    while frame is not None:
-        if frame.f_code.co_name in ("forward", "_call_impl"):
-            module = frame.f_locals.get("self")
-            found = _name_in(module, layer) if isinstance(module, nn.Module) else None
-            name = name if found is None else found
-        frame = frame.f_back
-    if name is None:
-        return None
+def uses_weight(reader: types.FrameType) -> bool:
+    """Whether the code that reads a `weight` here runs inside a module's forward, and uses the values."""
+    here = [read.used for read in _reads(reader.f_code) if reader.f_lineno in read.lines]
+    return any(here or [True]) and any(True for _ in _forwards(reader))
+
+
+def description(reader: types.FrameType, layer: nn.Module) -> str:
+    """Which code uses the weight of which layer, by its name in the outermost module whose forward runs."""
+    modules = [frame.f_locals.get("self") for frame in _forwards(reader)]
+    names = [_name_in(module, layer) for module in modules if isinstance(module, nn.Module)]
+    name = next((name for name in reversed(names) if name is not None), type(layer).__name__)
     code = reader.f_code
-    here = [read.used for read in _reads(code) if reader.f_lineno in read.lines]
-    if here and not any(here):
-        return None
     where = getattr(code, "co_qualname", code.co_name)
     return f"{where} ({os.path.basename(code.co_filename)}, line {reader.f_lineno}) uses the weight of '{name}'"
+
+
+def _forwards(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+    """The frames of modules' forwards around a place, the innermost first."""
+    while frame is not None:
+        if frame.f_code.co_name in ("forward", "_call_impl"):
+            yield frame
+        frame = frame.f_back
 
 
 def _name_in(model: nn.Module, layer: nn.Module) -> str | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
-from ._weight_reads import used_by_a_forward
+from ._weight_reads import description, uses_weight
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -31,12 +32,14 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+        past_reader: the code that was found to read the weight instead of calling the layer; "" if none.
     """
 
     in_features: int
     out_features: int
     has_adapters = False
     merged_weight: MergedWeight | None = None
+    past_reader = ""
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -58,15 +61,18 @@ class SparseLayer:
         """
         if torch.compiler.is_compiling():
             return True
-        use = used_by_a_forward(self)  # type: ignore[arg-type]
-        if use is not None:
+        reader: Any = sys._getframe(2)
+        if not uses_weight(reader):
+            return False
+        if not self.past_reader:
+            self.past_reader = description(reader, self)  # type: ignore[arg-type]
             warnings.warn(
-                f"{use} instead of calling the layer. It is given the merged weight, made again at each such read, "
-                "with the exact gradient. Leave the layer out by exclude_modules if that is too slow.",
+                f"{self.past_reader} instead of calling the layer. It is given the merged weight, made again at each "
+                "such read, with the exact gradient. Leave the layer out by exclude_modules if that is too slow.",
                 UserWarning,
                 stacklevel=3,
             )
-        return use is not None
+        return True
 
 
 class SparseLinear(SparseLayer, nn.Module):

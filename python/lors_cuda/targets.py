@@ -304,7 +304,7 @@ def _rank_problem(r: int, shape: tuple[int, int]) -> str:
 def _not_loaded(module: nn.Module) -> str | None:
     """Why a module is not loaded as it must be, which loading the model otherwise mends; None if it is."""
     weight = module._parameters.get("weight")
-    if is_lazy(weight):
+    if weight is not None and is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
     if is_offloaded(module):
         return (
