@@ -5,6 +5,7 @@
 // S is converted to the accumulation type and masked by blocks that stay in the L1 cache.
 #pragma once
 
+#include "expand.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -37,8 +38,14 @@ inline void load_block(const lors::cpu::ContractJob& job, int64_t i0, int64_t ro
     for (; j + kLanes<Acc> <= columns; j += kLanes<Acc>) store_raw(row + j, load<Acc>(src + j));
     for (; j < columns; ++j) row[j] = to_acc<Acc>(src[j]);
     if (job.mask) {
-      const uint32_t* bits = job.mask + (i0 + i) * lors::mask_words(job.columns);
-      for (j = 0; j < columns; ++j) row[j] = (bits[(j0 + j) / 32] >> ((j0 + j) % 32)) & 1 ? row[j] : Acc(0);
+      const uint32_t* words = job.mask + (i0 + i) * lors::mask_words(job.columns);
+      for (j = 0; j + kLanes<Acc> <= columns; j += kLanes<Acc>) {
+        const int64_t first = j0 + j;  // may be any column, so that a vector's bits can be in two words
+        uint64_t bits = words[first / 32];
+        if (first % 32 + kLanes<Acc> > 32) bits |= uint64_t(words[first / 32 + 1]) << 32;
+        store_raw(row + j, where_bits<Acc>(uint32_t(bits >> (first % 32)), load_raw<Vector<Acc>>(row + j)));
+      }
+      for (; j < columns; ++j) row[j] = (words[(j0 + j) / 32] >> ((j0 + j) % 32)) & 1 ? row[j] : Acc(0);
     } else if (job.kept_where) {
       const int64_t offset = (i0 + i) * job.columns + j0;
       if (job.kept_where_size == 2) zero_where_zero<uint16_t>(row, job.kept_where, offset, columns);
