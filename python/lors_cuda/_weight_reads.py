@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Code that multiplies by `layer.weight` instead of calling the layer (WavLM's attention, Mamba's fused kernels,
 # nn.MultiheadAttention) goes past an adapter. It is found twice: by the source of the forwards, before a model is
-# converted (`weight_readers`), and while a forward runs, by who reads the property (`uses_weight`). A look at the
+# converted (`weight_readers`), and while a forward runs, by who reads the property (`reads_past`). A look at the
 # dtype or the shape of a weight, as T5 takes, is no use of it.
 """Who reads a layer's weight without calling the layer."""
 
@@ -11,12 +11,15 @@ import ast
 import functools
 import inspect
 import os
+import sys
 import textwrap
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 # What can be asked of a weight without using its values.
@@ -65,13 +68,31 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
     return readers
 
 
-def uses_weight(reader: types.FrameType) -> bool:
-    """Whether the code that reads a `weight` here runs inside a module's forward, and uses the values."""
+def reads_past(layer: Any) -> bool:
+    """For the property `weight` of a layer with adapters, which calls this: whether a forward multiplies by it.
+
+    It is then given the merged weight: the model computes what it will after a merge, and the adapters get their
+    gradients. The first such read of a layer is warned of. torch.compile traces forwards only, and drops what is merely
+    looked at.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    reader: Any = sys._getframe(2)
     here = [read.used for read in _reads(reader.f_code) if reader.f_lineno in read.lines]
-    return any(here or [True]) and any(True for _ in _forwards(reader))
+    if (here and not any(here)) or next(_forwards(reader), None) is None:
+        return False
+    if not layer.past_reader:
+        layer.past_reader = _description(reader, layer)
+        warnings.warn(
+            f"{layer.past_reader} instead of calling the layer. It is given the merged weight, made again at each such "
+            "read, with the exact gradient. Leave the layer out by exclude_modules if that is too slow.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return True
 
 
-def description(reader: types.FrameType, layer: nn.Module) -> str:
+def _description(reader: types.FrameType, layer: nn.Module) -> str:
     """Which code uses the weight of which layer, by its name in the outermost module whose forward runs."""
     modules = [frame.f_locals.get("self") for frame in _forwards(reader)]
     names = [_name_in(module, layer) for module in modules if isinstance(module, nn.Module)]

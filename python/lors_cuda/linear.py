@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
-from ._weight_reads import description, uses_weight
+from ._weight_reads import reads_past
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
@@ -52,27 +50,6 @@ class SparseLayer:
     def merged_dense(self) -> Tensor:
         """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
         raise NotImplementedError
-
-    def goes_past_adapters(self) -> bool:
-        """For the property ``weight``: whether a forward reads it instead of calling the layer, which is warned of.
-
-        It is then given the merged weight: the model computes what it will after a merge, and the adapters get their
-        gradients. torch.compile traces forwards only, and drops what is merely looked at.
-        """
-        if torch.compiler.is_compiling():
-            return True
-        reader: Any = sys._getframe(2)
-        if not uses_weight(reader):
-            return False
-        if not self.past_reader:
-            self.past_reader = description(reader, self)  # type: ignore[arg-type]
-            warnings.warn(
-                f"{self.past_reader} instead of calling the layer. It is given the merged weight, made again at each "
-                "such read, with the exact gradient. Leave the layer out by exclude_modules if that is too slow.",
-                UserWarning,
-                stacklevel=3,
-            )
-        return True
 
 
 class SparseLinear(SparseLayer, nn.Module):
@@ -360,7 +337,7 @@ class LoRSLinear(SparseLinear):
 
     @property
     def weight(self) -> Tensor:
-        if self.adapter_enabled and self.goes_past_adapters():
+        if self.adapter_enabled and reads_past(self):
             return self.merged_dense().t() if self.conv1d else self.merged_dense()
         return SparseLinear.weight.__get__(self)
 

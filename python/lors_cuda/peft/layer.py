@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._weight_reads import reads_past
 from ..functional import lors_linear, merge
 from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
@@ -126,7 +127,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     @property
     def weight(self) -> Tensor:
         base: Any = self.base_layer
-        if self.disable_adapters or self.merged or not self.goes_past_adapters():
+        if self.disable_adapters or self.merged or not reads_past(self):
             return base.weight
         return self.merged_dense().t() if getattr(base, "conv1d", False) else self.merged_dense()
 
