@@ -154,7 +154,7 @@ def adaptable(
     if not skipped:
         return linears
     share = sum(sizes[name] for name in skipped) / max(sum(sizes.values()), 1)
-    causes = " ".join(f"{listed(names)}: {reason}." for reason, names in reasons.items())
+    causes = joined([f"{listed(names)}: {reason}." for reason, names in reasons.items()])
     text = (
         f"target_modules='{ALL_LINEAR}' leaves out {len(skipped)} of {len(linears)} linears, {share:.1%} of their "
         f"weights. {causes}"

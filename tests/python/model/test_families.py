@@ -165,6 +165,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
+LEAVING_OUT = {
+    "qwen2-moe", "qwen3-next", "llama4", "switch", "mamba", "mamba2", "falcon-mamba", "jamba", "bert-qa", "roberta-cls",
+    "electra", "siglip", "gemma3-vision", "wavlm",
+}  # fmt: skip
+
+
 def family(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """A tiny pruned model of the family in evaluation, and its inputs; skips where this transformers lacks it."""
     kind, config, fields, inputs = FAMILIES[name]
@@ -195,7 +201,7 @@ def test_adapted_merged_and_reloaded_agree(name, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_lors_model(model)
-    assert sum("leaves out" in str(each.message) for each in caught) <= 1
+    assert sum("leaves out" in str(each.message) for each in caught) == (name in LEAVING_OUT)
     layers = dict(named_lors_layers(model))
     fill_adapters(model, size=0.2)
     called = set()

@@ -144,8 +144,9 @@ def test_outside_a_forward_the_weight_is_the_frozen_one():
     assert torch.equal(model.past.weight, frozen)
 
 
-def test_compiled_forwards_get_the_merged_weight():
-    model = get_lors_model(sparse(Indexed), LoRSConfig(r=2))
+@pytest.mark.parametrize("kind", [Indexed, Looking])
+def test_compiled_forwards_get_the_merged_weight(kind):
+    model = get_lors_model(sparse(kind), LoRSConfig(r=2))
     fill_adapters(model, size=0.5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(inputs())
     merge_and_unload(model)
