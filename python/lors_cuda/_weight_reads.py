@@ -36,13 +36,21 @@ _MODES = frozenset({"training", "gradient_checkpointing"})  # they change after 
 
 @dataclass(frozen=True)
 class _Read:
-    """One place that reads a `weight`: the lines, the names from `self` to its owner (None: reached otherwise), whether
-    the values are used, and the conditions under which the place is reached, each with what it must be."""
+    """One place that reads a `weight`: the lines, the name of its owner ("mlp.up" of self.mlp.up) and whether that
+    begins at `self`, whether the values are used, and the conditions under which the place is reached, each with what
+    it must be."""
 
     lines: range
-    owner: tuple[str, ...] | None
+    owner: str
+    of_self: bool
     used: bool
     conditions: tuple[tuple[ast.expr, bool], ...]
+
+    def owners(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules that a reader in `module` means; where the name does not begin at `self`, all below that end so."""
+        for name, owner in module.named_modules(remove_duplicate=False):
+            if name and self.owner and (name == self.owner or (not self.of_self and name.endswith(f".{self.owner}"))):
+                yield owner
 
     def happens(self, known: dict[str, Any]) -> bool:
         """False if a condition excludes it, as far as that asks for nothing but what is known: `self` and arguments."""
@@ -53,18 +61,16 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
     """{layer: "Class.method"} of the modules whose weight another module's forward uses itself, by the source code.
 
     A read under a condition that the module's own attributes exclude (Bloom's slow_but_exact), or that arguments at
-    their defaults exclude, does not count. Code without source, and code that reaches the layer by an index or a
+    their defaults exclude, does not count. Code without source, and code that has the layer itself in a
     variable, is not seen here.
     """
     readers: dict[nn.Module, str] = {}
     for module in model.modules():
         kind: Any = type(module)
         for where, read, defaults in _reads_of_class(kind):
-            owner: Any = module
-            for name in read.owner or ():
-                owner = getattr(owner, name, None)
-            if owner is not module and isinstance(owner, nn.Module) and read.happens({**defaults, "self": module}):
-                readers.setdefault(owner, where)
+            if read.happens({**defaults, "self": module}):
+                for owner in read.owners(module):
+                    readers.setdefault(owner, where)
     return readers
 
 
@@ -190,7 +196,7 @@ def _reads(code: types.CodeType) -> tuple[_Read, ...]:
         if owner is not None:
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)  # type: ignore[attr-defined]
             used = not _only_looked_at(node, parents, tree)
-            reads.append(_Read(lines, _chain(owner), used, tuple(_conditions(node, parents))))
+            reads.append(_Read(lines, *_chain(owner), used, tuple(_conditions(node, parents))))
     return tuple(reads)
 
 
@@ -203,13 +209,13 @@ def _weight_owner(node: ast.AST) -> ast.expr | None:
     return None
 
 
-def _chain(node: ast.expr) -> tuple[str, ...] | None:
-    """("mlp", "up") of self.mlp.up; None of what does not begin with self."""
+def _chain(node: ast.expr) -> tuple[str, bool]:
+    """("mlp.up", True) of self.mlp.up; ("up", False) of layers[0].up."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else None
+    return ".".join(reversed(names)), isinstance(node, ast.Name) and node.id == "self"
 
 
 def _only_looked_at(

@@ -110,7 +110,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
     ),
     "rwkv": (
         "RwkvForCausalLM", "RwkvConfig",
-        STATES | {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64},
+        STATES | {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64, "rescale_every": 1},
         TEXT | {"use_cache": False},
     ),
     # encoders
@@ -167,7 +167,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
 
 LEAVING_OUT = {
     "qwen2-moe", "qwen3-next", "llama4", "switch", "mamba", "mamba2", "falcon-mamba", "jamba", "bert-qa", "roberta-cls",
-    "electra", "siglip", "gemma3-vision", "wavlm",
+    "electra", "siglip", "gemma3-vision", "wavlm", "rwkv",
 }  # fmt: skip
 
 
@@ -239,6 +239,7 @@ LEFT_OUT = {
     "wavlm": ("attention.q_proj", "WavLMAttention.torch_multi_head_self_attention"),
     "mamba": ("mixer.dt_proj", "MambaMixer.forward"),
     "mamba2": ("mixer.out_proj", "Mamba2Mixer.forward"),
+    "rwkv": ("attention.output", "RwkvModel._rescale_layers"),
     "siglip": ("head.attention.out_proj", "MultiheadAttention.forward"),
     "llama4": ("feed_forward.router", "a Llama4Router with a forward of its own"),
     "qwen2-moe": ("mlp.shared_expert_gate", "r is 16; for a layer of 1 x 32"),
