@@ -47,7 +47,7 @@ class _Read:
     conditions: tuple[tuple[ast.expr, bool], ...]
 
     def owners(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The modules that a reader in `module` means; where the name does not begin at `self`, all below that end so."""
+        """The modules that a reader in `module` means; where the name does not begin at `self`, all that end so."""
         for name, owner in module.named_modules(remove_duplicate=False):
             if name and self.owner and (name == self.owner or (not self.of_self and name.endswith(f".{self.owner}"))):
                 yield owner

@@ -62,8 +62,8 @@ class Places:
             return reason
         if module in self._readers:
             return (
-                f"has its weight read by {self._readers[module]}, which (always, or on a faster path) does not call "
-                "the layer, so that the adapter would have no part in the result. Leave it out"
+                f"has its weight read by {self._readers[module]}, always or on a faster path, instead of being called; "
+                "an adapter would have no part in that. Leave it out"
             )
         others = [other for other in self._holders[cast(nn.Linear, module).weight] if other is not module]
         if others:
