@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._checks import DTYPES, check_rank, joined, listed
+from ._checks import DTYPES, check_rank, is_packed, joined, listed
 from ._distributed import is_offloaded, is_sharded
 from ._linears import computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
@@ -279,9 +280,10 @@ def _unsuitable(module: nn.Module) -> str | None:
         return f"has a weight of dtype {weight.dtype}, and a floating-point one is needed. Load the model unquantized"
     if weight.dim() != 2 or 0 in weight.shape:
         return f"has a weight of shape {tuple(weight.shape)}, and two dimensions of at least 1 are needed. Leave it out"
-    if type(weight.detach()) is not Tensor and not is_sharded(weight):
-        held = type(weight.detach()).__name__
-        return f"has its weight in {_article(held)}, which another tool has quantised or compressed. Load it dense"
+    semi_structured = torch.sparse.SparseSemiStructuredTensor  # which is converted
+    if is_packed(weight) and not isinstance(weight, semi_structured) and not is_sharded(weight):
+        held = _article(type(weight).__name__)
+        return f"has its weight in {held}, which another tool has quantised or compressed. Load it dense"
     if not computes_linear(module):
         return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

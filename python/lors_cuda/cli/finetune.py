@@ -41,7 +41,7 @@ from ..config import LoRSConfig
 from ..data import TokenDataset
 from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, named_lors_layers
-from ..pruning import measure_sparsity, total_sparsity
+from ..sparsity import measure_sparsity
 from ..targets import Target, check_targets, find_targets
 from ._common import (
     add_data,
@@ -189,10 +189,10 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         model = load_model(args.model, args.device)
         targets = find_targets(model, config)
         check_targets(targets, config)  # before the work of estimating gradients
-        sparsity = total_sparsity(measure_sparsity(model, targets=targets))
+        sparsity = measure_sparsity(model, targets=targets)
         data = load_dataset(args, model)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
-    say(args, f"Model: '{args.model}', sparsity {sparsity:.2%}. Data: {describe_data(data)}.")
+    say(args, f"Model: '{args.model}', sparsity {sparsity}. Data: {describe_data(data)}.")
     if eval_data is not None:
         say(args, f"Evaluation at every checkpoint: {describe_data(eval_data)}.")
     if process_count() > 1:
@@ -257,7 +257,8 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         "steps": args.steps,
         "first_loss": entries[0]["loss"],
         "last_loss": last,
-        "sparsity": sparsity,
+        "sparsity": sparsity.sparsity,
+        "model_sparsity": sparsity.model_sparsity,
         "adapted_layers": sum(1 for _ in named_lors_layers(trained)),
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "tokens": sum(entry["tokens"] for entry in entries),

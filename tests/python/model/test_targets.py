@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lors_cuda import estimate_gradients, get_lors_model, merge_and_unload, named_lors_layers, save_adapter
 from lors_cuda.config import LoRSConfig
@@ -242,12 +242,12 @@ def test_an_integer_weight_is_refused():
 
 
 def test_a_weight_that_another_tool_stores_is_left_out():
-    class Packed(Tensor):
-        pass
+    from torch.testing._internal.two_tensor import TwoTensor
 
     net = tiny_net()
-    net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Packed), requires_grad=False)
-    left_out(net, ["2"], "'0': has its weight in a Packed", "Load it dense")
+    weight = net[0].weight.detach()
+    net[0].weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+    left_out(net, ["2"], "'0': has its weight in a TwoTensor", "Load it dense")
 
 
 def test_tied_weights_are_refused_and_named():
@@ -298,9 +298,8 @@ def test_peft_models_are_refused_by_what_would_take_their_adapters_for_the_model
         lambda: get_lors_model(model),
         lambda: estimate_gradients(model, [batch()]),
         lambda: prune(model, method="magnitude"),
-        lambda: measure_sparsity(model),
     ):
-        refused(ValueError, call, "has adapters of PEFT", "lors_cuda.peft")
+        refused(ValueError, call, "has adapters of PEFT", "base model")
     for call in (lambda: save_adapter(model, "nowhere"), lambda: merge_and_unload(model)):
         refused(ValueError, call, "It is a PEFT model: use PEFT's own save_pretrained")
     assert_unchanged(model, before)
@@ -312,7 +311,6 @@ def test_targets_that_were_found_are_not_searched_again(monkeypatch):
     expected = estimate_gradients(model, [batch()], config=config)
     assert len(walks) == 1
     found = find_targets(model, config)
-    prune(model, "2:4", method="magnitude", targets=found)
     assert [layer.name for layer in measure_sparsity(model, targets=found)] == [target.name for target in found]
     assert estimate_gradients(model, [batch()], targets=found).keys() == expected.keys()
     get_lors_model(model, config, targets=found)
