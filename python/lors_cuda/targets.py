@@ -282,8 +282,10 @@ def _unsuitable(module: nn.Module) -> str | None:
         return f"has a weight of shape {tuple(weight.shape)}, and two dimensions of at least 1 are needed. Leave it out"
     semi_structured = torch.sparse.SparseSemiStructuredTensor  # which is converted
     if is_packed(weight) and not isinstance(weight, semi_structured) and not is_sharded(weight):
-        held = _article(type(weight).__name__)
-        return f"has its weight in {held}, which another tool has quantised or compressed. Load it dense"
+        return (
+            f"has a weight of the class {type(weight).__name__}, which holds its values in packed tensors. Put "
+            "weight.dequantize() in its place, or load the model unquantized"
+        )
     if not computes_linear(module):
         return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

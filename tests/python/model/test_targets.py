@@ -247,7 +247,7 @@ def test_a_weight_that_another_tool_stores_is_left_out():
     net = tiny_net()
     weight = net[0].weight.detach()
     net[0].weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
-    left_out(net, ["2"], "'0': has its weight in a TwoTensor", "Load it dense")
+    left_out(net, ["2"], "'0': has a weight of the class TwoTensor", "weight.dequantize()")
 
 
 def test_tied_weights_are_refused_and_named():
