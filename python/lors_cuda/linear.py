@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
+from ._linears import is_conv1d, make_linear
+from ._weight_reads import reads_past
 from .functional import layer_linear, merge
-from .sparse_linear import SparseLayer, SparseLinear, check_linear, make_linear
+from .sparse_linear import SparseLayer, SparseLinear, check_linear, stored_form
 from .weight import SparseWeight
 
 __all__ = ["LoRSLinear", "SparseLayer", "SparseLinear"]
@@ -28,6 +30,8 @@ class LoRSLinear(SparseLinear):
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. Setting it sets lora_alpha.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
+        weight: the frozen weight, dense, as in SparseLinear. Code that multiplies by it inside a module's forward,
+            instead of calling the layer, is given the merged weight, with gradients to the adapter.
     """
 
     has_adapters = True
@@ -77,7 +81,7 @@ class LoRSLinear(SparseLinear):
         """Wrap a linear layer whose weight has zeros. The layer's tensors are referenced, not copied, where possible.
 
         Args:
-            linear: the layer; its weight is frozen in the result.
+            linear: the layer, also transformers' Conv1D; its weight is frozen in the result.
             r: rank, 1 to min(out_features, in_features).
             lora_alpha: scaling is lora_alpha / r (lora_alpha / sqrt(r) with ``use_rslora``).
             layout: how the weight is stored, see :meth:`SparseWeight.from_dense`.
@@ -91,7 +95,7 @@ class LoRSLinear(SparseLinear):
         """
         check_linear(linear)
         layer = cls(
-            SparseWeight.from_dense(linear.weight.detach(), layout, mask),
+            SparseWeight.from_dense(stored_form(linear), layout, mask),
             linear.bias,
             r=r,
             lora_alpha=lora_alpha,
@@ -99,6 +103,7 @@ class LoRSLinear(SparseLinear):
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
         )
+        layer.conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
     @property
@@ -141,11 +146,17 @@ class LoRSLinear(SparseLinear):
             self.merged_weight,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        if self.adapter_enabled and reads_past(self):
+            return self.merged_dense().t() if self.conv1d else self.merged_dense()
+        return SparseLinear.weight.__get__(self)
+
     def merged_dense(self) -> Tensor:
         return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
 
     def merge(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
+        """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
             ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
@@ -158,7 +169,7 @@ class LoRSLinear(SparseLinear):
             weight, merged = self.sparse_weight, self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
             check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
-        return make_linear(merged, self.bias).train(self.training)
+        return make_linear(merged, self.bias, self.conv1d).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import DTYPES
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
+from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, sparse_linear
 from .weight import SparseWeight
@@ -35,12 +36,14 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+        past_reader: the code that was found to read the weight instead of calling the layer; "" if none.
     """
 
     in_features: int
     out_features: int
     has_adapters = False
     merged_weight: MergedWeight | None = None
+    past_reader = ""
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -76,8 +79,10 @@ class SparseLinear(SparseLayer, nn.Module):
             masks averages their digests too, and the result belongs to neither.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`; of a
+            Conv1D a tensor [in_features, out_features].
         weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
+        conv1d: whether the plain layer is transformers' Conv1D, whose own weight is [in_features, out_features].
     """
 
     weight_values: Tensor
@@ -87,6 +92,7 @@ class SparseLinear(SparseLayer, nn.Module):
     bias: nn.Parameter | None
     _checked: tuple[tuple[int, int], ...] | None  # the tensors, and their versions, that mask_digest was compared with
     weight_uses = 0
+    conv1d = False
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -105,12 +111,13 @@ class SparseLinear(SparseLayer, nn.Module):
         :meth:`SparseWeight.from_dense`. Tensors are referenced, not copied, where possible.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``.
+            TypeError: ``linear`` is no ``nn.Linear`` and no Conv1D of transformers.
             ValueError: as :meth:`SparseWeight.from_dense`.
         """
         check_linear(linear)
-        weight = SparseWeight.from_dense(linear.weight.detach(), layout, mask)
-        return SparseLinear(weight, linear.bias).train(linear.training)
+        layer = SparseLinear(SparseWeight.from_dense(stored_form(linear), layout, mask), linear.bias)
+        layer.conv1d = is_conv1d(linear)
+        return layer.train(linear.training)
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -136,6 +143,8 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        if self.conv1d:
+            return dense_tensor(self).t()
         # A compiled graph drops what is not used, and cannot hold a view.
         return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
 
@@ -193,9 +202,10 @@ class SparseLinear(SparseLayer, nn.Module):
         )
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
+        """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
         self.check_mask(always=True)
-        return make_linear(self.sparse_weight.to_dense(), self.bias).requires_grad_(False).train(self.training)
+        linear = make_linear(self.sparse_weight.to_dense(), self.bias, self.conv1d)
+        return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         before = self.weight_values.detach()  # the parameter itself may be given the converted data
@@ -325,19 +335,15 @@ class SparseLinear(SparseLayer, nn.Module):
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Refuse what is no nn.Linear."""
-    if not isinstance(linear, nn.Linear):
+    """Refuse what is no nn.Linear and no Conv1D."""
+    if not is_linear(linear):
         raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear layer of ``weight`` [N, K], which it takes, and ``bias`` [N], which it copies."""
-    N, K = weight.shape
-    linear = nn.utils.skip_init(nn.Linear, K, N, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+def stored_form(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied."""
+    weight = weight_of(linear).detach()
+    return weight.contiguous() if is_conv1d(linear) else weight
 
 
 def _layout(index: Tensor | None) -> str:

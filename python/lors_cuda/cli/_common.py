@@ -107,10 +107,10 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
-    """A configuration with the targets that `add_targets` asks for."""
+    """A configuration with the targets that `add_targets` asks for; of rank 1, which all linears have, unless given."""
     wanted = args.target_modules
     targets = ALL_LINEAR if wanted in (None, [ALL_LINEAR]) else wanted
-    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **fields)
+    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **{"r": 1, **fields})
 
 
 def add_strict_mask(parser: argparse.ArgumentParser) -> None:
