@@ -19,14 +19,13 @@ from ._common import (
     add_model,
     add_strict_mask,
     add_targets,
-    check_new,
     load_model,
-    save_model,
     say,
     sparsity_result,
     sparsity_table,
     target_config,
 )
+from ._model_files import check_new, save_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
