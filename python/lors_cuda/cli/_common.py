@@ -115,8 +115,9 @@ def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
     return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **fields)
 
 
-def add_strict_mask(parser: argparse.ArgumentParser) -> None:
-    """--no-strict-mask."""
+def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
+    """--adapter and --no-strict-mask."""
+    parser.add_argument("--adapter", type=Path, required=required, metavar="DIR", help=help)
     parser.add_argument(
         "--no-strict-mask",
         dest="strict_mask",

@@ -120,10 +120,10 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
         if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
             # The optimizer's rate for the next step is of the schedule that was saved; this one may have more steps.
             scheduled = self.lr_scheduler
-            for group, base, factor in zip(
-                scheduled.optimizer.param_groups, scheduled.base_lrs, scheduled.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(scheduled.last_epoch)
+            pairs = zip(scheduled.base_lrs, scheduled.lr_lambdas, strict=True)
+            scheduled._last_lr = [base * factor(scheduled.last_epoch) for base, factor in pairs]  # what is logged
+            for group, rate in zip(scheduled.optimizer.param_groups, scheduled._last_lr, strict=True):
+                group["lr"] = rate
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
         self._began = time.perf_counter()

@@ -41,9 +41,9 @@ from ..model import get_lors_model, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ..targets import Target, check_targets, find_targets
 from ._common import (
+    add_adapter,
     add_data,
     add_model,
-    add_strict_mask,
     add_targets,
     describe_data,
     find_device,
@@ -85,10 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_data(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where adapter, log and plot go")
-    parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="start from this one: its weights, rank, alpha and modules"
-    )
-    add_strict_mask(parser)
+    add_adapter(parser, "start from this one: its weights, rank, alpha and modules")
     parser.add_argument("--rank", type=positive_int, help="rank r of the adapters; 16 if left out")
     parser.add_argument("--alpha", type=positive_float, help="lora_alpha, 16 if left out; the scaling is alpha / rank")
     parser.add_argument("--use-rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")

@@ -16,8 +16,8 @@ from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..pruning import measure_sparsity, total_sparsity
 from ._common import (
+    add_adapter,
     add_model,
-    add_strict_mask,
     add_targets,
     load_model,
     say,
@@ -31,8 +31,7 @@ from ._model_files import check_new, save_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what finetune wrote")
-    add_strict_mask(parser)
+    add_adapter(parser, "what finetune wrote", required=True)
     add_targets(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
     parser.add_argument(
