@@ -95,6 +95,9 @@ struct AdaptedWeight {
     args.weight = weight.const_data_ptr();
     args.weight_dtype = dtype_of(weight);
     args.mask = bits(mask);
+    args.weight_layout = layout;
+    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
+    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
     args.lora_A = lora_A.const_data_ptr();
     args.lora_A_dtype = dtype_of(lora_A);
     args.lora_B = lora_B.const_data_ptr();
@@ -107,9 +110,6 @@ struct AdaptedWeight {
   void merge(Tensor& out, ScalarType rounded, Layout merged_layout = Layout::dense) const {
     MergeArgs args;
     describe(args);
-    args.weight_layout = layout;
-    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
     args.merged_layout = merged_layout;
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
@@ -126,30 +126,31 @@ struct AdaptedWeight {
     return out;
   }
 
-  // out = activation merged^T + bias, or activation merged for the input gradient, each merged value rounded once to
-  // activation's dtype. `out` [T, N or K] has the backend's matmul_dtype, and so has `shared`, the merged weight if the caller
-  // has it already.
-  void multiply(Tensor& out, const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
-                const std::optional<Tensor>& shared) const {
-    const ScalarType dtype = activation.scalar_type(), compute = out.scalar_type();
+  // activation merged^T + bias [T, N], or activation merged [T, K] for the input gradient, each merged value rounded once to
+  // activation's dtype, which the result has. `shared`: the merged weight in the backend's matmul_dtype, if the caller has it.
+  Tensor multiply(const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
+                  const std::optional<Tensor>& shared) const {
+    const ScalarType dtype = activation.scalar_type(), compute = Backend::matmul_dtype(dtype);
+    const int64_t T = activation.size(0), columns = input_gradient ? K : N;
     // Without an adapter a dense weight is its own merge.
     const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    // fused_linear reads dense weights only, and on CUDA needs an adapter.
-    const bool fused = !shared && !own && layout == Layout::dense && (r() > 0 || weight.is_cpu()) &&
-                       backend.prefers_fused_linear(activation, weight, compute);
-    std::optional<Tensor> addend;
-    if (bias) addend = row_major(*bias, fused ? Backend::fused_bias_dtype(*bias) : compute);
-    if (!fused) {
+    if (shared || own || !backend.prefers_fused_linear(activation, *this, input_gradient)) {
+      Tensor out = empty(activation, {T, columns}, compute);
+      std::optional<Tensor> addend;
+      if (bias) addend = row_major(*bias, compute);
       std::optional<Scratch<Backend>> scratch;
       if (!shared && !own) merge(scratch.emplace(weight, N, K, compute).tensor, dtype);
       const Tensor& merged = shared ? *shared : own ? weight : scratch->tensor;
-      return Backend::matmul(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1),
-                             addend);
+      Backend::matmul(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
+      return to(out, dtype);
     }
+    Tensor out = empty(activation, {T, columns}, Backend::fused_output_dtype(dtype));
+    std::optional<Tensor> addend;
+    if (bias) addend = row_major(*bias, Backend::fused_bias_dtype(*bias));
     const Tensor tokens = row_major(activation);
     FusedLinearArgs args;
     describe(args);
-    args.tokens = tokens.size(0);
+    args.tokens = T;
     args.input_gradient = input_gradient;
     args.activation = tokens.const_data_ptr();
     args.activation_dtype = dtype_of(tokens);
@@ -159,6 +160,7 @@ struct AdaptedWeight {
     args.output = out.mutable_data_ptr();
     args.output_dtype = dtype_of(out);
     check_status(lors::fused_linear(args, backend.host()));
+    return to(out, dtype);
   }
 
   // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not computed.

@@ -31,13 +31,17 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape(const Tensor& t) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
-}
+// A shape in an error's text. It is written only where there is an error: every call makes a dozen of them.
+struct Shape {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+    out << "[";
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+    return out << "]";
+  }
+};
+
+inline Shape shape(const Tensor& t) { return {t}; }
 
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
@@ -91,11 +95,13 @@ struct StoredWeight {
   Layout layout = Layout::dense;
   int64_t out_features = 0, in_features = 0;  // N, K
 
-  std::string shape() const {
-    std::ostringstream out;
-    out << "[" << out_features << ", " << in_features << "]";
-    return out.str();
-  }
+  struct Shape {
+    const StoredWeight& weight;
+    friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+      return out << "[" << shape.weight.out_features << ", " << shape.weight.in_features << "]";
+    }
+  };
+  Shape shape() const { return {*this}; }
 };
 
 inline void check_bits(const char* op, const char* name, const Tensor& bits, int64_t N, int64_t K) {

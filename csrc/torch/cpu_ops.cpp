@@ -60,10 +60,13 @@ struct Cpu {
     }
   }
 
-  bool prefers_fused_linear(const Tensor& activation, const Tensor&, ScalarType compute) const {
-    return compute == ScalarType::Float && cpu_prefers_fused_linear(activation.size(0));
+  static bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cpu>& adapted, bool input_gradient) {
+    if (adapted.weight.scalar_type() == ScalarType::Double) return false;
+    return cpu_prefers_fused_linear(activation.size(0), input_gradient,
+                                    matmul_dtype(activation.scalar_type()) == ScalarType::Float);
   }
 
+  static ScalarType fused_output_dtype(ScalarType) { return ScalarType::Float; }
   static ScalarType fused_bias_dtype(const Tensor&) { return ScalarType::Float; }
 
   static constexpr bool kSparseMatmul = false;

@@ -78,15 +78,18 @@ class Cuda {
     }
   }
 
-  bool prefers_fused_linear(const Tensor& activation, const Tensor& weight, ScalarType) const {
+  // fused_linear reads dense weights only here, and needs an adapter.
+  bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool) const {
+    if (adapted.layout != Layout::dense || adapted.r() == 0) return false;
     if (const std::optional<bool> forced = forced_fused_linear()) return *forced;
     cuda::DeviceLimits limits;
     check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
     check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
-    return cuda::prefers_fused_linear(activation.size(0), weight.size(0), weight.size(1), dtype_of(activation),
-                                      dtype_of(weight), limits);
+    return cuda::prefers_fused_linear(activation.size(0), adapted.out_features(), adapted.in_features(), dtype_of(activation),
+                                      dtype_of(adapted.weight), limits);
   }
 
+  static ScalarType fused_output_dtype(ScalarType activation) { return activation; }
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
 
   // 90 for compute capability 9.0.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator of lors_cuda, on one screen. The kernels are registered by cpu_ops.cpp and cuda_ops.cpp; fake kernels and
-// autograd formulas are in python/lors_cuda/_library.py.
+// Every operator of lors_cuda, on one screen. The kernels are registered by cpu_ops.cpp and cuda_ops.cpp; fake kernels are
+// in python/lors_cuda/_library.py, the derivatives in _autograd.py.
 //
 // A weight [N, K] is stored in one of three layouts, and `index` tells which:
 //   dense   weight [N, K], index None; mask: int32 [N, ceil(K/32)] packed bits, or None for "kept where weight != 0"

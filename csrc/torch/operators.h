@@ -4,8 +4,8 @@
 //   host()                               what functions of the core take
 //   matmul_dtype(activation)             the type a matmul runs in, and so the type its scratch is stored in
 //   matmul(out, a, b, bias)              out = a b (+ bias broadcast over rows), all in one type: torch's own
-//   prefers_fused_linear(...)            whether the core's matmul with the merge inside is used instead
-//   fused_bias_dtype(bias)               and which type that takes its bias in
+//   prefers_fused_linear(activation, adapted, input_gradient)   whether the core's matmul with the merge inside is used instead
+//   fused_output_dtype(activation's), fused_bias_dtype(bias)    and which types that has
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kSparseMatmul                        whether torch has sparse matmuls there (sparse_matmul.h), of a device's architecture()
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
@@ -68,9 +68,7 @@ struct Operators {
     const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
     if constexpr (Backend::kSparseMatmul)
       if (const std::optional<Tensor> output = sparse_matmul(adapted, input, bias, merged)) return *output;
-    Tensor output = empty(input, {input.size(0), stored.out_features}, compute);
-    adapted.multiply(output, input, bias, false, merged);
-    return to(output, dtype);
+    return adapted.multiply(input, bias, false, merged);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
@@ -96,15 +94,15 @@ struct Operators {
     const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
     const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
 
-    Tensor grad_input = empty(grad_output, {needs_input_grad ? T : 0, K}, compute);
-    if (needs_input_grad && T > 0) adapted.multiply(grad_input, grad_output, std::nullopt, true, merged);
+    const Tensor grad_input = needs_input_grad && T > 0 ? adapted.multiply(grad_output, std::nullopt, true, merged)
+                                                        : empty(grad_output, {needs_input_grad ? T : 0, K}, dtype);
 
     auto [grad_lora_A, grad_lora_B] =
         adapter_grads(grad_output, input.value_or(grad_output), adapted, exact, needs_lora_A_grad, needs_lora_B_grad);
 
     Tensor grad_bias = empty(grad_output, {bias ? N : 0}, bias ? bias->scalar_type() : dtype);
     if (bias) backend.bias_grad(grad_output, grad_bias);
-    return {to(grad_input, dtype), grad_lora_A, grad_lora_B, grad_bias};
+    return {grad_input, grad_lora_A, grad_lora_B, grad_bias};
   }
 
   static std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tensor& weight,

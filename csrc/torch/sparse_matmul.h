@@ -90,10 +90,12 @@ std::optional<Tensor> sparse_matmul(const AdaptedWeight<Backend>& adapted, const
     return torch_sparse_matmul(operand, row_major(input), addend);
   } catch (const std::runtime_error&) {
     const std::string reason = torch_reason();
-    throw std::runtime_error("lors::linear: LORS_SPARSE_PRODUCT is '" + setting + "', and torch's sparse matmul of " +
-                             std::to_string(T) + " tokens with a 2:4 weight of shape " + shape(operand) +
-                             " failed: " + (reason.empty() ? "its reason is on stderr." : reason) +
-                             " Set LORS_SPARSE_PRODUCT=dense for the dense matmul.");
+    std::ostringstream text;
+    text << "lors::linear: LORS_SPARSE_PRODUCT is '" << setting << "', and torch's sparse matmul of " << T
+         << " tokens with a 2:4 weight of shape " << shape(operand)
+         << " failed: " << (reason.empty() ? "its reason is on stderr." : reason)
+         << " Set LORS_SPARSE_PRODUCT=dense for the dense matmul.";
+    throw std::runtime_error(text.str());
   }
 }
 

@@ -250,7 +250,8 @@ def check_frozen(weight: Tensor) -> None:
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but LoRS freezes it: no gradient of the base weight is formed. Call "
-            "weight.requires_grad_(False), or pass weight.detach()."
+            "weight.requires_grad_(False), or pass weight.detach(); under torch.func differentiate with respect to "
+            "lora_A, lora_B, the bias and the input alone."
         )
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled operators and gives each its fake kernel and its autograd formula.
+"""Loads the compiled operators and gives each its fake kernel, which tells shapes.
 
-The schemas are in csrc/torch/library.cpp; the kernels are C++. Nothing here reads a tensor's value.
+The schemas are in csrc/torch/library.cpp, the kernels are C++, the derivatives in _autograd.py. Nothing here reads a
+tensor's value.
 """
 
 from __future__ import annotations
@@ -232,85 +233,3 @@ def _(values: Tensor, metadata: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
 @torch.library.register_fake("lors::compress")
 def _(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),))
-
-
-# ---- autograd formulas ----------------------------------------------------------------------------------------------
-# Saved for backward: the input, and references to the parameters. The merged weight never is, unless it was given: then
-# whoever gave it keeps it anyway.
-
-_INPUT, _LORA_A, _LORA_B, _BIAS = 0, 4, 5, 6  # positions among the arguments of lors::linear
-
-
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, scaling, gradient, merged = inputs
-    # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(
-        input if needs[_LORA_A] or needs[_LORA_B] else None,
-        weight,
-        mask,
-        index,
-        lora_A,
-        lora_B,
-        bias if needs[_BIAS] else None,
-        merged if needs[_INPUT] else None,
-    )
-    ctx.scaling, ctx.gradient = scaling, gradient
-
-
-def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, index, lora_A, lora_B, bias, merged = ctx.saved_tensors
-    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = (
-        ctx.needs_input_grad[i] for i in (_INPUT, _LORA_A, _LORA_B)
-    )
-    grad_input, grad_lora_A, grad_lora_B, grad_bias = lors.linear_backward(
-        grad_output,
-        input,
-        weight,
-        mask,
-        index,
-        lora_A,
-        lora_B,
-        bias,
-        ctx.scaling,
-        ctx.gradient,
-        needs_input_grad,
-        needs_lora_A_grad,
-        needs_lora_B_grad,
-        merged,
-    )
-    return (
-        grad_input if needs_input_grad else None,
-        None,
-        None,
-        None,
-        grad_lora_A if needs_lora_A_grad else None,
-        grad_lora_B if needs_lora_B_grad else None,
-        None if bias is None else grad_bias,
-        *(None,) * 3,
-    )
-
-
-def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, mask, index, lora_A, lora_B, scaling = inputs
-    ctx.save_for_backward(weight, mask, index, lora_A, lora_B)
-    ctx.scaling = scaling
-
-
-def _merge_backward(ctx: Any, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
-    weight, mask, index, lora_A, lora_B = ctx.saved_tensors
-    grad_lora_A, grad_lora_B = lors.merge_backward(grad_merged, weight, mask, index, lora_A, lora_B, ctx.scaling)
-    return None, None, None, grad_lora_A, grad_lora_B, None
-
-
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "lors_cuda does not support double backward: its gradients are not themselves differentiable. Call backward "
-        "without create_graph=True, or use lors_cuda.reference for second derivatives."
-    )
-
-
-torch.library.register_autograd("lors::linear", _linear_backward, setup_context=_setup_linear)
-torch.library.register_autograd("lors::merge", _merge_backward, setup_context=_setup_merge)
-for _name in ("linear_backward", "merge_backward"):
-    torch.library.register_autograd(f"lors::{_name}", _refuse_double_backward)

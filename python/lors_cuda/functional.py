@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _autograd
 from ._checks import (
     GRADIENTS,
     check_adapters,
@@ -48,11 +49,12 @@ def lors_linear(
             float16, or float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
         lora_A: [r, K] adapter in any of these dtypes; its gradient has its dtype.
         lora_B: [N, r] adapter in any of these dtypes; its gradient has its dtype.
-        scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float and gets no gradient.
+        scaling: s, e.g. ``lora_alpha / r``. A 0-d tensor is read as a float; one that requires grad is refused.
         bias: [N] or None.
         mask: bool [N, K], True where the weight is kept, for a dense ``weight``. None: kept where ``weight != 0``.
         gradient: ``"lors"`` (the paper's adapter gradients: the mask is dropped and nothing N x K is formed) or
-            ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both.
+            ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both, and so is
+            forward mode, which gives the derivative of this function whatever ``gradient`` says.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
 
     Returns:
@@ -62,6 +64,11 @@ def lors_linear(
         TypeError: an argument is of the wrong type.
         ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
         RuntimeError: no kernel of this build supports the device; or, in a second backward, that it is not supported.
+
+    torch.func and forward mode: ``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ``jacfwd`` and ``linearize`` give
+    derivatives with respect to ``input``, ``lora_A``, ``lora_B`` and ``bias``; derivatives of gradients (``hessian``, a
+    backward with ``create_graph=True``) raise an error. A tangent of an adapter forms [N, K] tensors. ``vmap`` over the
+    input alone is one call with more tokens, over other arguments and in per-sample gradients one call for each sample.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
@@ -117,7 +124,8 @@ def _linear(
             f"input has dtype {input.dtype} and weight {stored.dtype}; convert one to the other, or run floating-point "
             "input under torch.autocast."
         )
-    input = input.to(wanted)
+    if input.dtype != wanted:
+        input = input.to(wanted)
     if input.dim() == 0 or input.shape[-1] != stored.shape[1]:
         raise ValueError(
             f"input has shape {tuple(input.shape)}; its last dimension must be in_features = {stored.shape[1]} for a "
@@ -135,9 +143,8 @@ def _linear(
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
     merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
-    tokens = input.reshape(-1, stored.shape[1])
-    output = lors.linear(
-        tokens,
+    output: Tensor = _autograd.linear(
+        input,
         stored.values,
         stored.mask_bits,
         stored.index,
@@ -148,11 +155,7 @@ def _linear(
         gradient,
         merged,
     )
-    if input.dim() == 2:
-        return output
-    # As torch's own linear, not a view: what is written into a view of a fresh result costs autograd a copy of its
-    # history, and fully_shard loses its hook on it.
-    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], stored.shape[0]))
+    return output
 
 
 def merge(
@@ -166,20 +169,28 @@ def merge(
     """The merged weight ``W~ = W + s M o (B A)`` as a dense tensor, exactly +0 off the mask.
 
     Arguments as in :func:`lors_linear`. Accumulated in float32 (float64 for float64) and rounded once. Differentiable
-    in ``lora_A`` and ``lora_B`` (with the exact gradient). Non-finite values propagate; nothing is synchronised.
+    in ``lora_A`` and ``lora_B``, with the exact gradient, also in forward mode. Non-finite values propagate; nothing is
+    synchronised.
 
     Returns:
         [N, K] in the weight's dtype.
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
-    return lors.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
+    merged: Tensor = _autograd.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
+    return merged
 
 
 def _as_float(scaling: float | Tensor) -> float:
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:
             raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a float or a 0-d tensor.")
+        if scaling.requires_grad or (not torch.compiler.is_compiling() and _autograd.is_transformed()):
+            raise ValueError(
+                "scaling is a tensor that requires grad, or is used under torch.func or in forward mode; it is read as "
+                "a number, which would lose its derivatives. Pass a float, or scaling 1.0 with lora_B * scaling, which "
+                "is the same and differentiable."
+            )
         scaling = scaling.item()
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}; it must be a float or a 0-d tensor.")
@@ -227,10 +238,11 @@ class MergedWeight:
         """The merged weight for activations of ``dtype``, as lors::linear takes it; None where it may not be kept.
 
         None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
-        values exist only after a replay; and on the meta device.
+        values exist only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
+        last no longer than the call.
         """
         device = weight.device
-        if torch.compiler.is_compiling() or device.type == "meta":
+        if torch.compiler.is_compiling() or device.type == "meta" or _autograd.is_transformed():
             return None
         stream = None
         if device.type == "cuda":

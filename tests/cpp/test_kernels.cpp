@@ -151,17 +151,17 @@ TEST_P(Kernels, FusedMatmul) {
       FusedJob job;
       job.tokens = T;
       job.out_features = N;
-      job.in_features = K;
-      job.r = r;
       job.input_gradient = input_gradient;
       job.activation = packed_activation.data();
-      job.weight = weight.data();
-      job.lora_A = packed.panels.data();
-      job.lora_B = packed.lora_B.data();
+      job.weight.in_features = K;
+      job.weight.r = r;
+      job.weight.weight = weight.data();
+      job.weight.lora_A = packed.panels.data();
+      job.weight.lora_B = packed.lora_B.data();
       job.bias = bias.data();
       job.out = out.data();
       std::vector<float> scratch(table().fused_scratch, NAN);
-      table().fused_matmul(job, 0, (columns + table().fused_columns - 1) / table().fused_columns, scratch.data());
+      table().fused_matmul(job, 0, (columns + table().fused_columns - 1) / table().fused_columns, scratch.data(), nullptr);
       EXPECT_TRUE(std::isnan(out[T * columns])) << "wrote beyond the end";
       for (int64_t t = 0; t < T; ++t)
         for (int64_t c = 0; c < columns; ++c) {

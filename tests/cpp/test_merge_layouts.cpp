@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The merge from and into the compressed layouts, bit for bit against the dense merge with the same mask, by every table of
-// kernels. What the dense merge computes is test_kernels.cpp's business.
+// The merge from and into the compressed layouts, and fused_linear from them, bit for bit against the dense weight with the
+// same mask, by every table of kernels. What the dense merge computes is test_kernels.cpp's business.
 #include <lors/sparse24.h>
 
 #include <cmath>
 #include <limits>
 
 #include "layouts.h"
-#include "merge.h"
 #include "tables.h"
+#include "with_table.h"
 
 namespace lors::test {
 namespace {
@@ -142,6 +142,59 @@ TEST_P(MergeLayouts, ColumnsThatNoGroupDivides) {
       expect_same(p, Operands(p, random_mask(9, K, unsigned(rng() % 101), rng), rng), Layout::bitmap, nullptr, 0);
       if (HasFailure()) return;
     }
+}
+
+// Few tokens and more, whole and partial panels, one piece and several.
+TEST_P(MergeLayouts, FusedLinear) {
+  std::mt19937_64 rng(5);
+  for (const auto& [N, K] : {std::pair<int64_t, int64_t>{1, 4}, {7, 36}, {70, 264}, {33, 1028}, {5, 101}})
+    for (const int64_t r : {0, 3})
+      for (const Problem& p : problems(N, K, r)) {
+        if (p.dtype == DType::float64 || p.merged_dtype != DType::float32) continue;
+        const Operands groups(p, K % 4 ? random_mask(N, K, 50, rng) : random_groups(N, K, 2, rng), rng),
+            any(p, random_mask(N, K, 50, rng), rng);
+        for (const int64_t T : {1, 8, 9, 30})
+          for (const bool gradient : {false, true}) {
+            SCOPED_TRACE(testing::Message() << N << "x" << K << " r=" << r << " T=" << T << " gradient=" << gradient << " "
+                                            << int(p.dtype) << " rounded to " << int(p.round_to));
+            std::vector<float> activation(size_t(T * (gradient ? N : K)));
+            for (float& x : activation) x = float(int(rng() % 17) - 8);
+            const auto output = [&](const Operands& o, Layout layout, const CpuHost* host) {
+              const MergeArgs merge = o.merge_args(p, layout, nullptr);
+              Guarded<float> out(T * (gradient ? K : N));
+              FusedLinearArgs args;
+              args.tokens = T;
+              args.out_features = N;
+              args.in_features = K;
+              args.r = r;
+              args.input_gradient = gradient;
+              args.activation = activation.data();
+              args.weight_layout = layout;
+              args.weight = merge.weight;
+              args.weight_dtype = p.dtype;
+              args.mask = merge.mask;
+              args.metadata = merge.metadata;
+              args.row_offsets = merge.row_offsets;
+              args.lora_A = merge.lora_A;
+              args.lora_B = merge.lora_B;
+              args.scaling = merge.scaling;
+              args.round_to = p.round_to;
+              args.output = out.data();
+              EXPECT_TRUE(fused_linear_with(*GetParam(), args, host).ok());
+              EXPECT_TRUE(out.intact());
+              std::vector<uint32_t> bits(size_t(T * (gradient ? K : N)));
+              std::memcpy(bits.data(), out.data(), bits.size() * 4);
+              return bits;
+            };
+            EXPECT_EQ(output(any, Layout::dense, nullptr), output(any, Layout::bitmap, nullptr));
+            EXPECT_EQ(output(any, Layout::dense, &kPieces), output(any, Layout::bitmap, &kPieces));
+            if (K % 4 == 0) {
+              EXPECT_EQ(output(groups, Layout::dense, nullptr), output(groups, Layout::sparse24, nullptr));
+              EXPECT_EQ(output(groups, Layout::dense, &kPieces), output(groups, Layout::sparse24, &kPieces));
+            }
+            if (HasFailure()) return;
+          }
+      }
 }
 
 // Several pieces, several groups of panels, and results large enough to leave past the caches.

@@ -35,15 +35,16 @@ bool has_f16c() {
 }
 #endif
 
-bool prefers_fused(int64_t tokens) {
+bool prefers_fused(int64_t tokens, bool input_gradient, bool float32_matmul) {
   static const std::string wanted = environment("LORS_CPU_FUSED");
-  if (wanted == "always") return true;
+  if (wanted == "always" && float32_matmul) return true;
   if (wanted == "never") return false;
-  if (!wanted.empty())
+  if (!wanted.empty() && wanted != "always")
     throw std::runtime_error("LORS_CPU_FUSED is '" + wanted + "'; set it to always or never, or leave it unset.");
+  if (tokens <= kFewTokens && !input_gradient) return true;
   // While tuning (AVX2, 2048 x 2048, one thread, a shared machine) fused_linear took 0.3 to 1 ms more than the bare matmul at
   // 128 and 512 tokens, a merge about 2.5 ms; equal at 2048. Where between 512 and 2048 they cross was not measured.
-  return tokens <= 1024;
+  return float32_matmul && tokens <= 1024;
 }
 
 // Whether the processor has matmul instructions for this type. Measured (docs/cpu.md): with AVX512_BF16 torch's bfloat16 mm
@@ -70,7 +71,7 @@ bool multiplies_natively(DType dtype) {
 
 const KernelTable* choose() {
   // The other variables as well: a wrong value is refused by the first call, whichever kernel that needs.
-  prefers_fused(0);
+  prefers_fused(0, false, true);
   multiplies_natively(DType::bfloat16);
   const std::string wanted = environment("LORS_CPU_CAPABILITY");
   if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
@@ -104,7 +105,9 @@ namespace lors {
 
 const char* cpu_capability() { return cpu::kernels().name; }
 
-bool cpu_prefers_fused_linear(int64_t tokens) { return cpu::prefers_fused(tokens); }
+bool cpu_prefers_fused_linear(int64_t tokens, bool input_gradient, bool float32_matmul) {
+  return cpu::prefers_fused(tokens, input_gradient, float32_matmul);
+}
 
 bool cpu_multiplies_natively(DType dtype) {
   static const bool bfloat16 = cpu::multiplies_natively(DType::bfloat16);

@@ -1,25 +1,73 @@
 // SPDX-License-Identifier: Apache-2.0
-// fused_linear on the CPU: adapters and activations are packed once; then the threads divide the output's columns, so that
-// every weight is merged by one thread, once.
-#include <lors/fused_linear.h>
+// fused_linear on the CPU. A few tokens: each tile of the weight is merged and multiplied in registers, rows divided among the
+// threads. More: adapters and activations are packed once, then the threads divide the output's columns, so that every weight
+// is merged by one thread, once.
+#include <algorithm>
 
-#include "kernels.h"
 #include "pack_adapters.h"
+#include "with_table.h"
 #include "workspace.h"
 
 namespace lors {
+namespace cpu {
+namespace {
 
-using namespace cpu;
+MergeJob merge_job(const FusedLinearArgs& args, const PackedAdapters& adapters) {
+  MergeJob job;
+  job.in_features = args.in_features;
+  job.r = args.r;
+  job.weight_layout = args.weight_layout;
+  job.weight = args.weight;
+  job.weight_dtype = args.weight_dtype;
+  job.mask = args.mask;
+  job.metadata = args.metadata;
+  job.value_count = args.row_offsets ? args.row_offsets[args.out_features] : 0;
+  job.lora_A = adapters.lora_A();
+  job.lora_B = adapters.lora_B();
+  // Without an adapter a value of this type already needs no rounding.
+  job.round_to = args.r == 0 && args.weight_dtype == args.round_to ? DType::float32 : args.round_to;
+  return job;
+}
 
-Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
+void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
+  const int64_t T = args.tokens, N = args.out_features, K = args.in_features;
+  const PackedAdapters adapters(args, table.merge_panel, false, host);
+  DotJob job;
+  job.tokens = T;
+  job.out_features = N;
+  job.stride = (K + table.merge_panel - 1) / table.merge_panel * table.merge_panel;
+  const Workspace activation(host, T * job.stride * 4), cursors(host, args.row_offsets ? N * 8 : 0);
+  PackJob pack;
+  pack.src = args.activation;
+  pack.src_dtype = args.activation_dtype;
+  pack.columns = pack.row_stride = K;
+  pack.column_stride = 1;
+  pack.width = job.stride;
+  pack.dst = activation.data();
+  table.pack(pack, 0, T);
+  job.activation = static_cast<const float*>(activation.data());
+  job.weight = merge_job(args, adapters);
+  job.weight.cursors = static_cast<int64_t*>(cursors.data());
+  if (args.row_offsets) std::copy_n(args.row_offsets, N, job.weight.cursors);
+  job.bias = static_cast<const float*>(args.bias);
+  job.out = static_cast<float*>(args.output);
+  parallel_for(host, N, 1 + 65536 / std::max<int64_t>(K, 1), [&](int64_t begin, int64_t end) {
+    const Workspace sums(host, (end - begin) * T * table.lanes * 4);
+    table.dot(job, begin, end, static_cast<float*>(sums.data()));
+  });
+}
+
+}  // namespace
+
+Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
   if (args.weight_dtype == DType::float64 || args.activation_dtype == DType::float64)
     return Status::error("fused_linear accumulates in float32; use merge and a float64 matmul for float64 tensors.");
   if (args.output_dtype != DType::float32 || (args.bias && args.bias_dtype != DType::float32))
     return Status::error("fused_linear takes its bias and writes its output in float32 on the CPU; convert them.");
-  const KernelTable& table = kernels();
   const int64_t columns = args.input_gradient ? args.in_features : args.out_features;
   const int64_t depth = args.input_gradient ? args.out_features : args.in_features;
   if (args.tokens == 0 || columns == 0) return {};
+  if (!args.input_gradient && args.tokens <= kFewTokens) return dot(table, args, host), Status{};
 
   const PackedAdapters adapters(args, table.fused_columns, false, host);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
@@ -36,25 +84,25 @@ Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
   FusedJob job;
   job.tokens = args.tokens;
   job.out_features = args.out_features;
-  job.in_features = args.in_features;
-  job.r = args.r;
   job.input_gradient = args.input_gradient;
   job.activation = static_cast<const float*>(activation.data());
-  job.weight = args.weight;
-  job.weight_dtype = args.weight_dtype;
-  job.mask = args.mask;
-  job.lora_A = static_cast<const float*>(adapters.lora_A());
-  job.lora_B = static_cast<const float*>(adapters.lora_B());
-  job.round_to = args.round_to;
+  job.weight = merge_job(args, adapters);
+  job.row_offsets = args.row_offsets;
   job.bias = static_cast<const float*>(args.bias);
   job.out = static_cast<float*>(args.output);
   const int64_t panels = (columns + table.fused_columns - 1) / table.fused_columns;
   const int64_t work_per_panel = depth * table.fused_columns * (args.tokens + args.r);
   parallel_for(host, panels, 1 + (1 << 20) / work_per_panel, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(host, table.fused_scratch * 4);
-    table.fused_matmul(job, begin, end, static_cast<float*>(scratch.data()));
+    const Workspace scratch(host, table.fused_scratch * 4), cursors(host, args.row_offsets ? args.out_features * 8 : 0);
+    table.fused_matmul(job, begin, end, static_cast<float*>(scratch.data()), static_cast<int64_t*>(cursors.data()));
   });
   return {};
+}
+
+}  // namespace cpu
+
+Status fused_linear(const FusedLinearArgs& args, const CpuHost* host) {
+  return cpu::fused_linear_with(cpu::kernels(), args, host);
 }
 
 }  // namespace lors

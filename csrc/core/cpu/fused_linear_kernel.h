@@ -84,40 +84,44 @@ inline void transpose_square(const float* src, int64_t src_stride, float* dst, i
   for (int i = 0; i < L; ++i) store_raw(dst + i * dst_stride, a[i]);
 }
 
-// Merged values of rows [n, n + rows) x columns [k, k + columns) into out (row stride out_stride); columns <= a panel.
-template <typename W, typename Round>
-inline void merge_block(const lors::cpu::FusedJob& job, int64_t n, int64_t rows, int64_t k, int64_t columns, float* out,
-                        int64_t out_stride) {
-  const int64_t r = job.r;
-  const float* lora_A = job.lora_A + k * r;  // panels are fused_columns wide and k is a multiple of that
+// Merged values of rows [n, n + rows) x columns [k, k + columns) into out (row stride out_stride); columns <= a panel. For a
+// bitmap, each row must have been read up to column k.
+using MergeBlock = void (*)(const lors::cpu::MergeJob& job, int64_t n, int64_t rows, int64_t k, float* out, int64_t out_stride);
+
+template <template <typename, typename, int> typename Source, typename W, typename Round>
+void merge_block(const lors::cpu::MergeJob& job, int64_t n, int64_t rows, int64_t k, float* out, int64_t out_stride) {
+  const float* lora_A = static_cast<const float*>(job.lora_A) + k * job.r;  // k is a multiple of a panel
+  const float* lora_B = static_cast<const float*>(job.lora_B) + n * job.r;
   const auto tile = [&](auto tile_rows, int64_t i) {
     constexpr int Rows = decltype(tile_rows)::value;
-    DenseSource<float, W, Rows> source(job, n + i, k);
-    merge_tile<float, Rows, kFusedVectors>(lora_A, job.lora_B + (n + i) * r, r, source,
-                                           DenseSink<float, Round>{out + i * out_stride, out_stride, false});
+    merge_at<float, Rows, kFusedVectors, Source, W>(job, n + i, k, lora_A, lora_B + i * job.r,
+                                                    DenseSink<float, Round>{out + i * out_stride, out_stride, false});
     return i + Rows;
   };
-  for (int64_t i = 0; i < rows;) {
-    if (columns < kFusedColumns) {
-      DenseSource<float, W, 1> source(job, n + i, k);
-      merge_edge<float, kFusedVectors>(lora_A, job.lora_B + (n + i) * r, r, source,
-                                       DenseSink<float, Round>{out + i * out_stride, out_stride, false}, columns);
-      i += 1;
-    } else {
-      i = rows - i >= 4 ? tile(std::integral_constant<int, 4>{}, i) : tile(std::integral_constant<int, 1>{}, i);
-    }
+  for (int64_t i = 0; i < rows;)
+    i = rows - i >= 4 ? tile(std::integral_constant<int, 4>{}, i) : tile(std::integral_constant<int, 1>{}, i);
+}
+
+// Where the values of rows [begin, end) of a bitmap go on at column k.
+inline void start_cursors(const lors::cpu::MergeJob& job, const int64_t* row_offsets, int64_t begin, int64_t end, int64_t k) {
+  const int64_t words = lors::mask_words(job.in_features);
+  for (int64_t n = begin; n < end; ++n) {
+    const uint32_t* row = job.mask + n * words;
+    int64_t before = row_offsets[n];
+    for (int64_t w = 0; w < k / 32; ++w) before += __builtin_popcount(row[w]);
+    if (k % 32) before += __builtin_popcount(row[k / 32] & ((1u << (k % 32)) - 1));
+    job.cursors[n] = before;
   }
 }
 
 // One panel of the operand, [depth, kFusedColumns], zeros beyond `columns`. Forward: its columns are rows n of the weight.
-template <typename W, typename Round>
-inline void merge_panel_forward(const lors::cpu::FusedJob& job, int64_t n, int64_t columns, int64_t k0, int64_t depth,
-                                float* panel) {
+inline void merge_panel_forward(const lors::cpu::MergeJob& job, MergeBlock merge_block, int64_t n, int64_t columns, int64_t k0,
+                                int64_t depth, float* panel) {
   alignas(64) float tile[kFusedColumns * kFusedColumns];
   if (columns < kFusedColumns) std::memset(tile, 0, sizeof(tile));
   for (int64_t k = 0; k < depth; k += kFusedColumns) {
     const int64_t width = depth - k < kFusedColumns ? depth - k : kFusedColumns;
-    merge_block<W, Round>(job, n, columns, k0 + k, width, tile, kFusedColumns);
+    merge_block(job, n, columns, k0 + k, tile, kFusedColumns);
     if (width == kFusedColumns) {
       for (int i = 0; i < kFusedColumns; i += kLanes<float>)
         for (int j = 0; j < kFusedColumns; j += kLanes<float>)
@@ -130,11 +134,10 @@ inline void merge_panel_forward(const lors::cpu::FusedJob& job, int64_t n, int64
 }
 
 // The same for the input gradient: its columns are columns k of the weight, so nothing is transposed.
-template <typename W, typename Round>
-inline void merge_panel_input_gradient(const lors::cpu::FusedJob& job, int64_t k, int64_t columns, int64_t n0, int64_t depth,
-                                       float* panel) {
+inline void merge_panel_input_gradient(const lors::cpu::MergeJob& job, MergeBlock merge_block, int64_t k, int64_t columns,
+                                       int64_t n0, int64_t depth, float* panel) {
   if (columns < kFusedColumns) std::memset(panel, 0, size_t(depth * kFusedColumns) * sizeof(float));
-  merge_block<W, Round>(job, n0, depth, k, columns, panel, kFusedColumns);
+  merge_block(job, n0, depth, k, panel, kFusedColumns);
 }
 
 // out tile [rows, columns] (+)= activation panel [depth, kFusedRows] x operand panel [depth, kFusedColumns].
@@ -181,11 +184,28 @@ inline void matmul_tile(const float* activation, const float* operand, int64_t d
     }
 }
 
-template <typename W, typename Round>
-void fused_matmul_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
-  const int64_t columns = job.input_gradient ? job.in_features : job.out_features;
-  const int64_t total_depth = job.input_gradient ? job.out_features : job.in_features;
+struct MergeBlockOf {
+  template <template <typename, typename, int> typename Source, typename W, typename Round>
+  MergeBlock operator()() const {
+    return merge_block<Source, W, Round>;
+  }
+};
+
+void fused_matmul(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch, int64_t* cursors) {
+  lors::cpu::MergeJob weight = job.weight;
+  const int64_t K = weight.in_features, N = job.out_features;
+  const int64_t columns = job.input_gradient ? K : N, total_depth = job.input_gradient ? N : K;
   const int64_t token_panels = (job.tokens + kFusedRows - 1) / kFusedRows;
+  const MergeBlock merge_block = with_weight(weight, MergeBlockOf{});
+  if (job.row_offsets) {
+    // In both cases this call reads each row once, by ascending column.
+    weight.cursors = cursors;
+    const int64_t first = begin * kFusedColumns, last = end * kFusedColumns < columns ? end * kFusedColumns : columns;
+    if (job.input_gradient)
+      start_cursors(weight, job.row_offsets, 0, N, first);
+    else
+      start_cursors(weight, job.row_offsets, first, last, 0);
+  }
   constexpr int64_t block_panels = kFusedBlockColumns / kFusedColumns, block_tokens = kFusedBlockRows / kFusedRows;
   for (int64_t first_panel = begin; first_panel < end; first_panel += block_panels) {
     const int64_t last_panel = first_panel + block_panels < end ? first_panel + block_panels : end;
@@ -196,9 +216,9 @@ void fused_matmul_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end,
         const int64_t width = columns - column < kFusedColumns ? columns - column : kFusedColumns;
         float* panel = scratch + (p - first_panel) * kFusedColumns * kFusedDepth;
         if (job.input_gradient) {
-          merge_panel_input_gradient<W, Round>(job, column, width, d, depth, panel);
+          merge_panel_input_gradient(weight, merge_block, column, width, d, depth, panel);
         } else {
-          merge_panel_forward<W, Round>(job, column, width, d, depth, panel);
+          merge_panel_forward(weight, merge_block, column, width, d, depth, panel);
         }
       }
       const float* activation = job.activation + token_panels * kFusedRows * d;
@@ -217,23 +237,6 @@ void fused_matmul_as(const lors::cpu::FusedJob& job, int64_t begin, int64_t end,
         }
       }
     }
-  }
-}
-
-template <typename W>
-void fused_matmul_of(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
-  switch (job.round_to) {
-    case lors::DType::bfloat16: return fused_matmul_as<W, bfloat16>(job, begin, end, scratch);
-    case lors::DType::float16: return fused_matmul_as<W, float16>(job, begin, end, scratch);
-    default: return fused_matmul_as<W, float>(job, begin, end, scratch);
-  }
-}
-
-void fused_matmul(const lors::cpu::FusedJob& job, int64_t begin, int64_t end, float* scratch) {
-  switch (job.weight_dtype) {
-    case lors::DType::bfloat16: return fused_matmul_of<bfloat16>(job, begin, end, scratch);
-    case lors::DType::float16: return fused_matmul_of<float16>(job, begin, end, scratch);
-    default: return fused_matmul_of<float>(job, begin, end, scratch);
   }
 }
 

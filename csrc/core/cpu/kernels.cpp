@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "contract_kernel.h"
+#include "dot_kernel.h"
 #include "fused_linear_kernel.h"
 #include "merge_kernel.h"
 #include "pack_kernel.h"
@@ -31,6 +32,8 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     kFusedDepth * kFusedBlockColumns,
     pack_activation,
     fused_matmul,
+    kLanes<float>,
+    dot,
 };
 
 }  // namespace lors::cpu

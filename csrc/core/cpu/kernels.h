@@ -55,6 +55,9 @@ struct ContractJob {
 
 inline constexpr int64_t kThinWidth = 16;
 
+// Up to this many tokens the forward uses `dot`.
+inline constexpr int64_t kFewTokens = 8;
+
 // dst = src rounded once, a [rows, columns] Acc matrix (row stride `width`) to a row-major matrix or to its transpose.
 struct StoreJob {
   const void* src = nullptr;  // Acc [rows, width]
@@ -68,17 +71,23 @@ struct StoreJob {
 // fused_linear: out [tokens, columns] = activation [tokens, depth] * operand [depth, columns], where the operand is merged^T
 // (columns = N, depth = K) or, for the input gradient, merged (columns = K, depth = N).
 struct FusedJob {
-  int64_t tokens = 0, out_features = 0, in_features = 0, r = 0;
+  int64_t tokens = 0, out_features = 0;
   bool input_gradient = false;
-  const float* activation = nullptr;  // packed by pack_activation
-  const void* weight = nullptr;       // [N, K]
-  DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] or null
-  const float* lora_A = nullptr;   // [ceil(K / fused_columns), r, fused_columns], zero-padded
-  const float* lora_B = nullptr;   // [N, r], already times scaling
-  DType round_to = DType::float32;
-  const float* bias = nullptr;  // [columns] or null
-  float* out = nullptr;         // [tokens, columns]
+  const float* activation = nullptr;     // packed by pack_activation
+  MergeJob weight;                       // its panels are fused_columns wide; neither cursors nor a result
+  const int64_t* row_offsets = nullptr;  // bitmap: [N + 1]
+  const float* bias = nullptr;           // [columns] or null
+  float* out = nullptr;                  // [tokens, columns]
+};
+
+// The same for a few tokens, forward only: out [tokens, N].
+struct DotJob {
+  int64_t tokens = 0, out_features = 0;
+  const float* activation = nullptr;  // [tokens, stride]
+  int64_t stride = 0;                 // K rounded up to merge_panel, zero-padded
+  MergeJob weight;                    // without a result
+  const float* bias = nullptr;        // [N] or null
+  float* out = nullptr;               // [tokens, N]
 };
 
 // activation [tokens, depth] as [depth blocks][token panels][depth in block][fused_rows] float32, zero-padded.
@@ -100,7 +109,11 @@ struct KernelTable {
   int64_t fused_rows, fused_columns, fused_depth;  // of a register tile, and of a depth block
   int64_t fused_scratch;                           // float32 elements of scratch each fused_matmul call needs
   void (*pack_activation)(const PackActivationJob&, int64_t panel_begin, int64_t panel_end);
-  void (*fused_matmul)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch);
+  // cursors: of a bitmap, scratch [N].
+  void (*fused_matmul)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch, int64_t* cursors);
+  int64_t lanes;  // float32 elements of a vector
+  // sums: scratch [row_end - row_begin, tokens, lanes].
+  void (*dot)(const DotJob&, int64_t row_begin, int64_t row_end, float* sums);
 };
 
 // The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512 selects a lower one.

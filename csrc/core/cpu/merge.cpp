@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // merged = weight + scaling * mask o (lora_B lora_A) on the CPU, from every layout to dense and from 2:4 values to 2:4 values:
 // pack the adapters once, then one pass over the weight.
-#include "merge.h"
-
 #include <algorithm>
 
 #include "pack_adapters.h"
+#include "with_table.h"
 #include "workspace.h"
 
 namespace lors {

@@ -54,14 +54,37 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& 
 // A row of a tile through buffers of a whole panel, so that nothing beyond its `columns` is touched. Out of line for the sake
 // of the registers of the whole tiles.
 template <typename Acc, int Vectors, typename Source, typename Sink>
-[[gnu::noinline]] inline void merge_edge(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& source, const Sink& sink,
-                                         int64_t columns) {
+[[gnu::noinline]] inline void merge_edge(const lors::cpu::MergeJob& job, int64_t n, int64_t k, int64_t columns,
+                                         const Acc* lora_A, const Acc* lora_B, const Sink& sink) {
   constexpr int panel = Vectors * kLanes<Acc>;
   typename Source::template Edge<panel> edge;
+  Source source(job, n, k);
   source.read_edge(edge, columns);
-  typename Sink::Element row[panel / Sink::kColumns];
-  merge_tile<Acc, 1, Vectors>(lora_A, lora_B, r, source, Sink{row, 0, false});
-  std::memcpy(sink.merged, row, size_t(columns / Sink::kColumns) * sizeof(row[0]));
+  if constexpr (std::is_void_v<typename Sink::Element>) {
+    merge_tile<Acc, 1, Vectors>(lora_A, lora_B, job.r, source, sink);
+  } else {
+    typename Sink::Element row[panel / Sink::kColumns];
+    merge_tile<Acc, 1, Vectors>(lora_A, lora_B, job.r, source, Sink{row, 0, false});
+    std::memcpy(sink.merged, row, size_t(columns / Sink::kColumns) * sizeof(row[0]));
+  }
+  source.finish(job, n);
+}
+
+// The tile of Rows rows and one panel of Vectors from row n and column k on: whole, or row by row where it ends early or cannot
+// be read in whole vectors.
+template <typename Acc, int Rows, int Vectors, template <typename, typename, int> typename Source, typename W, typename Sink>
+[[gnu::always_inline]] inline void merge_at(const lors::cpu::MergeJob& job, int64_t n, int64_t k, const Acc* lora_A,
+                                            const Acc* lora_B, const Sink& sink) {
+  constexpr int panel = Vectors * kLanes<Acc>;
+  const int64_t r = job.r, columns = job.in_features - k < panel ? job.in_features - k : panel;
+  if (columns == panel && Source<Acc, W, Rows>::is_readable(job, n, panel)) {
+    Source<Acc, W, Rows> source(job, n, k);
+    merge_tile<Acc, Rows, Vectors>(lora_A, lora_B, r, source, sink);
+    source.finish(job, n);
+    return;
+  }
+  for (int i = 0; i < Rows; ++i)
+    merge_edge<Acc, Vectors, Source<Acc, W, 1>>(job, n + i, k, columns, lora_A, lora_B + i * r, sink.row(i));
 }
 
 // Calls tile(rows, n, k, lora_A, lora_B) for tiles of kMergeRows (or one) rows from n on and a panel of columns from k on: the
@@ -88,27 +111,14 @@ inline void for_each_tile(const lors::cpu::MergeJob& job, int64_t begin, int64_t
 
 template <typename Acc, template <typename, typename, int> typename Source, typename W, typename Sink>
 void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
-  constexpr int panel = kMergePanel<Acc>;
-  const int64_t K = job.in_features, r = job.r, stride = K / Sink::kColumns;
+  const int64_t K = job.in_features, stride = K / Sink::kColumns;
   auto* merged = static_cast<typename Sink::Element*>(job.merged);
   // Large and aligned enough to be stored past the caches. In place, a tile has its lines in a cache already.
   const bool streaming = merged != job.weight && (end - begin) * stride * int64_t(sizeof(*merged)) >= kStreamingBytes &&
                          stride % kLanes<Acc> == 0 && reinterpret_cast<uintptr_t>(merged) % kVectorBytes == 0;
   for_each_tile<Acc>(job, begin, end, [&](auto tile_rows, int64_t n, int64_t k, const Acc* a, const Acc* b) {
-    constexpr int Rows = decltype(tile_rows)::value;
-    const Sink sink{merged + (n * K + k) / Sink::kColumns, stride, streaming};
-    if (K - k >= panel && Source<Acc, W, Rows>::is_readable(job, n, panel)) {
-      Source<Acc, W, Rows> source(job, n, k);
-      merge_tile<Acc, Rows, kMergeVectors>(a, b, r, source, sink);
-      source.finish(job, n);
-      return;
-    }
-    for (int i = 0; i < Rows; ++i) {
-      Source<Acc, W, 1> source(job, n + i, k);
-      merge_edge<Acc, kMergeVectors>(a, b + i * r, r, source, Sink{sink.merged + i * stride, stride, false},
-                                     K - k < panel ? K - k : panel);
-      source.finish(job, n + i);
-    }
+    merge_at<Acc, decltype(tile_rows)::value, kMergeVectors, Source, W>(
+        job, n, k, a, b, Sink{merged + (n * K + k) / Sink::kColumns, stride, streaming});
   });
   if (streaming) streaming_done();
 }
@@ -144,6 +154,34 @@ void merge(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
     case lors::DType::float32: return merge_from<float, float>(job, begin, end);
     case lors::DType::bfloat16: return merge_from<float, bfloat16>(job, begin, end);
     case lors::DType::float16: return merge_from<float, float16>(job, begin, end);
+  }
+}
+
+// Calls f<Source, W, Round>() for a weight and what its merged values are rounded to.
+template <template <typename, typename, int> typename Source, typename W, typename F>
+inline auto with_rounding(const lors::cpu::MergeJob& job, const F& f) {
+  switch (job.round_to) {
+    case lors::DType::bfloat16: return f.template operator()<Source, W, bfloat16>();
+    case lors::DType::float16: return f.template operator()<Source, W, float16>();
+    default: return f.template operator()<Source, W, float>();
+  }
+}
+
+template <template <typename, typename, int> typename Source, typename F>
+inline auto with_weight_dtype(const lors::cpu::MergeJob& job, const F& f) {
+  switch (job.weight_dtype) {
+    case lors::DType::bfloat16: return with_rounding<Source, bfloat16>(job, f);
+    case lors::DType::float16: return with_rounding<Source, float16>(job, f);
+    default: return with_rounding<Source, float>(job, f);
+  }
+}
+
+template <typename F>
+inline auto with_weight(const lors::cpu::MergeJob& job, const F& f) {
+  switch (job.weight_layout) {
+    case lors::Layout::sparse24: return with_weight_dtype<Sparse24Source>(job, f);
+    case lors::Layout::bitmap: return with_weight_dtype<BitmapSource>(job, f);
+    default: return with_weight_dtype<DenseSource>(job, f);
   }
 }
 

@@ -8,9 +8,10 @@
 //   add(i, u, sum)                merged values of vector u of row i from its sums: +0 where nothing is kept
 //   finish(job, n)                after the last `add`
 //   read_edge(edge, columns)      for a tile of one row that ends early: copies it into the buffers of an Edge<panel's columns>
-// and a Sink {merged, stride, streaming}, of the tile's first row and column
-//   Element, kColumns             what it stores, and how many columns each of them holds
-//   store_row(source, i, row)     row i of the tile
+// and a Sink, of the tile's first row and column
+//   store_row(source, i, row)     takes row i of the tile
+//   row(i)                        the Sink of a tile that begins i rows further down
+//   Element, kColumns             what it stores to `merged`, and how many columns each of them holds; void: it stores nothing
 #pragma once
 
 #include "expand.h"
@@ -174,6 +175,7 @@ struct DenseSink {
   int64_t stride;
   bool streaming;  // `merged` is aligned to a vector in every row, and too large to be worth keeping in a cache
 
+  DenseSink row(int i) const { return {merged + i * stride, stride, false}; }
   template <typename Acc, int Vectors, typename Source>
   [[gnu::always_inline]] void store_row(const Source&, int i, const Vector<Acc> (&row)[Vectors]) const {
 #pragma GCC unroll 4
@@ -193,6 +195,7 @@ struct Sparse24Sink {
   int64_t stride;
   bool streaming;  // as in DenseSink
 
+  Sparse24Sink row(int i) const { return {merged + i * stride, stride, false}; }
   template <typename Acc, int Vectors, typename Source>
   [[gnu::always_inline]] void store_row(const Source& source, int i, const Vector<Acc> (&row)[Vectors]) const {
 #pragma GCC unroll 2

@@ -34,7 +34,9 @@ Status launch_both(bool input_gradient, const FusedProblem& problem, const CudaH
                 host, problem);
 }
 
-Status check_dtypes(const FusedLinearArgs& args) {
+Status check_supported(const FusedLinearArgs& args) {
+  if (args.weight_layout != Layout::dense)
+    return Status::error("fused_linear on CUDA reads dense weights only; merge, then multiply.");
   if (Status status =
           check_no_float64("fused_linear", {args.activation_dtype, args.weight_dtype, args.lora_A_dtype, args.lora_B_dtype,
                                             args.bias != nullptr ? args.bias_dtype : args.activation_dtype});
@@ -53,7 +55,7 @@ Status check_dtypes(const FusedLinearArgs& args) {
 Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   const bool gradient = args.input_gradient;
   const int64_t N = args.out_features, K = args.in_features;
-  if (Status status = check_dtypes(args); !status.ok()) return status;
+  if (Status status = check_supported(args); !status.ok()) return status;
 
   FusedShape shape;
   shape.tokens = args.tokens;

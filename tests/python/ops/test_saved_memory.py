@@ -7,6 +7,7 @@ Each measurement is also taken on a formula that does save its merged weight, an
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -81,8 +82,17 @@ def test_the_input_is_not_saved_for_a_frozen_adapter(device, seed):
     case.lora_B.requires_grad_(False)
     weights = (case.weight, case.lora_A, case.lora_B, case.bias)
     assert saved_bytes(lambda: ours(case), *weights) == 0
-    case.lora_A.requires_grad_()
-    assert saved_bytes(lambda: ours(case), *weights) == case.input.nbytes
+    case.input = case.input * 2
+    input, output = weakref.ref(case.input), ours(case)
+    case.input = None
+    assert output.requires_grad
+    assert input() is None  # nor is it kept for forward mode, which no hook would tell
+
+
+def test_the_input_is_saved_for_one_adapter(device, seed):
+    case = leaf_case(seed, device)
+    case.lora_B.requires_grad_(False)
+    assert saved_bytes(lambda: ours(case), case.weight, case.lora_A, case.lora_B, case.bias) == case.input.nbytes
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

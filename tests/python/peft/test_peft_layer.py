@@ -329,3 +329,38 @@ def test_wrong_input_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         repr(model)
+
+
+@every_layout
+@pytest.mark.parametrize("gradient", ["lors", "exact"])
+def test_forward_mode_gives_the_derivative_of_the_forward(layout, gradient):
+    """Of the input, through one adapter, two, none, a merged one, and beside the base under dropout."""
+    model, x = adapted(adapters=("default", "other"), layout=layout, gradient=gradient), inputs()
+    tangent = inputs(seed=9)
+
+    def check(names: tuple[str, ...]) -> None:
+        weights, bias = merged_reference(model, names), net()[2].bias.detach()
+        formula = lambda x: torch.relu(x @ weights["0"].T) @ weights["2"].T + bias  # noqa: E731
+        expected = torch.func.jvp(formula, (x,), (tangent,))
+        for ours, theirs in zip(torch.func.jvp(model, (x,), (tangent,)), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs)
+
+    for names in (("default",), ("default", "other")):
+        model.base_model.set_adapter(list(names))
+        check(names)
+    with model.disable_adapter():
+        check(())
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    check(("default",))
+    model.unmerge_adapter()
+    dropping = adapted(layout=layout, gradient=gradient, lora_dropout=0.5, target_modules=["0"]).train()
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return dropping(x)
+
+    _, derivative = torch.func.jvp(dropped, (x,), (tangent,))
+    step = 1e-6
+    difference = (dropped(x + step * tangent) - dropped(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative.detach(), difference.detach(), rtol=1e-4, atol=1e-6)

@@ -15,8 +15,8 @@ const char* cpu_capability();
 // float32 (docs/cpu.md). LORS_CPU_PRODUCT=float32 or native overrides it. Never timed, so that runs are reproducible.
 bool cpu_multiplies_natively(DType dtype);
 
-// Whether float32 matmuls of this many tokens use fused_linear, rather than merge and torch's mm. LORS_CPU_FUSED=always or
-// never overrides it.
-bool cpu_prefers_fused_linear(int64_t tokens);
+// Whether the forward or the input gradient of this many tokens uses fused_linear, rather than merge and torch's mm in float32
+// or a 16-bit type. LORS_CPU_FUSED=always or never overrides it; always concerns float32 only.
+bool cpu_prefers_fused_linear(int64_t tokens, bool input_gradient, bool float32_matmul);
 
 }  // namespace lors

@@ -2,8 +2,8 @@
 // The two large matmuls of the layer, each merging the weight while loading it, so that merged is never in memory:
 //   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
 //   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
-// merged as in merge.h, each value rounded once to `round_to`; the matmuls accumulate in float32. Reads dense weights only.
-// On the CPU bias and output are float32; on CUDA output_dtype and round_to are the activation's dtype.
+// merged as in merge.h, each value rounded once to `round_to`; the matmuls accumulate in float32. CUDA reads dense weights
+// only. On the CPU bias and output are float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
 #include <lors/status.h>
@@ -19,10 +19,14 @@ struct FusedLinearArgs {
   bool input_gradient = false;       // which of the two matmuls
   const void* activation = nullptr;  // [T, K], or dY [T, N] for the input gradient; row-major
   DType activation_dtype = DType::float32;
-  const void* weight = nullptr;  // [N, K] row-major; float32, bfloat16 or float16
+  // As in MergeArgs; float32, bfloat16 or float16.
+  Layout weight_layout = Layout::dense;
+  const void* weight = nullptr;
   DType weight_dtype = DType::float32;
-  const uint32_t* mask = nullptr;  // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0
-  const void* lora_A = nullptr;    // [r, K]
+  const uint32_t* mask = nullptr;
+  const uint8_t* metadata = nullptr;
+  const int64_t* row_offsets = nullptr;
+  const void* lora_A = nullptr;  // [r, K]
   DType lora_A_dtype = DType::float32;
   const void* lora_B = nullptr;  // [N, r]
   DType lora_B_dtype = DType::float32;
