@@ -195,10 +195,10 @@ def explained(path: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise not_written(path, cause, error.errno) from cause
     except Exception as error:
-        # safetensors' writer raises a type of its own for a full disk, torch's zip writer a RuntimeError.
+        # safetensors' writer raises a type of its own for a full disk, torch's zip writer one of several RuntimeErrors.
         if type(error).__name__ == "SafetensorError":
             raise not_written(path, error) from error
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        if any(words in str(error) for words in ("inline_container", "PytorchStreamWriter", "iostream error")):
             raise not_written(path, OSError("the disk is full, or failed")) from error
         raise
 
@@ -206,11 +206,11 @@ def explained(path: Path) -> Iterator[None]:
 def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
     """The error for a file or directory that could not be written."""
     why = getattr(reason, "strerror", None) or str(reason)
-    return OSError(
-        number,
+    text = (
         f"'{path}' could not be written ({why}); what stood there before is unchanged. Free space or choose another "
-        "place, and run it again",
+        "place, and run it again"
     )
+    return OSError(text) if number is None else OSError(number, text)
 
 
 def flush_directory(path: Path) -> None:
