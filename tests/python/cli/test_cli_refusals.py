@@ -16,7 +16,7 @@ import torch
 from byte_model import byte_llama, full_disk
 from cli_calls import ENVIRONMENT, call, curve, failed, finetune, safetensors_torch, tree
 from lors_cuda._files import new_directory
-from lors_cuda.cli.finetune import _check_options
+from lors_cuda.cli._finetune_options import check_options
 from models import refused, tiny_llama
 
 pytest_plugins = ["cli_fixtures"]
@@ -165,7 +165,7 @@ def test_options_of_gpus_are_refused_with_the_way_out(tmp_path, monkeypatch):
     def check(device, **options):
         given = {"warmup_steps": None, "steps": 1, "device": device, "report_to": [], "deepspeed": None}
         given |= {"fp16": False, "fsdp": False, **options}
-        _check_options(argparse.Namespace(**given), torch.device(device))
+        check_options(argparse.Namespace(**given), torch.device(device))
 
     check("cuda:0", fp16=True)
     refused(ValueError, lambda: check("cuda:1"), "CUDA_VISIBLE_DEVICES=1 and --device cuda")
