@@ -107,6 +107,9 @@ def _main(arguments: list[str], *, debug: bool) -> int:
         return FAILED
     except Exception as error:
         text = _sentence(error)
+        advice = _after(args) if isinstance(error, OSError) else None
+        if advice is not None:
+            text = f"{text}: {advice}"
         return _fail(text if parser is None else as_options(text, parser, _parser_of("finetune")), FAILED, debug)
     return DONE
 
@@ -141,8 +144,13 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def _how_to_go_on(number: int, args: argparse.Namespace | None) -> str:
     what = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
-    advice = None if args is None else getattr(_module(args.command), "after_interrupt", lambda _: None)(args)
-    return f"{what}; {advice or 'nothing was written. The same command begins again'}"
+    return f"{what}; {_after(args) or 'nothing was written. The same command begins again'}"
+
+
+def _after(args: argparse.Namespace | None) -> str | None:
+    """How a command that had begun to write goes on; None if it had not, or has nothing to go on from."""
+    after = None if args is None else getattr(_module(args.command), "after_interrupt", None)
+    return None if after is None else after(args)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -149,7 +149,7 @@ def write_run(args: argparse.Namespace, identity: dict[str, Any], result: dict[s
 
 def after_interrupt(args: argparse.Namespace) -> str | None:
     """How an interrupted run goes on; None if it had not begun."""
-    if not (args.output / RUN_NAME).is_file() or (args.overwrite and not args.begun):
+    if not args.begun and (args.overwrite or not (args.output / RUN_NAME).is_file()):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
