@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Tra
 
 import lors_cuda
 from lors_cuda.hf import LoRSTrainerMixin, SparsityCallback
-from lors_cuda.pruning import measure_sparsity, total_sparsity
+from lors_cuda.pruning import measure_sparsity
 
 BLOCK = 128  # tokens in a sequence
 
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         merged.save_pretrained(args.output / "merged")
         tokenizer.save_pretrained(args.output / "merged")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    sparsity = total_sparsity(measure_sparsity(merged))
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {sparsity:.1%} zeros in {args.output / 'merged'}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; zeros: {measure_sparsity(merged)}, in {args.output / 'merged'}")
     return losses
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._distributed import is_sharded
 from ._library import BUILD, check_device
@@ -230,11 +231,22 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} has the layout {value.layout}; it must be strided: call its to_dense().")
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor keeps its values in other tensors: torch's semi-structured ones, torchao's, quantized ones."""
+    return type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor)
+
+
 def check_weight(weight: Tensor) -> None:
     """A frozen dense weight [N, K] on a device with kernels."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor or a SparseWeight.")
     check_tensor("weight", weight)
+    if is_packed(weight):
+        raise ValueError(
+            f"weight is of the class {type(weight).__name__}, which holds its values in packed tensors, and LoRS needs "
+            "an ordinary tensor. Give a semi-structured tensor of torch to SparseWeight.from_dense, which converts it; "
+            "of a quantized one give weight.dequantize(), or load the model unquantized."
+        )
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be [out_features, in_features], both at least 1."
@@ -289,3 +301,43 @@ def check_adapters(weight: Tensor | SparseWeight, lora_A: Tensor, lora_B: Tensor
             raise ValueError(
                 f"{name} is on {adapter.device} and weight on {weight.device}; move them to the same device."
             )
+
+
+def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, merged: SparseWeight) -> None:
+    """Refuse a merge that reads or writes NaN or infinity, and name the first place; waits for the device.
+
+    Finite parts may have a sum beyond the range of the weight's dtype, so that checking what is read is not enough.
+    """
+    check_has_values("weight", weight.values)
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; it must be finite. Set lora_alpha, or the layer's scaling, anew.")
+    for which, stored in (("weight", weight.values), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not bool(torch.isfinite(stored).all()):
+            tensor = weight.to_dense() if which == "weight" else stored
+            row, column = _first_place(tensor)
+            raise ValueError(
+                f"{which}[{row}, {column}] is {tensor[row, column].item()}; merging would spread it. Put finite values "
+                "back (an earlier checkpoint, a lower learning rate) and merge again."
+            )
+    if not bool(torch.isfinite(merged.values).all()):
+        row, column = _first_place(merged.to_dense())
+        kept = float(weight.to_dense()[row, column])
+        added = float(lora_B[row].double() @ lora_A[:, column].double()) * scaling
+        wider = ", or merge in float32 (in Python: model.float())" if weight.dtype == torch.float16 else ""
+        raise ValueError(
+            f"merged[{row}, {column}] would be {kept + added:.6g}, which is {kept:.6g} in the weight and {added:.6g} "
+            f"from the adapter: beyond the range of {weight.dtype}, which ends at {torch.finfo(weight.dtype).max:.6g}. "
+            f"Train a smaller adapter (a lower learning rate or lora_alpha){wider}."
+        )
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor on the meta device."""
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, where it has no values. Load the model's weights first.")
+
+
+def _first_place(tensor: Tensor) -> tuple[int, int]:
+    """Row and column of the first value that is not finite."""
+    row, column = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    return row, column

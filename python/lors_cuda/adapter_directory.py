@@ -18,6 +18,7 @@ from torch import Tensor
 from ._checks import check_lora_fields
 from ._files import replace_files
 from .config import LoRSConfig
+from .fingerprints import Fingerprint, from_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -35,11 +36,11 @@ _PEFT_ONLY = ("layers_to_transform", "trainable_token_indices")
 
 @dataclass
 class SavedAdapter:
-    """What a directory holds: its configuration, our own fields (None if PEFT wrote it), and the tensors."""
+    """What a directory holds: its configuration, the base it was trained on (None if PEFT wrote it), the tensors."""
 
     path: Path
     config: LoRSConfig
-    lors: dict[str, Any] | None
+    trained_on: dict[str, Fingerprint] | None  # {module name: of its weight}
     adapters: dict[str, dict[str, Tensor]]  # {module name: {"lora_A": [r, K], "lora_B": [N, r]}}
     saved: dict[str, Tensor]  # {state_dict key: tensor} of modules_to_save
 
@@ -66,8 +67,9 @@ def read_adapter(directory: Path) -> SavedAdapter:
     fields = read_config(where)
     _check_linear_fields(where, fields)
     lors = fields.get("lors")
+    trained_on = from_fields(lors)
     if lors is not None:
-        if not isinstance(lors, dict) or not isinstance(lors.get("mask_fingerprints"), dict):
+        if trained_on is None:
             raise ValueError(f"'{where}' is corrupted: its field 'lors' has no mask fingerprints. Save it again.")
         if lors.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -98,7 +100,7 @@ def read_adapter(directory: Path) -> SavedAdapter:
     if unpaired or not adapters:
         what = f"'{unpaired[0]}' has only one of lora_A and lora_B" if unpaired else "it has no lora_A and lora_B"
         raise ValueError(f"'{weights}' is incomplete: {what}. Save the adapter again.")
-    return SavedAdapter(directory, config, lors, adapters, saved)
+    return SavedAdapter(directory, config, trained_on, adapters, saved)
 
 
 def read_config(path: Path) -> dict[str, Any]:

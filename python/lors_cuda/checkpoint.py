@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, joined, listed
+from ._checks import DTYPES, joined
 from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_directory import (
     FORMAT_VERSION,
@@ -29,9 +30,10 @@ from .adapter_directory import (
     write_adapter,
 )
 from .config import LoRSConfig
+from .fingerprints import fingerprint, mask_problem, to_fields, value_problem
 from .linear import LoRSLinear
 from .model import convert, named_lors_layers
-from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
+from .targets import Target, conversion_advice, find_targets, saved_modules
 from .weight import SparseWeight
 
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
@@ -74,17 +76,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             write_adapter(Path(directory), tensors, fields)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_mask: bool = True) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, strict_mask: bool = True, strict_values: bool = False
+) -> nn.Module:
     """Load an adapter directory into `model`, converting it first if it has no LoRS layers yet; in place.
 
     Every name, shape, rank, scaling, dtype and mask fingerprint is checked before anything is changed. A directory
-    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on. A model
-    under fully_shard must be converted already; all processes load together, each from the directory.
+    that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on. Base
+    weights with other values than in training (a base into which the adapter is merged already, one loaded in another
+    dtype) are warned of by name. A model under fully_shard must be converted already; all processes load together,
+    each from the directory.
 
     Args:
         model: the sparse base model, or a model converted with the same targets, ranks and scaling.
         directory: what `save_adapter` wrote.
         strict_mask: refuse an adapter that was trained on another mask.
+        strict_values: refuse one that was trained on other values, instead of a warning (UserWarning). Adapters that
+            an earlier version saved do not know them.
 
     Returns:
         The same model object.
@@ -102,10 +110,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict_
         adapter = read_adapter(Path(directory))
     layers = dict(named_lors_layers(inner))
     targets: list[Target] = []
+    weights: dict[str, Callable[[], SparseWeight]] = {}
     if layers:
-        problems = _fit_converted(inner, layers, adapter, strict_mask)
+        problems = _fit_converted(inner, layers, adapter, weights)
     else:
-        targets, problems = _fit_unconverted(inner, adapter, strict_mask)
+        targets, problems = _fit_unconverted(inner, adapter, weights)
+    problems = problems or _fit_base(weights, adapter, strict_mask, strict_values)
     if problems:
         raise ValueError(f"The adapter in '{adapter.path}' was not loaded. {joined(problems)}")
     if targets:
@@ -185,7 +195,7 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
             "format_version": FORMAT_VERSION,
             "gradient": config.gradient,
             "layout": config.layout,
-            "mask_fingerprints": {name: layer.whole_weight().fingerprint() for name, layer in layers.items()},
+            **to_fields({name: fingerprint(layer.whole_weight()) for name, layer in layers.items()}),
         },
     }
 
@@ -203,8 +213,12 @@ def _saved_tensors(model: nn.Module, config: LoRSConfig) -> dict[str, Tensor]:
 
 
 def _fit_converted(
-    model: nn.Module, layers: dict[str, LoRSLinear], adapter: SavedAdapter, strict_mask: bool
+    model: nn.Module,
+    layers: dict[str, LoRSLinear],
+    adapter: SavedAdapter,
+    weights: dict[str, Callable[[], SparseWeight]],
 ) -> list[str]:
+    """`weights` is filled with the base weights to compare: what makes each, so that one at a time exists."""
     problems = _fit_names(list(layers), adapter)
     for name, layer in layers.items():
         if name not in adapter.adapters:
@@ -223,29 +237,25 @@ def _fit_converted(
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()
     problems += _fit_saved(_saved_tensors(model, saving), adapter)
-    fingerprints: dict[str, Callable[[], str]] = {
-        name: partial(_layer_fingerprint, layer) for name, layer in layers.items()
-    }
-    return problems or _fit_masks(fingerprints, adapter, strict_mask)
+    weights.update({name: layer.whole_weight for name, layer in layers.items()})
+    return problems
 
 
-def _fit_unconverted(model: nn.Module, adapter: SavedAdapter, strict_mask: bool) -> tuple[list[Target], list[str]]:
+def _fit_unconverted(
+    model: nn.Module, adapter: SavedAdapter, weights: dict[str, Callable[[], SparseWeight]]
+) -> tuple[list[Target], list[str]]:
     absent = absent_modules(model, adapter)
     if absent is not None:
         return [], [absent]
     targets = find_targets(model, adapter.config)
     problems = _fit_names([target.name for target in targets], adapter)
-    fingerprints: dict[str, Callable[[], str]] = {}
     for target in targets:
         if target.name in adapter.adapters:
             linear = target.module
             pair = adapter.adapters[target.name]
             problems += _fit_layer(target.name, linear.out_features, linear.in_features, target.r, pair)
-            fingerprints[target.name] = partial(_fingerprint, linear)
+            weights[target.name] = partial(SparseWeight.from_dense, linear.weight.detach(), "dense")
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
-    problems = problems or _fit_masks(fingerprints, adapter, strict_mask)
-    if not problems:
-        check_targets(targets, adapter.config)
     return targets, problems
 
 
@@ -261,14 +271,6 @@ def absent_modules(model: nn.Module, adapter: SavedAdapter) -> str | None:
     )
 
 
-def _layer_fingerprint(layer: LoRSLinear) -> str:
-    return layer.whole_weight().fingerprint()
-
-
-def _fingerprint(linear: nn.Linear) -> str:
-    return SparseWeight.from_dense(linear.weight.detach(), "dense").fingerprint()
-
-
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
     known = set(names)
     without = [name for name in names if name not in adapter.adapters]
@@ -280,6 +282,13 @@ def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
 
 def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dict[str, Tensor]) -> list[str]:
     problems = []
+    largest = min(out_features, in_features)
+    if r > largest:  # as a weighted sum of adapters may
+        problems.append(
+            f"'{name}' has rank {r} in the adapter, and its layer of {out_features} x {in_features} takes at most "
+            f"{largest}. Load it with lors_cuda.peft.from_pretrained and merge it there; or, where PEFT has summed it "
+            f"from others, sum them by add_weighted_adapter(..., combination_type='svd', svd_rank={largest})."
+        )
     for which, needed in (("lora_A", [r, in_features]), ("lora_B", [out_features, r])):
         tensor = pair[which]
         if list(tensor.shape) != needed:
@@ -292,7 +301,10 @@ def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dic
 def _fit_dtype(what: str, stored: Tensor, own: Tensor) -> list[str]:
     """Refuse a conversion that would lose digits: float32 into bfloat16, bfloat16 into float16."""
     if stored.dtype != own.dtype and torch.promote_types(stored.dtype, own.dtype) != own.dtype:
-        return [f"{what} is {stored.dtype} in the adapter and {own.dtype} in the model, which cannot hold it."]
+        return [
+            f"{what} is {stored.dtype} in the adapter and {own.dtype} in the model, which cannot hold it. "
+            "Load it before the model is converted to that dtype."
+        ]
     return []
 
 
@@ -309,22 +321,27 @@ def _fit_saved(own: dict[str, Tensor], adapter: SavedAdapter) -> list[str]:
     return problems
 
 
-def _fit_masks(fingerprints: dict[str, Callable[[], str]], adapter: SavedAdapter, strict_mask: bool) -> list[str]:
-    if not strict_mask:
-        return []
-    if adapter.lors is None:
+def _fit_base(
+    weights: dict[str, Callable[[], SparseWeight]], adapter: SavedAdapter, strict_mask: bool, strict_values: bool
+) -> list[str]:
+    """Whether the base weights are those it was trained on; warns of other values unless they are refused."""
+    if adapter.trained_on is None:
+        if not strict_mask:
+            return []
         return [
             "It was not saved by lors_cuda and has no mask fingerprints, so it cannot be checked against the model's "
             "zeros. Use strict_mask=False to load it all the same."
         ]
-    stored = adapter.lors["mask_fingerprints"]
-    different = [name for name, fingerprint in fingerprints.items() if stored.get(name) != fingerprint()]
-    if not different:
-        return []
-    return [
-        f"It was trained on a model with another sparsity mask: {listed(different)} differ. Load the base model it was "
-        "trained on, or use strict_mask=False to load it all the same."
-    ]
+    found = {name: fingerprint(weight()) for name, weight in weights.items()}
+    problem = mask_problem(found, adapter.trained_on)
+    if problem is not None:  # then other values are no news
+        return [f"{problem}, or use strict_mask=False to load it all the same."] if strict_mask else []
+    problem = value_problem(found, adapter.trained_on)
+    if problem is not None and strict_values:
+        return [f"{problem}, or use strict_values=False to load it all the same."]
+    if problem is not None:
+        warnings.warn(f"The adapter in '{adapter.path}': {problem}.", UserWarning, stacklevel=3)
+    return []
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

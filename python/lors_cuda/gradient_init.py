@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import check_whole, joined
+from ._checks import check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from .config import LoRSConfig
 from .model import named_lors_layers, require_unconverted
@@ -79,6 +79,12 @@ def estimate_gradients(
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     if targets is None:
         targets = find_targets(model, LoRSConfig() if config is None else config)
+    packed = next((target for target in targets if is_packed(target.module.weight)), None)
+    if packed is not None:
+        raise ValueError(
+            f"The weight of '{packed.name}' is of the class {type(packed.module.weight).__name__}, and gradients are "
+            "estimated with respect to ordinary tensors. Put its to_dense() or dequantize() in its place first."
+        )
     sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
     count = 0
     # An error in one process must raise in all: the others would wait for it in the next collective.
@@ -120,12 +126,13 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Args:
         model: a converted model.
-        gradients: {module name: [N, K]} as `estimate_gradients` returns it, one for each LoRS layer.
+        gradients: {module name: [N, K]} as `estimate_gradients` returns it, one for each LoRS layer; those of other
+            modules are ignored, so that one estimate serves every choice of targets.
         stable_gamma: finite, greater than 0.
 
     Raises:
-        ValueError: a layer has no gradient, or a gradient has no layer, another shape, or NaN or infinity (all
-            problems are listed and nothing is changed); the model is already sharded.
+        ValueError: a layer has no gradient, or one of another shape, or with NaN or infinity (all problems are listed
+            and nothing is changed); the model is already sharded.
         TypeError: `gradients` is not a mapping of tensors.
     """
     check_start(gradients, stable_gamma)
@@ -175,12 +182,10 @@ def check_start(gradients: Mapping[str, Tensor], stable_gamma: float) -> None:
 
 def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[str, Tensor]) -> list[str]:
     problems = [f"There is no gradient for '{name}'." for name in adapters if name not in gradients]
-    for name, gradient in gradients.items():
-        if name not in adapters:
-            problems.append(f"'{name}' has a gradient but is no LoRS layer of this model.")
+    for name, (lora_A, lora_B) in adapters.items():
+        if name not in gradients:
             continue
-        lora_A, lora_B = adapters[name]
-        needed = [lora_B.shape[0], lora_A.shape[1]]
+        gradient, needed = gradients[name], [lora_B.shape[0], lora_A.shape[1]]
         if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
             kind = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
             problems.append(f"The gradient of '{name}' must be a floating-point tensor, but is {kind}.")

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_rank, check_whole
+from ._checks import DTYPES, GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
+from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _TENSORS = ("weight_values", "weight_mask", "weight_index")
+_STORED_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
 
 
 class SparseLayer:
@@ -60,13 +62,15 @@ class SparseLinear(SparseLayer, nn.Module):
         weight_index: its metadata or row offsets, None where the layout has none.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features].
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
     """
 
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
     bias: nn.Parameter | None
+    weight_uses = 0
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -108,7 +112,8 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_values if self.weight_index is None else self.sparse_weight.to_dense()
+        # A compiled graph drops what is not used, and cannot hold a view.
+        return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
@@ -156,6 +161,14 @@ class SparseLinear(SparseLayer, nn.Module):
 
         Where both are sharded the weight is gathered to be checked, so that all processes must load together.
         """
+        for name, tensor in zip(_TENSORS, (values, bits, index), strict=True):
+            if isinstance(tensor, Tensor) and tensor.dtype not in _STORED_DTYPES[name]:
+                allowed = " or ".join(map(str, _STORED_DTYPES[name]))
+                return (
+                    f"{name} has dtype {tensor.dtype}; it must be {allowed}. A stored weight is loaded as it was "
+                    "saved: its integer tensors say which weights are kept, and averaging or a way through another "
+                    "dtype destroys them. Exchange lora_A and lora_B alone."
+                )
         layout, own = _layout(index), _layout(self.weight_index)
         if layout != own:
             return (
@@ -330,27 +343,16 @@ class LoRSLinear(SparseLinear):
         """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
-            ValueError: the weight or an adapter holds a NaN or an infinity; the first place is named.
+            ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
+                dtype's range); the first place is named. The layer is sharded.
         """
-        self.check_finite()
-        with torch.no_grad():
-            merged = self.merged_dense()
-            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
-        return make_linear(merged, self.bias).train(self.training)
-
-    def check_finite(self, name: str = "") -> None:
-        """Refuse a sharded layer, and a NaN or an infinity in the weight or the adapter, naming the first place."""
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
-            if not torch.isfinite(tensor).all():
-                tensor = self.weight if which == "weight" else tensor
-                finite = torch.isfinite(tensor)
-                row, column = (~finite).nonzero()[0].tolist()
-                where = f" of layer {name!r}" if name else ""
-                raise ValueError(
-                    f"{which}[{row}, {column}]{where} is {tensor[row, column].item()}; merging would spread it. Put "
-                    "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
-                )
+        with torch.no_grad():
+            weight, merged = self.sparse_weight, self.merged_dense()
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+            check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
+        return make_linear(merged, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"

@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
+from ._saving import guard_saving, unguard_saving
+from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
 from .functional import MergedWeight
 from .linear import LoRSLinear, SparseLayer
@@ -28,7 +30,11 @@ def get_lors_model(
     Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
     soon as its replacement exists, so no second copy of the model exists. The configuration used is kept as
-    `model.lors_config`. Source: LoRS, arXiv 2501.08582.
+    `model.lors_config`. `save_pretrained` of a transformers model is refused until it is merged: an ordinary checkpoint
+    cannot hold these layers. Source: LoRS, arXiv 2501.08582.
+
+    Warns (UserWarning) where the adapted weights have no zeros, where the model has experts, which get no adapters, and
+    where a head that no checkpoint has filled stays frozen.
 
     Args:
         model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
@@ -46,7 +52,11 @@ def get_lors_model(
     """
     config = LoRSConfig() if config is None else config
     _check_arguments(model, config)
-    return convert(model, find_targets(model, config) if targets is None else targets, config)
+    heads = new_heads(model)
+    convert(model, find_targets(model, config) if targets is None else targets, config)
+    adapted = {layer for _, layer in named_lors_layers(model)}
+    warn_of_conversion(model, adapted, heads, config.modules_to_save, stacklevel=2)
+    return model
 
 
 def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.Module:
@@ -90,6 +100,7 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
             parameter.requires_grad_(parameter.is_floating_point())
     # Through vars(): nn.Module's __setattr__ is typed for tensors and modules only.
     vars(model)["lors_config"] = copy.deepcopy(config)
+    guard_saving(model)
     return model
 
 
@@ -97,27 +108,32 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge every adapter into its weight and put plain nn.Linear modules back, in place.
 
     The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
-    All layers are checked before the first is replaced. As after PEFT's merge_and_unload the weights stay frozen;
-    call `model.requires_grad_(True)` to train the whole model.
+    All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
+    merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: a weight or an adapter holds NaN or infinity (the module and first place are named), the model has
-            no LoRS layers, or its parameters are sharded among processes; nothing is changed then.
+        ValueError: a weight or an adapter holds NaN or infinity, or a merged weight would (the module, the first place
+            and its value are named), the model has no LoRS layers, or its parameters are sharded among processes;
+            nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
-        layer.check_finite(names[0])
+        try:
+            layer.merge()
+        except ValueError as error:
+            raise ValueError(f"Layer '{names[0]}': {error} Nothing was merged.") from error
     layers.reverse()
     while layers:
         names, layer = layers.pop()
         _replace(model, names, layer.merge().requires_grad_(False))
     vars(model).pop("lors_config", None)
+    unguard_saving(model)
     return model
 
 

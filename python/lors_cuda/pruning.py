@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Magnitude and Wanda pruning: score every weight, keep the highest scores of each group or row.
-# Wanda: score[n, k] = |weight[n, k]| * ||X[:, k]||_2 (arXiv 2306.11695), calibrated block by block.
+# Wanda: score[n, k] = |weight[n, k]| * ||X[:, k]||_2 (arXiv 2306.11695); wanda.py measures ||X[:, k]||_2.
 # Called by `lors-cuda prune` and the demo; writes exact zeros into the dense weights and changes nothing else.
 """Make a dense model sparse: magnitude and Wanda pruning, N:M or unstructured.
 
@@ -12,20 +12,45 @@ Magnitude is the same selection with a simpler score; the tests compare it with 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._batches import device_of, progress_bar, running, to_device
-from ._checks import check_choice
+from ._batches import progress_bar, running
+from ._checks import DTYPES, check_choice, is_packed, listed
 from .config import LoRSConfig
-from .targets import Target, find_targets
+from .linear import SparseLayer
+from .sparsity import (
+    EXPERTS,
+    LINEAR,
+    LayerSparsity,
+    ModelSparsity,
+    Weight,
+    choose,
+    measure_sparsity,
+    measured,
+    total_sparsity,
+    weights_of,
+)
+from .targets import has_peft_adapters
+from .wanda import calibrated
+
+__all__ = [
+    "METHODS",
+    "LayerSparsity",
+    "ModelSparsity",
+    "SparsityPattern",
+    "measure_sparsity",
+    "prune",
+    "select_mask",
+    "total_sparsity",
+]
 
 METHODS = ("magnitude", "wanda")
 # Scores sorted at a time: a 4096 x 11008 layer at once would need 0.7 GB of indices and scores.
@@ -71,26 +96,6 @@ class SparsityPattern:
         )
 
 
-@dataclass(frozen=True)
-class LayerSparsity:
-    """The number of zeros in a layer's weight.
-
-    Attributes:
-        name: the module's name in the model.
-        shape: (N, K).
-        zeros: weights that are 0, -0.0 included.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    zeros: int
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros."""
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-
 def prune(
     model: nn.Module,
     pattern: str | float | SparsityPattern = "2:4",
@@ -98,10 +103,9 @@ def prune(
     method: str = "wanda",
     batches: Sequence[Mapping[str, Any]] | None = None,
     config: LoRSConfig | None = None,
-    targets: Sequence[Target] | None = None,
     progress: bool = True,
-) -> list[LayerSparsity]:
-    """Set the least important weights of every target linear to exactly +0, in place.
+) -> ModelSparsity:
+    """Set the least important weights of every linear to exactly +0, in place.
 
     ``"magnitude"`` scores |W|; ``"wanda"`` scores |W[n, k]| * ||X[:, k]||_2 over the calibration tokens without padding
     (arXiv 2306.11695). N:M patterns keep the best N of each aligned group of M along a row. Unstructured: Wanda
@@ -109,54 +113,101 @@ def prune(
     lower column is kept. Wanda prunes the model's blocks in order, so that each block is calibrated on the outputs of
     the pruned blocks before it; it stores one hidden state per calibration token and one [K] sum per layer.
 
+    Linears are nn.Linear, what is derived from it, and transformers' Conv1D, whose weight [K, N] is pruned along K.
+    Whether a linear could be adapted does not matter. What is left as it is (experts, which are no linears; computed
+    and quantized weights), and which layers saw no calibration token and were pruned by magnitude, is warned of.
+
     Args:
-        model: a model with nn.Linear layers, floating-point weights [N, K].
+        model: any model with floating-point linears.
         pattern: see :meth:`SparsityPattern.parse`.
         method: "magnitude" or "wanda".
-        batches: for Wanda: keyword arguments of the model (labels are dropped); iterated several times.
-        config: selects the targets; None: every nn.Linear except the output head ("all-linear").
-        targets: what `targets.find_targets` found in this model already, instead of `config`.
+        batches: for Wanda: keyword arguments of the model, iterated several times. Labels are dropped, unless it is an
+            encoder-decoder, which makes its decoder's input of them.
+        config: its target_modules and exclude_modules choose linears by name; None: all except the output head.
         progress: show a progress bar on a terminal.
 
     Returns:
-        The sparsity of each pruned layer, in the model's order.
+        The sparsity of the pruned layers, in the model's order, and of the whole model.
 
     Raises:
-        ValueError: an unknown method or pattern; Wanda without batches; a weight or activation that is not finite; a
-            layer that saw no calibration token; nothing to prune. Layers pruned before an error stay pruned.
+        ValueError: an unknown method or pattern; Wanda without batches; a weight or activation that is not finite;
+            nothing to prune. Layers pruned before an error stay pruned.
     """
     parsed = SparsityPattern.parse(pattern)
     check_choice("method", method, METHODS)
     if method == "wanda" and not batches:
         raise ValueError("method 'wanda' needs calibration batches, and none were given; or use method='magnitude'.")
-    if targets is None:
-        targets = find_targets(model, LoRSConfig() if config is None else config)
+    targets, left_out = _targets(model, config)
     for target in targets:
-        if not bool(torch.isfinite(target.module.weight).all()):
+        if not bool(torch.isfinite(target.matrix).all()):
             raise ValueError(f"The weight of '{target.name}' has NaN or infinity; nothing was pruned.")
+    unseen: list[str] = []
     with torch.no_grad(), running(model, training=False):
         if method == "wanda":
-            _prune_blocks(model, targets, parsed, batches or [], progress)
+            for target, norms in calibrated(model, targets, batches or [], progress):
+                _prune_layer(target, parsed, norms)
+                unseen += [target.name] if norms is None else []
         else:
-            for target in _bar(targets, "pruning", "layer", progress):
+            bar = progress_bar(targets, total=len(targets), description="pruning", unit="layer", shown=progress)
+            for target in bar:
                 _prune_layer(target, parsed, None)
-    return [_layer_sparsity(target) for target in targets]
+    if unseen:
+        left_out.append(
+            f"{listed(unseen)} saw no calibration token, and magnitude pruned them instead of Wanda. Check that the "
+            "calibration data reaches them."
+        )
+    if left_out:
+        warnings.warn(" ".join(left_out), UserWarning, stacklevel=2)
+    pruned = {id(target.module) for target in targets}
+    return measured(model, pruned)
 
 
-def measure_sparsity(
-    model: nn.Module, config: LoRSConfig | None = None, *, targets: Sequence[Target] | None = None
-) -> list[LayerSparsity]:
-    """Count the zeros of every linear that ``config`` selects (None: all but the output head), or of ``targets``, what
-    `targets.find_targets` found in this model already."""
-    if targets is None:
-        targets = find_targets(model, LoRSConfig() if config is None else config)
-    return [_layer_sparsity(target) for target in targets]
+def _targets(model: nn.Module, config: LoRSConfig | None) -> tuple[list[Weight], list[str]]:
+    """The linears to prune, and sentences about those that are left out, and about experts.
+
+    Raises:
+        ValueError: none is left, or the model has adapters of PEFT.
+    """
+    if has_peft_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of PEFT, which were trained for the weights as they are. Prune the "
+            "base model (model.unload() gives it back)."
+        )
+    weights = list(weights_of(model))
+    everything = max(sum(weight.numel for weight in weights), 1)
+
+    def described(found: Sequence[Weight]) -> str:
+        share = sum(weight.numel for weight in found) / everything
+        return f"{listed([weight.name for weight in found])} ({share:.1%} of the model's weights)"
+
+    targets, reasons = [], dict[str, list[Weight]]()
+    for weight in choose(weights, config, (LINEAR,)):
+        reason = _cannot_prune(weight)
+        if reason is None:
+            targets.append(weight)
+        else:
+            reasons.setdefault(reason, []).append(weight)
+    left_out = [f"Not pruned: {described(found)}, because {reason}." for reason, found in reasons.items()]
+    experts = [weight for weight in weights if weight.kind == EXPERTS]
+    if experts:
+        left_out.append(f"Not pruned: the experts {described(experts)}, which are no linears and stay as they are.")
+    if not targets:
+        nothing = f"{type(model).__name__} has no linear to prune."
+        raise ValueError(" ".join([nothing, *left_out]))
+    return targets, left_out
 
 
-def total_sparsity(layers: Iterable[LayerSparsity]) -> float:
-    """Fraction of zeros over all layers together; 0 for none."""
-    counts = [(layer.zeros, layer.shape[0] * layer.shape[1]) for layer in layers]
-    return sum(zeros for zeros, _ in counts) / max(sum(weights for _, weights in counts), 1)
+def _cannot_prune(weight: Weight) -> str | None:
+    """Why zeros cannot be written into a weight; the words follow 'because'. None if they can."""
+    if isinstance(weight.module, SparseLayer):
+        return "their weights are stored sparse already (merge_and_unload gives plain ones)"
+    if weight.module._parameters.get("weight") is not weight.values:
+        return "their weights are computed (torch.nn.utils.prune or parametrize); make that permanent first"
+    if weight.values.is_meta:
+        return "their weights have no values in memory (on the meta device, or offloaded)"
+    if is_packed(weight.values) or weight.values.dtype not in DTYPES or weight.values.layout != torch.strided:
+        return "their weights are quantized, or packed; load the model in an ordinary dtype"
+    return None
 
 
 def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -181,202 +232,16 @@ def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     return mask.view(N, -1)[:, :K]
 
 
-def _prune_layer(target: Target, pattern: SparsityPattern, input_norms: Tensor | None) -> None:
+def _prune_layer(target: Weight, pattern: SparsityPattern, input_norms: Tensor | None) -> None:
     """Zero a layer's lowest scores; ``input_norms`` [K] float32 for Wanda, None for magnitude."""
-    weight = target.module.weight
+    weight = target.matrix  # a view of what the layer stores
     if input_norms is None and pattern.group is None:
         # Over the whole layer: sorting gives the exact count even if magnitudes are equal.
-        order = weight.detach().abs().flatten().sort(stable=True, descending=True).indices
-        weight.view(-1)[order[order.numel() - round(pattern.sparsity * order.numel()) :]] = 0.0
+        order = weight.abs().flatten().sort(stable=True, descending=True).indices
+        off = torch.zeros(order.numel(), dtype=torch.bool, device=weight.device)
+        off[order[order.numel() - round(pattern.sparsity * order.numel()) :]] = True
+        weight.masked_fill_(off.view(weight.shape), 0.0)
         return
     for rows in torch.split(weight, max(1, _SCORES_AT_ONCE // weight.shape[1])):
         scores = rows.abs().float()
         rows.masked_fill_(~select_mask(scores if input_norms is None else scores * input_norms, pattern), 0.0)
-
-
-def _layer_sparsity(target: Target) -> LayerSparsity:
-    weight = target.module.weight.detach()
-    N, K = weight.shape
-    return LayerSparsity(target.name, (N, K), int((weight == 0).sum()))
-
-
-# ---- Wanda's calibration, block by block ----------------------------------------------------------------------------
-
-
-class _StopForward(Exception):
-    """Ends a forward pass once the last block has run."""
-
-
-@dataclass
-class _BlockCall:
-    """One block's arguments for one batch, without the hidden state, which is stored for the current block only."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool  # the hidden state is passed as hidden_states=
-
-
-class _InputNorms:
-    """Sums of squares of each target's input columns, collected by hooks; padding tokens are not counted."""
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.sums = {t.name: torch.zeros(t.module.in_features, dtype=torch.float64) for t in targets}
-        self.tokens = dict.fromkeys(self.sums, 0)
-        self.attention_mask: Tensor | None = None
-        self._targets = targets
-
-    @contextlib.contextmanager
-    def collected(self) -> Iterator[None]:
-        handles = [target.module.register_forward_pre_hook(self._hook(target.name)) for target in self._targets]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def norms(self, target: Target) -> Tensor:
-        sums = self.sums[target.name]
-        if self.tokens[target.name] == 0:
-            raise ValueError(
-                f"'{target.name}' saw no calibration token, so Wanda cannot score its weights. Give more calibration "
-                "data, or leave the layer out."
-            )
-        if not bool(torch.isfinite(sums).all()):
-            raise ValueError(f"The inputs of '{target.name}' have NaN or infinity on the calibration data.")
-        return sums.sqrt().to(target.module.weight.device, torch.float32)
-
-    def _hook(self, name: str) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            input = args[0]
-            mask = self.attention_mask
-            # A layer that regroups tokens (an expert) has no [batch, sequence] dims and gets no padding.
-            if mask is not None and input.shape[:-1] == mask.shape and not bool(mask.all()):
-                input = input[mask]
-            tokens = input.reshape(-1, input.shape[-1])
-            self.tokens[name] += tokens.shape[0]
-            if tokens.shape[0]:
-                norm = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
-                self.sums[name] += norm.to("cpu", torch.float64).square()
-
-        return add
-
-
-def _prune_blocks(
-    model: nn.Module,
-    targets: Sequence[Target],
-    pattern: SparsityPattern,
-    batches: Sequence[Mapping[str, Any]],
-    progress: bool,
-) -> None:
-    """Calibrate and prune one block after another; linears outside all blocks last."""
-    blocks, outside = _group_by_block(model, targets)
-    device = device_of(model)
-    inputs = [to_device({k: v for k, v in batch.items() if k != "labels"}, device) for batch in batches]
-    masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in inputs]
-    modules = [block for block, _ in blocks]
-    recorded = [_record(model, modules, batch) for batch in inputs] if blocks else []
-    # If a block takes more than its predecessor's output (an encoder's output, say), the whole model is run for every
-    # block: the same result, but slower.
-    hidden = [entry[0] for entry in recorded if entry is not None]
-    calls = [entry[1] for entry in recorded if entry is not None]
-    is_chain = len(calls) == len(inputs)
-    for index, (block, members) in enumerate(_bar(blocks, "pruning", "block", progress)):
-        norms = _InputNorms(members)
-        with norms.collected():
-            for number, batch in enumerate(inputs):
-                norms.attention_mask = masks[number]
-                if is_chain:
-                    _run_block(block, hidden[number], calls[number][index])
-                else:
-                    model(**batch)
-        for target in members:
-            _prune_layer(target, pattern, norms.norms(target))
-        if is_chain:
-            for number in range(len(inputs)):
-                hidden[number] = _run_block(block, hidden[number], calls[number][index])
-    if outside:
-        norms = _InputNorms(outside)
-        with norms.collected():
-            for number, batch in enumerate(inputs):
-                norms.attention_mask = masks[number]
-                model(**batch)
-        for target in outside:
-            _prune_layer(target, pattern, norms.norms(target))
-
-
-def _group_by_block(
-    model: nn.Module, targets: Sequence[Target]
-) -> tuple[list[tuple[nn.Module, list[Target]]], list[Target]]:
-    """Group targets by their outermost ModuleList entry; those in none, or in several, are returned separately."""
-    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    members: dict[str, list[Target]] = {}
-    outside = []
-    for target in targets:
-        found = {_block_name(name, lists) for name in target.names}
-        block = found.pop()
-        if block is None or found:
-            outside.append(target)
-        else:
-            members.setdefault(block, []).append(target)
-    return [(model.get_submodule(name), group) for name, group in members.items()], outside
-
-
-def _block_name(name: str, lists: set[str]) -> str | None:
-    parts = name.split(".")
-    for end in range(len(parts)):
-        if ".".join(parts[:end]) in lists:
-            return ".".join(parts[: end + 1])
-    return None
-
-
-def _record(
-    model: nn.Module, blocks: list[nn.Module], batch: Mapping[str, Any]
-) -> tuple[Tensor, list[_BlockCall]] | None:
-    """Run one batch and record each block's arguments.
-
-    Returns:
-        The first block's hidden state and every block's other arguments; None if the blocks are not a chain, in which
-        each is called once, with the same tensor object that its predecessor returned.
-    """
-    order: list[nn.Module] = []
-    calls: list[_BlockCall] = []
-    first: list[Any] = []
-    previous: list[Any] = []  # the last block's output only: all of them would be all activations
-    linked = True
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal linked
-        given = args[0] if args else kwargs.get("hidden_states")
-        if not order:
-            first.append(given)
-        elif previous[0] is not given:
-            linked = False
-        order.append(module)
-        calls.append(_BlockCall(args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"}, not args))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        previous[:] = [output[0] if isinstance(output, tuple) else output]
-        if module is blocks[-1]:
-            raise _StopForward
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    try:
-        with contextlib.suppress(_StopForward):
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    is_chain = linked and len(order) == len(blocks) and all(a is b for a, b in zip(order, blocks, strict=True))
-    return (first[0], calls) if is_chain and isinstance(first[0], Tensor) else None
-
-
-def _run_block(block: nn.Module, hidden: Tensor, call: _BlockCall) -> Tensor:
-    named = {"hidden_states": hidden, **call.kwargs}
-    output = block(**named) if call.by_name else block(hidden, *call.args, **call.kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
-
-
-def _bar(items: Sequence[Any], description: str, unit: str, shown: bool) -> Iterable[Any]:
-    return progress_bar(items, total=len(items), description=description, unit=unit, shown=shown)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .linear import SparseLayer
+from .sparsity import weights_of
 
 _CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
 
@@ -22,15 +23,16 @@ class SparsityCallback(TrainerCallback):
 
     Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must
     be bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time)
-    exactly zero off the mask. The Trainer's next log then has ``sparsity``: the share of exact zeros in the merged
-    weights of all checked layers. In a model of lors_cuda.peft the active adapters are merged.
+    exactly zero off the mask. The Trainer's next log then has ``sparsity``, the share of exact zeros in the merged
+    weights of all checked layers, and ``model_sparsity``, that in all weights of the model: experts, embeddings and the
+    output head included. In a model of lors_cuda.peft the active adapters are merged.
 
     Raises (from ``trainer.train()``):
         RuntimeError: a layer was changed; it is named, and no checkpoint of that step is written.
         ValueError: the model has no LoRS layers, or sharded ones (FSDP), of which one process sees a part only.
 
-    NOTE: reporters that the Trainer makes itself (TensorBoard, W&B) are called before this callback and miss the
-    sparsity, unless the Trainer is a :class:`LoRSTrainerMixin`.
+    NOTE: reporters that the Trainer makes itself (TensorBoard, W&B) are called before this callback and miss
+    both, unless the Trainer is a :class:`LoRSTrainerMixin`.
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -98,7 +100,13 @@ class SparsityCallback(TrainerCallback):
             zeros += _count_zeros(name, layer, step)
             weights += layer.in_features * layer.out_features
         self._checked_at = step
-        self._metrics = {"sparsity": zeros / weights}
+        checked = {stored for _, _, stored in layers}
+        counts = [weight.counted() for weight in weights_of(model) if weight.module not in checked]
+        rest = [count for count in counts if count is not None]
+        self._metrics = {
+            "sparsity": zeros / weights,
+            "model_sparsity": (zeros + sum(one.zeros for one in rest)) / (weights + sum(one.weights for one in rest)),
+        }
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer, nn.Module]]:

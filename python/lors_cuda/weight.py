@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_tensor, check_weight, check_whole
+from ._checks import (
+    DTYPES,
+    LAYOUTS,
+    check_adapters,
+    check_choice,
+    check_mask,
+    check_merge,
+    check_tensor,
+    check_weight,
+    check_whole,
+)
 from ._library import check_device, lors
+from .dense_view import DenseView
 from .formats import (
     check_bitmap,
     check_sparse24,
@@ -64,6 +75,7 @@ class SparseWeight:
 
         Args:
             weight: [N, K], float32, bfloat16, float16 or float64. Referenced, not copied, where it needs no change.
+                torch's semi-structured tensors are decompressed, exactly.
             layout: ``"dense"``; ``"2:4"``, at most two kept in each aligned group of four along K; ``"bitmap"``, any
                 pattern; or ``"auto"``: ``"2:4"`` if it fits, else ``"bitmap"`` if that is smaller, else ``"dense"``.
             mask: bool [N, K], True where kept; weights off it become +0. None: kept where ``weight != 0``.
@@ -73,7 +85,7 @@ class SparseWeight:
                 first place is named), or a mask of another shape, dtype or device.
         """
         check_choice("layout", layout, LAYOUTS)
-        values = weight.detach() if isinstance(weight, Tensor) else weight
+        values = plain(weight)
         check_weight(values)
         if mask is not None:
             check_mask(mask, values)
@@ -216,21 +228,27 @@ class SparseWeight:
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: shapes, dtypes or devices do not fit.
+            ValueError: shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
+                beyond the range of the weight's dtype (the first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
-            if self.layout == "2:4":
-                values = lors.sparse24_merge(self.values, self.index, lora_A, lora_B, float(scaling))
-                return self._with(values, None, self.index)
-            merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, float(scaling))
-            bits = self.mask_bits
-            if self.layout == "bitmap":
-                assert bits is not None
-                return self._with(kept_values(merged, bits), bits, self.index)
-            if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
-                bits = pack_mask(self.values != 0)
+            merged = self._merged(lora_A, lora_B, float(scaling))
+            if merged.device.type != "meta":
+                check_merge(self, lora_A, lora_B, float(scaling), merged)
+        return merged
+
+    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
+        if self.layout == "2:4":
+            return self._with(lors.sparse24_merge(self.values, self.index, lora_A, lora_B, scaling), None, self.index)
+        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling)
+        bits = self.mask_bits
+        if self.layout == "bitmap":
+            assert bits is not None
+            return self._with(kept_values(merged, bits), bits, self.index)
+        if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
+            bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
 
     def fingerprint(self) -> str:
@@ -259,9 +277,30 @@ class SparseWeight:
         )
 
 
+def plain(weight: Tensor) -> Tensor:
+    """A weight as an ordinary tensor without a gradient: a layer's ``weight`` and torch's semi-structured tensors are
+    decompressed. What else is no ordinary tensor comes back as it is, for `check_weight` to refuse.
+
+    Raises:
+        ValueError: a semi-structured tensor that is transposed, or that torch cannot read where it is.
+    """
+    if isinstance(weight, DenseView):
+        return weight[:]
+    if not isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
+        return weight.detach() if isinstance(weight, Tensor) else weight
+    try:
+        return weight.detach().to_dense()
+    except Exception as error:  # assertions, and what cuSPARSELt raises
+        raise ValueError(
+            f"weight is a {type(weight).__name__} that torch cannot decompress here ({error}). Give the tensor that "
+            "to_sparse_semi_structured returned, on the device it was made on, or the dense weight."
+        ) from error
+
+
 def check_fits(weight: Tensor, layout: str) -> None:
     """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
     check_choice("layout", layout, LAYOUTS)
+    weight = plain(weight)
     check_weight(weight)
     if layout == "2:4":
         check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from .._checks import check_environment
 from .._distributed import OtherProcessFailed, is_first, launched
-from ._advice import as_options
+from ._as_options import as_options
 
 COMMANDS = {
     "info": "show versions, devices and which kernels run on this machine",
@@ -107,7 +107,7 @@ def _main(arguments: list[str], *, debug: bool) -> int:
         return FAILED
     except Exception as error:
         text = _sentence(error)
-        advice = _after(args) if isinstance(error, OSError) else None
+        advice = _after(args) if isinstance(error, OSError) and getattr(args, "begun", False) else None
         if advice is not None:
             text = f"{text}: {advice}"
         return _fail(text if parser is None else as_options(text, parser, _parser_of("finetune")), FAILED, debug)

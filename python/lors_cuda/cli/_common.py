@@ -25,7 +25,7 @@ from ..data import TokenDataset, load_data
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..pruning import LayerSparsity
+    from ..sparsity import LayerSparsity
 
 DEFAULT_SEQUENCE_LENGTH = 512
 
@@ -126,21 +126,32 @@ def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = 
     )
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument(
+        "--force",
+        dest="strict_values",
+        action="store_false",
+        help="load an adapter that was trained on base weights of other values, or is merged already",
+    )
+
+
 def say(args: argparse.Namespace, text: str) -> None:
     """Print for a person, from one process; nothing under --json."""
     if not args.json and is_first():
         print(text, flush=True)
 
 
-def load_model(directory: Path, device: str = "auto") -> nn.Module:
-    """Load a causal language model from a directory, in its own dtype, onto a device; never from the network.
+def load_model(directory: Path, device: str = "auto", *, any_architecture: bool = False) -> nn.Module:
+    """Load a causal language model, or with ``any_architecture`` any model of transformers, from a directory, in its
+    own dtype, onto a device; never from the network.
 
     Raises:
         RuntimeError: the device cannot be used; and as load_sparse_checkpoint.
     """
     target = find_device(device)
     _quiet_transformers()
-    moved: nn.Module = load_sparse_checkpoint(directory).to(target)
+    moved: nn.Module = load_sparse_checkpoint(directory, any_architecture=any_architecture).to(target)
     return moved
 
 
@@ -208,16 +219,11 @@ def sparsity_table(layers: Sequence[LayerSparsity]) -> str:
     width = max(len(name) for name in [*groups, "layers"])
     rows = [f"{'layers':<{width}}  count       weights   zeros"]
     for name, group in groups.items():
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in group)
+        weights = sum(layer.weights for layer in group)
         low, high = min(layer.sparsity for layer in group), max(layer.sparsity for layer in group)
         zeros = f"{low:.2%}" if f"{low:.2%}" == f"{high:.2%}" else f"{low:.2%} to {high:.2%}"
         rows.append(f"{name:<{width}}  {len(group):>5}  {weights:>12,}  {zeros}")
     return "\n".join(rows)
-
-
-def sparsity_result(layers: Sequence[LayerSparsity]) -> dict[str, float]:
-    """{layer name: fraction of zeros}, for --json."""
-    return {layer.name: layer.sparsity for layer in layers}
 
 
 def find_device(name: str) -> torch.device:

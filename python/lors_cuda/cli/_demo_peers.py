@@ -35,7 +35,7 @@ class PeerLinear(nn.Module):
 
     def __init__(self, layer: LoRSLinear) -> None:
         super().__init__()
-        self.register_buffer("weight", layer.weight)
+        self.register_buffer("weight", layer.sparse_weight.to_dense())
         self.register_buffer("mask", layer.sparse_weight.mask())
         self.lora_A, self.lora_B, self.bias, self.scaling = layer.lora_A, layer.lora_B, layer.bias, layer.scaling
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .._files import replace_file
+from ..sparsity import ModelSparsity
 
 _HEADINGS = ("", "held-out perplexity", "sparsity after merge", "ms/step", "peak memory")
 
@@ -22,7 +23,7 @@ class Row:
 
     Attributes:
         curve: (step, held-out perplexity) during fine-tuning; empty for a model that was not fine-tuned.
-        sparsity: fraction of zeros in the pruned linears of the plain model, that is after merging.
+        sparsity: of the plain model, that is after merging: in its linears, and in all its weights.
         color, dashed: of its curve.
     """
 
@@ -30,11 +31,16 @@ class Row:
     label: str
     perplexity: float
     sparsity: float
+    model_sparsity: float
     ms_per_step: float | None = None
     peak_bytes: int | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
     color: str = "gray"
     dashed: bool = False
+
+    def set_sparsity(self, measured: ModelSparsity) -> None:
+        """After merging, what was measured."""
+        self.sparsity, self.model_sparsity = measured.sparsity, measured.model_sparsity
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -45,7 +51,7 @@ def table(rows: Sequence[Row]) -> str:
             [
                 row.label,
                 f"{row.perplexity:.3f}",
-                f"{row.sparsity:.2%}",
+                f"{row.sparsity:.2%} ({row.model_sparsity:.2%})",
                 "-" if row.ms_per_step is None else f"{row.ms_per_step:.1f}",
                 "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
             ]
@@ -63,7 +69,8 @@ def notes(args: argparse.Namespace, held_out_bytes: int, rounds: int) -> str:
     lines = (
         f"perplexity: per byte, on {held_out_bytes:,} held-out bytes. Fine-tuning is also further training, alike for",
         "  all methods: compare with the pruned model and between methods; the dense model had no such steps.",
-        "sparsity after merge: zeros in the pruned linears of the plain model that comes out.",
+        "sparsity after merge: zeros in the linears of the plain model that comes out; in brackets in all its weights,",
+        "  embeddings and output head included.",
         f"ms/step: forward and backward of {args.batch_size} x {args.sequence_length} bytes; the median of {rounds} "
         "rounds that go through all methods.",
         "peak memory: the most bytes such a step holds at once beside model, adapters and batch: activations,",
@@ -152,7 +159,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             va="center",
             fontsize=9,
         )
-    bars.set(xlim=(0, max(row.sparsity for row in shown) * 1.25), xlabel="zeros in the weights")
+    bars.set(xlim=(0, max(row.sparsity for row in shown) * 1.25), xlabel="zeros in the linears")
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bars.set_title("Sparsity after merging", fontsize=11)
     bars.spines[["top", "right"]].set_visible(False)

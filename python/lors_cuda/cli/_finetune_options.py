@@ -18,6 +18,7 @@ from ..config import LoRSConfig
 from ._common import (
     add_adapter,
     add_data,
+    add_force,
     add_model,
     add_targets,
     non_negative_int,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where adapter, log and plot go")
     add_adapter(parser, "start from this one: its weights, rank, alpha and modules")
+    add_force(parser)
     parser.add_argument("--rank", type=positive_int, help="rank r of the adapters; 16 if left out")
     parser.add_argument("--alpha", type=positive_float, help="lora_alpha, 16 if left out; the scaling is alpha / rank")
     parser.add_argument("--use-rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")

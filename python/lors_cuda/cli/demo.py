@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from ..data import TokenDataset, load_data
 from ..evaluation import evaluate
 from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, merge_and_unload
-from ..pruning import measure_sparsity, prune, total_sparsity
+from ..pruning import prune
+from ..sparsity import measure_sparsity
 from . import UsageError
 from ._common import _quiet_transformers, load_model, positive_float, positive_int, say, seed_number
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
@@ -147,7 +148,10 @@ class _Demo:
         prune(dense, "2:4", method="wanda", batches=calibration, progress=self.shown)
         sparse = dense  # pruned in place; the dense one is on the disk
         pruned_row = self.row_of("pruned", "pruned to 2:4 (Wanda)", sparse)
-        self.say(f"      held-out perplexity {pruned_row.perplexity:.3f}, sparsity {pruned_row.sparsity:.2%}")
+        self.say(
+            f"      held-out perplexity {pruned_row.perplexity:.3f}, sparsity "
+            f"{pruned_row.sparsity:.2%} in the linears, {pruned_row.model_sparsity:.2%} in all weights"
+        )
         self.save(sparse, "sparse", tokenizer)
 
         self.say(
@@ -172,7 +176,7 @@ class _Demo:
                 checks[method.name] = self.merge_and_reload(method, row, adapted.pop(method.name), sparse)
             else:
                 merge_layers(adapted[method.name])
-                row.sparsity = total_sparsity(measure_sparsity(adapted[method.name]))
+                row.set_sparsity(measure_sparsity(adapted[method.name]))
         masked_again = self.mask_again(adapted["lora"], sparse)
         return self.write([dense_row, pruned_row, *rows, masked_again], checks), self.broken
 
@@ -252,7 +256,9 @@ class _Demo:
                 curve.append((entry["step"], self.perplexity(model)))
 
         self.train(model, args.steps, args.lr, args.seed + 1, follow)
-        row = Row(method.name, method.label, curve[-1][1], pruned.sparsity, curve=curve, color=method.color)
+        row = replace(
+            pruned, name=method.name, label=method.label, perplexity=curve[-1][1], curve=curve, color=method.color
+        )
         row.dashed = method.peer is not None
         if method.peer is None and not row.perplexity < pruned.perplexity:
             self.broken.append(
@@ -270,7 +276,7 @@ class _Demo:
         merge_and_unload(model)
         save_model(model, self.directory / "sparse", merged)
         reloaded = load_model(merged, "cpu")
-        row.sparsity = total_sparsity(measure_sparsity(reloaded))
+        row.set_sparsity(measure_sparsity(reloaded))
         lost = sum(int(((weight != 0) & (pruned == 0)).sum()) for weight, pruned in _pruned_weights(reloaded, sparse))
         size = expected.abs().max().item()
         adapted_again = load_adapter(load_model(self.directory / "sparse", "cpu"), adapter)
@@ -327,7 +333,8 @@ class _Demo:
         return evaluate(model, self.held_out, batch_size=at_once, progress=False).perplexity
 
     def row_of(self, name: str, label: str, model: nn.Module) -> Row:
-        return Row(name, label, self.perplexity(model), total_sparsity(measure_sparsity(model)))
+        measured = measure_sparsity(model)
+        return Row(name, label, self.perplexity(model), measured.sparsity, measured.model_sparsity)
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint import load_adapter
 from ..evaluation import evaluate
-from ..pruning import measure_sparsity, total_sparsity
+from ..sparsity import measure_sparsity
 from ._common import (
     add_adapter,
     add_data,
@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the model, and the model with the adapter if one is given."""
     model = load_model(args.model, args.device)
-    sparsity = total_sparsity(measure_sparsity(model, target_config(args)))
+    sparsity = measure_sparsity(model, target_config(args))
     data = load_dataset(args, model)
-    say(args, f"Data: {describe_data(data)}. Sparsity of the model: {sparsity:.2%}.")
+    say(args, f"Data: {describe_data(data)}. Sparsity {sparsity}.")
     options = {"batch_size": args.batch_size, "progress": not args.json}
-    result: dict[str, Any] = {"tokens": data.loss_tokens, "sparsity": sparsity}
+    result: dict[str, Any] = {"tokens": data.loss_tokens, **sparsity.to_dict()}
     if args.adapter is None:
         measured = evaluate(model, data, **options)
         say(args, f"Perplexity {measured.perplexity:.4f}")

@@ -35,7 +35,7 @@ from ..config import LoRSConfig
 from ..data import TokenDataset
 from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, named_lors_layers
-from ..pruning import measure_sparsity, total_sparsity
+from ..sparsity import measure_sparsity
 from ..targets import Target, check_targets, find_targets
 from ._common import (
     describe_data,
@@ -90,10 +90,10 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         _check_adapter(args, model)
         targets = find_targets(model, config)
         check_targets(targets, config)  # before the work of estimating gradients
-        sparsity = total_sparsity(measure_sparsity(model, targets=targets))
+        sparsity = measure_sparsity(model, targets=targets)
         data = load_dataset(args, model)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
-    say(args, f"Model: '{args.model}', sparsity {sparsity:.2%}. Data: {describe_data(data)}.")
+    say(args, f"Model: '{args.model}', sparsity {sparsity}. Data: {describe_data(data)}.")
     if eval_data is not None:
         say(args, f"Evaluation at every checkpoint: {describe_data(eval_data)}.")
     if process_count() > 1:
@@ -166,7 +166,8 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         "steps": args.steps,
         "first_loss": entries[0]["loss"],
         "last_loss": last,
-        "sparsity": sparsity,
+        "sparsity": sparsity.sparsity,
+        "model_sparsity": sparsity.model_sparsity,
         "adapted_layers": sum(1 for _ in named_lors_layers(adapted)),
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "tokens": sum(entry["tokens"] for entry in entries),
@@ -202,7 +203,7 @@ def _convert(
     if args.adapter is not None:
         with together():
             torch.manual_seed(args.seed)
-            load_adapter(model, args.adapter, strict_mask=args.strict_mask)
+            load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
         return
     gradients = None
     if args.init == "gradient" and not resuming:

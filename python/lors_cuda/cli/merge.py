@@ -14,14 +14,14 @@ from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
-from ..pruning import measure_sparsity, total_sparsity
+from ..sparsity import measure_sparsity
 from ._common import (
     add_adapter,
+    add_force,
     add_model,
     add_targets,
     load_model,
     say,
-    sparsity_result,
     sparsity_table,
     target_config,
 )
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
     add_adapter(parser, "what finetune wrote", required=True)
+    add_force(parser)
     add_targets(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
     parser.add_argument(
@@ -46,22 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Merge, verify every layer's mask, and write the result at once or not at all."""
     check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
-    model = load_model(args.model, args.device)
-    before = total_sparsity(measure_sparsity(model, target_config(args)))
-    load_adapter(model, args.adapter, strict_mask=args.strict_mask)
+    model = load_model(args.model, args.device, any_architecture=True)
+    before = measure_sparsity(model, target_config(args))
+    load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
     # One bit per weight: a copy of the weights would be as large as the model.
     masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
     merge_and_unload(model)
     rounded = _verify(model, masks)
-    layers = measure_sparsity(model, target_config(args))
-    after = total_sparsity(layers)
+    after = measure_sparsity(model, target_config(args))
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, args.format)
-    say(args, sparsity_table(layers))
+    say(args, sparsity_table(after))
     also = f" {rounded} kept weights became zero by rounding." if rounded else ""
     say(
         args,
-        f"Mask unchanged in all {len(masks)} merged linears: sparsity {before:.4%} before, {after:.4%} after.{also} "
+        f"Mask unchanged in all {len(masks)} merged linears: sparsity {before.sparsity:.4%} before, "
+        f"{after.sparsity:.4%} after.{also} Sparsity {after}. "
         f"Saved in '{args.output}'.",
     )
     return {
@@ -69,10 +70,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "format": args.format,
         "merged_layers": len(masks),
         "mask_unchanged": True,
-        "sparsity_before": before,
-        "sparsity": after,
+        "sparsity_before": before.sparsity,
+        "model_sparsity_before": before.model_sparsity,
+        **after.to_dict(),
         "kept_rounded_to_zero": rounded,
-        "layers": sparsity_result(layers),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import new_directory
-from ..pruning import METHODS, SparsityPattern, prune, total_sparsity
+from ..pruning import METHODS, SparsityPattern, prune
 from . import UsageError
 from ._common import (
     add_data,
@@ -19,7 +19,6 @@ from ._common import (
     load_model,
     positive_int,
     say,
-    sparsity_result,
     sparsity_table,
     target_config,
 )
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.method == "wanda" and args.data is None:
         raise UsageError("--method wanda needs calibration text: give --data FILE, or use --method magnitude")
     check_new(args.output, [args.model], overwrite=args.overwrite)
-    model = load_model(args.model, args.device)
+    model = load_model(args.model, args.device, any_architecture=True)
     batches = None
     if args.method == "wanda":
         data = load_dataset(args, model)
@@ -56,18 +55,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         used = sum(int(batch["attention_mask"].sum()) for batch in batches)
         say(args, f"Calibration: {describe_data(data)}; {len(batches)} batches with {used} tokens are used.")
     config = target_config(args)
-    layers = prune(model, args.pattern, method=args.method, batches=batches, config=config, progress=not args.json)
+    sparsity = prune(model, args.pattern, method=args.method, batches=batches, config=config, progress=not args.json)
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory)
-    sparsity = total_sparsity(layers)
-    say(args, sparsity_table(layers))
-    say(args, f"Sparsity {sparsity:.2%} over {len(layers)} linears. Saved in '{args.output}'.")
+    say(args, sparsity_table(sparsity))
+    say(args, f"Sparsity {sparsity}. Saved in '{args.output}'.")
     return {
         "output": str(args.output),
         "method": args.method,
         "pattern": str(args.pattern),
-        "sparsity": sparsity,
-        "layers": sparsity_result(layers),
+        **sparsity.to_dict(),
     }
 
 

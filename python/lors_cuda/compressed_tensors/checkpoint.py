@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._files import new_directory
+from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
@@ -22,12 +26,18 @@ from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_te
 SAVE_FORMATS = (DENSE, *FORMATS)
 
 
-def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
+def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = False) -> nn.Module:
     """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
 
     Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
     loaded by transformers. Nothing is fetched from the network, and no code from the directory is run.
+
+    An adapter in the same directory is not applied, and warned of: :func:`lors_cuda.load_adapter` loads it.
+
+    Args:
+        directory: with config.json.
+        any_architecture: load the class of transformers that config.json names, whatever its task.
 
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
@@ -43,24 +53,42 @@ def load_sparse_checkpoint(directory: str | Path) -> nn.Module:
     if not (directory / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"'{directory}' holds no model: it has no {CONFIG_NAME}.")
     transformers = require("transformers")
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
+        warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
     format = stored_format(directory)
     tensors = None if format is None else read_tensors(directory, format)
     try:
         model, info = (
-            _from_files(transformers, directory) if tensors is None else _from_tensors(transformers, directory, tensors)
+            _from_files(transformers, directory, any_architecture)
+            if tensors is None
+            else _from_tensors(transformers, directory, tensors, any_architecture)
         )
     except ImportError:
         raise
     except Exception as error:  # transformers, safetensors and pickle each raise their own types
         raise ValueError(f"The model in '{directory}' could not be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    unmerged = next((key for key in missing if f"{key}_values" in unexpected), None)
+    if unmerged is not None:
+        raise ValueError(
+            f"The model in '{directory}' was saved unmerged: its '{unmerged}' is stored as a LoRS layer's tensors. "
+            "Convert the base model by get_lors_model as for the training, load these tensors by load_state_dict, and "
+            "save merge_and_unload(model)."
+        )
+    config: Any = model.config
+    saved_as = (config.architectures or [type(model).__name__])[0]
+    # A masked language model's tensors fit a causal one's class, but it was trained to see the whole text.
+    if saved_as != type(model).__name__ and (missing or saved_as.endswith("ForMaskedLM")):
+        raise ValueError(
+            f"'{directory}' holds a {saved_as}, and a causal language model is needed; its weights are not those of a "
+            f"{type(model).__name__}. Name another model's directory."
+        )
     if missing:
         # transformers would use random values in their place.
         raise ValueError(
             f"The model in '{directory}' is incomplete: '{missing[0]}' and {len(missing) - 1} more tensors are not in "
             "its files. Copy or save it again."
         )
-    unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         warnings.warn(
             f"The files in '{directory}' hold '{unexpected[0]}' and {len(unexpected) - 1} more tensors that "
@@ -137,22 +165,54 @@ def _worthwhile(weight: Tensor, format: str) -> bool:
     return K % 4 == 0 and not bool((sparse24_metadata(pack_mask(weight != 0), K) < 0).any())
 
 
-def _from_files(transformers: Any, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
-    loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
-    )
-    return loaded
+def _from_files(transformers: Any, directory: Path, any_architecture: bool) -> tuple[nn.Module, dict[str, Any]]:
+    model_class = transformers.AutoModelForCausalLM
+    if any_architecture:
+        model_class = _named_class(transformers, _config(transformers, directory)) or model_class
+    with _without_adapter(directory) as files:
+        model, info = model_class.from_pretrained(
+            str(files), local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+        )
+    model.name_or_path = model.config._name_or_path = str(directory)
+    return model, info
 
 
-def _from_tensors(transformers: Any, directory: Path, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+@contextlib.contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The model's files without an adapter that is beside them, which transformers would apply by way of PEFT."""
+    if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in directory.iterdir():
+            if file.name != ADAPTER_CONFIG_NAME:
+                Path(links, file.name).symlink_to(file.resolve())
+        yield Path(links)
+
+
+def _config(transformers: Any, directory: Path) -> Any:
+    return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+
+
+def _named_class(transformers: Any, config: Any) -> Any:
+    """The class of transformers that a configuration names; None if there is none."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None) if names[0] else None
+
+
+def _from_tensors(
+    transformers: Any, directory: Path, tensors: dict[str, Tensor], any_architecture: bool
+) -> tuple[nn.Module, dict[str, Any]]:
     """The same from tensors in memory, which become the model's parameters; the config loses its compression keys."""
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    config = _config(transformers, directory)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     # AutoModel takes a state_dict only with a directory; the model's own class takes it alone.
-    with torch.device("meta"):
-        model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    model_class = _named_class(transformers, config) if any_architecture else None
+    if model_class is None:
+        with torch.device("meta"):
+            model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,7 @@ from .._checks import (
     rank_number,
 )
 from ..adapter_directory import FORMAT_VERSION, PEFT_TYPE
+from ..fingerprints import Fingerprint, from_fields, mask_problem, to_fields, value_problem
 
 
 class PeftMethod(str, enum.Enum):
@@ -43,14 +43,20 @@ PEFT_METHOD = PeftMethod.LORS
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
-class Fingerprints(dict[str, str]):
-    """{module name: fingerprint of its mask}; equal if the masks of the modules that both name are.
+class SavedBase(dict[str, Any]):
+    """The field "lors" of a configuration; equal if masks and values of the modules that both name are.
 
-    PEFT compares configurations before it hotswaps adapters, and the new one may adapt fewer modules.
+    PEFT compares configurations before it hotswaps adapters, and the new one may adapt fewer modules, or have been
+    trained on the same values in a wider dtype.
     """
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, dict) and all(other[name] == self[name] for name in self.keys() & other.keys())
+        one, two = from_fields(self), from_fields(other)
+        if one is None or two is None:
+            return False
+        names = one.keys() & two.keys()
+        one, two = ({name: each[name] for name in names} for each in (one, two))
+        return mask_problem(one, two) is None and value_problem(one, two) is None
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -68,7 +74,7 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         layout: how the frozen weight of an nn.Linear is stored: "auto", "dense", "2:4" or "bitmap". A base that is
             already compressed (`lors_cuda.SparseLinear`) keeps its layout.
         gradient: "lors" (the paper's adapter gradients) or "exact", see :func:`lors_cuda.lors_linear`.
-        lors: what `save_pretrained` writes, the version of the format and the fingerprints of the masks; not for use.
+        lors: what `save_pretrained` writes, the version of the format and the fingerprints of the base; not for use.
 
     Raises:
         ValueError, TypeError: a field has a value that cannot work; the sentence says which and what is needed.
@@ -83,29 +89,31 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         saved, self.lors = self.lors, None
-        #: {module name: fingerprint} of the masks it was trained on, to be checked when it is attached to a model.
-        self.saved_fingerprints: dict[str, str] | None = None
-        #: {module name: fingerprint} of the model it is attached to.
-        self.mask_fingerprints: dict[str, str] = {}
+        #: {module name: fingerprint} of the base it was trained on, to be checked when it is attached to a model.
+        self.trained_on: dict[str, Fingerprint] | None = None
+        #: Whether another mask is refused then.
+        self.strict_mask = True
+        #: {module name: fingerprint} of the base that it is attached to.
+        self.fingerprints: dict[str, Fingerprint] = {}
         if saved is not None:
             self._read(saved)
         #: Whether its adapter is a new one, and not loaded: then its rank must suit the layers.
-        self.is_new = self.saved_fingerprints is None
+        self.is_new = self.trained_on is None
         self.validate()
         super().__post_init__()
         self.peft_type: Any = PEFT_METHOD
 
     def _read(self, saved: Any) -> None:
         """Take over the field "lors" of an adapter_config.json."""
-        fingerprints = saved.get("mask_fingerprints") if isinstance(saved, Mapping) else None
-        if not isinstance(fingerprints, Mapping):
+        trained_on = from_fields(saved)
+        if trained_on is None:
             raise ValueError("The field 'lors' of the configuration has no mask fingerprints. Save the adapter again.")
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"The adapter has format version {saved.get('format_version')!r}, and this lors_cuda reads "
                 f"{FORMAT_VERSION}. Install the version that wrote it, or a newer one."
             )
-        self.saved_fingerprints = dict(fingerprints) or None
+        self.trained_on = trained_on or None
         # `lors_cuda.save_adapter` writes them here.
         self.layout = saved.get("layout", self.layout)
         self.gradient = saved.get("gradient", self.gradient)
@@ -153,10 +161,10 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, but is {self.lora_dropout!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT writes them, with the fingerprints of the masks under "lors"."""
+        """The fields as PEFT writes them, with the fingerprints of the base under "lors"."""
         values: dict[str, Any] = super().to_dict()
-        fingerprints = Fingerprints(self.mask_fingerprints or self.saved_fingerprints or {})
-        values["lors"] = {"format_version": FORMAT_VERSION, "mask_fingerprints": fingerprints}
+        fingerprints = to_fields(self.fingerprints or self.trained_on or {})
+        values["lors"] = SavedBase(format_version=FORMAT_VERSION, **fingerprints)
         return values
 
 

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
 from ..linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
@@ -51,7 +52,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         unmerged_values: the base's stored values while adapters are merged, so that unmerge restores every bit; None
             otherwise. NOTE: a merged layer therefore stores its values twice.
         base_was_linear: the base layer was an ``nn.Linear`` and was compressed; ``unload`` gives one back.
-        mask_fingerprint: of the base layer's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`.
+        fingerprint: of the base layer's weight, None before the first adapter is complete.
     """
 
     other_param_names = (*Linear.other_param_names, "gradient")
@@ -59,7 +60,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     base_layer: nn.Module
     unmerged_values: Tensor | None
     base_was_linear = False
-    mask_fingerprint = ""
+    fingerprint: Fingerprint | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -187,17 +188,13 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         before in one sum, so that the order does not matter.
 
         Raises:
-            ValueError: with ``safe_merge``, the merged weight has a NaN or an infinity; nothing is changed.
+            ValueError: what is merged, or the merged weight, has a NaN or an infinity, with ``safe_merge`` or without;
+                the first place is named and nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
         values = self.merged_values([*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(values).all()):
-            raise ValueError(
-                f"The merged weight has NaN or infinity (adapters {', '.join(names)}), so nothing was merged. Put "
-                "finite adapters back (an earlier checkpoint, a lower learning rate) and merge again."
-            )
         stored = self.stored_values
         if self.unmerged_values is None:
             self.unmerged_values = stored.data
@@ -206,11 +203,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merged_values(self, names: Sequence[str]) -> Tensor:
-        """The base's stored values with these adapters merged in; a new tensor."""
-        weight, pair = self.sparse_weight, self.stacked(names)
-        if weight.layout != "dense":
-            return weight.merge(*pair).values
-        return merge(SparseWeight(weight.values.detach(), weight.mask_bits), *pair)
+        """The base's stored values with these adapters merged in; a new tensor. Refused as :meth:`merge` says."""
+        weight = self.sparse_weight
+        return weight._with(weight.values.detach(), weight.mask_bits, weight.index).merge(*self.stacked(names)).values
 
     def unmerge(self) -> None:
         """Put the base's values back as they were before :meth:`merge`, bit for bit."""

@@ -34,7 +34,9 @@ def from_pretrained(
 
     `directory` is what ``save_pretrained`` of a PEFT model with LoRS adapters wrote, or
     :func:`lors_cuda.save_adapter`; with ``strict_mask=False`` also what plain PEFT wrote: the adapter is masked from
-    then on, which changes what it computes. Of an adapter on a model hub, give the directory of its download.
+    then on, which changes what it computes. Base weights with other values than in training (a base into which the
+    adapter is merged already, one loaded in another dtype) are warned of by name. Of an adapter on a model hub, give
+    the directory of its download.
 
     Args:
         model: the base model, dense or compressed; or a PEFT model with LoRS adapters, which gets a further one.
@@ -92,9 +94,8 @@ def _config(path: Path, strict_mask: bool) -> LoRSLoraConfig:
     except (ValueError, TypeError) as error:
         raise ValueError(f"'{where}' does not describe a LoRS adapter: {error}") from error
     config.is_new = False
-    if not strict_mask:
-        config.saved_fingerprints = None
-    elif config.saved_fingerprints is None:
+    config.strict_mask = strict_mask
+    if strict_mask and config.trained_on is None:
         raise ValueError(
             f"The adapter in '{path}' has no mask fingerprints: it was not saved by lors_cuda, so it cannot be checked "
             "against the model's zeros, and masking will change what it computes. Use strict_mask=False to load it all "

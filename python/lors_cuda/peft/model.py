@@ -24,9 +24,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .._checks import check_whole, joined
+from .._checks import check_has_values, check_whole, is_packed, joined
 from .._distributed import check_gathered
+from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
+from ..advice import new_heads, warn_of_conversion
 from ..linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -63,7 +65,8 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         targets = self._targets(model, config, state_dict)
         new = config.is_new and state_dict is None and not self._combines
         check_targets(targets, model, config, new=new)
-        masks = fingerprints(targets, config.saved_fingerprints)
+        found = fingerprints(targets, config)
+        heads = new_heads(model) if new else []
         unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
@@ -76,11 +79,15 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        for name, value in masks.items():
+        for name, value in found.items():
             layer: Any = model.get_submodule(name)
-            layer.mask_fingerprint = value
+            layer.fingerprint = value
             layer.base_was_linear |= name in unconverted
-        config.mask_fingerprints, config.saved_fingerprints = masks, None
+        config.fingerprints, config.trained_on = found, None
+        if new:
+            adapted = {layer.storage for _, layer in named_peft_layers(model) if adapter_name in layer.lora_A}
+            warn_of_conversion(model, adapted, heads, config.modules_to_save, stacklevel=2)
+        guard_saving(model)
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
@@ -111,13 +118,12 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     # ---- merging: whatever can be refused is refused before the first layer is changed ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; nothing is merged if an adapter or, with ``safe_merge``, a merged weight is not finite.
+        """As in PEFT; nothing is merged if an adapter or a merged weight is not finite, whatever ``safe_merge`` says.
 
         Raises:
             ValueError: that, or a name is no adapter's.
         """
-        self._check_names(adapter_names)
-        self._check_finite(adapter_names, safe_merge)
+        self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -128,12 +134,13 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_names(adapter_names)
-            self._check_finite(adapter_names, safe_merge, base=True)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            self._check_merge(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unguard_saving(model)
+        return model
 
-    def _check_names(self, adapter_names: list[str] | None) -> None:
-        """Refuse names of no adapter: PEFT would merge nothing for them."""
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse names of no adapter, for which PEFT would merge nothing, and what is not finite, also once merged."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list of names, but is the string {adapter_names!r}.")
         unknown = [name for name in adapter_names or [] if name not in self.peft_config]
@@ -142,14 +149,10 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                 f"There is no adapter {unknown[0]!r}, so nothing was merged. The model has "
                 f"{', '.join(map(repr, self.peft_config))}."
             )
-
-    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool, base: bool = False) -> None:
-        """Refuse what is not finite: adapters, with ``base`` weights, with ``safe_merge`` merged weights."""
         check_gathered(self.model)
         for name, layer in named_peft_layers(self.model):
             check_whole(f"The weight of '{name}'", layer.stored_values)
-            if base and not bool(torch.isfinite(layer.stored_values).all()):
-                raise ValueError(f"The weight of '{name}' holds NaN or infinity, so nothing was merged.")
+            check_has_values(f"The weight of '{name}'", layer.stored_values)
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):
@@ -158,11 +161,12 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
                             f"The adapter '{adapter}' of '{name}' holds NaN or infinity, so nothing was merged. Put "
                             "finite values back (an earlier checkpoint, a lower learning rate) and merge again."
                         )
-            if safe_merge and merging and not bool(torch.isfinite(layer.merged_values(merging)).all()):
-                raise ValueError(
-                    f"The merged weight of '{name}' would hold NaN or infinity, so nothing was merged. Check the base "
-                    "weight, and the size of the adapters for its dtype."
-                )
+            joining = [each for each in merging if each not in layer.merged_adapters]
+            try:
+                if joining:
+                    layer.merged_values([*layer.merged_adapters, *joining])
+            except ValueError as error:
+                raise ValueError(f"Layer '{name}': {error} Nothing was merged.") from error
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """As in PEFT. "cat", and "svd" with a sufficient svd_rank, give the sum, masked; the others approximate it.
@@ -240,6 +244,8 @@ def _compress(model: nn.Module, name: str, layout: str) -> None:
     compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
     if compressed.sparse_weight.layout != "dense":
         setattr(model.get_submodule(parent), child, compressed)
+    elif is_packed(linear.weight):  # type: ignore[arg-type]
+        linear.weight = nn.Parameter(compressed.weight_values.detach(), requires_grad=False)
 
 
 # ---- PEFT changes a model step by step, and leaves it so if a later step fails ----
@@ -272,6 +278,7 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
             record.pop(adapter_name, None)
             if not known:
                 del model.peft_config
+        unguard_saving(model)
         raise
 
 
@@ -303,5 +310,5 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = LoRSLoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = LoRSLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = LoRSLoraModel.prefix
 PEFT_TYPE_TO_CONFIG_MAPPING[FORMER_PEFT_TYPE] = LoRSLoraConfig  # which writes the new one
-# Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the masks.
+# Hotswapping compares these fields of two adapters; "lors" holds the fingerprints of the base.
 CONFIG_KEYS_TO_CHECK[PEFT_METHOD] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "lors"]

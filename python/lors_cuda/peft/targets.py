@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from .._checks import check_rank, joined, listed
 from ..config import ALL_LINEAR, matched
+from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
 from ..linear import SparseLayer, SparseLinear
 from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
 from ..weight import SparseWeight, check_fits
@@ -95,25 +97,25 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
         warn_unused(config, list(targets))
 
 
-def fingerprints(targets: dict[str, nn.Module], saved: Mapping[str, str] | None) -> dict[str, str]:
-    """{name: fingerprint of its mask} of the targets.
+def fingerprints(targets: dict[str, nn.Module], config: LoRSLoraConfig) -> dict[str, Fingerprint]:
+    """{name: fingerprint of its weight} of the targets; warns of values that a loaded adapter was not trained on.
 
     Raises:
-        ValueError: they are not those that were `saved`.
+        ValueError: the masks, or the modules, are not those that it was trained on.
     """
     found = {name: _fingerprint(module) for name, module in targets.items()}
-    if saved is not None:
-        _check_masks(found, saved)
+    if config.trained_on is not None:
+        _check_base(found, config.trained_on, config.strict_mask)
     return found
 
 
-def _fingerprint(module: nn.Module) -> str:
-    """The fingerprint of a target's mask, see :meth:`lors_cuda.SparseWeight.fingerprint`."""
-    if isinstance(module, LoRSLoraLinear):
-        return module.mask_fingerprint
+def _fingerprint(module: nn.Module) -> Fingerprint:
+    if isinstance(module, LoRSLoraLinear) and module.fingerprint is not None:
+        return module.fingerprint
     linear: Any = module
-    weight = linear.sparse_weight if isinstance(module, SparseLinear) else SparseWeight(linear.weight.detach())
-    return weight.fingerprint()
+    if isinstance(module, (SparseLinear, LoRSLoraLinear)):
+        return fingerprint(linear.sparse_weight)
+    return fingerprint(SparseWeight.from_dense(linear.weight, "dense"))
 
 
 def _problem(module: nn.Module, places: Places) -> str | None:
@@ -139,8 +141,9 @@ def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
 
 def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
     if isinstance(module, nn.Linear):
-        check_fits(module.weight.detach(), config.layout)
-    elif isinstance(module, SparseLinear) and config.saved_fingerprints is None:
+        if config.trained_on is None or not config.strict_mask:  # else the mask itself is compared
+            check_fits(module.weight.detach(), config.layout)
+    elif isinstance(module, SparseLinear) and config.trained_on is None:
         stored = module.sparse_weight.layout
         if config.layout not in ("auto", stored):
             raise ValueError(
@@ -149,16 +152,19 @@ def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
             )
 
 
-def _check_masks(fingerprints: dict[str, str], saved: Mapping[str, str]) -> None:
-    different = [name for name, value in fingerprints.items() if saved.get(name) != value]
-    absent = [name for name in saved if name not in fingerprints]
-    if not different and not absent:
-        return
+def _check_base(found: dict[str, Fingerprint], saved: Mapping[str, Fingerprint], strict_mask: bool) -> None:
+    absent = [name for name in saved if name not in found]
+    what = mask_problem(found, saved)
     if absent:
-        what = f"It has adapters for {listed(absent)}, which the model lacks or the configuration leaves out"
-    else:
-        what = f"It was trained on a model with another sparsity mask: {listed(different)} differ"
-    raise ValueError(
-        f"The adapter does not fit the model, and nothing was changed. {what}. Load the base model it was trained on, "
-        "or call lors_cuda.peft.from_pretrained(..., strict_mask=False) to load it all the same."
-    )
+        what = (
+            f"It has adapters for {listed(absent)}, which the model lacks or the configuration leaves out. Load the "
+            "base model it was trained on"
+        )
+    if what is not None and strict_mask:
+        raise ValueError(
+            f"The adapter does not fit the model, and nothing was changed. {what}, or call "
+            "lors_cuda.peft.from_pretrained(..., strict_mask=False) to load it all the same."
+        )
+    what = None if what is not None else value_problem(found, saved)
+    if what is not None:
+        warnings.warn(f"The adapter may not fit the model: {what}.", UserWarning, stacklevel=2)

@@ -14,7 +14,7 @@ import pytest
 import lors_cuda
 from cli_calls import call, failed, finetune
 from lors_cuda.cli import COMMANDS, _parser_of
-from lors_cuda.cli._advice import _DESTINATIONS, as_options
+from lors_cuda.cli._as_options import _DESTINATIONS, as_options
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -82,8 +82,8 @@ def test_no_sentence_advises_an_argument_of_the_library(command):
                 printed = as_options(CALL.sub("", text), parser, trains)
                 where = f"{path.name}, line {line}: {printed}"
                 left = argument.search(printed)
-                # force and method are options of one command, and their sentences are printed by no other.
-                assert left is None or left[0] in ("strict_values", "method='"), where
+                # method is an option of prune alone, and no other command prints its sentence.
+                assert left is None or left[0] == "method='", where
                 for option in OPTION.findall(printed):
                     elsewhere = re.search(rf"{option}( \S+)* of 'lors-cuda finetune'", printed)
                     assert option in known or (elsewhere and option in of_finetune), where

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
 from interchange_cases import sparse24
-from lors_cuda import SparseWeight
+from lors_cuda import (
+    LoRSConfig,
+    LoRSLinear,
+    SparseLinear,
+    SparseWeight,
+    estimate_gradients,
+    get_lors_model,
+    lors_linear,
+    merge,
+)
 from lors_cuda.interchange import from_torch_semi_structured, to_torch_semi_structured
+from lors_cuda.linear import SparseLayer
 from models import refused
 
 CUTLASS = torch.sparse.SparseSemiStructuredTensorCUTLASS
@@ -162,3 +173,103 @@ def test_cusparselt_round_trip_through_a_stand_in(monkeypatch):
     assert len(compressed) == 1
     assert torch.equal(compressed[0], dense)
     assert same(from_torch_semi_structured(tensor), weight)
+
+
+# ---- as the weight of a layer ----
+
+
+def semi_structured_net() -> tuple[nn.Sequential, torch.Tensor]:
+    """One linear whose weight is torch's semi-structured tensor, and that weight."""
+    dense = sparse24(64, 128, torch.bfloat16)
+    net = nn.Sequential(nn.Linear(128, 64, bias=False, dtype=torch.bfloat16))
+    tensor = to_torch_semi_structured(SparseWeight.from_dense(dense, "2:4"))
+    net[0].weight = nn.Parameter(tensor, requires_grad=False)
+    return net, dense
+
+
+def peft_model(net: nn.Module, layout: str) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    from lors_cuda.peft import LoRSLoraConfig
+
+    return peft.get_peft_model(net, LoRSLoraConfig(r=2, layout=layout, target_modules=["0"]))
+
+
+DOORS = {
+    "LoRSLinear": lambda net, layout: LoRSLinear.from_linear(net[0], r=2, layout=layout),
+    "SparseLinear": lambda net, layout: SparseLinear.compress(net[0], layout),
+    "get_lors_model": lambda net, layout: get_lors_model(net, LoRSConfig(r=2, layout=layout)),
+    "peft": peft_model,
+}
+
+
+@pytest.mark.parametrize("layout", ["auto", "dense", "2:4", "bitmap"])
+@pytest.mark.parametrize("door", DOORS)
+def test_layers_take_a_semi_structured_weight_over(door, layout):
+    net, dense = semi_structured_net()
+    assert torch.equal(SparseWeight.from_dense(net[0].weight, layout).to_dense(), dense)
+    converted = DOORS[door](net, layout)
+    layer = next(module for module in converted.modules() if isinstance(module, SparseLayer))
+    assert torch.equal(layer.sparse_weight.to_dense(), dense)
+    expected = "2:4" if layout == "auto" else layout
+    assert layer.sparse_weight.layout == expected
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(converted(x), SparseLinear(SparseWeight.from_dense(dense, expected))(x))
+
+
+def test_a_transposed_semi_structured_weight_is_refused():
+    net, _ = semi_structured_net()
+    refused(ValueError, lambda: SparseWeight.from_dense(net[0].weight.t()), "cannot decompress", "to_sparse_semi")
+
+
+class Packed(torch.Tensor):
+    """A stand-in for torchao's quantized tensors: a class that supports no operation but detach."""
+
+    @staticmethod
+    def __new__(cls, dense):
+        return torch.Tensor._make_wrapper_subclass(cls, dense.shape, dtype=dense.dtype)
+
+    def __init__(self, dense):
+        self.inner = dense
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, *_):
+        return Packed(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(f"{func} is not supported")
+
+
+@pytest.mark.parametrize("layout", ["auto", "dense", "2:4", "bitmap"])
+def test_other_packed_weights_are_refused_in_a_sentence(layout):
+    def net():
+        linear = nn.Linear(128, 64, bias=False)
+        linear.weight = nn.Parameter(Packed(sparse24(64, 128, torch.float32)), requires_grad=False)
+        return nn.Sequential(linear)
+
+    x, A, B = torch.ones(1, 128), torch.ones(2, 128), torch.ones(64, 2)
+    doors = [
+        *(lambda door=door: door(net(), layout) for door in DOORS.values()),
+        lambda: SparseWeight.from_dense(net()[0].weight, layout),
+        lambda: lors_linear(x, net()[0].weight, A, B, 1.0),
+        lambda: merge(net()[0].weight, A, B, 1.0),
+    ]
+    for door in doors:
+        refused(ValueError, door, "class Packed", "dequantize()")
+    estimate = lambda: estimate_gradients(net(), [{"input": x}], loss_fn=lambda model, b: model(**b).sum())  # noqa: E731
+    refused(ValueError, estimate, "'0'", "class Packed", "dequantize()")
+
+
+def test_the_functional_form_names_the_way_for_a_semi_structured_weight():
+    net, _ = semi_structured_net()
+    weight = net[0].weight
+    refused(
+        ValueError,
+        lambda: lors_linear(torch.ones(1, 128).bfloat16(), weight, torch.ones(2, 128), torch.ones(64, 2), 1.0),
+        "SparseWeight.from_dense",
+    )

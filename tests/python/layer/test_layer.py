@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cases import FLOATS, Case, make_case
 from expectations import check_linear, check_merge
-from lors_cuda import LoRSLinear, lors_linear
+from lors_cuda import LoRSLinear, lors_linear, merge
 from tolerance import assert_close, assert_zero_off_mask
 
 every_layout = pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
@@ -264,6 +264,30 @@ def test_a_corrupt_state_is_refused_and_changes_nothing(seed, layout, name, chan
     check_linear(layer(case.input), case)
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    [
+        ("dense", "weight_mask", torch.float32),
+        ("2:4", "weight_index", torch.float32),
+        ("2:4", "weight_index", torch.int32),
+        ("bitmap", "weight_mask", torch.float64),
+        ("bitmap", "weight_mask", torch.int64),
+        ("bitmap", "weight_index", torch.float16),
+        ("bitmap", "weight_index", torch.int32),
+        *((layout, "weight_values", torch.int32) for layout in ("dense", "2:4", "bitmap")),
+    ],
+)
+def test_a_state_in_another_dtype_is_called_that_and_changes_nothing(seed, layout, name, dtype):
+    case = make_case(seed, 9, 31, 72, 5, layout=layout, explicit_mask=layout == "dense")
+    layer = layer_of(case)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    state[name] = state[name].to(dtype)
+    with pytest.raises(RuntimeError, match=rf"{name} has dtype {dtype}; it must be torch\.") as caught:
+        layer.load_state_dict(state)
+    assert "layout=" not in str(caught.value)
+    check_linear(layer(case.input), case)
+
+
 def test_a_bitmap_of_another_count_loads(device, seed):
     """How many weights are kept is the stored weight's to say, as its mask is."""
     case, other = (
@@ -367,8 +391,37 @@ def test_merge_refuses_what_is_not_finite_and_names_the_place(seed, name, bad, l
     with pytest.raises(ValueError, match=rf"{name}\[3, 4\] is {bad}; merging would spread it") as caught:
         layer.merge()
     assert "merge again" in str(caught.value)
-    with pytest.raises(ValueError, match=rf"{name}\[3, 4\] of layer 'model\.up' is"):
-        layer.check_finite("model.up")
+
+
+def overflowing(dtype, layout):
+    """A layer [4, 8] of large finite values, whose merged [1, 4] alone is beyond the dtype's range."""
+    largest = torch.finfo(dtype).max
+    linear = nn.Linear(8, 4, bias=False, dtype=dtype)
+    linear.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, -1.0] * 2] * 4, dtype=dtype) * largest * 0.75)
+    layer = LoRSLinear.from_linear(linear, r=1, lora_alpha=2.0, layout=layout)
+    with torch.no_grad():
+        layer.lora_A.fill_(0.0)[0, 4] = 1.0
+        layer.lora_B.fill_(0.0)[1, 0] = largest * 0.25
+    return layer
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_merge_beyond_the_dtypes_range_is_refused_in_every_door(dtype, layout):
+    layer = overflowing(dtype, layout)
+    pair = layer.lora_A.detach(), layer.lora_B.detach()
+    for refused_merge in (layer.merge, lambda: layer.sparse_weight.merge(*pair, layer.scaling)):
+        with pytest.raises(ValueError, match=r"merged\[1, 4\] would be") as caught:
+            refused_merge()
+        assert str(dtype) in str(caught.value)
+        value = float(str(caught.value).partition("would be ")[2].partition(",")[0])
+        assert value == pytest.approx(1.25 * torch.finfo(dtype).max, rel=0.01)
+    propagated = merge(layer.sparse_weight, *pair, layer.scaling)
+    assert torch.isinf(propagated).nonzero().tolist() == [[1, 4]]
+    with torch.no_grad():
+        layer.lora_B *= 0.5  # just within it
+    assert torch.isfinite(layer.merge().weight).all()
+    assert torch.isfinite(layer.sparse_weight.merge(*pair, layer.scaling).values).all()
 
 
 @pytest.mark.parametrize(

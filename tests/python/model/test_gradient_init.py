@@ -94,7 +94,6 @@ def test_every_problem_is_named_and_nothing_changed():
         "2": torch.full((12, 8), math.nan),
         "3": [1.0],
         "4": torch.randn(12, 8),
-        "head": torch.randn(2, 2),
     }
     message = refused(
         ValueError,
@@ -103,10 +102,23 @@ def test_every_problem_is_named_and_nothing_changed():
         "gradient of '1' has shape [8, 12], but [12, 8] is needed",
         "gradient of '2' has NaN or infinity",
         "gradient of '3' must be a floating-point tensor, but is list",
-        "'head' has a gradient but is no LoRS layer",
     )
     assert "'4'" not in message
     assert_unchanged(model, before)
+
+
+def test_gradients_of_modules_that_are_not_adapted_are_ignored():
+    model = tiny_llama()
+    gradients = estimate_gradients(model, [batch(1)])
+    names = {name for name in gradients if name.endswith("q_proj")}
+    get_lors_model(model, LoRSConfig(r=4, target_modules=["q_proj"]))
+    init_from_gradients(model, {**gradients, "head": torch.full((2, 2), math.nan), "words": "none"})
+    for name, layer in named_lors_layers(model):
+        exact = torch.linalg.svd(gradients[name]).Vh[:4]
+        torch.testing.assert_close((layer.lora_A * exact).sum(-1).abs(), torch.ones(4), rtol=0, atol=1e-3)
+        names.remove(name)
+    assert not names
+    refused(ValueError, lambda: init_from_gradients(model, {"head": torch.ones(2, 2)}), "no gradient for 'model.layers")
 
 
 @pytest.mark.parametrize(

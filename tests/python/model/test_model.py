@@ -153,6 +153,27 @@ def test_merge_refuses_non_finite_values_and_names_the_place(which, value):
     assert_unchanged(model, before)
 
 
+def test_merge_says_what_has_no_values_or_no_finite_scaling():
+    model = converted()
+    layer = model.model.layers[1].mlp.down_proj
+    pair = layer.lora_A.detach(), layer.lora_B.detach()
+    refused(ValueError, lambda: layer.sparse_weight.merge(*pair, math.nan), "scaling is nan", "lora_alpha")
+    refused(ValueError, lambda: merge_and_unload(model.to("meta")), "weight is on the meta device", "Load the model")
+
+
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+def test_merge_refuses_a_sum_beyond_the_range_and_changes_nothing(layout):
+    model = converted(dtype=torch.float16, layout=layout)
+    fill_adapters(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_B[2] = 1e6
+    before = snapshot(model)
+    refused(ValueError, lambda: merge_and_unload(model), "'model.layers.1.mlp.down_proj': merged[2, ", "torch.float16")
+    assert_unchanged(model, before)
+    merge_and_unload(model.float())  # the way out that the sentence names
+    assert torch.isfinite(model.model.layers[1].mlp.down_proj.weight).all()
+
+
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [

@@ -250,7 +250,11 @@ def test_what_is_pruned_is_exactly_plus_zero_and_the_rest_unchanged(dtype):
         assert torch.equal(parameter[~zero], before[name][~zero])
         assert bool((zero.view(zero.shape[0], -1, 4).sum(-1) == 2).all())
     assert total_sparsity(layers) == 0.5
-    assert layers == measure_sparsity(model)
+    measured = measure_sparsity(model)
+    assert layers == measured
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert measured.model_sparsity == zeros / weights < 0.5
 
 
 def test_large_layers_are_selected_in_parts(monkeypatch):
@@ -290,13 +294,17 @@ def test_refusals():
     refused(ValueError, lambda: prune(inputs, batches=[{"input": torch.full((2, 8), math.inf)}]), "net.0", "inputs")
 
 
-def test_a_layer_without_calibration_tokens_is_named():
+def test_a_layer_without_calibration_tokens_is_pruned_by_magnitude_and_named():
     class Unused(Wrapper):
         def __init__(self):
             super().__init__()
             self.expert = nn.Linear(8, 8)
 
-    refused(ValueError, lambda: prune(Unused(), batches=[{"input": torch.ones(2, 8)}]), "'expert'", "no calibration")
+    model = Unused()
+    scores = model.expert.weight.detach().abs()
+    with pytest.warns(UserWarning, match="'expert' saw no calibration token, and magnitude pruned them"):
+        prune(model, batches=[{"input": torch.ones(2, 8)}])
+    assert torch.equal(model.expert.weight != 0, select_mask(scores, SparsityPattern.parse("2:4")))
 
 
 def test_an_error_leaves_hooks_and_flags_as_they_were():

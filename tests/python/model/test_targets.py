@@ -206,9 +206,8 @@ def test_peft_models_are_refused_by_what_would_take_their_adapters_for_the_model
         lambda: get_lors_model(model),
         lambda: estimate_gradients(model, [batch()]),
         lambda: prune(model, method="magnitude"),
-        lambda: measure_sparsity(model),
     ):
-        refused(ValueError, call, "has adapters of PEFT", "lors_cuda.peft")
+        refused(ValueError, call, "has adapters of PEFT", "base model")
     for call in (lambda: save_adapter(model, "nowhere"), lambda: merge_and_unload(model)):
         refused(ValueError, call, "It is a PEFT model: use PEFT's own save_pretrained")
     assert_unchanged(model, before)
@@ -220,7 +219,6 @@ def test_targets_that_were_found_are_not_searched_again(monkeypatch):
     expected = estimate_gradients(model, [batch()], config=config)
     assert len(walks) == 1
     found = find_targets(model, config)
-    prune(model, "2:4", method="magnitude", targets=found)
     assert [layer.name for layer in measure_sparsity(model, targets=found)] == [target.name for target in found]
     assert estimate_gradients(model, [batch()], targets=found).keys() == expected.keys()
     get_lors_model(model, config, targets=found)

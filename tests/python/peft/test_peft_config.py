@@ -155,7 +155,7 @@ def test_one_configuration_for_two_models():
     config = config_of()
     peft.get_peft_model(net(0), config)
     other = peft.get_peft_model(net(1), config)  # of another mask: fingerprints of the first model are not for it
-    assert config.mask_fingerprints == {name: layer.mask_fingerprint for name, layer in layers(other).items()}
+    assert config.fingerprints == {name: layer.fingerprint for name, layer in layers(other).items()}
 
 
 # ---- targets ----

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from lors_cuda import merge_cache
+from lors_cuda import load_adapter, merge_and_unload, merge_cache
 from models import VOCABULARY, assert_unchanged, batch, logits, refused, snapshot, tiny_llama, tokens
 from peft_models import (
     LAYERS,
@@ -67,6 +67,29 @@ def test_weighted_sums_of_adapters_are_exact(base, kind):
     for name in LAYERS:
         torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected[name])
         assert_zero_off_mask(merged.get_submodule(name).weight, net().get_submodule(name).weight != 0)
+
+
+@every_base
+def test_a_sum_of_a_rank_beyond_the_layers_sides(base, tmp_path):
+    names, weights = ["default", "b", "c"], [0.75, -0.5, 2.0]
+    model = adapted(compressed(net(), base), adapters=names)
+    expected = weighted_reference(model, dict(zip(names, weights, strict=True)))
+    model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    assert layers(model)["0"].lora_A["sum"].weight.shape == (9, 8)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(compressed(net(), base), tmp_path / "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(loaded(inputs()), model(inputs()))
+    merged = loaded.merge_and_unload()
+    for name in LAYERS:
+        torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected[name])
+        assert_zero_off_mask(merged.get_submodule(name).weight, net().get_submodule(name).weight != 0)
+    refused(ValueError, lambda: load_adapter(net(), tmp_path / "sum"), "rank 9", "at most 8", "from_pretrained")
+    # The way out that the sentence names: a product of [16, r] and [r, 8] has no larger rank.
+    model.add_weighted_adapter(names, weights, "svd", combination_type="svd", svd_rank=8)
+    model.save_pretrained(tmp_path)
+    merged = merge_and_unload(load_adapter(net(), tmp_path / "svd"))
+    torch.testing.assert_close(merged[0].weight.detach(), expected["0"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd"])
@@ -252,7 +275,7 @@ def test_the_gradient_start_leaves_the_output_and_the_zeros():
 def test_wrong_gradient_starts_are_refused():
     model = adapted()
     right = {name: torch.randn(layer.out_features, layer.in_features) for name, layer in layers(model).items()}
-    init_from_gradients(model, right)
+    init_from_gradients(model, {**right, "7": "a module that has no adapter"})
     before = snapshot(model)
     refused(ValueError, lambda: init_from_gradients(model, right, "b"), "no LoRS adapter 'b'")
     refused(ValueError, lambda: init_from_gradients(net(), right), "no LoRS adapter")

@@ -227,22 +227,36 @@ def test_nothing_is_merged_if_one_adapter_is_not_finite(value, unload):
 def test_a_weight_that_is_not_finite_is_not_unloaded_as_merged(base):
     model = adapted(compressed(net(), base))
     layers(model)["2"].stored_values.data.view(-1)[3] = float("inf")
-    with pytest.raises(ValueError, match="weight of '2' holds NaN or infinity, so nothing was merged"):
-        model.merge_and_unload()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"Layer '2': weight\[\d, \d\] is inf.* Nothing was merged"):
+            merge()
     assert set(layers(model)) == set(LAYERS)
 
 
-def test_safe_merge_refuses_what_overflows():
-    model = adapted(net(dtype=torch.float16))
-    layers(model)["2"].lora_B["default"].weight.data[:] = 60000.0
-    before = layers(model)["0"].stored_values.clone()
+@every_base
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_merge_that_overflows_is_refused_and_changes_nothing(base, safe):
+    model = adapted(compressed(net(dtype=torch.float16), base))
+    layers(model)["2"].lora_B["default"].weight.data[1] = 60000.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="merged weight of '2' would hold NaN or infinity, so nothing was merged"):
-            merge(safe_merge=True)
-    with pytest.raises(ValueError, match="merged weight has NaN or infinity"):
-        layers(model)["2"].merge(safe_merge=True)
-    assert torch.equal(layers(model)["0"].stored_values, before)
+        with pytest.raises(ValueError, match=r"Layer '2': merged\[1, \d+\] would be .* torch.float16"):
+            merge(safe_merge=safe)
+    with pytest.raises(ValueError, match=r"merged\[1, \d+\] would be .* torch.float16"):
+        layers(model)["2"].merge(safe_merge=safe)
     assert not layers(model)["2"].merged
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_that_overflows_beside_one_merged_before_is_refused():
+    model = adapted(net(dtype=torch.float16), adapters=("default", "second"))
+    model.merge_adapter(["default"])
+    layers(model)["0"].lora_B["second"].weight.data[:] = 60000.0
+    with pytest.raises(ValueError, match="Layer '0': merged"):
+        model.merge_adapter(["second"])
+    assert all(layer.merged_adapters == ["default"] for layer in layers(model).values())
 
 
 def test_names_of_no_adapter_are_not_merged():

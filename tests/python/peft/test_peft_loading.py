@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_the_files(directory):
     assert fields["peft_type"] == "LORS"
     assert (fields["layout"], fields["gradient"]) == ("auto", "lors")
     assert fields["lors"]["format_version"] == 1
-    assert fields["lors"]["mask_fingerprints"] == {name: x.mask_fingerprint for name, x in layers(adapted()).items()}
+    assert fields["lors"]["mask_fingerprints"] == {name: x.fingerprint.mask for name, x in layers(adapted()).items()}
     assert set(load_file(directory / FILES[1])) == {
         f"base_model.model.{name}.lora_{which}.weight" for name in LAYERS for which in "AB"
     }
@@ -392,3 +393,66 @@ def test_modules_to_save(tmp_path):
     merged = model.merge_and_unload()
     assert torch.equal(merged[2].weight, saved.weight)
     torch.testing.assert_close(merged[0].weight, merged_reference(adapted(target_modules=["0"]))["0"])
+
+
+# ---- the base's values ----
+
+
+@every_base
+def test_other_values_are_warned_of_by_name(directory, base):
+    other = net()
+    other[2].weight.data *= 1.5
+    with pytest.warns(UserWarning, match=r"The weights of '2' have the mask .* other values") as caught:
+        from_pretrained(compressed(other, base), directory)
+    assert len([each for each in caught if "adapter may not fit" in str(each.message)]) == 1
+
+
+@every_base
+def test_merging_twice_is_warned_of(directory, base):
+    merged = from_pretrained(compressed(net(), base), directory).merge_and_unload()
+    with pytest.warns(UserWarning, match="'0' and '2'|'0', '2'"):
+        from_pretrained(merged, directory)
+
+
+def test_a_wider_dtype_is_the_same_base_and_a_narrower_one_is_named(tmp_path):
+    adapted(net(dtype=torch.bfloat16)).save_pretrained(tmp_path / "narrow")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        from_pretrained(net(dtype=torch.bfloat16).float(), tmp_path / "narrow")
+    adapted(net(dtype=torch.float32)).save_pretrained(tmp_path / "wide")
+    with pytest.warns(UserWarning, match="weights in torch.float32, and those of '0', '2' are in torch.bfloat16"):
+        from_pretrained(net(dtype=torch.float32).bfloat16(), tmp_path / "wide")
+
+
+def test_a_further_adapter_is_compared_with_the_unmerged_base(directory):
+    model = from_pretrained(net(), directory)
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The adapter may not fit")
+        from_pretrained(model, directory, "second")
+
+
+def test_the_core_compares_what_peft_saved(directory):
+    fields = json.loads((directory / "adapter_config.json").read_text())["lors"]
+    assert set(fields["value_fingerprints"]) == set(LAYERS)
+    other = net()
+    other[0].weight.data *= 1.5
+    refused(
+        ValueError,
+        lambda: lors_cuda.load_adapter(other, directory, strict_values=True),
+        "The weights of '0' have the mask",
+    )
+
+
+@pytest.mark.parametrize("format", ["dense", "sparse-24-bitmask"])
+def test_a_model_directory_that_holds_an_adapter_too_is_loaded_without_it(tmp_path, format):
+    lors_cuda.save_sparse_checkpoint(tiny_llama(), tmp_path / "model", format)
+    lors_cuda.save_adapter(trained(), tmp_path / "model")
+    with pytest.warns(UserWarning, match="holds an adapter beside the model, which is loaded without it"):
+        model = lors_cuda.load_sparse_checkpoint(tmp_path / "model")
+    torch.testing.assert_close(logits(model), logits(tiny_llama()))
+    assert model.config._name_or_path == str(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lors_cuda.load_adapter(model, tmp_path / "model")
+    torch.testing.assert_close(logits(model), logits(trained()))

@@ -49,7 +49,7 @@ def test_trainer_examples(tmp_path, monkeypatch, capsys, name, package):
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.5
     if name == "train_with_trainer":
-        assert "50.0% zeros" in capsys.readouterr().out
+        assert "zeros: 50.00% over 14 linears" in capsys.readouterr().out
         assert_sparse(tmp_path / "merged")
     else:
         lors_cuda.load_adapter(sys.modules["small_model"].pruned_llama(), tmp_path / "adapter")

@@ -71,6 +71,10 @@ def test_a_sound_run_is_left_alone_and_its_sparsity_logged(tmp_path, layout):
     assert trainer.state.global_step == STEPS
     assert list(sparsity_log(trainer)) == [2, 4, 6]
     assert sparsity_log(trainer)[6] == measured_sparsity(trainer.model) == 0.5
+    whole = [entry["model_sparsity"] for entry in trainer.state.log_history if "model_sparsity" in entry]
+    merged = merge_and_unload(trainer.model)
+    matrices = [parameter for parameter in merged.parameters() if parameter.dim() > 1]
+    assert whole[2] == sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["mixin", "plain"])

@@ -45,9 +45,7 @@ def as_options(text: str, command: argparse.ArgumentParser, trains: argparse.Arg
 
 
 def _option(parser: argparse.ArgumentParser, destination: str) -> str | None:
-    # strict_values=False is what merge calls --force.
-    wanted = {destination, "force"} if destination == "strict_values" else {destination}
-    return next((action.option_strings[-1] for action in parser._actions if action.dest in wanted), None)
+    return next((action.option_strings[-1] for action in parser._actions if action.dest == destination), None)
 
 
 def _words(literal: str | None) -> str:
