@@ -151,13 +151,15 @@ def after_interrupt(args: argparse.Namespace) -> str | None:
     """How an interrupted run goes on; None if it had not begun."""
     if not args.begun and (args.overwrite or not (args.output / RUN_NAME).is_file()):
         return None
+    from ..hf import last_checkpoint
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint = newest_checkpoint(args.output)
+        checkpoint = last_checkpoint(args.output)
     how = "the same command with --resume" + (" instead of --overwrite" if args.overwrite else "")
     if checkpoint is None:
         return f"no checkpoint was complete yet: {how} begins again"
-    return f"{how} goes on after step {Path(checkpoint).name.rpartition('-')[2]}"
+    return f"{how} goes on after step {checkpoint.name.rpartition('-')[2]}"
 
 
 def _files_of_run(output: Path) -> list[Path]:
