@@ -127,11 +127,18 @@ struct AdaptedWeight {
   }
 
   // activation merged^T + bias [T, N], or activation merged [T, K] for the input gradient, each merged value rounded once to
-  // activation's dtype, which the result has. `shared`: the merged weight in the backend's matmul_dtype, if the caller has it.
+  // activation's dtype, which the result has. `shared`: what lors::merged_operand made for these activations, if the caller has
+  // it.
   Tensor multiply(const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                   const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = Backend::matmul_dtype(dtype);
     const int64_t T = activation.size(0), columns = input_gradient ? K : N;
+    if (shared && shared->size(1) != K) {  // values of layout 2:4
+      Tensor A = lora_A, B = lora_B;
+      const AdaptedWeight merged("linear", backend, {*shared, std::nullopt, index, layout, N, K},
+                                 torch::stable::narrow(A, 0, 0, 0), torch::stable::narrow(B, 1, 0, 0), 0.0);
+      return merged.multiply(activation, bias, input_gradient, std::nullopt);
+    }
     // Without an adapter a dense weight is its own merge.
     const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
     if (shared || own || !backend.prefers_fused_linear(activation, *this, input_gradient)) {

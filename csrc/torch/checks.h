@@ -211,10 +211,21 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check_same_device(op, name, t, weight.values);
 }
 
-// merged [N, K] as lors::merged_operand makes it for activations whose matmuls run in `compute`.
-inline void check_merged(const char* op, const Tensor& merged, const StoredWeight& weight, ScalarType compute) {
-  check(merged.dim() == 2 && merged.size(0) == weight.out_features && merged.size(1) == weight.in_features &&
-            merged.scalar_type() == compute && merged.is_contiguous(),
+// Whether lors::merged_operand gives 2:4 values, rather than a dense matrix, for activations of this dtype, whose matmuls run
+// in `compute`: on the CPU, whose float32 matmuls read them directly. 16-bit matmuls with instructions of their own are faster
+// from a dense matrix.
+inline bool keeps_stored_layout(const StoredWeight& weight, ScalarType dtype, ScalarType compute) {
+  return weight.layout == Layout::sparse24 && weight.values.is_cpu() && weight.values.scalar_type() == dtype &&
+         compute == ScalarType::Float;
+}
+
+// merged as lors::merged_operand makes it for activations of `dtype`, whose matmuls run in `compute`.
+inline void check_merged(const char* op, const Tensor& merged, const StoredWeight& weight, ScalarType dtype,
+                         ScalarType compute) {
+  const bool is_stored = keeps_stored_layout(weight, dtype, compute);
+  check(merged.dim() == 2 && merged.size(0) == weight.out_features &&
+            merged.size(1) == (is_stored ? weight.in_features / 2 : weight.in_features) &&
+            merged.scalar_type() == (is_stored ? dtype : compute) && merged.is_contiguous(),
         "lors::", op, ": merged has shape ", shape(merged),
         "; it must be what lors::merged_operand gives for this weight of shape ", weight.shape(),
         " and the dtype of this call's activations.");

@@ -50,7 +50,9 @@ struct Operators {
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);
     const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling);
-    return adapted.merged(Backend::matmul_dtype(dtype), dtype);
+    const ScalarType compute = Backend::matmul_dtype(dtype);
+    if (keeps_stored_layout(stored, dtype, compute)) return adapted.merged(dtype, dtype, Layout::sparse24);
+    return adapted.merged(compute, dtype);
   }
 
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
@@ -62,7 +64,7 @@ struct Operators {
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
     const ScalarType dtype = input.scalar_type(), compute = Backend::matmul_dtype(dtype);
-    if (merged) check_merged("linear", *merged, stored, compute);
+    if (merged) check_merged("linear", *merged, stored, dtype, compute);
     const Backend backend(weight);
     if (input.size(0) == 0) return empty(input, {0, stored.out_features}, dtype);
     const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
@@ -88,7 +90,7 @@ struct Operators {
     }
     if (bias) check_bias("linear_backward", *bias, stored);
     const ScalarType dtype = grad_output.scalar_type(), compute = Backend::matmul_dtype(dtype);
-    if (merged) check_merged("linear_backward", *merged, stored, compute);
+    if (merged) check_merged("linear_backward", *merged, stored, dtype, compute);
 
     const Backend backend(weight);
     const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);

@@ -171,10 +171,13 @@ def _(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    stored = dtype
-    if weight.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        stored = torch.float32 if BUILD[f"cpu_product_{str(dtype)[6:]}"] == "float32" else dtype
-    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=stored)
+    computed = dtype
+    if weight.device.type == "cpu":
+        if dtype in (torch.bfloat16, torch.float16) and BUILD[f"cpu_product_{str(dtype)[6:]}"] == "float32":
+            computed = torch.float32
+        if index is not None and index.dtype == torch.uint8 and dtype == weight.dtype and computed == torch.float32:
+            return weight.new_empty(weight.shape)  # 2:4 values
+    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=computed)
 
 
 @torch.library.register_fake("lors::linear")

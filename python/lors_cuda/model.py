@@ -163,10 +163,10 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
 
     For generation, evaluation and gradient accumulation: there the adapters stay the same over many calls. The outputs
     are those of a fresh merge, up to the order of summation of the matmul, and training goes on as before: a merged
-    weight is made again once one of the tensors behind it has changed. It costs one dense weight per layer, in the
-    type its matmuls run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them),
-    until the block ends. Nests. Without effect in `torch.compile`, under CUDA graph capture, and on layers whose
-    adapter is disabled.
+    weight is made again once one of the tensors behind it has changed. It costs one dense weight per layer, in the type
+    its matmuls run in (that of the activations; float32 for 16-bit ones on a CPU without instructions for them), or its
+    kept values alone (2:4, on the CPU, where its matmuls run in float32), until the block ends. Nests. Without effect
+    in `torch.compile`, under CUDA graph capture, and on layers whose adapter is disabled.
 
     NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` invalidates it.
     Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts neither.

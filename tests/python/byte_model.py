@@ -20,6 +20,26 @@ def byte_tokenizer():
     return pytest.importorskip("transformers").ByT5Tokenizer()
 
 
+def fast_tokenizer(adds: str = "nothing", template: str | None = None, words: tuple[str, ...] = ()):
+    """A tokenizer by bytes (and ``words``) in Rust: <pad> 0, <s> 1, </s> 2; it adds "bos" or "bos and eos" to texts."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    level = tokenizers.pre_tokenizers.ByteLevel
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=len(special) + 256 + len(words), special_tokens=special, initial_alphabet=level.alphabet()
+    )
+    made.train_from_iterator(words, trainer)
+    if adds != "nothing":
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>" if adds == "bos and eos" else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
 def byte_llama(seed: int = 0, layers: int = 2, **fields) -> nn.Module:
     """A dense Llama with hidden size 32 for byte_tokenizer, 128 positions."""
     transformers = pytest.importorskip("transformers")

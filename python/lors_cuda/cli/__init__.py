@@ -35,7 +35,16 @@ COMMANDS = {
 }
 DISTRIBUTED = ("finetune", "info")  # what may run under torchrun
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
-_EXTRA_PACKAGES = ("transformers", "accelerate", "tokenizers", "safetensors", "tqdm", "matplotlib")
+_EXTRA_PACKAGES = (
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "tqdm",
+    "matplotlib",
+    "datasets",
+    "jinja2",
+)
 
 
 class UsageError(Exception):

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._batches import device_of, running
 from .._distributed import is_first, launched
 from .._library import build_info
+from .._records import ENDINGS
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line
 from ..config import ALL_LINEAR, LoRSConfig
@@ -85,7 +87,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_size: int = 8) -> None:
     """--data, --tokenizer, --batch-size and --sequence-length."""
-    parser.add_argument("--data", type=Path, required=required, metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument(
+        "--data", type=Path, required=required, metavar="FILE", help=f"text or records: {', '.join(ENDINGS)}"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer, if not the model's")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="sequences per forward pass")
     parser.add_argument(
@@ -178,12 +182,14 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"The tokenizer in '{directory}' could not be loaded: {first_line(error)}") from error
 
 
-def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None = None) -> TokenDataset:
+def load_dataset(
+    args: argparse.Namespace, model: nn.Module, path: Path | None = None, *, packing: bool = False
+) -> TokenDataset:
     """Load --data, or ``path``, with the model's tokenizer and check that both fit the model.
 
     Raises:
-        ValueError: --sequence-length exceeds what the model can take, or a token id exceeds its vocabulary; and as
-            load_tokenizer and load_data.
+        ValueError: --sequence-length exceeds what the model can take, a token id exceeds its vocabulary, or the model
+            does not keep packed examples apart; and as load_tokenizer and load_data.
     """
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     config = getattr(model, "config", None)
@@ -198,14 +204,55 @@ def load_dataset(args: argparse.Namespace, model: nn.Module, path: Path | None =
             f"The tokenizer gives token {data.max_token_id}, but the model's vocabulary has {vocabulary}: they do not "
             "belong together. Name the right one with --tokenizer."
         )
-    return data
+    if not packing:
+        return data
+    check_packing(model)
+    return data.packed(length)
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Refuse a model in which packing changes an example; found out by running it on a few tokens.
+
+    Raises:
+        ValueError: an example sees what is packed before it, or does not begin at position 0.
+    """
+    size = getattr(getattr(model, "config", None), "vocab_size", None) or 8
+    second = torch.arange(8) % size
+    batch = torch.stack([torch.cat([first, second]) for first in (torch.zeros_like(second), second.flip(0))])
+    device = device_of(model)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(8).repeat(len(ids), ids.shape[1] // 8)
+        result: torch.Tensor = model(input_ids=ids.to(device), position_ids=positions.to(device)).logits[:, -8:]
+        return result
+
+    with running(model, training=False):
+        try:
+            packed, alone = logits(batch), logits(second[None])
+        except TypeError:
+            same = False  # it takes no position_ids
+        else:
+            # Behind two other examples the same sums are formed; alone, the same in another order.
+            scale, eps = float(alone.abs().max()), torch.finfo(alone.dtype).eps
+            same = torch.allclose(packed[0], packed[1], rtol=0.0, atol=1e-5 * scale)
+            same = same and torch.allclose(packed[0], alone[0], rtol=0.0, atol=eps**0.5 * scale)
+    if not same:
+        raise ValueError(
+            f"{type(model).__name__} does not keep examples apart that --packing puts into one sequence: their loss "
+            "would be another. Train without --packing."
+        )
 
 
 def describe_data(data: TokenDataset) -> str:
     """One line about a dataset: how much, and what was cut or left out."""
     text = f"{len(data)} sequences, {data.loss_tokens} tokens to predict"
+    if data.packs is not None:
+        text += f", {len(data.examples)} examples packed into them"
+    if data.continued:
+        text += f", {data.continued} text(s) longer than --sequence-length go on in further ones"
     if data.truncated:
-        text += f", {data.truncated} cut to fit"
+        text += f", {data.truncated} cut to fit into --sequence-length"
     if data.skipped:
         text += f", {data.skipped} without a token to predict left out"
     return text

@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-data", type=Path, metavar="FILE", help="perplexity of it at every checkpoint, in the log"
     )
+    parser.add_argument(
+        "--packing",
+        action="store_true",
+        help="put as many examples into a sequence as fit; each attends to itself only",
+    )
     parser.add_argument("--report-to", nargs="+", choices=tuple(_REPORTERS), default=[], help="send the log there too")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")

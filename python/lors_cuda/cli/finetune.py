@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         targets = find_targets(model, config)
         check_targets(targets, config)  # before the work of estimating gradients
         sparsity = measure_sparsity(model, targets=targets)
-        data = load_dataset(args, model)
+        data = load_dataset(args, model, packing=args.packing)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
     say(args, f"Model: '{args.model}', sparsity {sparsity}. Data: {describe_data(data)}.")
     if eval_data is not None:

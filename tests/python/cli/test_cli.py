@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from byte_model import byte_tokenizer
 from cli_calls import (
     ENVIRONMENT,
     SHORT,
@@ -126,6 +127,47 @@ def test_completion_only_data_and_the_other_options(home, tmp_path, capsys):
     assert "without the adapter" in capsys.readouterr().out
 
 
+def test_packing_trains_on_the_same_tokens_in_fewer_steps(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--data", home / "pairs.jsonl", "--sequence-length", "64", "--batch-size", "8", "--steps", "1"]
+    assert call("finetune", "--model", home / "sparse", "--output", run, *options, "--packing", "--json") == 0
+    tokens = sum(len(str(n + 1)) + 1 for n in range(40))
+    assert json.loads(capsys.readouterr().out)["tokens"] == tokens  # all 40 pairs
+    assert call("finetune", "--model", home / "sparse", "--output", run, *options, "--resume") == 1
+    assert "data was" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_conversations_go_through_prune_finetune_and_eval(home, tmp_path, capsys):
+    chat = tmp_path / "chat.JSON"
+    turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
+    chat.write_text(json.dumps([{"conversations": turns * 2}] * 8, indent=1))
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = ["--data", chat, "--tokenizer", tmp_path / "tokenizer", "--json"]
+    assert call("prune", "--model", home / "dense", "--output", tmp_path / "sparse", *data) == 0
+    assert call("finetune", "--model", tmp_path / "sparse", "--output", tmp_path / "run", "--steps", "2", *data) == 0
+    capsys.readouterr()
+    assert call("eval", "--model", tmp_path / "sparse", "--adapter", tmp_path / "run", *data) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 8 * 2 * 2
+    assert call("eval", "--model", tmp_path / "sparse", "--data", chat) == 0  # no template of its own
+    shown = capsys.readouterr()
+    assert shown.err.startswith("lors-cuda: warning: The tokenizer has no chat template.")
+    assert shown.err.count("\n") == 1
+
+
+def test_what_was_cut_is_said(home, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    records = [{"text": "x" * 40}, {"prompt": "x" * 40, "completion": "y"}, {"prompt": "x", "completion": ""}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert call("eval", "--model", home / "sparse", "--data", path, "--sequence-length", "16") == 0
+    said = capsys.readouterr().out
+    assert "1 text(s) longer than --sequence-length go on in further ones" in said
+    assert "1 cut to fit into --sequence-length, 1 without a token to predict left out" in said
+
+
 def test_evaluation_while_it_trains(home, tmp_path, capsys):
     run = tmp_path / "run"
     evaluated = finetune(home, run, "--eval-data", home / "text.txt", "--checkpoint-every", "4", "--bf16")
@@ -155,7 +197,7 @@ def test_gradient_init_changes_the_start_and_not_the_output(home, tmp_path):
 def test_help_and_info_need_torch_alone():
     program = (
         "import sys\n"
-        "for name in ('transformers', 'accelerate', 'tokenizers', 'safetensors', 'tqdm', 'matplotlib'):\n"
+        "for name in ('transformers', 'accelerate', 'tokenizers', 'safetensors', 'tqdm', 'matplotlib', 'datasets'):\n"
         "    sys.modules[name] = None\n"
         "from lors_cuda.cli import main\n"
         "codes = [main(['--help']), main(['--version']), main(['prune', '--help']), main(['finetune', '--help']),\n"

@@ -85,7 +85,10 @@ def test_environment_variables_with_unknown_values_are_one_line(variable, value,
         ("empty.txt", "", ["empty.txt' is empty"]),
         ("bad.jsonl", '{"text": "a"}\nnot json\n', ["bad.jsonl', line 2 is not JSON"]),
         ("fields.jsonl", '{"input": "a"}\n', ["line 1", '"prompt" and "completion"']),
-        ("table.csv", "a,b", ["'.csv'", ".txt or .jsonl"]),
+        ("table.csv", "a,b", ["table.csv', line 1", '"completion"']),
+        ("table.tsv", "a\tb", ["'.tsv'", ".csv or .parquet"]),
+        ("emoji.jsonl", '{"text": "cut \\ud83d"}\n', ["emoji.jsonl', line 1", "lone surrogate"]),
+        ("no.parquet", "a", ["no.parquet' is not a Parquet file"]),
     ],
 )
 def test_bad_data(home, tmp_path, capsys, name, content, fragments):

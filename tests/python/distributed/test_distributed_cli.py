@@ -107,7 +107,7 @@ def test_an_error_is_one_sentence(pair, home, tmp_path):
     wrong_data.write_text("{}\n")
     for arguments, code, sentence in [
         (finetune(home, tmp_path / "busy"), 1, "holds no fine-tuning run"),  # the writer alone sees it
-        (finetune(home, tmp_path / "new", "--data", wrong_data), 1, "line 1 has none of these"),  # both see it
+        (finetune(home, tmp_path / "new", "--data", wrong_data), 1, "line 1 has nothing; it must have"),  # both see it
         (finetune(home, tmp_path / "new", "--device", "nonsense"), 1, "--device is 'nonsense'"),
         (finetune(home, tmp_path / "new", "--rank", "1000"), 1, "the rank must be between"),
         (finetune(home, tmp_path / "new", "--rank", "none"), 2, "is not an integer of at least 1"),

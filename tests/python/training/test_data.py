@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byte_model import TEXT, byte_tokenizer
+from byte_model import TEXT, byte_llama, byte_tokenizer, fast_tokenizer
+from lors_cuda.cli._common import check_packing
 from lors_cuda.data import IGNORED, TokenDataset, count_loss_tokens, load_data
+from lors_cuda.evaluation import evaluate
 from models import refused
 
 
@@ -62,9 +64,47 @@ def test_text_is_packed_without_losing_a_token(tokenizer, tmp_path):
     assert data.max_token_id == max(ids_of(TEXT))
 
 
-def test_text_begins_with_bos_where_the_tokenizer_sets_one():
-    data = TokenDataset.from_text("abcd", BosTokenizer(), 3)
-    assert [ids for ids, _ in as_lists(data)] == [[1, *ids_of("ab")], ids_of("cd")]
+def test_every_sequence_begins_with_bos_where_the_tokenizer_sets_one():
+    data = TokenDataset.from_text("abcde", BosTokenizer(), 3)
+    assert [ids for ids, _ in as_lists(data)] == [[1, *ids_of("ab")], [1, *ids_of("cd")], [1, *ids_of("e")]]
+    data = TokenDataset.from_records([(1, {"text": "abcde"})], BosTokenizer(), 4)
+    assert [ids for ids, _ in as_lists(data)] == [[1, *ids_of("abc")], [1, *ids_of("de")]]
+    assert data.continued == 1
+
+
+BOS, EOS = 1, 2
+
+
+@pytest.mark.parametrize("adds", ["bos", "bos and eos", "nothing"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "<s>hi</s>"},
+        {"text": "<s>hi"},
+        {"prompt": "<s>h", "completion": "i</s>"},
+        {"prompt": "<s>h", "completion": "<s>i"},
+        {"prompt": "", "completion": "<s>hi"},
+    ],
+)
+def test_one_bos_and_one_eos_where_the_text_brings_them_along(adds, record):
+    tokenizer = fast_tokenizer(adds=adds)
+    ((ids, labels),) = as_lists(TokenDataset.from_records([(1, record)], tokenizer, 32))
+    if adds != "nothing" or record.get("completion") != "<s>i":
+        assert tokenizer.decode(ids) == "<s>hi</s>"
+    assert ids[-1] == labels[-1] == EOS
+
+
+def test_a_line_end_behind_eos_makes_no_second_one():
+    tokenizer = fast_tokenizer(adds="bos")
+    ((ids, _),) = as_lists(TokenDataset.from_records([(1, {"text": "hi</s>\n"})], tokenizer, 32))
+    assert tokenizer.decode(ids) == "<s>hi</s>\n"
+    data = TokenDataset.from_text("<s>" + "hi " * 20, tokenizer, 8)
+    assert all(ids.count(BOS) == 1 and ids[0] == BOS for ids, _ in as_lists(data))
+
+
+def test_a_sequence_of_eos_alone_is_no_example():
+    data = TokenDataset.from_records([(1, {"text": "abc"})], fast_tokenizer(adds="bos"), 4)
+    assert [len(ids) for ids, _ in as_lists(data)] == [4]
 
 
 def test_a_rest_of_one_token_is_dropped(tokenizer):
@@ -132,9 +172,11 @@ def test_truncation_keeps_bos_and_never_exceeds_the_length(head, tail, length):
 
 
 def test_examples_without_a_token_to_predict_are_left_out():
-    records = [(1, {"prompt": "a", "completion": ""}), (2, {"prompt": "a", "completion": "b"})]
-    data = TokenDataset.from_records(records, BosTokenizer(), 8)
-    assert (len(data), data.skipped, data.loss_tokens) == (1, 1, 1)
+    empty = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "</s>"}, {"text": ""}, {"text": "<s>"}]
+    empty += [{"messages": []}, {"messages": [{"role": "user", "content": "a"}]}]
+    records = list(enumerate([*empty, {"prompt": "a", "completion": "b"}]))
+    data = TokenDataset.from_records(records, fast_tokenizer(adds="bos"), 8)
+    assert (len(data), data.skipped, data.loss_tokens) == (1, 6, 2)
 
 
 # ---- batches and their order ----
@@ -185,6 +227,44 @@ def test_the_seed_changes_the_order(tokenizer):
     assert not torch.equal(first, other)
 
 
+# ---- packing ----
+
+
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=40))
+def test_packing_keeps_every_example_whole(lengths):
+    examples = [(torch.full((n,), i, dtype=torch.int32),) * 2 for i, n in enumerate(lengths)]
+    data = TokenDataset(examples).packed(9)
+    assert sorted(index for pack in data.packs for index in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in pack) <= 9 for pack in data.packs)
+    spaces = sorted(9 - sum(lengths[index] for index in pack) for pack in data.packs)
+    assert len(spaces) < 2 or spaces[-1] + spaces[-2] < 9  # at most one is less than half full
+    assert data.loss_tokens == sum(lengths) - len(lengths)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_changes_no_loss(tokenizer, attention):
+    records = [(n, {"prompt": f"{n}+{n}=", "completion": str(2 * n)}) for n in range(95, 106)]
+    texts = [(n, {"text": TEXT[n : 2 * n + 9]}) for n in range(3, 20, 4)]
+    data = TokenDataset.from_records([*records, *texts], tokenizer, 64)
+    packed = data.packed(64)
+    assert len(packed) < len(data) == 16
+    assert "attention_mask" not in packed.batch([0, 1])
+    assert packed.fingerprint != data.fingerprint
+    model = byte_llama(attn_implementation=attention)
+    losses = [evaluate(model, each, batch_size=3, progress=False) for each in (data, packed)]
+    assert losses[0].tokens == losses[1].tokens == data.loss_tokens
+    assert losses[0].loss == pytest.approx(losses[1].loss, rel=1e-5)
+
+
+def test_models_that_cannot_keep_examples_apart_are_refused():
+    transformers = pytest.importorskip("transformers")
+    check_packing(byte_llama())
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config)
+    refused(ValueError, lambda: check_packing(model), "MambaForCausalLM", "without --packing")
+
+
 def test_fingerprint_follows_ids_and_labels(tokenizer):
     def fingerprint(**record):
         return TokenDataset.from_records([(1, record)], tokenizer, 16).fingerprint
@@ -200,32 +280,6 @@ def test_fingerprint_follows_ids_and_labels(tokenizer):
 
 
 # ---- bad input ----
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "fragments"),
-    [
-        ("a.txt", "", ("a.txt' is empty",)),
-        ("a.txt", " \n\t\n", ("a.txt' is empty",)),
-        ("a.jsonl", "\n\n", ("a.jsonl' is empty",)),
-        ("a.txt", "x", ("gives 1 token(s)", "at least 2")),
-        ("a.csv", "a,b", ("extension '.csv'", ".txt or .jsonl")),
-        ("a", "text", ("extension ''",)),
-        ("a.txt", b"good\nbad \xff", ("not UTF-8", "line 2", "0xff", "offset 9")),
-        ("a.jsonl", '{"text": "a"}\n\n{"text": ', ("line 3", "is not JSON")),
-        ("a.jsonl", '{"text": "a"}\nhello\n', ("line 2", "is not JSON", "column 1")),
-        ("a.jsonl", '["a"]\n', ("line 1", "JSON array", '"prompt" and "completion"')),
-        ("a.jsonl", '{"text": "a"}\n{"prompt": "a"}\n', ("line 2", 'has "prompt"', '"completion"')),
-        ("a.jsonl", '{"txt": "a"}\n', ("line 1", "none of these")),
-        ("a.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}\n', ("line 1", '"text"', '"prompt"')),
-        ("a.jsonl", '{"text": 3}\n', ("line 1", '"text" is a JSON number', "string")),
-        ("a.jsonl", '{"prompt": "a", "completion": null}\n', ("line 1", '"completion" is a JSON null')),
-        ("a.jsonl", '{"text": ""}\n', ("no usable tokens", "1 record(s)")),
-    ],
-)
-def test_bad_files_are_refused_with_the_place(tokenizer, tmp_path, name, content, fragments):
-    path = write(tmp_path / name, content)
-    refused(ValueError, lambda: load_data(path, tokenizer, 8), *fragments)
 
 
 def test_missing_files_and_lengths(tokenizer, tmp_path):
