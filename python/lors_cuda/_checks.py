@@ -42,13 +42,13 @@ SUPPORTED_LORA_FIELDS = frozenset(
         "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora",
         "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
         "alpha_pattern", "trainable_token_indices", "ensure_weight_tying",
+        "fan_in_fan_out",  # of no effect: a Conv1D is known by its class
         "runtime_config",  # its one field, ephemeral_gpu_offload, is for DoRA alone
         "megatron_core", "qalora_group_size",  # of no effect without megatron_config and use_qalora
         "layout", "gradient", "lors", "products",  # ours; the last one was before 0.1.0
     }
 )  # fmt: skip
 REFUSED_LORA_FIELDS = {
-    "fan_in_fan_out": "it is for Conv1D, whose weight is stored transposed; only nn.Linear can be adapted",
     "megatron_config": "Megatron's parallel layers are no nn.Linear",
     "loftq_config": _REWRITES,
     "eva_config": "EVA starts the adapters from data; see init_from_gradients",

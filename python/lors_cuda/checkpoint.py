@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, joined
+from ._checks import DTYPES, joined, listed
 from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_directory import (
     FORMAT_VERSION,
@@ -45,7 +45,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Each file is written beside its final name, flushed to the disk and renamed, the configuration last, so that a full
     disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile, DistributedDataParallel or
     DeepSpeed the names are those of the inner model. With several processes, call it in one, unless the model is under
-    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes.
+    fully_shard: then call it in all of them, the adapters are gathered, and the first process writes. Adapters that are
+    still zero while others have learned are named in a warning.
 
     Raises:
         ValueError: the model has no LoRS layers, or layers with and without use_rslora.
@@ -68,6 +69,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for name, tensor in _saved_tensors(model, config).items():
         tensors[PREFIX + name] = whole(tensor)
     fields = _config_fields(model, layers, config)
+    if not sharded or process_rank() == 0:
+        _warn_untrained({name: tensors[f"{PREFIX}{name}.lora_B.weight"] for name in layers})
     if not sharded:
         write_adapter(Path(directory), tensors, fields)
         return
@@ -131,6 +134,19 @@ def load_adapter(
     for name, tensor in adapter.saved.items():
         copy_whole(existing[name], tensor)
     return model
+
+
+def _warn_untrained(lora_B: dict[str, Tensor]) -> None:
+    """Say which adapters are still at their zero start while others are not."""
+    zero = [name for name, tensor in lora_B.items() if not tensor.is_meta and not bool(tensor.any())]
+    if zero and len(zero) < len(lora_B):
+        warnings.warn(
+            f"{len(zero)} of {len(lora_B)} adapters are still zero: {listed(zero)}. They had no gradient. That is "
+            "right for an expert that saw no token; a layer that the loss does not reach can be left out "
+            "(exclude_modules).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # ---- what the files hold ----
@@ -251,10 +267,9 @@ def _fit_unconverted(
     problems = _fit_names([target.name for target in targets], adapter)
     for target in targets:
         if target.name in adapter.adapters:
-            linear = target.module
-            pair = adapter.adapters[target.name]
-            problems += _fit_layer(target.name, linear.out_features, linear.in_features, target.r, pair)
-            weights[target.name] = partial(SparseWeight.from_dense, linear.weight.detach(), "dense")
+            N, K = target.weight.shape
+            problems += _fit_layer(target.name, N, K, target.r, adapter.adapters[target.name])
+            weights[target.name] = partial(SparseWeight.from_dense, target.weight.detach(), "dense")
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
     return targets, problems
 

@@ -34,8 +34,10 @@ class LoRSConfig:
     Args:
         r: rank of the adapters, an integer of at least 1; lora_A is [r, in_features], lora_B is [out_features, r].
         lora_alpha: finite; the adapters are scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
-        target_modules: "all-linear" (every nn.Linear except the output head), a list of module-name suffixes
-            ("q_proj", "mlp.up_proj"), or a regular expression that must match the whole module name, as in PEFT.
+        target_modules: "all-linear" (every nn.Linear, and Conv1D of transformers, except the output head; what cannot
+            be adapted is left out and listed in one warning), a list of module-name suffixes ("q_proj", "mlp.up_proj"),
+            or a regular expression that must match the whole module name, as in PEFT. These must name what can be
+            adapted.
         exclude_modules: name suffixes, or a regular expression for the whole name; these are never adapted.
         layout: how the frozen weight is stored: "auto", "dense", "2:4" or "bitmap".
         gradient: "lors" (the paper's rearranged adapter gradients) or "exact" (true gradient of the

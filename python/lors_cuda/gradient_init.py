@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._batches import device_of, progress_bar, running, to_device
 from ._checks import check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
+from ._linears import is_conv1d
 from .config import LoRSConfig
 from .model import named_lors_layers, require_unconverted
 from .targets import Target, find_targets
@@ -56,7 +57,7 @@ def estimate_gradients(
         loss_fn: `loss_fn(model, batch)` returns the scalar loss; None: `model(**batch).loss`, the batch moved to the
             model's device.
         progress: show a progress bar if tqdm is installed and the output is a terminal.
-        config: selects the targets; None: LoRSConfig(), which is "all-linear".
+        config: selects the targets; None: "all-linear".
         targets: what `targets.find_targets` found in this model already, instead of `config`.
 
     Returns:
@@ -78,14 +79,14 @@ def estimate_gradients(
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     if targets is None:
-        targets = find_targets(model, LoRSConfig() if config is None else config)
+        targets = find_targets(model, LoRSConfig(r=1) if config is None else config)  # any rank may follow
     packed = next((target for target in targets if is_packed(target.module.weight)), None)
     if packed is not None:
         raise ValueError(
             f"The weight of '{packed.name}' is of the class {type(packed.module.weight).__name__}, and gradients are "
             "estimated with respect to ordinary tensors. Put its to_dense() or dequantize() in its place first."
         )
-    sums = {target.name: torch.zeros(target.module.weight.shape, dtype=torch.float32) for target in targets}
+    sums = {target.name: torch.zeros(target.weight.shape, dtype=torch.float32) for target in targets}
     count = 0
     # An error in one process must raise in all: the others would wait for it in the next collective.
     with (
@@ -248,21 +249,21 @@ def _collected(targets: Sequence[Target], sums: dict[str, Tensor]) -> Iterator[l
     """
     first_bad: list[str] = []
 
-    def hook_for(name: str) -> Callable[[Tensor], None]:
+    def hook_for(target: Target) -> Callable[[Tensor], None]:
         def add_and_free(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             if gradient is None:
                 return
             if not first_bad and not bool(torch.isfinite(gradient).all()):
-                first_bad.append(name)
-            sums[name] += gradient.to("cpu")
+                first_bad.append(target.name)
+            sums[target.name] += (gradient.t() if is_conv1d(target.module) else gradient).to("cpu")
 
         return add_and_free
 
     handles = []
     for target in targets:
         weight: Any = target.module.weight  # torch's method for the hook is untyped
-        handles.append(weight.register_post_accumulate_grad_hook(hook_for(target.name)))
+        handles.append(weight.register_post_accumulate_grad_hook(hook_for(target)))
     try:
         yield first_bad
     finally:

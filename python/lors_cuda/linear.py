@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ._checks import DTYPES, GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
 from ._distributed import is_sharded, local_part, whole
+from ._linears import is_conv1d, is_linear, make_linear, weight_of
+from ._weight_reads import reads_past
 from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, layer_linear, merge, sparse_linear
 from .weight import SparseWeight
@@ -30,12 +32,14 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+        past_reader: the code that was found to read the weight instead of calling the layer; "" if none.
     """
 
     in_features: int
     out_features: int
     has_adapters = False
     merged_weight: MergedWeight | None = None
+    past_reader = ""
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -62,8 +66,10 @@ class SparseLinear(SparseLayer, nn.Module):
         weight_index: its metadata or row offsets, None where the layout has none.
         bias: frozen Parameter [out_features] or None.
         sparse_weight: the weight as a :class:`SparseWeight` of these tensors.
-        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`.
+        weight: the weight, dense [out_features, in_features], decompressed when it is used: a :class:`DenseView`; of a
+            Conv1D a tensor [in_features, out_features].
         weight_uses: how often ``weight`` was used outside compiled code, other than for its shape, dtype and the like.
+        conv1d: whether the plain layer is transformers' Conv1D, whose own weight is [in_features, out_features].
     """
 
     weight_values: Tensor
@@ -71,6 +77,7 @@ class SparseLinear(SparseLayer, nn.Module):
     weight_index: Tensor | None
     bias: nn.Parameter | None
     weight_uses = 0
+    conv1d = False
 
     def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -86,12 +93,13 @@ class SparseLinear(SparseLayer, nn.Module):
         :meth:`SparseWeight.from_dense`. Tensors are referenced, not copied, where possible.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``.
+            TypeError: ``linear`` is no ``nn.Linear`` and no Conv1D of transformers.
             ValueError: as :meth:`SparseWeight.from_dense`.
         """
         check_linear(linear)
-        weight = SparseWeight.from_dense(linear.weight.detach(), layout, mask)
-        return SparseLinear(weight, linear.bias).train(linear.training)
+        layer = SparseLinear(SparseWeight.from_dense(_dense(linear), layout, mask), linear.bias)
+        layer.conv1d = is_conv1d(linear)
+        return layer.train(linear.training)
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -112,6 +120,8 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        if self.conv1d:
+            return dense_tensor(self).t()
         # A compiled graph drops what is not used, and cannot hold a view.
         return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
 
@@ -120,8 +130,9 @@ class SparseLinear(SparseLayer, nn.Module):
         return sparse_linear(input, self.sparse_weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the dense weight, a copy, and requires_grad as this layer's: False."""
-        return make_linear(self.sparse_weight.to_dense(), self.bias).requires_grad_(False).train(self.training)
+        """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
+        linear = make_linear(self.sparse_weight.to_dense(), self.bias, self.conv1d)
+        return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         before = self.weight_values.detach()  # the parameter itself may be given the converted data
@@ -239,6 +250,8 @@ class LoRSLinear(SparseLinear):
         lora_B: Parameter [out_features, r], zero at first, so that the layer begins as the frozen one.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
         adapter_enabled: False makes forward the frozen layer's; see :func:`lors_cuda.disable_adapter`.
+        weight: the frozen weight, dense, as in SparseLinear. Code that multiplies by it inside a module's forward,
+            instead of calling the layer, is given the merged weight, with gradients to the adapter.
     """
 
     has_adapters = True
@@ -289,7 +302,7 @@ class LoRSLinear(SparseLinear):
         """Wrap a linear layer whose weight has zeros. The layer's tensors are referenced, not copied, where possible.
 
         Args:
-            linear: the layer; its weight is frozen in the result.
+            linear: the layer, also transformers' Conv1D; its weight is frozen in the result.
             r: rank, 1 to min(out_features, in_features).
             lora_alpha: scaling is lora_alpha / r (lora_alpha / sqrt(r) with ``use_rslora``).
             layout: how the weight is stored, see :meth:`SparseWeight.from_dense`.
@@ -303,7 +316,7 @@ class LoRSLinear(SparseLinear):
         """
         check_linear(linear)
         layer = cls(
-            SparseWeight.from_dense(linear.weight.detach(), layout, mask),
+            SparseWeight.from_dense(_dense(linear), layout, mask),
             linear.bias,
             r=r,
             lora_alpha=lora_alpha,
@@ -311,6 +324,7 @@ class LoRSLinear(SparseLinear):
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
         )
+        layer.conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
@@ -336,11 +350,17 @@ class LoRSLinear(SparseLinear):
             self.merged_weight,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        if self.adapter_enabled and reads_past(self):
+            return self.merged_dense().t() if self.conv1d else self.merged_dense()
+        return SparseLinear.weight.__get__(self)
+
     def merged_dense(self) -> Tensor:
         return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
 
     def merge(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the adapter merged in: the mask preserved, exact zeros off it.
+        """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it.
 
         Raises:
             ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
@@ -352,26 +372,22 @@ class LoRSLinear(SparseLinear):
             weight, merged = self.sparse_weight, self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
             check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
-        return make_linear(merged, self.bias).train(self.training)
+        return make_linear(merged, self.bias, self.conv1d).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Refuse what is no nn.Linear."""
-    if not isinstance(linear, nn.Linear):
+    """Refuse what is no nn.Linear and no Conv1D."""
+    if not is_linear(linear):
         raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear layer of ``weight`` [N, K], which it takes, and ``bias`` [N], which it copies."""
-    N, K = weight.shape
-    linear = nn.utils.skip_init(nn.Linear, K, N, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+def _dense(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied."""
+    weight = weight_of(linear).detach()
+    return weight.contiguous() if is_conv1d(linear) else weight
 
 
 def _layout(index: Tensor | None) -> str:

@@ -37,7 +37,8 @@ def get_lors_model(
     where a head that no checkpoint has filled stays frozen.
 
     Args:
-        model: any module that contains nn.Linear; already pruned: a weight is kept where it is not zero.
+        model: any module that contains nn.Linear or transformers' Conv1D; already pruned: a weight is kept where it is
+            not zero.
         config: what to adapt; None: LoRSConfig().
         targets: what `targets.find_targets` found in this model with this `config` already, so that it is not searched
             again. The list is emptied on the way: it would keep the dense weights alive.
@@ -46,7 +47,7 @@ def get_lors_model(
         The same model object.
 
     Raises:
-        ValueError: nothing is selected; a selected module cannot be adapted (see `find_targets`); a rank exceeds
+        ValueError: nothing is selected; a module that is named cannot be adapted (see `find_targets`); its rank exceeds
             min(out_features, in_features); a weight does not fit the layout; the model already has LoRS layers.
         TypeError: `model` is no nn.Module or `config` no LoRSConfig. The model is unchanged after any of these.
     """
@@ -105,7 +106,7 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge every adapter into its weight and put plain nn.Linear modules back, in place.
+    """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
 
     The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
     All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ._checks import check_whole, is_packed, listed
+from ._linears import is_conv1d, is_linear
 from .config import ALL_LINEAR, LoRSConfig, selects
 from .linear import SparseLinear
 from .targets import Target, output_heads
@@ -283,16 +284,6 @@ def task_heads(model: nn.Module) -> dict[str, nn.Module]:
     model = unwrap() if callable(unwrap) else model
     getter = getattr(model, "get_output_embeddings", None)
     return {} if not callable(getter) or getter() is not None else beside_base_model(model)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies by a weight [N, K], or [K, N]: nn.Linear and what is derived from it, Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D (GPT-2), whose weight is stored as [K, N]; transformers is not imported."""
-    return any(kind.__name__ == "Conv1D" and hasattr(module, "nf") for kind in type(module).__mro__)
 
 
 def _kind(name: str, module: nn.Module, values: Tensor) -> str:

@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from ._checks import check_rank, joined, listed
-from ._distributed import is_offloaded, original_forward
-from .config import ALL_LINEAR, LoRSConfig, pattern_matches, selects
+from ._checks import DTYPES, check_rank, is_packed, joined, listed
+from ._distributed import is_offloaded, is_sharded
+from ._linears import computes_linear, is_linear, weight_of
+from ._weight_reads import weight_readers
+from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
 from .weight import check_fits
 
 # Classification models of transformers report no output embeddings; their head has one of these names (as in PEFT).
@@ -26,7 +28,8 @@ _CLASSIFIER_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class Target:
-    """One nn.Linear to adapt: its first name in the model, every name it has there, the module, its rank and alpha."""
+    """One nn.Linear or Conv1D to adapt: its first name in the model, every name it has there, the module, its rank and
+    alpha."""
 
     name: str
     names: tuple[str, ...]
@@ -34,12 +37,17 @@ class Target:
     r: int
     lora_alpha: float
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [N, K]; of a Conv1D a view."""
+        return weight_of(self.module)
+
 
 class Places:
     """The place of each module and each parameter of a model, and so why a module cannot be adapted."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._readers = weight_readers(model)
         self.names_of: dict[nn.Module, list[str]] = {}
         self._holders: dict[Tensor, list[nn.Module]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -50,10 +58,14 @@ class Places:
 
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted; the words follow 'it'. None if it can."""
-        parents = [self._model.get_submodule(name.rpartition(".")[0]) for name in self.names_of[module]]
-        reason = unsuitable(module, parents)
+        reason = _unsuitable(module)
         if reason is not None:
             return reason
+        if module in self._readers:
+            return (
+                f"has its weight read by {self._readers[module]}, always or on a faster path, instead of being called; "
+                "an adapter would have no part in that. Leave it out"
+            )
         others = [other for other in self._holders[cast(nn.Linear, module).weight] if other is not module]
         if others:
             return (
@@ -69,14 +81,15 @@ def cannot_adapt(name: str, reason: str) -> str:
 
 
 def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
-    """List the nn.Linear modules of `model` which `config` selects, in the model's order; changes nothing.
+    """List the modules of `model` to adapt, nn.Linear and transformers' Conv1D, in the model's order; changes nothing.
 
     A module that the model has under several names is listed once, with all of them; it is selected if one
-    name is, and left out if one name is excluded.
+    name is, and left out if one name is excluded. "all-linear" leaves out what cannot be adapted, and warns once.
 
     Raises:
-        ValueError: nothing is selected, or a selected module cannot be adapted: it is no plain nn.Linear, its weight is
-            computed (torch.nn.utils.prune or parametrize), shared with another module, or on the meta device.
+        ValueError: nothing is selected, or a module that is named cannot be adapted: it is no plain linear, its weight
+            is computed (torch.nn.utils.prune or parametrize), shared with another module, read by code that does not
+            call the layer, quantised, or on the meta device.
     """
     config.validate()
     if has_peft_adapters(model):
@@ -85,27 +98,72 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
             "the base model (model.unload() gives it back), or stay with PEFT: lors_cuda.peft has masked adapters."
         )
     places = Places(model)
-    heads = output_heads(model) if config.target_modules == ALL_LINEAR else []
-    targets, left_out = [], []
+    every = config.target_modules == ALL_LINEAR
+    heads = output_heads(model) if every else []
+    chosen: dict[str, nn.Module] = {}
+    left_out = []
     for module, names in places.names_of.items():
-        if config.target_modules == ALL_LINEAR:
-            selected = names[0] if isinstance(module, nn.Linear) else None
+        if every:
+            selected = names[0] if is_linear(module) else None
         else:
             selected = next((name for name in names if name and selects(config.target_modules, name)), None)
-        if not selected or (isinstance(config.target_modules, str) and not isinstance(module, nn.Linear)):
+        if not selected or (isinstance(config.target_modules, str) and not is_linear(module)):
             continue  # a regular expression such as ".*mlp.*" also matches containers; only its linears are meant
         if any(head is module for head in heads) or any(_excluded(config, name) for name in names):
             left_out.append(selected)
-            continue
-        reason = places.problem(module)
+        else:
+            chosen[names[0]] = module
+    if every:
+        chosen = adaptable(chosen, places.problem, config)
+    for name, module in chosen.items():
+        reason = _not_loaded(module) if every else places.problem(module)
         if reason is not None:
-            raise ValueError(cannot_adapt(names[0], reason))
-        name, linear = names[0], cast(nn.Linear, module)
-        targets.append(Target(name, tuple(names), linear, config.rank_of(name), config.alpha_of(name)))
+            raise ValueError(cannot_adapt(name, reason))
+    targets = [
+        Target(name, tuple(places.names_of[module]), module, config.rank_of(name), config.alpha_of(name))  # type: ignore[arg-type]
+        for name, module in chosen.items()
+    ]
     if not targets:
         raise ValueError(_nothing_selected(model, config, left_out))
     warn_unused(config, [name for target in targets for name in target.names])
     return targets
+
+
+def adaptable(
+    linears: dict[str, nn.Module], problem: Callable[[nn.Module], str | None], config: Any, stacklevel: int = 4
+) -> dict[str, nn.Module]:
+    """What "all-linear" adapts of {name: linear}: those without a problem and large enough for config.r.
+
+    The others are listed, reason by reason, in one warning. Kept for the caller to refuse are a rank of rank_pattern,
+    which was asked for, and a module that is not loaded as it must be.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    reasons: dict[str, list[str]] = {}
+    sizes = {name: _size(module) for name, module in linears.items()}
+    for name, module in linears.items():
+        reason = problem(module)
+        if reason is not None and _not_loaded(module) is None:
+            reasons.setdefault(reason, []).append(name)
+    shapes = {name: shape_of(linears[name]) for name in linears if name not in _names(reasons) and sizes[name]}
+    if any(min(shape) >= config.r for shape in shapes.values()):  # or else the rank is what cannot be, and is refused
+        for name, shape in shapes.items():
+            if config.r > min(shape) and matched(config.rank_pattern, name, None) is None:
+                reasons.setdefault(_rank_problem(config.r, shape), []).append(name)
+    skipped = _names(reasons)
+    if not skipped:
+        return linears
+    share = sum(sizes[name] for name in skipped) / max(sum(sizes.values()), 1)
+    causes = joined([f"{listed(names)}: {reason}." for reason, names in reasons.items()])
+    text = (
+        f"target_modules='{ALL_LINEAR}' leaves out {len(skipped)} of {len(linears)} linears, {share:.1%} of their "
+        f"weights. {causes}"
+    )
+    if len(skipped) == len(linears):
+        raise ValueError(f"{text} Nothing is left to adapt.")
+    warnings.warn(text, UserWarning, stacklevel=stacklevel)
+    return {name: module for name, module in linears.items() if name not in skipped}
 
 
 def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
@@ -117,21 +175,13 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
     problems = []
     for target in targets:
         try:
-            check_rank(target.r, target.module.out_features, target.module.in_features)
-            check_fits(target.module.weight.detach(), config.layout)
+            check_rank(target.r, *target.weight.shape)
+            check_fits(target.weight.detach(), config.layout)
         except ValueError as error:
             problems.append(f"'{target.name}': {error}")
     if problems:
         advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
         raise ValueError(f"The model was not converted. {joined(problems)} {advice}")
-
-
-def all_linears(model: nn.Module, kinds: tuple[type, ...] = (nn.Linear,)) -> Iterator[nn.Module]:
-    """What "all-linear" means: the modules of these kinds, except an output head."""
-    heads = output_heads(model)
-    for module in model.modules():
-        if isinstance(module, kinds) and not any(module is head for head in heads):
-            yield module
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -210,19 +260,12 @@ def _excluded(config: LoRSConfig, name: str) -> bool:
     return any(config.saves(".".join(parts[: end + 1])) for end in range(len(parts)))
 
 
-def unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
+def _unsuitable(module: nn.Module) -> str | None:
     """Say why this module cannot be replaced by an adapted one, or None; the words follow 'it'."""
     kind = type(module).__name__
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         return (
             f"is {_article(kind)}, and only nn.Linear can be adapted. Name linears in target_modules, or leave it out"
-        )
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "belongs to nn.MultiheadAttention, which reads its weight without calling it. Leave it out"
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
-        return (
-            "belongs to nn.TransformerEncoderLayer, whose inference fast path reads the weight without calling the "
-            "module, so that the adapter would be ignored. Write the layer out in modules of your own, or leave it out"
         )
     weight = module._parameters.get("weight")
     if weight is None or hasattr(module, "parametrizations"):
@@ -230,22 +273,69 @@ def unsuitable(module: nn.Module, parents: list[nn.Module]) -> str | None:
             "computes its weight (torch.nn.utils.prune or parametrize). Make that permanent first: "
             "torch.nn.utils.prune.remove(module, 'weight') or parametrize.remove_parametrizations(module, 'weight')"
         )
-    if is_lazy(weight):
+    reason = _not_loaded(module)
+    if reason is not None:
+        return reason
+    if weight.dtype not in DTYPES:
+        return f"has a weight of dtype {weight.dtype}, and a floating-point one is needed. Load the model unquantized"
+    if weight.dim() != 2 or 0 in weight.shape:
+        return f"has a weight of shape {tuple(weight.shape)}, and two dimensions of at least 1 are needed. Leave it out"
+    semi_structured = torch.sparse.SparseSemiStructuredTensor  # which is converted
+    if is_packed(weight) and not isinstance(weight, semi_structured) and not is_sharded(weight):
+        return (
+            f"has a weight of the class {type(weight).__name__}, which holds its values in packed tensors. Put "
+            "weight.dequantize() in its place, or load the model unquantized"
+        )
+    if not computes_linear(module):
+        return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"
+    return None
+
+
+def _names(reasons: dict[str, list[str]]) -> set[str]:
+    return {name for names in reasons.values() for name in names}
+
+
+def _rank_problem(r: int, shape: tuple[int, int]) -> str:
+    try:
+        check_rank(r, *shape)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    raise AssertionError("the rank fits")
+
+
+def _not_loaded(module: nn.Module) -> str | None:
+    """Why a module is not loaded as it must be, which loading the model otherwise mends; None if it is."""
+    weight = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
     if is_offloaded(module):
         return (
             "has its weights offloaded by accelerate (device_map), which brings them for each forward only. Load the "
             "model without offloading to the CPU or the disk, or leave it out"
         )
-    if original_forward(module) is not nn.Linear.forward:
-        return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"
-    if weight.device.type == "meta":
+    if weight is not None and weight.device.type == "meta":
         return "is on the meta device, without values. Load the model's weights first"
-    if not weight.is_floating_point():
-        return f"has a weight of dtype {weight.dtype}, and a floating-point one is needed. Load the model unquantized"
     return None
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """N and K of a linear, plain or stored sparse."""
+    if is_linear(linear):
+        N, K = weight_of(linear).shape
+        return N, K
+    sparse: Any = linear
+    return sparse.out_features, sparse.in_features
+
+
+def _size(linear: nn.Module) -> int:
+    """Number of weights; 0 where that is not known."""
+    known: Any = linear
+    weight = linear._parameters.get("weight")
+    if weight is not None and not is_lazy(weight):
+        return weight.numel()
+    return int(getattr(known, "in_features", 0) * getattr(known, "out_features", 0))
 
 
 def _nothing_selected(model: nn.Module, config: LoRSConfig, left_out: list[str]) -> str:
@@ -257,7 +347,7 @@ def _nothing_selected(model: nn.Module, config: LoRSConfig, left_out: list[str])
             f"target_modules={config.target_modules!r} selects {listed(left_out)} in {kind}, but all of them are the "
             "output head or taken out by exclude_modules or modules_to_save; nothing is left to adapt."
         )
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     if not linears:
         return f"{kind} has no nn.Linear, so there is nothing to adapt."
     return (

@@ -112,11 +112,11 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
-    """A configuration with the targets that `add_targets` asks for."""
+    """A configuration with the targets that `add_targets` asks for; of rank 1, which all linears have, unless given."""
     targets = ALL_LINEAR if args.target_modules is None else args.target_modules
     if (len(targets) == 1 and not re.fullmatch(r"[\w.-]*", targets[0])) or targets == [ALL_LINEAR]:
         targets = targets[0]
-    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **fields)
+    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **{"r": 1, **fields})
 
 
 def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:

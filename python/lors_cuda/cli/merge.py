@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._files import new_directory
+from .._linears import weight_of
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..formats import unpack_mask
@@ -85,7 +86,7 @@ def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
     """
     rounded = 0
     for name, bits in masks.items():
-        weight: Any = model.get_submodule(name).weight
+        weight = weight_of(model.get_submodule(name))
         mask = unpack_mask(bits, weight.shape[1])
         nonzero = weight != 0
         lost = int((nonzero & ~mask).sum())

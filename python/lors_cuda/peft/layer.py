@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._weight_reads import reads_past
 from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
 from ..linear import SparseLayer, SparseLinear
@@ -64,6 +65,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = (
+            False  # for PEFT's code: adapters and stored weight have one orientation, also of a Conv1D
+        )
         self.register_buffer("unmerged_values", None, persistent=False)
 
     # ---- adapters ----
@@ -120,6 +124,13 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     @property
     def storage(self) -> nn.Module:
         return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        base: Any = self.base_layer
+        if self.disable_adapters or self.merged or not reads_past(self):
+            return base.weight
+        return self.merged_dense().t() if getattr(base, "conv1d", False) else self.merged_dense()
 
     def merged_dense(self) -> Tensor:
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]

@@ -17,7 +17,6 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import Linear, LoraModel
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.integrations import skip_init_on_device
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from .._checks import check_has_values, check_whole, is_packed, joined
 from .._distributed import check_gathered
+from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..advice import new_heads, warn_of_conversion
@@ -67,7 +67,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         check_targets(targets, model, config, new=new)
         found = fingerprints(targets, config)
         heads = new_heads(model) if new else []
-        unconverted = [name for name, module in targets.items() if isinstance(module, nn.Linear)]
+        unconverted = [name for name, module in targets.items() if is_linear(module)]
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
             for name in unconverted:
@@ -108,12 +108,6 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also moves the adapters to the device of `weight`, which decompresses it; the layer itself has done so.
         setattr(parent, child_name, new_module)
-
-    def _check_target_module_compatiblity(
-        self, peft_config: LoRSLoraConfig, model: nn.Module, target_name: str
-    ) -> None:
-        # The check is for LoRA by its name, and what it is about holds here: kernels that read the weight themselves.
-        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)
 
     # ---- merging: whatever can be refused is refused before the first layer is changed ----
 
@@ -238,11 +232,11 @@ def _state_problems(model: nn.Module, adapter_name: str, state: Mapping[str, Ten
 
 @skip_init_on_device  # or PEFT's low_cpu_mem_usage, meant for new adapters, would put the weight on the meta device
 def _compress(model: nn.Module, name: str, layout: str) -> None:
-    """Put a SparseLinear in the place of a linear, unless its weight stays dense."""
+    """Put a SparseLinear in the place of a linear, unless its weight stays dense; of a Conv1D always."""
     parent, _, child = name.rpartition(".")
     linear = model.get_submodule(name)
     compressed = SparseLinear.compress(linear, layout)  # type: ignore[arg-type]
-    if compressed.sparse_weight.layout != "dense":
+    if compressed.conv1d or compressed.sparse_weight.layout != "dense":
         setattr(model.get_submodule(parent), child, compressed)
     elif is_packed(linear.weight):  # type: ignore[arg-type]
         linear.weight = nn.Parameter(compressed.weight_values.detach(), requires_grad=False)
@@ -266,7 +260,7 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 _without(module, adapter_name)
                 continue
             restored = _unwrapped(module)
-            if isinstance(restored, SparseLinear) and kinds.get(name) is nn.Linear:
+            if isinstance(restored, SparseLinear) and kinds.get(name) not in (None, SparseLinear):
                 restored = restored.to_linear()
             if restored is not module:
                 parent, _, child = name.rpartition(".")

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import partial
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._checks import check_rank, joined, listed
+from .._linears import is_linear, weight_of
 from ..config import ALL_LINEAR, matched
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
 from ..linear import SparseLayer, SparseLinear
-from ..targets import Places, all_linears, cannot_adapt, no_saved_module, warn_unused
+from ..targets import Places, adaptable, cannot_adapt, no_saved_module, output_heads, shape_of, warn_unused
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -51,18 +52,25 @@ def selected(model: nn.Module, config: LoRSLoraConfig) -> dict[str, nn.Module]:
 
 
 def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
-    """Replace target_modules="all-linear" by the names of all linears, also stored sparse, except the output head."""
+    """Replace target_modules="all-linear" by the names of the linears that can be adapted, stored sparse or not, except
+    the output head."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return
-    linears = set(all_linears(model, (nn.Linear, SparseLayer)))
-    names = {name for name, module in candidates(model) if module in linears}
+    heads = output_heads(model)
+    names = {
+        name
+        for name, module in candidates(model)
+        if (is_linear(module) or isinstance(module, SparseLayer)) and not any(module is head for head in heads)
+    }
     if not names:
         raise ValueError(
             f"target_modules='{ALL_LINEAR}' matches nothing: {type(model).__name__} has no nn.Linear and no "
-            "SparseLinear (apart from an output head). Only these can be adapted; Conv1D and embeddings cannot."
+            "SparseLinear (apart from an output head). Only these can be adapted; embeddings cannot."
         )
     config.target_modules = names
+    chosen = selected(model, config)  # without what exclude_modules and the other fields leave out
+    config.target_modules = set(adaptable(chosen, partial(_problem, places=Places(model)), config, stacklevel=9))
 
 
 def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:
@@ -78,16 +86,12 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
     problems = _unknown_saved(model, config)
     for name, module in targets.items():
         reason = _problem(module, places)
-        others = [other for other in places.names_of[module] if other != name]
-        if reason is None and others:
-            reason = f"is also called '{others[0]}', and PEFT would adapt it under one name only. Leave it out"
         if reason is not None:
             problems.append(cannot_adapt(name, reason))
             continue
-        linear: Any = module
         try:
             if new:
-                check_rank(matched(config.rank_pattern, name, config.r), linear.out_features, linear.in_features)
+                check_rank(matched(config.rank_pattern, name, config.r), *shape_of(module))
             _check_layout(module, config)
         except ValueError as error:
             problems.append(f"'{name}': {error}")
@@ -112,10 +116,9 @@ def fingerprints(targets: dict[str, nn.Module], config: LoRSLoraConfig) -> dict[
 def _fingerprint(module: nn.Module) -> Fingerprint:
     if isinstance(module, LoRSLoraLinear) and module.fingerprint is not None:
         return module.fingerprint
-    linear: Any = module
     if isinstance(module, (SparseLinear, LoRSLoraLinear)):
-        return fingerprint(linear.sparse_weight)
-    return fingerprint(SparseWeight.from_dense(linear.weight, "dense"))
+        return fingerprint(module.sparse_weight)
+    return fingerprint(SparseWeight.from_dense(weight_of(module), "dense"))
 
 
 def _problem(module: nn.Module, places: Places) -> str | None:
@@ -128,7 +131,10 @@ def _problem(module: nn.Module, places: Places) -> str | None:
         return "is on the meta device. Load the model's weights first" if module.weight_values.is_meta else None
     if isinstance(module, SparseLinear):
         return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
-    return places.problem(module)
+    reason, names = places.problem(module), places.names_of[module]
+    if reason is None and len(names) > 1:
+        return f"is also called '{names[1]}', and PEFT would adapt it under one name only. Leave it out"
+    return reason
 
 
 def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
@@ -140,9 +146,9 @@ def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
 
 
 def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         if config.trained_on is None or not config.strict_mask:  # else the mask itself is compared
-            check_fits(module.weight.detach(), config.layout)
+            check_fits(weight_of(module).detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.trained_on is None:
         stored = module.sparse_weight.layout
         if config.layout not in ("auto", stored):

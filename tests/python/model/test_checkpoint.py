@@ -182,7 +182,6 @@ def test_an_adapter_of_peft_is_loaded_on_request_and_masked(tmp_path):
     "changes",
     [
         {"use_dora": True},
-        {"fan_in_fan_out": True},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"lora_bias": True},
@@ -282,3 +281,17 @@ def test_a_dtype_that_cannot_hold_the_adapter_is_refused(saved):
     model = get_lors_model(tiny_llama(), LoRSConfig(r=4, lora_alpha=8))
     model.get_submodule(Q_PROJ).to(torch.bfloat16)
     refused(ValueError, lambda: load_adapter(model, directory), f"lora_A of '{Q_PROJ}' is torch.float32", "bfloat16")
+
+
+def test_adapters_that_never_learned_are_named(tmp_path, recwarn):
+    model = trained()
+    save_adapter(model, tmp_path)
+    assert not [each for each in recwarn if "still zero" in str(each.message)]
+    model.get_submodule(Q_PROJ).lora_B.data.zero_()
+    with pytest.warns(UserWarning, match=f"1 of 14 adapters are still zero: '{Q_PROJ}'"):
+        save_adapter(model, tmp_path)
+    for _, layer in named_lors_layers(model):
+        layer.lora_B.data.zero_()  # as at the start, where there is nothing to say
+    recwarn.clear()
+    save_adapter(model, tmp_path)
+    assert not [each for each in recwarn if "still zero" in str(each.message)]

@@ -19,7 +19,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 def names(model: nn.Module, **fields) -> list[str]:
-    return [target.name for target in find_targets(model, LoRSConfig(**fields))]
+    return [target.name for target in find_targets(model, LoRSConfig(**{"r": 2, **fields}))]
 
 
 def test_a_field_reassigned_to_nonsense_is_found_on_use():
@@ -111,7 +111,11 @@ def test_nothing_matched_lists_the_linears():
         ),
         (nn.Sequential(nn.Embedding(4, 4)), {"target_modules": ["0"]}, "it is an Embedding"),
         (nn.Sequential(nn.MultiheadAttention(4, 2)), {}, "MultiheadAttention"),
-        (nn.Sequential(nn.TransformerEncoderLayer(8, 2)), {"target_modules": ["linear1"]}, "fast path"),
+        (
+            nn.Sequential(nn.TransformerEncoderLayer(8, 2)),
+            {"target_modules": ["linear1"]},
+            "TransformerEncoderLayer.forward",
+        ),
         (nn.Sequential(nn.LazyLinear(4)), {}, "no shape yet"),
         (nn.Sequential(nn.Linear(4, 4, device="meta")), {}, "meta device"),
     ],
@@ -120,16 +124,30 @@ def test_what_cannot_be_adapted_is_named(model, fields, fragment):
     refused(ValueError, lambda: names(model, **fields), fragment)
 
 
+def left_out(model: nn.Module, kept: list[str], *fragments: str, **fields) -> str:
+    """ "all-linear" must select `kept` alone, with one warning about the others that holds every fragment."""
+    with pytest.warns(UserWarning, match="target_modules='all-linear' leaves out") as caught:
+        assert names(model, **fields) == kept
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    for fragment in fragments:
+        assert fragment in text, f"{fragment!r} is missing in: {text}"
+    return text
+
+
 def test_a_pruned_or_parametrized_linear_must_be_made_permanent():
     from torch.nn.utils import parametrizations, prune
 
     net = tiny_net()
     prune.l1_unstructured(net[0], "weight", 0.5)
-    refused(ValueError, lambda: names(net), "'0' cannot be adapted", "torch.nn.utils.prune.remove")
+    left_out(net, ["2"], "'0': computes its weight", "torch.nn.utils.prune.remove")
+    refused(
+        ValueError, lambda: names(net, target_modules=["0"]), "'0' cannot be adapted", "torch.nn.utils.prune.remove"
+    )
     prune.remove(net[0], "weight")
     assert names(net) == ["0", "2"]
     parametrizations.orthogonal(net[2])
-    refused(ValueError, lambda: names(net), "'2' cannot be adapted", "remove_parametrizations")
+    left_out(net, ["0"], "'2': computes its weight", "remove_parametrizations")
 
 
 def test_a_linear_with_a_forward_or_hooks_of_its_own_is_refused():
@@ -137,25 +155,99 @@ def test_a_linear_with_a_forward_or_hooks_of_its_own_is_refused():
         def forward(self, input):
             return 2 * super().forward(input)
 
-    class Renamed(nn.Linear):
-        pass
+    class Noisy(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) + (0.1 if self.training else 0.0)
 
-    refused(ValueError, lambda: names(nn.Sequential(Scaled(4, 4))), "a Scaled with a forward of its own")
-    net = nn.Sequential(Renamed(4, 4))
-    assert names(net) == ["0"]
+    class Router(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).softmax(-1), None
+
+    class Shifted(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.shift = nn.Parameter(torch.zeros(sizes[1]))
+
+        def forward(self, input):
+            return super().forward(input) + self.shift
+
+    for kind in (Scaled, Noisy, Router, Shifted):
+        fragment = f"a {kind.__name__} with a forward of its own"
+        refused(ValueError, lambda kind=kind: names(nn.Sequential(kind(4, 4))), fragment)
+    net = nn.Sequential(nn.Linear(4, 4))
     net[0].forward = lambda input: input
     refused(ValueError, lambda: names(net), "forward of its own")
     net = tiny_net()
     handle = net[2].register_forward_hook(lambda *_: None)
-    refused(ValueError, lambda: names(net), "'2' cannot be adapted: it has hooks")
+    left_out(net, ["0"], "'2': has hooks")
+    refused(ValueError, lambda: names(net, target_modules=["2"]), "'2' cannot be adapted: it has hooks")
     handle.remove()
     assert names(net) == ["0", "2"]
+
+
+def test_a_linear_of_another_class_with_the_same_product_is_adapted():
+    class Renamed(nn.Linear):
+        pass
+
+    class Handed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Unfused(nn.Linear):
+        def forward(self, x):
+            product = x @ self.weight.T
+            return product if self.bias is None else product + self.bias
+
+    for kind in (Renamed, Handed, Unfused):
+        for bias in (True, False):
+            net = nn.Sequential(kind(4, 4, bias=bias).double())
+            x = torch.randn(3, 4, dtype=torch.float64)
+            expected = net(x)
+            assert names(net) == ["0"]
+            torch.testing.assert_close(get_lors_model(net, LoRSConfig(r=2))(x), expected)
+
+
+def test_all_linear_lists_what_it_leaves_out_once_with_reasons_and_the_share_of_the_weights():
+    model = nn.ModuleDict({
+        "big": nn.Linear(16, 16), "gate": nn.Linear(16, 1), "second_gate": nn.Linear(16, 1), "fp8": nn.Linear(8, 4),
+        "head": nn.Linear(16, 2),
+    })  # fmt: skip
+    model["fp8"].weight = nn.Parameter(torch.zeros(4, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    text = left_out(
+        model, ["big"], "leaves out 3 of 4 linears, 20.0% of their weights",
+        "'gate', 'second_gate': r is 2; for a layer of 1 x 16",
+        "'fp8': has a weight of dtype torch.float8_e4m3fn", exclude_modules=["head"],
+    )  # fmt: skip
+    assert "head" not in text, "what the caller excluded is no news"
+    assert names(model, exclude_modules=["head", "fp8"], rank_pattern={".*gate": 1}) == ["big", "gate", "second_gate"]
+    refused(ValueError, lambda: names(model, target_modules=["big", "fp8"]), "'fp8' cannot be adapted")
+    with pytest.warns(UserWarning, match="leaves out 4 of 5"):
+        get_lors_model(model, LoRSConfig(r=16))
+    assert [name for name, _ in named_lors_layers(model)] == ["big"]
+
+
+def test_all_linear_with_nothing_left_gives_the_reasons():
+    net = tiny_net().to(torch.float8_e4m3fn)
+    refused(ValueError, lambda: names(net), "'0', '2': has a weight of dtype", "Nothing is left to adapt")
+    # A rank that no linear has, or that was asked for by name, is what is wrong.
+    for fields in ({"r": 64}, {"r": 2, "rank_pattern": {"0": 64}}):
+        refused(ValueError, lambda fields=fields: get_lors_model(tiny_net(), LoRSConfig(**fields)), "'0': r is 64")
 
 
 def test_an_integer_weight_is_refused():
     net = tiny_net()
     net[0].weight = nn.Parameter(torch.zeros(16, 8, dtype=torch.int8), requires_grad=False)
-    refused(ValueError, lambda: names(net), "torch.int8", "floating-point")
+    left_out(net, ["2"], "'0': has a weight of dtype torch.int8", "floating-point")
+    refused(ValueError, lambda: names(net, target_modules=["0"]), "torch.int8", "floating-point")
+
+
+def test_a_weight_that_another_tool_stores_is_left_out():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    net = tiny_net()
+    weight = net[0].weight.detach()
+    net[0].weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+    left_out(net, ["2"], "'0': has a weight of the class TwoTensor", "weight.dequantize()")
 
 
 def test_tied_weights_are_refused_and_named():

@@ -32,7 +32,6 @@ def test_every_field_of_peft_is_decided():
 
 
 REFUSED_VALUES = {
-    "fan_in_fan_out": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
     "loftq_config": {"loftq_bits": 4},
     "eva_config": lora.EvaConfig(),
@@ -179,13 +178,6 @@ def test_other_modules_are_refused():
         "'1' cannot be adapted: it is an Embedding, and only nn.Linear",
     )
     assert_unchanged(model, before)
-
-
-def test_conv1d_of_transformers_is_refused():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    model = nn.Sequential(conv1d(4, 4))
-    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules=["0"])), "a Conv1D, and only")
-    refused(ValueError, lambda: peft.get_peft_model(model, config_of(target_modules="all-linear")), "matches nothing")
 
 
 def test_shared_and_tied_modules_are_refused():

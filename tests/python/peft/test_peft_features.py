@@ -369,9 +369,12 @@ def test_target_modules_of_the_architecture():
 
 
 def test_mamba_projections_that_are_read_without_a_call_are_refused():
-    model = nn.Sequential()
-    model.out_proj = nn.Linear(4, 4)
-    model.config = type("Config", (), {"model_type": "mamba", "to_dict": lambda self: {"model_type": "mamba"}})()
-    with pytest.raises(ValueError, match="incompatible with Mamba"):
-        peft.get_peft_model(model, config_of(target_modules=["out_proj"]))
-    assert type(model.out_proj) is nn.Linear
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=8
+    )
+    model = transformers.MambaForCausalLM(config)
+    for name in ("x_proj", "dt_proj", "out_proj"):
+        with pytest.raises(ValueError, match=f"mixer.{name}' cannot be adapted: it has its weight read by MambaMixer"):
+            peft.get_peft_model(model, config_of(target_modules=["in_proj", name]))
+    assert type(model.backbone.layers[0].mixer.in_proj) is nn.Linear

@@ -194,16 +194,17 @@ def test_device_map_of_from_pretrained(tmp_path):
 
 
 def test_a_forward_of_the_users_own_is_still_refused():
-    net = tiny_net()
-    forward = net[2].forward
-    net[2].forward = lambda input: 2 * forward(input)
-    add_hook_to_module(net[2], AlignDevicesHook(execution_device="cpu"))
-    refused(ValueError, lambda: get_lors_model(net, LoRSConfig(r=2)), "'2'", "forward of its own")
-    net = tiny_net()
-    add_hook_to_module(net[2], AlignDevicesHook(execution_device="cpu"))
-    forward_with_hook = net[2].forward
-    net[2].forward = lambda input: 2 * forward_with_hook(input)
-    refused(ValueError, lambda: get_lors_model(net, LoRSConfig(r=2)), "'2'", "forward of its own")
-    net = tiny_net()
-    add_hook_to_module(net[2], accelerate.hooks.ModelHook())
-    refused(ValueError, lambda: get_lors_model(net, LoRSConfig(r=2)), "'2'", "forward of its own")
+    replaced, replaced_below_the_hook, hooked = tiny_net(), tiny_net(), tiny_net()
+    forward = replaced[2].forward
+    replaced[2].forward = lambda input: 2 * forward(input)
+    add_hook_to_module(replaced[2], AlignDevicesHook(execution_device="cpu"))
+    add_hook_to_module(replaced_below_the_hook[2], AlignDevicesHook(execution_device="cpu"))
+    forward_with_hook = replaced_below_the_hook[2].forward
+    replaced_below_the_hook[2].forward = lambda input: 2 * forward_with_hook(input)
+    add_hook_to_module(hooked[2], accelerate.hooks.ModelHook())
+    for net in (replaced, replaced_below_the_hook, hooked):
+        config = LoRSConfig(r=2, target_modules=["0", "2"])
+        refused(ValueError, lambda net=net, config=config: get_lors_model(net, config), "'2'", "forward of its own")
+        with pytest.warns(UserWarning, match="'2': is a Linear with a forward of its own"):
+            get_lors_model(net, LoRSConfig(r=2))
+        assert [name for name, _ in named_lors_layers(net)] == ["0"]
