@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The CPU's variables are judged in csrc/core/cpu/dispatch.cpp.
 _ENVIRONMENT = {
     "LORS_CUDA_FUSED": ("always", "never"),
-    "LORS_SPARSE_PRODUCT": ("dense", "sparse", "auto"),
+    "LORS_SPARSE_PRODUCT": ("dense", "sparse", "auto"),  # the default first
 }
 _NAMES_SHOWN = 6
 _PROBLEMS_SHOWN = 5
@@ -114,6 +114,11 @@ def check_environment() -> None:
         if value and value not in allowed:
             words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             raise ValueError(f"{name} is {value!r}; set it to {words}, or leave it unset.")
+
+
+def sparse_product() -> str:
+    """How the forward of a 2:4 weight is computed: LORS_SPARSE_PRODUCT, or what it is where that is unset."""
+    return os.environ.get("LORS_SPARSE_PRODUCT") or _ENVIRONMENT["LORS_SPARSE_PRODUCT"][0]
 
 
 def rank_number(name: str, value: Any) -> int:

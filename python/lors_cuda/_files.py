@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # Files and directories are written beside their final name, flushed and renamed, so a kill or a full disk leaves the
 # old content; a sealed directory also lists its files with checksums. Used for checkpoints, logs, plots and models.
+# A symbolic link is written through: "beside" is where it leads to.
 """Atomic output."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,9 +34,10 @@ def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
     Raises:
         OSError: with the system's reason; files not yet renamed are unchanged.
     """
-    pairs = [(_beside(directory / name), directory / name) for name in contents]
+    finals = [real(directory / name) for name in contents]
+    pairs = [(_beside(final), final) for final in finals]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        real(directory).mkdir(parents=True, exist_ok=True)
         for (temporary, _), content in zip(pairs, contents.values(), strict=True):
             with open(temporary, "xb") as file:
                 file.write(content)
@@ -44,7 +47,7 @@ def replace_files(directory: Path, contents: dict[str, bytes]) -> None:
             os.replace(temporary, final)
         flush_directory(directory)
     except OSError as error:
-        place = pairs[0][1] if len(pairs) == 1 else directory
+        place = directory / next(iter(contents)) if len(pairs) == 1 else directory
         raise not_written(place, error, error.errno) from error
     finally:
         for temporary, _ in pairs:
@@ -59,39 +62,104 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         path: must not exist, or be an empty directory, unless ``replace``: its old content is then removed once the
             new directory is complete. NOTE: that takes two renames; a kill between them leaves the old directory
-            beside ``path``, under a hidden name that ends in ``.old``.
+            beside ``path``, under a hidden name that ends in ``.old``. A mount point cannot be renamed: there the
+            new files are moved into it one by one, config.json last, by which a model is known.
 
     Raises:
         OSError: the files could not be written (also if safetensors reports it); ``path`` is unchanged.
     """
-    temporary = _beside(path)
+    final = real(path)
+    mounted = os.path.ismount(final)
+    temporary = _beside(final / final.name if mounted else final)
     try:
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
-            move_directory(temporary, path, replace=replace)
+            if mounted:
+                _fill(temporary, final, replace=replace)
+            else:
+                move_directory(temporary, final, replace=replace)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_directory(temporary)
+
+
+@contextlib.contextmanager
+def new_files(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory; its files replace those of ``directory`` when the block ends without an error.
+
+    Raises:
+        OSError: the files could not be written, whoever reports it; those of ``directory`` are unchanged.
+    """
+    inside = real(directory)
+    temporary = _beside(inside / "new")
+    try:
+        with explained(directory):
+            inside.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            _flush_files(temporary)
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    final = real(inside / file.relative_to(temporary))
+                    final.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, final)
+            flush_directory(inside)
+    finally:
+        remove_directory(temporary)
 
 
 def move_directory(source: Path, path: Path, *, replace: bool) -> None:
     """Flush the files of ``source`` and rename it to ``path``, on one file system; see :func:`new_directory`."""
     old = _beside(path, "old")
-    for file in source.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-    if replace and path.exists():
-        os.rename(path, old)
+    _flush_files(source)
     try:
+        if replace and path.exists():
+            os.rename(path, old)
         os.rename(source, path)
-    except OSError:
-        if old.exists():
+    except BaseException:  # an interrupt too
+        if old.exists() and not path.exists():
             os.rename(old, path)
         raise
     flush_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_directory(old)
+
+
+def _fill(source: Path, directory: Path, *, replace: bool) -> None:
+    """Move what is in ``source``, a directory inside, to ``directory``; config.json goes first and comes last."""
+    _flush_files(source)
+    before = [entry for entry in directory.iterdir() if entry != source]
+    if before and not replace:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    for entry in sorted(before, key=lambda entry: entry.name != "config.json"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == "config.json"):
+        os.rename(entry, directory / entry.name)
+    flush_directory(directory)
+
+
+def _flush_files(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory, if it is there, also where an interrupt comes while it does."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def real(path: Path) -> Path:
+    """Where a path leads to through symbolic links; the last of them may lead to nothing yet."""
+    return Path(os.path.realpath(path))
 
 
 def seal(directory: Path) -> None:
@@ -127,10 +195,10 @@ def explained(path: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise not_written(path, cause, error.errno) from cause
     except Exception as error:
-        # safetensors' writer raises a type of its own for a full disk, torch's zip writer a RuntimeError.
+        # safetensors' writer raises a type of its own for a full disk, torch's zip writer one of several RuntimeErrors.
         if type(error).__name__ == "SafetensorError":
             raise not_written(path, error) from error
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        if any(words in str(error) for words in ("inline_container", "PytorchStreamWriter", "iostream error")):
             raise not_written(path, OSError("the disk is full, or failed")) from error
         raise
 
@@ -138,11 +206,11 @@ def explained(path: Path) -> Iterator[None]:
 def not_written(path: Path, reason: Exception, number: int | None = None) -> OSError:
     """The error for a file or directory that could not be written."""
     why = getattr(reason, "strerror", None) or str(reason)
-    return OSError(
-        number,
+    text = (
         f"'{path}' could not be written ({why}); what stood there before is unchanged. Free space or choose another "
-        "place, and run it again",
+        "place, and run it again"
     )
+    return OSError(text) if number is None else OSError(number, text)
 
 
 def flush_directory(path: Path) -> None:

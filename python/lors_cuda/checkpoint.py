@@ -260,13 +260,9 @@ def _fit_converted(
 def _fit_unconverted(
     model: nn.Module, adapter: SavedAdapter, weights: dict[str, Callable[[], SparseWeight]]
 ) -> tuple[list[Target], list[str]]:
-    modules = dict(model.named_modules())
-    absent = [name for name in adapter.adapters if name not in modules]
-    if absent:
-        return [], [
-            f"The model, {type(model).__name__}, has no module '{absent[0]}' ({len(absent)} of the adapter's "
-            f"{len(adapter.adapters)} modules are missing): the adapter belongs to another model."
-        ]
+    absent = absent_modules(model, adapter)
+    if absent is not None:
+        return [], [absent]
     targets = find_targets(model, adapter.config)
     problems = _fit_names([target.name for target in targets], adapter)
     for target in targets:
@@ -276,6 +272,18 @@ def _fit_unconverted(
             weights[target.name] = partial(SparseWeight.from_dense, target.weight.detach(), "dense")
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
     return targets, problems
+
+
+def absent_modules(model: nn.Module, adapter: SavedAdapter) -> str | None:
+    """The sentence about an adapter's modules that the model does not have; None if it has them all."""
+    modules = dict(model.named_modules())
+    absent = [name for name in adapter.adapters if name not in modules]
+    if not absent:
+        return None
+    return (
+        f"The model, {type(model).__name__}, has no module '{absent[0]}' ({len(absent)} of the adapter's "
+        f"{len(adapter.adapters)} modules are missing): the adapter belongs to another model."
+    )
 
 
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:

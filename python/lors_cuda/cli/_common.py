@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +20,16 @@ from .._distributed import is_first, launched
 from .._library import build_info
 from .._records import ENDINGS
 from ..compressed_tensors import load_sparse_checkpoint
-from ..compressed_tensors.checkpoint import first_line, write_model
+from ..compressed_tensors.checkpoint import first_line
 from ..config import ALL_LINEAR, LoRSConfig
 from ..data import TokenDataset, load_data
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..sparsity import LayerSparsity
 
 DEFAULT_SEQUENCE_LENGTH = 512
-# Everything a tokenizer may consist of; the tokenizer's classes name the files, and none may be lost.
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates",
-)  # fmt: skip
-# What else a model's directory holds, as transformers and the commands here write it.
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 
 
 def positive_int(text: str) -> int:
@@ -74,6 +67,18 @@ def positive_float(text: str) -> float:
     return value
 
 
+def pattern_entry(number: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    """The type of an option's values "NAME=NUMBER"."""
+
+    def entry(text: str) -> tuple[str, Any]:
+        name, separator, value = text.rpartition("=")
+        if not separator or not name:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
+        return name, number(value)
+
+    return entry
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model and --device."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="directory of the model")
@@ -101,25 +106,37 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="name suffixes; every linear but the output head if not given",
+        help="name suffixes, or one regular expression for whole names; every linear but the output head if not given",
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is")
 
 
 def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
     """A configuration with the targets that `add_targets` asks for; of rank 1, which all linears have, unless given."""
-    wanted = args.target_modules
-    targets = ALL_LINEAR if wanted in (None, [ALL_LINEAR]) else wanted
+    targets = ALL_LINEAR if args.target_modules is None else args.target_modules
+    if (len(targets) == 1 and not re.fullmatch(r"[\w.-]*", targets[0])) or targets == [ALL_LINEAR]:
+        targets = targets[0]
     return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **{"r": 1, **fields})
 
 
-def add_strict_mask(parser: argparse.ArgumentParser) -> None:
-    """--no-strict-mask."""
+def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
+    """--adapter and --no-strict-mask."""
+    parser.add_argument("--adapter", type=Path, required=required, metavar="DIR", help=help)
     parser.add_argument(
         "--no-strict-mask",
         dest="strict_mask",
         action="store_false",
         help="load an adapter of another sparsity mask, or of none that is known",
+    )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument(
+        "--force",
+        dest="strict_values",
+        action="store_false",
+        help="load an adapter that was trained on base weights of other values, or is merged already",
     )
 
 
@@ -239,54 +256,6 @@ def describe_data(data: TokenDataset) -> str:
     if data.skipped:
         text += f", {data.skipped} without a token to predict left out"
     return text
-
-
-def check_new(directory: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an output directory that would lose something.
-
-    Raises:
-        FileExistsError: it is not empty, and ``overwrite`` is not set or it holds no model. ValueError: it is, or
-            contains, one of the ``sources``.
-    """
-    output = directory.resolve()
-    for source in sources:
-        if output == source.resolve() or output in source.resolve().parents:
-            raise ValueError(
-                f"The output '{directory}' is, or contains, the input '{source}'; choose another directory."
-            )
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise FileExistsError(f"The output '{directory}' is a file; choose another directory.")
-    if any(directory.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"The output directory '{directory}' exists and is not empty; nothing was written. Choose another one, "
-                "or replace it with --overwrite."
-            )
-        if not (directory / "config.json").is_file():
-            raise FileExistsError(
-                f"The output directory '{directory}' holds no model (config.json), so --overwrite does not replace it; "
-                "remove it yourself, or choose another one."
-            )
-        known = (*_MODEL_FILES, *_TOKENIZER_FILES)
-        foreign = [entry.name for entry in sorted(directory.iterdir()) if not any(entry.match(one) for one in known)]
-        if foreign:
-            raise FileExistsError(
-                f"The output directory '{directory}' holds '{foreign[0]}' beside a model, and --overwrite would "
-                "remove it; remove it yourself, or choose another directory."
-            )
-
-
-def save_model(model: nn.Module, source: Path, directory: Path, format: str = "dense") -> None:
-    """Write a model and its tokenizer's files (copied from ``source``) into an existing directory."""
-    write_model(model, directory, format)
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copy2(file, directory / file.name)
 
 
 def sparsity_table(layers: Sequence[LayerSparsity]) -> str:

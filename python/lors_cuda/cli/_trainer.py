@@ -24,8 +24,7 @@ from .._files import not_written, replace_file
 from ..data import TokenDataset, count_loss_tokens
 from ..evaluation import evaluate
 from ..hf import LoRSTrainerMixin
-
-LOG_NAME = "training.jsonl"
+from ._run_directory import default_warmup
 
 
 def arguments(
@@ -40,7 +39,7 @@ def arguments(
     warmup_steps: int | None = None,
     **more: Any,
 ) -> TrainingArguments:
-    """TrainingArguments of a run that logs every step; ``warmup_steps`` None: 3 % of the steps."""
+    """TrainingArguments of a run that logs every step; ``warmup_steps`` None: `default_warmup`."""
     # Since 5.20 or so; the older name goes with version 6.
     checkpointing = more.pop("gradient_checkpointing", False)
     if checkpointing:
@@ -53,7 +52,7 @@ def arguments(
         per_device_eval_batch_size=batch_size,
         learning_rate=lr,
         lr_scheduler_type="cosine" if schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=math.ceil(0.03 * steps) if warmup_steps is None else warmup_steps,
+        warmup_steps=default_warmup(steps) if warmup_steps is None else warmup_steps,
         seed=seed % 2**32,  # numpy takes no more
         logging_steps=1,
         logging_nan_inf_filter=False,  # the mixin stops instead
@@ -116,13 +115,15 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
             self.lr_scheduler = LambdaLR(scheduled, factor)
         return self.lr_scheduler
 
-    def finished(self, checkpoint: str) -> bool:
-        """Whether the checkpoint is of the last step, whose log is then this trainer's: the Trainer would go on."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        done = state.global_step >= self.args.max_steps
-        if done:
-            self.state = state
-        return done
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
+            # The optimizer's rate for the next step is of the schedule that was saved; this one may have more steps.
+            scheduled = self.lr_scheduler
+            pairs = zip(scheduled.base_lrs, scheduled.lr_lambdas, strict=True)
+            scheduled._last_lr = [base * factor(scheduled.last_epoch) for base, factor in pairs]  # what is logged
+            for group, rate in zip(scheduled.optimizer.param_groups, scheduled._last_lr, strict=True):
+                group["lr"] = rate
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
         self._began = time.perf_counter()

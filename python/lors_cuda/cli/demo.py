@@ -33,10 +33,11 @@ from ..model import get_lors_model, merge_and_unload
 from ..pruning import prune
 from ..sparsity import measure_sparsity
 from . import UsageError
-from ._common import _quiet_transformers, load_model, positive_float, positive_int, save_model, say, seed_number
+from ._common import _quiet_transformers, load_model, positive_float, positive_int, say, seed_number
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
 from ._demo_report import Row, notes, plot, table, whats_next
 from ._demo_text import language_reference, split_topics
+from ._model_files import save_model
 
 MARKER_NAME = "demo.json"
 _MADE_BY = "lors-cuda demo"

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_adapter
 from ..evaluation import evaluate
 from ..sparsity import measure_sparsity
 from ._common import (
+    add_adapter,
     add_data,
     add_model,
-    add_strict_mask,
     add_targets,
     describe_data,
     load_dataset,
@@ -26,8 +25,7 @@ from ._common import (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to measure as well")
-    add_strict_mask(parser)
+    add_adapter(parser, "adapter to measure as well")
     add_targets(parser)
     add_data(parser)
 

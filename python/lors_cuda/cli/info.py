@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
 import torch
 
 from .. import __version__
+from .._checks import sparse_product
 from .._library import build_info
 from ._common import say
 
@@ -30,14 +30,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     extras = {name: _version(name) for name in _EXTRAS}
     kernels = {
         op: {
-            "cpu": _serves(op, "CPU"),
+            "cpu": _has_kernel(op, "CPU"),
             # The dispatcher knows what was loaded, not whether a device of this machine can run it.
-            "cuda": _serves(op, "CUDA") and build["cuda_available"],
+            "cuda": _has_kernel(op, "CUDA") and build["cuda_available"],
         }
         for op in _OPS
     }
     reason = build["cuda_reason"]
-    sparse_product = os.environ.get("LORS_SPARSE_PRODUCT") or "dense"
     result = {
         "lors_cuda": __version__,
         "torch": torch.__version__,
@@ -57,11 +56,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "gpus": gpus,
             "available": reason is None,
             "reason": reason,
-            "sparse_product": sparse_product,
+            "sparse_product": sparse_product(),
         },
         "compiler": build["compiler"],
         "kernels": kernels,
     }
+    words = {True: "yes", False: "no"}
     missing = [name for name, version in extras.items() if version is None]
     product = ", ".join(f"{dtype} in {how}" for dtype, how in build["cpu_product"].items())
     lines = [
@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"          built for {', '.join(build['cuda_archs']) or 'no architecture'}"
         + (f" with CUDA {build['cuda_version']}" if build["cuda_version"] else "")
         + f"; torch was built with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}",
-        f"          2:4 forward: {sparse_product}",
+        f"          2:4 forward: {result['cuda']['sparse_product']}",
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
         f"{'kernel':<16}  CPU  CUDA",
-        *(f"{op:<16}  {_yes(where['cpu']):<3}  {_yes(where['cuda'])}" for op, where in kernels.items()),
+        *(f"{op:<16}  {words[where['cpu']]:<3}  {words[where['cuda']]}" for op, where in kernels.items()),
     ]
     if missing:
         lines += ["", f"For {', '.join(missing)}: pip install 'lors-cuda[cli]'"]
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _serves(op: str, key: str) -> bool:
+def _has_kernel(op: str, key: str) -> bool:
     """Whether torch's dispatcher has a kernel of this package for a device: asked of it, not assumed."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"lors::{op}", key))
 
@@ -93,7 +93,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _yes(serves: bool) -> str:
-    return "yes" if serves else "no"

@@ -17,28 +17,23 @@ from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..sparsity import measure_sparsity
 from ._common import (
+    add_adapter,
+    add_force,
     add_model,
-    add_strict_mask,
     add_targets,
-    check_new,
     load_model,
-    save_model,
     say,
     sparsity_table,
     target_config,
 )
+from ._model_files import check_new, save_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_model(parser)
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what finetune wrote")
-    add_strict_mask(parser)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="merge into weights of other values than those the adapter was trained on",
-    )
+    add_adapter(parser, "what finetune wrote", required=True)
+    add_force(parser)
     add_targets(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
     parser.add_argument(
@@ -55,10 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
     model = load_model(args.model, args.device, any_architecture=True)
     before = measure_sparsity(model, target_config(args))
-    try:
-        load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=not args.force)
-    except ValueError as error:
-        raise ValueError(str(error).replace("strict_values=False", "--force")) from error
+    load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
     # One bit per weight: a copy of the weights would be as large as the model.
     masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
     merge_and_unload(model)

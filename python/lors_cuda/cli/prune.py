@@ -14,16 +14,15 @@ from ._common import (
     add_data,
     add_model,
     add_targets,
-    check_new,
     describe_data,
     load_dataset,
     load_model,
     positive_int,
-    save_model,
     say,
     sparsity_table,
     target_config,
 )
+from ._model_files import check_new, save_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -244,7 +244,6 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(home, tmp_pa
         (KeyError("x"), "unexpected KeyError: 'x'; run it again with --debug to see where"),
         (ValueError("two\nlines"), "two lines"),
         (PermissionError(13, "Permission denied", "/some/file"), "Permission denied: '/some/file'"),
-        (KeyboardInterrupt(), "interrupted"),
     ],
 )
 def test_every_failure_is_one_line(capsys, monkeypatch, problem, message):

@@ -16,7 +16,7 @@ import torch
 from byte_model import byte_llama, full_disk
 from cli_calls import ENVIRONMENT, call, curve, failed, finetune, safetensors_torch, tree
 from lors_cuda._files import new_directory
-from lors_cuda.cli.finetune import _check_options
+from lors_cuda.cli._finetune_options import check_options
 from models import refused, tiny_llama
 
 pytest_plugins = ["cli_fixtures"]
@@ -168,7 +168,7 @@ def test_options_of_gpus_are_refused_with_the_way_out(tmp_path, monkeypatch):
     def check(device, **options):
         given = {"warmup_steps": None, "steps": 1, "device": device, "report_to": [], "deepspeed": None}
         given |= {"fp16": False, "fsdp": False, **options}
-        _check_options(argparse.Namespace(**given), torch.device(device))
+        check_options(argparse.Namespace(**given), torch.device(device))
 
     check("cuda:0", fp16=True)
     refused(ValueError, lambda: check("cuda:1"), "CUDA_VISIBLE_DEVICES=1 and --device cuda")
@@ -194,7 +194,7 @@ def test_an_adapter_for_another_model(home, adapter, tmp_path, capsys):
     assert call(*prune) == 0
     error = failed(capsys, *merge, other_mask)
     assert "another sparsity mask" in error
-    assert "strict_mask=False" in error
+    assert "use --no-strict-mask to load it all the same" in error
     assert call("merge", *merge[1:4], tmp_path / "unchecked", "--model", other_mask, "--no-strict-mask") == 0
     assert "adapter_config.json" in failed(
         capsys, "eval", "--model", home / "sparse", "--data", home / "text.txt", "--adapter", tmp_path / "no"
@@ -238,7 +238,8 @@ def test_output_directories_are_never_overwritten_silently(home, adapter, tmp_pa
     assert "--resume" in error
     assert "--overwrite" in error
     for option, value, fragment in [
-        ("--steps", "7", "steps was 6, is 7"), ("--seed", "1", "seed was 0, is 1"), ("--rank", "2", "r was 4, is 2"),
+        ("--seed", "1", "seed was 0, is 1"), ("--rank", "2", "r was 4, is 2"),
+        ("--batch-size", "3", "batch_size was 4"),
         ("--init", "default", "init was 'gradient', is 'default'"), ("--data", home / "pairs.jsonl", "data was"),
     ]:  # fmt: skip
         error = failed(capsys, *finetune(home, adapter, "--resume", option, value))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from lors_cuda import LoRSLinear, SparseLinear, hf, merge_and_unload
+from lors_cuda import LoRSLinear, SparseLinear, merge_and_unload, sparsity_callback
 from lors_cuda.hf import SparsityCallback
 from models import refused, tiny_llama
 from trainer_runs import STEPS, checkpoint, converted, make_trainer, transformers
@@ -192,22 +192,22 @@ def test_sharded_layers_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int64])
 def test_any_single_change_changes_the_checksum(monkeypatch, dtype):
-    monkeypatch.setattr(hf, "_CHUNK", 8)  # so that 27 numbers are four chunks
+    monkeypatch.setattr(sparsity_callback, "_CHUNK", 8)  # so that 27 numbers are four chunks
     generator = random.Random(0)
     tensor = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0)).to(dtype)
-    whole = hf._checksum(tensor)
-    assert hf._checksum(tensor.clone()) == whole
-    assert hf._checksum(tensor.t().contiguous().t()) == whole  # of the values, not of how they lie
+    whole = sparsity_callback._checksum(tensor)
+    assert sparsity_callback._checksum(tensor.clone()) == whole
+    assert sparsity_callback._checksum(tensor.t().contiguous().t()) == whole  # of the values, not of how they lie
     seen = {whole}
     for place in range(tensor.numel()):
         changed = tensor.clone()
         bits = changed.view(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
         bits[place] ^= 1 << generator.randrange(8 * dtype.itemsize - 1)
-        seen.add(hf._checksum(changed))
+        seen.add(sparsity_callback._checksum(changed))
     assert whole not in seen - {whole}
     assert len(seen) > tensor.numel() // 2
     for distance in (1, 8):  # neighbours, and the same place of the next chunk
         swapped = tensor.clone().view(-1)
         first = next(i for i in range(26 - distance) if swapped[i] != swapped[i + distance])
         swapped[[first, first + distance]] = swapped[[first + distance, first]]
-        assert hf._checksum(swapped) != whole
+        assert sparsity_callback._checksum(swapped) != whole

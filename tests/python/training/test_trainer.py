@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from accelerate_state import own_accelerate  # noqa: F401  (a fixture)
-from byte_model import full_disk
+from byte_model import byte_tokenizer, full_disk
+from cli_calls import tree
 from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers
+from lors_cuda._files import explained
 from lors_cuda.hf import LoRSTrainerMixin, last_checkpoint
 from models import assert_unchanged, refused, snapshot, tiny_llama
 from trainer_runs import STEPS, AdapterTrainer, checkpoint, converted, losses, make_trainer, transformers
@@ -319,6 +321,39 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(finished, 
     assert message.count("could not be written") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert resumed(tmp_path) == finished[1]
+
+
+def test_a_full_disk_while_the_adapter_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.processing_class = byte_tokenizer()
+    trainer.save_model()
+    before = tree(tmp_path)
+    assert {*ADAPTER_FILES, "tokenizer_config.json"} <= set(before)
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).add_(1)
+    for free in (0, 5_000):  # training_args.bin, by torch, has about this many bytes
+        with full_disk(free):
+            message = refused(OSError, trainer.save_model, f"'{tmp_path}' could not be written", "before is unchanged")
+        assert message.count("could not be written") == 1
+        assert tree(tmp_path) == before
+    trainer.save_model()
+    assert tree(tmp_path)["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "basic_ios::clear: iostream error",
+    ],
+)
+def test_torch_s_errors_of_a_full_disk_are_known(tmp_path, words):
+    def fail():
+        with explained(tmp_path):
+            raise RuntimeError(words)
+
+    assert str(refused(OSError, fail, "the disk is full, or failed")).startswith(f"'{tmp_path}' could not be written")
 
 
 def test_older_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):

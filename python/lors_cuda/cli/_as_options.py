@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# The library's sentences name its arguments, because that is what a program passes. Before the command line prints one,
+# each argument becomes the option that gives it, so that what is advised can be done where it is read.
+"""Arguments of the library as options of a command."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+from typing import Any
+
+# Of an argument the option's destination. Those of several words are replaced wherever they occur, the others, which
+# are also words of the language, only before "=" and a quoted value.
+_DESTINATIONS = {
+    **{name: name for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")},
+    **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora")},
+    "lora_alpha": "alpha",
+}
+_PLAIN = ("layout", "gradient", "method", "format")
+_VALUE = r"""\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|True|False|None|[\d.]+"""
+_ARGUMENT = re.compile(
+    rf"(?<![\w.-])(?:(?P<name>{'|'.join(_DESTINATIONS)})(?:=(?P<value>{_VALUE}))?"
+    rf"|(?P<plain>{'|'.join(_PLAIN)})=(?P<quoted>'[^']*'|\"[^\"]*\"))(?!\w)"
+)
+
+
+def as_options(text: str, command: argparse.ArgumentParser, trains: argparse.ArgumentParser) -> str:
+    """``text`` with the library's arguments as options: "exclude_modules=['gate']" becomes "--exclude-modules gate".
+
+    What ``command`` has no option for is one of ``trains``, the parser of finetune, and called so.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"] or match["plain"]
+        for parser in (command, trains):
+            option = _option(parser, _DESTINATIONS.get(name, name))
+            if option is not None:
+                told = f"{option}{_words(match['value'] or match['quoted'])}"
+                return told if parser is command else f"{told} of '{parser.prog}'"
+        return match[0]
+
+    return _ARGUMENT.sub(replaced, text)
+
+
+def _option(parser: argparse.ArgumentParser, destination: str) -> str | None:
+    return next((action.option_strings[-1] for action in parser._actions if action.dest == destination), None)
+
+
+def _words(literal: str | None) -> str:
+    """The values of an option, as a shell takes them, after a space; "" for a flag."""
+    value: Any = None if literal is None else ast.literal_eval(literal)
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, dict):
+        value = [f"{key}={one}" for key, one in value.items()]
+    return " " + shlex.join(map(str, value if isinstance(value, list) else [value]))
