@@ -214,6 +214,8 @@ def run_case(seed: int, case: int) -> tuple[str, bool]:
     assert truth is not None or kind != "valid weights"
     for door in (from_parts, from_state, from_pickle):
         weight = accepted(door)
+        if weight is not None and weight.shape != (N, K):  # several changes can make a weight of another shape
+            weight = None
         assert (weight is None) == (truth is None), f"{door.__name__}: {weight}"
         if truth is not None:
             check_weight(weight, as_floats(truth[0], dtype), torch.from_numpy(truth[1]), random)
@@ -231,7 +233,7 @@ def check_weight(weight: SparseWeight, dense: Tensor, mask: Tensor, random: np.r
     if expected.isfinite().all():
         assert same(weight.merge(lora_A, lora_B, 0.5).to_dense(), expected)
     else:
-        with pytest.raises(ValueError, match="is nan|is inf|is -inf"):
+        with pytest.raises(ValueError, match=r"is (nan|inf|-inf)"):
             weight.merge(lora_A, lora_B, 0.5)
 
 
