@@ -175,7 +175,7 @@ def accepted(door: Callable[[], Any]) -> Any:
     try:
         return door()
     except (ValueError, RuntimeError) as error:  # torch raises the latter for a state
-        if not re.search("corrupted|incomplete|must be|an even number", str(error)):
+        if not re.search("corrupted|incomplete|must be|an even number|size mismatch", str(error)):
             raise
         return None
 
