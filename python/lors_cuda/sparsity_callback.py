@@ -32,7 +32,7 @@ class SparsityCallback(TrainerCallback):
         ValueError: the model has no LoRS layers, or sharded ones (FSDP), of which one process sees a part only.
 
     NOTE: reporters that the Trainer makes itself (TensorBoard, W&B) are called before this callback and miss
-    both, unless the Trainer is a :class:`LoRSTrainerMixin`.
+    both, unless the Trainer is a :class:`lors_cuda.hf.LoRSTrainerMixin`.
     """
 
     def __init__(self, every: int = 100) -> None:
