@@ -12,20 +12,10 @@ namespace lors {
 namespace cpu {
 namespace {
 
-MergeJob merge_job(const FusedLinearArgs& args, const PackedAdapters& adapters) {
-  MergeJob job;
-  job.in_features = args.in_features;
-  job.r = args.r;
-  job.weight_layout = args.weight_layout;
-  job.weight = args.weight;
-  job.weight_dtype = args.weight_dtype;
-  job.mask = args.mask;
-  job.metadata = args.metadata;
-  job.value_count = args.row_offsets ? args.row_offsets[args.out_features] : 0;
-  job.lora_A = adapters.lora_A();
-  job.lora_B = adapters.lora_B();
-  // Without an adapter a value of this type already needs no rounding.
-  job.round_to = args.r == 0 && args.weight_dtype == args.round_to ? DType::float32 : args.round_to;
+// Without an adapter a value of the rounded type already needs no rounding.
+MergeJob job_of(const FusedLinearArgs& args, const PackedAdapters& adapters) {
+  MergeJob job = merge_job(args, adapters);
+  if (args.r == 0 && args.weight_dtype == args.round_to) job.round_to = DType::float32;
   return job;
 }
 
@@ -46,7 +36,7 @@ void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* h
   pack.dst = activation.data();
   table.pack(pack, 0, T);
   job.activation = static_cast<const float*>(activation.data());
-  job.weight = merge_job(args, adapters);
+  job.weight = job_of(args, adapters);
   job.weight.cursors = static_cast<int64_t*>(cursors.data());
   if (args.row_offsets) std::copy_n(args.row_offsets, N, job.weight.cursors);
   job.bias = static_cast<const float*>(args.bias);
@@ -86,7 +76,7 @@ Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, 
   job.out_features = args.out_features;
   job.input_gradient = args.input_gradient;
   job.activation = static_cast<const float*>(activation.data());
-  job.weight = merge_job(args, adapters);
+  job.weight = job_of(args, adapters);
   job.row_offsets = args.row_offsets;
   job.bias = static_cast<const float*>(args.bias);
   job.out = static_cast<float*>(args.output);

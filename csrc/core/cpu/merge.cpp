@@ -23,22 +23,11 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
   const PackedAdapters adapters(args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
   const Workspace cursors(host, is_bitmap ? N * 8 : 0);
   if (is_bitmap) std::copy_n(args.row_offsets, N, static_cast<int64_t*>(cursors.data()));
-  MergeJob job;
-  job.in_features = K;
-  job.r = args.r;
-  job.weight_layout = args.weight_layout;
+  MergeJob job = merge_job(args, adapters);
   job.merged_layout = args.merged_layout;
-  job.weight = args.weight;
-  job.weight_dtype = args.weight_dtype;
-  job.mask = args.mask;
-  job.metadata = args.metadata;
   job.cursors = static_cast<int64_t*>(cursors.data());
-  job.value_count = is_bitmap ? args.row_offsets[N] : 0;
-  job.lora_A = adapters.lora_A();
-  job.lora_B = adapters.lora_B();
   job.merged = args.merged;
   job.merged_dtype = args.merged_dtype;
-  job.round_to = args.round_to;
   job.is_double = is_double;
   // Below some ten microseconds of work a second thread does not pay.
   parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });

@@ -48,4 +48,22 @@ class PackedAdapters {
   Workspace lora_A_, lora_B_;
 };
 
+// The weight and its adapters as the kernels take them, from MergeArgs or FusedLinearArgs; cursors and result are left out.
+template <typename Args>
+MergeJob merge_job(const Args& args, const PackedAdapters& adapters) {
+  MergeJob job;
+  job.in_features = args.in_features;
+  job.r = args.r;
+  job.weight_layout = args.weight_layout;
+  job.weight = args.weight;
+  job.weight_dtype = args.weight_dtype;
+  job.mask = args.mask;
+  job.metadata = args.metadata;
+  job.value_count = args.row_offsets ? args.row_offsets[args.out_features] : 0;
+  job.lora_A = adapters.lora_A();
+  job.lora_B = adapters.lora_B();
+  job.round_to = args.round_to;
+  return job;
+}
+
 }  // namespace lors::cpu
