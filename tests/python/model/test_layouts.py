@@ -22,6 +22,7 @@ from lors_cuda import (
     lors_linear,
     merge_and_unload,
     named_lors_layers,
+    release_scratch,
     save_adapter,
 )
 from models import batch, fill_adapters, logits, tiny_llama
@@ -59,6 +60,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes alive at once of tensors made inside `run`, from the profiler's memory events."""
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
+        release_scratch()  # so that the run allocates it, and it counts
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         profiler.export_chrome_trace(str(trace))

@@ -330,7 +330,9 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path):
     before = tree(tmp_path)
     assert {*ADAPTER_FILES, "tokenizer_config.json"} <= set(before)
     with torch.no_grad():
-        next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).add_(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1)
     for free in (0, 5_000):  # training_args.bin, by torch, has about this many bytes
         with full_disk(free):
             message = refused(OSError, trainer.save_model, f"'{tmp_path}' could not be written", "before is unchanged")
