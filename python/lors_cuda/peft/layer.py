@@ -68,9 +68,8 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self.fan_in_fan_out = (
-            False  # for PEFT's code: adapters and stored weight have one orientation, also of a Conv1D
-        )
+        # For PEFT's code: adapters and stored weight have one orientation, also of a Conv1D.
+        self.fan_in_fan_out = False
         self.register_buffer("unmerged_values", None, persistent=False)
 
     # ---- adapters ----
@@ -181,7 +180,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if args or kwargs or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names or not self._is_one_product(names):
+        if not names or not self._is_one_matmul(names):
             return super().forward(x)
         base = self.base_layer
         base.check_mask()
@@ -191,7 +190,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
             x, base.sparse_weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept
         )
 
-    def _is_one_product(self, names: list[str]) -> bool:
+    def _is_one_matmul(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
         dropouts = [self.lora_dropout[name] for name in names]
         if any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts):
