@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scratch memory of the CPU operators, kept between calls: fresh memory costs a page fault and a zeroed page per 4 KiB, which
-// takes two to three times as long as merging into it. Results never use it. Blocks are torch's, so that its profilers see
+// can take longer than the merge that writes into it. Results never use it. Blocks are torch's, so that its profilers see
 // them when they are made.
 #pragma once
 

@@ -22,14 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# What can be asked of a weight without using its values.
-_LOOKS = frozenset(
-    {
-        "device", "dim", "dtype", "element_size", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_meta",
-        "itemsize", "layout", "nbytes", "ndim", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
-        "requires_grad", "shape", "size", "stride",
-    }
-)  # fmt: skip
+from .dense_view import LOOKS
+
+_ASKS_ONLY = LOOKS | {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}  # of a weight, not its values
 _INSPECTORS = frozenset({"callable", "hasattr", "id", "isinstance", "type"})
 _MODES = frozenset({"training", "gradient_checkpointing"})  # they change after conversion
 
@@ -226,11 +221,11 @@ def _only_looked_at(
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "hasattr":
         return True
     if isinstance(parent, ast.Attribute):
-        return parent.attr in _LOOKS or (parent.attr == "data" and _only_looked_at(parent, parents, tree, via))
+        return parent.attr in _ASKS_ONLY or (parent.attr == "data" and _only_looked_at(parent, parents, tree, via))
     if isinstance(parent, ast.Call):
         function = getattr(parent.func, "id", None)
         asked = getattr(parent.args[1], "value", None) if function == "getattr" and len(parent.args) > 1 else None
-        return function in _INSPECTORS or asked in _LOOKS
+        return function in _INSPECTORS or asked in _ASKS_ONLY
     if isinstance(parent, ast.Compare):
         return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
     if isinstance(parent, ast.Assign) and [type(target) for target in parent.targets] == [ast.Name]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .sparse_linear import SparseLinear
 
 # What can be asked of a tensor without its values. Everything else is a use.
-_LOOKS = frozenset(
+LOOKS = frozenset(
     {
         "__hash__", "__len__", "device", "dim", "dtype", "element_size", "get_device", "grad", "grad_fn", "is_complex",
         "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_mkldnn", "is_mps",
@@ -82,7 +82,7 @@ class DenseView(Tensor):
         # The getter and the setter of an attribute are called __get__ and __set__.
         name: str = getattr(getattr(func, "__self__", None), "__name__", "") if called in _ACCESSORS else called
         if called != "__set__":
-            if name in _LOOKS:
+            if name in LOOKS:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if name in _ITSELF and args and isinstance(args[0], DenseView):

@@ -57,7 +57,10 @@ Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, 
   const int64_t columns = args.input_gradient ? args.in_features : args.out_features;
   const int64_t depth = args.input_gradient ? args.out_features : args.in_features;
   if (args.tokens == 0 || columns == 0) return {};
-  if (!args.input_gradient && args.tokens <= kFewTokens) return dot(table, args, host), Status{};
+  if (!args.input_gradient && args.tokens <= kFewTokens) {
+    dot(table, args, host);
+    return {};
+  }
 
   const PackedAdapters adapters(args, table.fused_columns, false, host);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
