@@ -10,7 +10,7 @@ import torch
 
 from cases import ADAPTER_DTYPES, FLOATS, SHAPES, floats, make_case
 from expectations import check_adapter_grads, check_grad_bias, check_grad_input, check_linear, check_linear_backward
-from lors_cuda import reference
+from lors_cuda import SparseWeight, lors_linear, reference
 from tolerance import relative_error
 
 GRADIENTS = ("lors", "exact")
@@ -198,3 +198,18 @@ def test_large_values_overflow_to_infinity_in_float16(device):
     Y = torch.ops.lors.linear(X, weight, None, None, lora_A, lora_B, None, 0.5, "lors")
     assert Y[0].tolist() == [float("inf"), -float("inf")]
     assert Y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 1100])  # every path of the CPU
+def test_merged_values_are_rounded_before_the_matmul(device, tokens, layout):
+    """1 + 2^-10 is 1 in bfloat16, so that 1 (1 + 2^-10) - 1 * 1 is 0, and 2^-10 where nothing is rounded."""
+    dense = torch.zeros(3, 64, dtype=torch.bfloat16, device=device)
+    dense[:, :2] = 1
+    weight = SparseWeight.from_dense(dense, layout)
+    lora_A = torch.zeros(1, 64, device=device)
+    lora_A[0, 0] = 2.0**-10
+    input = torch.zeros(tokens, 64, dtype=torch.bfloat16, device=device)
+    input[:, 0], input[:, 1] = 1, -1
+    output = lors_linear(input, weight, lora_A, torch.ones(3, 1, device=device), 1.0)
+    assert torch.equal(output, torch.zeros_like(output))
