@@ -17,9 +17,9 @@ endif
 WHEEL_CUDA ?= AUTO
 WHEEL_LABEL ?= ON
 WHEEL_PLAT ?= auto
-# `make wheel-matrix`: what the wheel is tried under.
+# `make wheel-matrix`: what the wheel is tried under; `make binding`: whose headers the sources are compiled against.
 WHEEL_PYTHONS ?= 3.10 3.11 3.12 3.13
-WHEEL_TORCHES ?= 2.10.0 newest
+WHEEL_TORCHES ?= 2.10.0 2.11.0 newest
 PYTEST_ARGS ?=
 PYTHON_TESTS ?= tests/python
 SIM_TESTS ?= tests/sim tests/golden
@@ -35,7 +35,7 @@ SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE := PATH="$(BIN):$$PATH" $(BIN)/cmake
 CMAKE_CORE := $(CMAKE) -S . -G Ninja -DLORS_PYTHON=OFF -DLORS_CUDA=OFF -DLORS_WERROR=ON
 
-.PHONY: demo test test-quick test-python test-sim test-cpp fuzz kernels lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
+.PHONY: demo test test-quick test-python test-sim test-cpp fuzz kernels binding lint format bench bench-cpp wheel test-wheel wheel-matrix sdist \
 	test-sdist test-peft docs docs-serve install clean
 .DEFAULT_GOAL := test
 
@@ -91,6 +91,10 @@ test-sim: $(VENV)/.ready
 # The CUDA kernels, compiled and held to their budget of registers (needs nvcc, no GPU).
 kernels: $(VENV)/.ready
 	$(BIN)/python tests/kernels/compile_kernels.py --archs "$(CUDA_ARCHS)"
+
+# The binding, compiled against the headers of each torch (downloads 100 MB of each; needs neither nvcc nor a GPU).
+binding: $(VENV)/.ready
+	$(BIN)/python tests/wheel/compile_binding.py --torch $(WHEEL_TORCHES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,11 +30,6 @@ if(NOT LORS_CUDA STREQUAL "OFF")
   endif()
 endif()
 if(LORS_CUDA_ENABLED)
-  if(CMAKE_VERSION VERSION_LESS 3.25.2)
-    message(FATAL_ERROR
-      "The CUDA backend needs CMake >= 3.25.2 and this is ${CMAKE_VERSION}, which does not know C++20 in CUDA. Install a newer one "
-      "(pip install cmake), or build the CPU backend alone with LORS_CUDA=OFF.")
-  endif()
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # the list is ours, see lors_cuda_target
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)

@@ -65,8 +65,10 @@ with_compilers() {
       [ "$(uname -m)" = x86_64 ] || [ "$name" = baseline ] || continue
       echo "kernels_$name ${cxx[*]} ${table#"$name"} -DLORS_CPU_TABLE=$name -c $root/csrc/core/cpu/kernels.cpp"
     done
-    echo "bind_library ${bind[*]} -c $root/csrc/torch/library.cpp"
-    echo "bind_cpu_ops ${bind[*]} -c $root/csrc/torch/cpu_ops.cpp"
+    for source in "$root"/csrc/torch/*.cpp; do
+      name=$(basename "$source" .cpp)
+      [ "$name" = cuda_ops ] || echo "bind_$name ${bind[*]} -c $source"
+    done
     if [ "$arch" != none ]; then
       echo "cudabind_cuda_ops ${bind[*]} -DUSE_CUDA -isystem $nvcc_root/include -c $root/csrc/torch/cuda_ops.cpp"
       for source in "$root"/csrc/core/cuda/*.cu; do

@@ -7,15 +7,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK: the one name that every torch >= 2.10 has
 
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace lors::binding {
 

@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK
 #include <unistd.h>
 
 #include <algorithm>
@@ -29,9 +30,9 @@ class Block {
  public:
   explicit Block(int64_t bytes) : bytes_(bytes < kKept ? bytes : (bytes + page_bytes() - 1) / page_bytes() * page_bytes()) {
     const int64_t size = kept() ? bytes_ + page_bytes() : bytes_, stride = 1;  // torch aligns to 64 bytes
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &tensor_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor_, &data_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor_, &data_));
     if (!kept()) return;
     const auto address = reinterpret_cast<uintptr_t>(data_), page = uintptr_t(page_bytes());
     data_ = reinterpret_cast<void*>((address + page - 1) / page * page);

@@ -55,7 +55,7 @@ inline Tensor torch_sparse_matmul(const Tensor& merged, const Tensor& tokens, co
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 1> compress{from(merged)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_compress", "", compress.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_compress", "", compress.data(), TORCH_ABI_VERSION));
   // Its first result is W~ X^T [N, T]; transpose_result stores that as [T, N] row-major, and is so returned.
   const Tensor compressed = to<Tensor>(compress[0]);
   std::array<StableIValue, 9> matmul{from(compressed),
@@ -67,7 +67,7 @@ inline Tensor torch_sparse_matmul(const Tensor& merged, const Tensor& tokens, co
                                      from(static_cast<int64_t>(0)),    // alg_id
                                      from(static_cast<int64_t>(1)),    // split_k
                                      from(static_cast<int64_t>(-1))};  // split_k_mode
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_sparse_mm", "", matmul.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_sparse_mm", "", matmul.data(), TORCH_ABI_VERSION));
   return to<Tensor>(matmul[0]);
 }
 

@@ -19,7 +19,7 @@ inline std::string torch_reason() {
 
 [[noreturn]] inline void rethrow_explained(const std::runtime_error& error) {
   const std::string message = error.what();
-  // The text of STABLE_TORCH_ERROR_CODE_CHECK, which our own messages never contain.
+  // The text of TORCH_ERROR_CODE_CHECK, which our own messages never contain.
   if (message.find(" API call failed at ") == std::string::npos) throw std::runtime_error(message);
   const std::string reason = torch_reason();
   if (reason.empty())

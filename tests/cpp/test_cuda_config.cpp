@@ -2,10 +2,16 @@
 // The tilings of the CUDA kernels: pure functions, so they are tested without CUDA.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
 #include "cuda/adapter_grad_exact_config.h"
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
 #include "cuda/merge_config.h"
+#include "cuda/shared_limit.h"
 
 namespace lors::cuda {
 namespace {
@@ -123,6 +129,28 @@ TEST(FusedConfig, PreferredForFewTokensOnly) {
   EXPECT_TRUE(preferred(1, DType::bfloat16));
   EXPECT_TRUE(preferred(16, DType::float16));
   EXPECT_FALSE(preferred(257, DType::bfloat16));
+}
+
+// What launch.h relies on: no thread goes on to its launch before the limit is raised, and each pair costs one call.
+TEST(SharedLimit, IsRaisedOncePerKernelAndDeviceBeforeAnyLaunch) {
+  static const int kernels[2] = {};
+  std::atomic<int> calls[2][2] = {}, late = 0;
+  bool raised[2][2] = {};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 16; ++t)
+    threads.emplace_back([&, kernel = t % 2, device = t / 2 % 2] {
+      const int error = once_per_kernel(&kernels[kernel], device, 0, [&] {
+        if (++calls[kernel][device] == 1) return 7;  // fails at first: must be tried again
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        raised[kernel][device] = true;
+        return 0;
+      });
+      if (error == 0 && !raised[kernel][device]) ++late;
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(late, 0);
+  for (const auto& of_kernel : calls)
+    for (const auto& count : of_kernel) EXPECT_EQ(count, 2);
 }
 
 }  // namespace

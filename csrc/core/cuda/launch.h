@@ -17,6 +17,8 @@
 #else
 #include <cuda_runtime.h>
 
+#include "shared_limit.h"
+
 namespace lors::cuda {
 
 // Limits of the current device.
@@ -31,13 +33,24 @@ inline Status device_limits(DeviceLimits& limits) {
   return Status::error(std::string("CUDA did not describe its device: ") + cudaGetErrorString(error) + ".");
 }
 
+// Opts a kernel into all the shared memory of the current device, which CUDA wants from 48 KiB per block on.
+inline cudaError_t raise_shared_limit(const void* kernel) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return once_per_kernel(kernel, device, cudaSuccess, [=] {
+    int limit = 0;
+    const cudaError_t asked = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return asked != cudaSuccess ? asked : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  });
+}
+
 // kernel<<<grid, block, shared_bytes, host.stream>>>(arguments...); `name` is for the error message.
 template <typename... Parameters, typename... Arguments>
 Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, const CudaHost& host,
               Arguments... arguments) {
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // CUDA requires opting in, per kernel and device
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (shared_bytes > 48 * 1024) error = raise_shared_limit(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess) {
     // clang-format off
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(host.stream)>>>(arguments...);
