@@ -8,7 +8,9 @@ code with the simulator, which works on registers.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,10 @@ def sim() -> lors_sim.Simulator:
     return lors_sim.load("race")
 
 
-def run(sim: Any, probe: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def run(sim: Any, probe: int, seed: int, cores: str = "rounded") -> tuple[np.ndarray, np.ndarray]:
     """(input [32, 16], the simulator's output [32, 8])"""
     lanes, inputs, outputs = sim.golden_shape
-    device = sim.Device(seed=seed)
+    device = sim.Device(seed=seed, tensor_cores=cores)
     words = sim.golden_input(probe, seed)
     out = device.empty("out", 4 * lanes * outputs)
     sim.golden_run(device, probe, input=device.upload("in", words), output=out)
@@ -172,6 +174,36 @@ def test_simulator_follows_the_isa(sim, probe, seed):
         for i in range(2):
             nearest = ((x[:, i].astype(np.uint64) + 0x7FFF + (x[:, i] >> 16 & 1)) >> 16).astype(np.uint32)
             np.testing.assert_array_equal(y[number[:, i], 2 * i], nearest[number[:, i]])
+
+
+def cut_off(value: Fraction, last: int) -> Fraction:
+    """Without what lies below 2^last, towards zero."""
+    unit = Fraction(2) ** last
+    return int(value / unit) * unit
+
+
+def tensor_core(c: Fraction, products: list[Fraction], width: int, extra_bits: int) -> Fraction:
+    """c plus the products, `width` at a time, in the arithmetic that tests/sim/runtime/device.h describes."""
+    for first in range(0, len(products), width):
+        terms = [c, *products[first : first + width]]
+        top = max(math.frexp(term)[1] for term in terms if term) - 1
+        total = sum((cut_off(term, top - 23 - extra_bits) for term in terms), Fraction())
+        c = cut_off(total, max(math.frexp(total)[1] - 1, -126) - 23) if total else total
+    return c
+
+
+@pytest.mark.parametrize(("cores", "width", "extra_bits"), [("ampere", 8, 1), ("hopper", 16, 2)])
+@pytest.mark.parametrize("name", ["mma_m16n8k16_bfloat16", "mma_m16n8k16_float16"])
+def test_sums_of_tensor_cores(sim, name, cores, width, extra_bits):
+    for seed in SEEDS:
+        x, y = run(sim, NAMES.index(name), seed, cores)
+        A, B, C = (np.vectorize(Fraction)(matrix) for matrix in matrices_of(x, name))
+        expected = np.zeros((16, 8))
+        for m, n in np.ndindex(16, 8):
+            expected[m, n] = tensor_core(C[m, n], list(A[m] * B[:, n]), width, extra_bits)
+        np.testing.assert_array_equal(as_floats(y[:, :4]), fragments_of(expected))
+        rounded = run(sim, NAMES.index(name), seed)[1]
+        assert (y != rounded).any(), "the model makes no difference"
 
 
 def test_every_probe_is_expected(sim):

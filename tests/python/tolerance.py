@@ -4,6 +4,12 @@
 u(dtype) is the unit roundoff, half the distance from 1 to the next number. `rms` is the root of the sum of the squared
 terms of an element's sum: with terms of random sign, the partial sums of n terms stay near rms, each addition errs by
 at most u times that, and the n errors add up like a random walk: sqrt(n) u rms bounds their root mean square with room.
+
+Tensor cores do not round the running sum, they cut it off: each instruction errs by up to 2 u |sum|, on average
+u |sum|, always towards zero. These errors do not walk, they add up: t instructions give t u rms, which is added to the
+above for the results of tensor cores alone, and to the limit of the signed bias. Before that they cut off the terms,
+aligned to the largest, one bit below its last place: at most u rms for each of 9 terms of random sign, sqrt(3 t) u rms
+in all, which is less than the two together.
 """
 
 from __future__ import annotations
@@ -12,6 +18,9 @@ import torch
 from torch import Tensor
 
 BIAS_FROM = 100  # elements below which a signed sum says nothing
+BIAS_SAMPLE = 1 << 20  # elements that the signed sum looks at; finding equal values sorts them
+# Products of bfloat16 terms that a product of two values becomes, by the wider of their dtypes (cuda/operands.cuh).
+_PRODUCTS = {torch.bfloat16: 1, torch.float16: 4, torch.float32: 6}
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -24,6 +33,12 @@ def half_step(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
+def truncations(length: int, *factors: torch.dtype) -> int:
+    """How often tensor cores cut off a sum of `length` products of factors of these dtypes: after every 8 products of
+    the bfloat16 terms that they are split into (compute capability 8; after 16 on 9)."""
+    return max(_PRODUCTS[dtype] for dtype in factors) * -(-length // 8)
+
+
 def assert_close(
     actual: Tensor,
     expected: Tensor,
@@ -34,6 +49,7 @@ def assert_close(
     mid_dtype: torch.dtype | None = None,
     mid_rms: Tensor | None = None,
     acc_dtype: torch.dtype = torch.float32,
+    truncated: int = 0,
     what: str = "result",
 ) -> None:
     """Compare `actual` (in `dtype`) with the float64 `expected`: by element, in relative L2 norm, and in signed bias.
@@ -44,6 +60,7 @@ def assert_close(
         mid_dtype: the dtype a factor of the terms was rounded to on the way (the merged weight's); None: none was.
         mid_rms: `rms` of the terms with that factor whole, where `rms` splits it further; default `rms`.
         acc_dtype: what the sums run in.
+        truncated: `truncations` of a result of tensor cores; 0 for all others.
     """
     assert actual.dtype == dtype, f"{what} has dtype {actual.dtype}, expected {dtype}"
     assert actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -51,17 +68,19 @@ def assert_close(
     assert bool(expected.isfinite().all()), f"{what}: the expected values are not finite; compare them another way"
     if actual.numel() == 0:
         return
-    value = actual.detach().cpu().double()
+    value = actual.detach().double()
     assert bool(value.isfinite().all()), f"{what}: {int((~value.isfinite()).sum())} of {value.numel()} are not finite"
 
-    expected, rms = expected.detach().cpu(), rms.detach().cpu()
-    mid_rms = rms if mid_rms is None else mid_rms.detach().cpu()
+    # Where the result is: on a GPU, large ones are compared there.
+    expected, rms = expected.detach().to(value.device), rms.detach().to(value.device)
+    mid_rms = rms if mid_rms is None else mid_rms.detach().to(value.device)
     error, n = value - expected, value.numel()
     u_out = unit_roundoff(dtype)
     u_mid = 0.0 if mid_dtype is None else unit_roundoff(mid_dtype)
     # The oracle sums too, in float64: that is why its unit roundoff stands beside the result's own.
     u_sum = length**0.5 * (unit_roundoff(acc_dtype) + unit_roundoff(torch.float64))
-    spread = u_mid * mid_rms + u_sum * rms
+    lean = truncated * unit_roundoff(acc_dtype) * rms  # towards zero
+    spread = u_mid * mid_rms + u_sum * rms + lean
     bound = u_out * expected.abs() + 4 * spread + half_step(dtype)
 
     excess = (error.abs() - bound).max()
@@ -80,10 +99,15 @@ def assert_close(
         )
     # Rounding to nearest has no direction: n signed errors add up like a random walk. Truncation's do not. A value that
     # occurs often (a bias where a row of weights is empty) is one rounding and counts once.
-    values, where = expected.flatten().unique(return_inverse=True)
+    errors, bounds, leans, values = (t.flatten() for t in (error, bound, lean, expected))
+    if n > BIAS_SAMPLE:
+        some = torch.randint(n, (BIAS_SAMPLE,), generator=torch.Generator().manual_seed(n)).to(value.device)
+        errors, bounds, leans, values = errors[some], bounds[some], leans[some], values[some]
+    values, where = values.unique(return_inverse=True)
     if len(values) >= BIAS_FROM:
-        one = torch.empty(len(values), dtype=torch.long).scatter_(0, where, torch.arange(n))
-        bias, limit = (error.flatten()[one] * values.sign()).sum().abs(), 5 * bound.flatten()[one].norm()
+        one = where.new_empty(len(values)).scatter_(0, where, torch.arange(len(where), device=where.device))
+        bias = (errors[one] * values.sign()).sum().abs()
+        limit = 5 * bounds[one].norm() + leans[one].sum()
         if bias > limit:
             raise AssertionError(
                 f"{what}: the errors lean one way by {bias.item():.3g}; rounding gives at most {limit.item():.3g}"
@@ -102,4 +126,4 @@ def assert_zero_off_mask(merged: Tensor, kept: Tensor, what: str = "merged") -> 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error against a float64 `expected`."""
-    return float((actual.detach().cpu().double() - expected).norm() / expected.norm())
+    return float((actual.detach().double() - expected.to(actual.device)).norm() / expected.norm())

@@ -92,6 +92,13 @@ Landing landing(const std::string& text) {
   throw py::value_error("cp is '" + text + "'; early, late or random, please");
 }
 
+TensorCores tensor_cores(const std::string& text) {
+  if (text == "ampere") return TensorCores::ampere;
+  if (text == "hopper") return TensorCores::hopper;
+  if (text == "rounded") return TensorCores::rounded;
+  throw py::value_error("tensor_cores is '" + text + "'; ampere, hopper or rounded, please");
+}
+
 BufferHandle new_buffer(Device& device, const std::string& name, int64_t bytes, int misalign, bool poison) {
   BufferHandle handle;
   handle.device = &device;
@@ -202,12 +209,13 @@ LORS_SIM_BINDING(device) {
       });
 
   py::class_<Device>(m, "Device")
-      .def(py::init([](uint64_t seed, double preempt, const std::string& cp, bool race, bool count, int multiprocessors,
-                       int shared_bytes, int sample_blocks) {
+      .def(py::init([](uint64_t seed, double preempt, const std::string& cp, const std::string& cores, bool race, bool count,
+                       int multiprocessors, int shared_bytes, int sample_blocks) {
              Options options;
              options.seed = seed;
              options.preempt = preempt;
              options.copies = landing(cp);
+             options.tensor_cores = tensor_cores(cores);
              options.race = race;
              options.count = count;
              options.multiprocessors = multiprocessors;
@@ -215,9 +223,9 @@ LORS_SIM_BINDING(device) {
              options.sample_blocks = sample_blocks;
              return std::make_unique<Device>(options);
            }),
-           py::kw_only(), py::arg("seed") = 1, py::arg("preempt") = 0.0, py::arg("cp") = "random", py::arg("race") = false,
-           py::arg("count") = true, py::arg("multiprocessors") = 4, py::arg("shared_bytes") = 227 * 1024,
-           py::arg("sample_blocks") = 0)
+           py::kw_only(), py::arg("seed") = 1, py::arg("preempt") = 0.0, py::arg("cp") = "random",
+           py::arg("tensor_cores") = "hopper", py::arg("race") = false, py::arg("count") = true, py::arg("multiprocessors") = 4,
+           py::arg("shared_bytes") = 227 * 1024, py::arg("sample_blocks") = 0)
       .def("upload", &upload, py::arg("name"), py::arg("array"), py::arg("misalign") = 0, py::keep_alive<0, 1>())
       .def(
           "empty",

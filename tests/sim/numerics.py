@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between torch tensors (which have bfloat16) and a simulated device's buffers, and the masks of the tests."""
+"""Between torch tensors (which have bfloat16) and a simulated device's buffers; masks; gradients against float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from tolerance import assert_close, truncations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -45,3 +47,11 @@ def empty(device: Any, name: str, shape: tuple[int, ...], dtype: str, misalign: 
 def download(device: Any, buffer: Any, shape: tuple[int, ...], dtype: str) -> Tensor:
     raw = torch.from_numpy(device.download(buffer).view(np.uint8).copy())
     return raw.view(DTYPES[dtype]).reshape(shape)
+
+
+def assert_gradient_close(
+    got: Tensor, expected: Tensor, rms: Tensor, length: int, dtype: torch.dtype, what: str
+) -> None:
+    """An adapter's gradient: a matmul of what a first matmul left in float32."""
+    truncated = truncations(length, torch.float32)
+    assert_close(got, expected, rms=rms, length=length, dtype=dtype, truncated=truncated, what=what)

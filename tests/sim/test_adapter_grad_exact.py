@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from numerics import DTYPES, download, empty, pack, random, upload
-from tolerance import assert_close
+from numerics import DTYPES, assert_gradient_close, download, empty, pack, random, upload
 
 SCALING = 0.75
 Shape = tuple[int, int, int]  # tokens, out_features, in_features
@@ -95,11 +94,11 @@ def check(result: Result, given: dict[str, Tensor], explicit: bool = False) -> N
         if contract:
             expected, rms = 1 + expected.T, (1 + rms.T.square()).sqrt()
         dtype = torch.float32 if contract else given["lora_A"].dtype
-        assert_close(result["A"], expected, rms=rms, length=tokens + len(B), dtype=dtype, what="of lora_A")
+        assert_gradient_close(result["A"], expected, rms, tokens + len(B), dtype, "of lora_A")
     if "B" in result:
         expected, rms = SCALING * G @ A.T, SCALING * (squares @ A.square().T).sqrt()
         dtype = given["lora_B"].dtype
-        assert_close(result["B"], expected, rms=rms, length=tokens + A.shape[1], dtype=dtype, what="of lora_B")
+        assert_gradient_close(result["B"], expected, rms, tokens + A.shape[1], dtype, "of lora_B")
 
 
 @pytest.mark.parametrize("contract", [False, True])

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from numerics import DTYPES, download, empty, random, upload
-from tolerance import assert_close
+from numerics import DTYPES, assert_gradient_close, download, empty, random, upload
 
 SCALING = 0.75
 KERNEL = "the adapter gradients"
@@ -60,11 +59,11 @@ def check(result: tuple[Tensor | None, Tensor | None], given: dict[str, Tensor])
     if got_A is not None:
         rms = SCALING * ((dY.square() @ B.square()).T @ X.square()).sqrt()
         expected = SCALING * (dY @ B).T @ X
-        assert_close(got_A, expected, rms=rms, length=tokens + len(B), dtype=got_A.dtype, what="lora_A_grad")
+        assert_gradient_close(got_A, expected, rms, tokens + len(B), got_A.dtype, "lora_A_grad")
     if got_B is not None:
         rms = SCALING * (dY.square().T @ (X.square() @ A.square().T)).sqrt()
         expected = SCALING * dY.T @ (X @ A.T)
-        assert_close(got_B, expected, rms=rms, length=tokens + A.shape[1], dtype=got_B.dtype, what="lora_B_grad")
+        assert_gradient_close(got_B, expected, rms, tokens + A.shape[1], got_B.dtype, "lora_B_grad")
 
 
 @pytest.mark.parametrize("input", DTYPES)

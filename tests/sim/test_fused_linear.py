@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from numerics import DTYPES, download, empty, pack, random, upload
-from tolerance import assert_close
+from tolerance import assert_close, truncations
 
 SCALING = 0.75
 BF16, FP32 = "bfloat16", "float32"
@@ -96,6 +96,7 @@ def check(output: Tensor, p: Problem) -> None:
         dtype=output.dtype,
         mid_dtype=output.dtype,
         mid_rms=(x.square() @ squares).sqrt(),
+        truncated=truncations(p.depth() + p.r, *(DTYPES[p.dtypes[i]] for i in (0, 2, 3))),
         what=f"{'dX' if p.input_gradient else 'Y'} of {p}",
     )
 
@@ -268,7 +269,13 @@ def test_beyond_31_bits_of_elements(sim: Any) -> None:
     value = torch.from_numpy(device.read(output, 2 * (N - 1), 2).copy()).view(torch.bfloat16).reshape(1, 1)
     rms = (activation.double() * merged).norm().reshape(1, 1)
     assert_close(
-        value, activation.double() @ merged.T, rms=rms, length=K + 2, dtype=torch.bfloat16, mid_dtype=torch.bfloat16
+        value,
+        activation.double() @ merged.T,
+        rms=rms,
+        length=K + 2,
+        dtype=torch.bfloat16,
+        mid_dtype=torch.bfloat16,
+        truncated=truncations(K + 1, torch.bfloat16),
     )
 
 

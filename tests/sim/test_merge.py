@@ -13,7 +13,7 @@ from torch import Tensor
 
 from formats import compress, masked, pack_bitmap, sparse_weight
 from numerics import DTYPES, download, empty, pack, random, upload
-from tolerance import assert_close, assert_zero_off_mask
+from tolerance import assert_close, assert_zero_off_mask, truncations
 
 SCALING = 0.75
 COMPRESSED = ("2:4", "bitmap", "2:4 values")  # the last: from 2:4 to 2:4
@@ -95,7 +95,9 @@ def check(merged: Tensor, given: dict[str, Tensor]) -> None:
     kept = given["kept"]
     expected = torch.where(kept, weight + SCALING * (lora_B @ lora_A), 0.0)
     rms = (weight.square() + SCALING**2 * lora_B.square() @ lora_A.square()).sqrt() * kept
-    assert_close(merged, expected, rms=rms, length=lora_A.shape[0] + 1, dtype=merged.dtype, what="merged")
+    truncated = truncations(len(lora_A), given["lora_A"].dtype, given["lora_B"].dtype)
+    length = len(lora_A) + 1
+    assert_close(merged, expected, rms=rms, length=length, dtype=merged.dtype, truncated=truncated, what="merged")
     assert_zero_off_mask(merged, kept)
 
 

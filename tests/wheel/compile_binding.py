@@ -3,10 +3,10 @@
 
     python tests/wheel/compile_binding.py --torch 2.10.0 2.11.0 newest
 
-Two things are checked. It compiles beside each without a warning, as whoever builds from source may have any of them. And
-every function of torch that it needs is declared by the oldest, so that one binary loads beside all of them. Needs neither
-a GPU nor nvcc. The headers come from the wheels for macOS, a sixth of those for Linux in size, with the same files in
-torch/headeronly, csrc/stable and csrc/inductor (compared for 2.10.0 and 2.11.0 on 2026-11-27).
+Two things are checked. It compiles beside each without a warning, as whoever builds from source may have any of them.
+And every function of torch that it needs is declared by the oldest, so that one binary loads beside all of them. Needs
+neither a GPU nor nvcc. The headers come from the wheels for macOS, a sixth of those for Linux in size, with the same
+files in torch/headeronly, csrc/stable and csrc/inductor (compared for 2.10.0 and 2.11.0 on 2026-11-27).
 """
 
 from __future__ import annotations

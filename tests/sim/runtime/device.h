@@ -14,10 +14,16 @@ namespace lors::sim {
 
 enum class Landing : uint8_t { early, late, random };  // of asynchronous copies
 
+// How an mma adds. NVIDIA documents neither order nor rounding; these are two models that published experiments agree with:
+// the products (8 or 16 at a time) and the accumulator are aligned to the largest exponent among them, cut off 1 or 2 bits
+// below a float32's last place, added exactly, and the sum is cut off to a float32. `rounded`: one rounding to nearest.
+enum class TensorCores : uint8_t { ampere, hopper, rounded };
+
 struct Options {
   uint64_t seed = 1;
   double preempt = 0;  // probability of preemption at each access
   Landing copies = Landing::random;
+  TensorCores tensor_cores = TensorCores::hopper;
   bool race = false;
   bool count = true;
   int multiprocessors = 4;

@@ -2,6 +2,7 @@
 // Warp collectives: shuffles, votes, ldmatrix, mma. Fragment layouts are those of the PTX ISA.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "block.h"
@@ -46,10 +47,37 @@ struct MultiplyOperand {
   const uint32_t *a, *b;
 };
 
-// Sums in double and rounds once: one of the results a tensor core may give; its order and rounding are not documented.
+int exponent_of(double x) { return static_cast<int>(std::bit_cast<uint64_t>(x) >> 52 & 0x7ff) - 1023; }
+
+// x without what lies below 2^last, towards zero. x is 0 or a normal number.
+double truncate(double x, int last) {
+  const int dropped = 52 - (exponent_of(x) - last);
+  if (dropped <= 0) return x;
+  if (dropped > 52) return 0;
+  return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & ~uint64_t{0} << dropped);
+}
+
+// c + the sum of a[k] b[k] for 16 k, in `cores`' arithmetic: see TensorCores. Infinities and NaNs are plain sums.
+double multiply_add(double c, const double* a, const double* b, TensorCores cores) {
+  const int products = cores == TensorCores::ampere ? 8 : 16, extra_bits = cores == TensorCores::ampere ? 1 : 2;
+  for (int k = 0; k < 16; k += products) {
+    double terms[17] = {c}, plain = c, sum = 0;
+    for (int i = 0; i < products; ++i) plain += terms[i + 1] = a[k + i] * b[k + i];
+    if (cores == TensorCores::rounded || !std::isfinite(plain)) {
+      c = plain;
+      continue;
+    }
+    int top = exponent_of(0);
+    for (int i = 0; i <= products; ++i) top = std::max(top, exponent_of(terms[i]));
+    for (int i = 0; i <= products; ++i) sum += truncate(terms[i], top - 23 - extra_bits);
+    c = truncate(sum, std::max(exponent_of(sum), -126) - 23);
+  }
+  return c;
+}
+
 template <bool kBfloat16>
 void multiply_fragments(void* const* operands, uint32_t) {
-  double A[16][16], B[16][8], C[16][8];
+  double A[16][16], B[8][16], C[16][8];  // B by columns
   for (size_t lane = 0; lane < 32; ++lane) {
     const auto& operand = *static_cast<const MultiplyOperand*>(operands[lane]);
     const size_t g = lane / 4, t = lane % 4 * 2;
@@ -58,13 +86,12 @@ void multiply_fragments(void* const* operands, uint32_t) {
         return static_cast<double>(to_float(static_cast<uint16_t>(pair >> (16 * half)), kBfloat16));
       };
       for (size_t i = 0; i < 4; ++i) A[g + i % 2 * 8][t + i / 2 * 8 + half] = element(operand.a[i]);
-      for (size_t i = 0; i < 2; ++i) B[t + i * 8 + half][g] = element(operand.b[i]);
+      for (size_t i = 0; i < 2; ++i) B[g][t + i * 8 + half] = element(operand.b[i]);
     }
     for (size_t i = 0; i < 4; ++i) C[g + i / 2 * 8][t + i % 2] = static_cast<double>(operand.c[i]);
   }
   for (size_t m = 0; m < 16; ++m)
-    for (size_t k = 0; k < 16; ++k)
-      for (size_t n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
+    for (size_t n = 0; n < 8; ++n) C[m][n] = multiply_add(C[m][n], A[m], B[n], Device::current->options.tensor_cores);
   for (size_t lane = 0; lane < 32; ++lane) {
     float* c = static_cast<const MultiplyOperand*>(operands[lane])->c;
     for (size_t i = 0; i < 4; ++i) c[i] = static_cast<float>(C[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
