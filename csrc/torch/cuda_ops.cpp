@@ -9,7 +9,7 @@
 
 #include <cstdlib>
 
-#include "cuda/fused_linear_config.h"
+#include "cuda/paths.h"
 #include "operators.h"
 
 namespace lors::binding {
@@ -42,12 +42,10 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// The setting LORS_CUDA_FUSED: whether matmuls use fused_linear always, never, or by shape (nullopt).
+// The setting LORS_CUDA_FUSED: whether matmuls use fused_linear always, never, or by record (nullopt).
 std::optional<bool> forced_fused_linear() {
-  static const std::string wanted = [] {
-    const char* value = std::getenv("LORS_CUDA_FUSED");
-    return std::string(value ? value : "");
-  }();
+  const char* value = std::getenv("LORS_CUDA_FUSED");
+  const std::string wanted = value ? value : "";
   check(wanted.empty() || wanted == "always" || wanted == "never", "LORS_CUDA_FUSED is '", wanted,
         "'; set it to always or never, or leave it unset.");
   return wanted.empty() ? std::nullopt : std::optional(wanted == "always");
@@ -78,26 +76,18 @@ class Cuda {
   }
 
   // fused_linear reads dense weights only here, and needs an adapter.
-  bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool) const {
+  bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient) const {
     if (adapted.layout != Layout::dense || adapted.r() == 0) return false;
     if (const std::optional<bool> forced = forced_fused_linear()) return *forced;
-    cuda::DeviceLimits limits;
-    check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
-    check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
-    return cuda::prefers_fused_linear(activation.size(0), adapted.out_features(), adapted.in_features(), dtype_of(activation),
-                                      dtype_of(adapted.weight), limits);
+    return recorded_path(activation, adapted, input_gradient) == cuda::Path::fused_linear;
+  }
+
+  bool prefers_sparse_matmul(const Tensor& activation, const AdaptedWeight<Cuda>& adapted) const {
+    return recorded_path(activation, adapted, false) == cuda::Path::sparse_matmul;
   }
 
   static ScalarType fused_output_dtype(ScalarType activation) { return activation; }
   static ScalarType fused_bias_dtype(const Tensor& bias) { return bias.scalar_type(); }
-
-  // 90 for compute capability 9.0.
-  int architecture() const {
-    int major = 0, minor = 0;
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
-    return 10 * major + minor;
-  }
 
   static constexpr bool kSparseMatmul = true;
   static constexpr bool kMixedActivations = false;
@@ -126,6 +116,20 @@ class Cuda {
   }
 
  private:
+  // 90 for compute capability 9.0.
+  int architecture() const {
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    return 10 * major + minor;
+  }
+
+  cuda::Path recorded_path(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient) const {
+    const cuda::PathShape shape{dtype_of(activation),   adapted.layout,        input_gradient,
+                                adapted.out_features(), adapted.in_features(), activation.size(0)};
+    return cuda::recorded_path(cuda::path_records(architecture()), shape);
+  }
+
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   CudaHost host_;

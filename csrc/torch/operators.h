@@ -7,7 +7,7 @@
 //   prefers_fused_linear(activation, adapted, input_gradient)   whether the core's matmul with the merge inside is used instead
 //   fused_output_dtype(activation's), fused_bias_dtype(bias)    and which types that has
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
-//   kSparseMatmul                        whether torch has sparse matmuls there (sparse_matmul.h), of a device's architecture()
+//   kSparseMatmul, prefers_sparse_matmul(activation, adapted)   torch has sparse matmuls there; "auto" takes one
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once

@@ -9,7 +9,6 @@
 #include <array>
 #include <cstdlib>
 #include <optional>
-#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -17,29 +16,6 @@
 #include "torch_errors.h"
 
 namespace lors::binding {
-
-// One forward, merge included, timed in both ways on a device of one architecture (90: compute capability 9.0).
-struct SparseMatmulTiming {
-  int architecture;
-  ScalarType dtype;
-  int64_t out_features, in_features, tokens;
-  double dense_us, sparse_us;
-};
-
-// Rows of bench/results; none, because no GPU has measured yet.
-inline constexpr std::span<const SparseMatmulTiming> kSparseMatmulTimings{};
-
-// What "auto" takes: the faster way of the same weight shape, dtype and architecture at the most tokens measured that are no
-// more than here, because the gain grows with them. Dense where nothing was measured.
-inline bool prefers_sparse_matmul(std::span<const SparseMatmulTiming> timings, int architecture, ScalarType dtype,
-                                  int64_t out_features, int64_t in_features, int64_t tokens) {
-  const SparseMatmulTiming* nearest = nullptr;
-  for (const SparseMatmulTiming& t : timings)
-    if (t.architecture == architecture && t.dtype == dtype && t.out_features == out_features && t.in_features == in_features &&
-        t.tokens <= tokens && (!nearest || t.tokens > nearest->tokens))
-      nearest = &t;
-  return nearest && nearest->sparse_us < nearest->dense_us;
-}
 
 // The value of LORS_SPARSE_PRODUCT, "dense" when unset. Read at every call, so that one process can compare.
 inline std::string sparse_product_setting() {
@@ -80,9 +56,8 @@ std::optional<Tensor> sparse_matmul(const AdaptedWeight<Backend>& adapted, const
   if (adapted.layout != Layout::sparse24 || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return std::nullopt;
   const std::string setting = sparse_product_setting();
   if (setting == "dense") return std::nullopt;
-  const int64_t T = input.size(0), N = adapted.out_features(), K = adapted.in_features();
-  if (setting == "auto" && !prefers_sparse_matmul(kSparseMatmulTimings, adapted.backend.architecture(), dtype, N, K, T))
-    return std::nullopt;
+  const int64_t T = input.size(0);
+  if (setting == "auto" && !adapted.backend.prefers_sparse_matmul(input, adapted)) return std::nullopt;
   std::optional<Tensor> addend;
   if (bias) addend = row_major(*bias, dtype);
   const Tensor operand = merged ? *merged : adapted.merged(dtype, dtype);

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
 #include "cuda/merge_config.h"
+#include "cuda/paths.h"
 #include "cuda/shared_limit.h"
 
 namespace lors::cuda {
@@ -122,13 +124,32 @@ TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
             }
 }
 
-TEST(FusedConfig, PreferredForFewTokensOnly) {
-  const auto preferred = [](int64_t tokens, DType activation) {
-    return prefers_fused_linear(tokens, 4096, 4096, activation, activation, kHopper);
-  };
-  EXPECT_TRUE(preferred(1, DType::bfloat16));
-  EXPECT_TRUE(preferred(16, DType::float16));
-  EXPECT_FALSE(preferred(257, DType::bfloat16));
+TEST(Paths, OnlyWhatIsOnRecordIsTaken) {
+  using enum DType;
+  using enum Layout;
+  using enum Path;
+  constexpr PathRecord records[] = {{{bfloat16, dense, false, 4096, 1024, 1}, 16, fused_linear, "a.json"},
+                                    {{bfloat16, sparse24, false, 4096, 1024, 2048}, 8192, sparse_matmul, "b.json"}};
+  const auto path = [&](PathShape shape) { return recorded_path(records, shape); };
+  for (const int64_t tokens : {1, 7, 16}) EXPECT_EQ(path({bfloat16, dense, false, 4096, 1024, tokens}), fused_linear);
+  for (const int64_t tokens : {2048, 8192}) EXPECT_EQ(path({bfloat16, sparse24, false, 4096, 1024, tokens}), sparse_matmul);
+  // One step outside of a record, in each direction.
+  for (const PathShape& shape :
+       {PathShape{bfloat16, dense, false, 4096, 1024, 0}, PathShape{bfloat16, dense, false, 4096, 1024, 17},
+        PathShape{float16, dense, false, 4096, 1024, 1}, PathShape{bfloat16, bitmap, false, 4096, 1024, 1},
+        PathShape{bfloat16, dense, true, 4096, 1024, 1}, PathShape{bfloat16, dense, false, 4097, 1024, 1},
+        PathShape{bfloat16, dense, false, 4096, 1025, 1}, PathShape{bfloat16, sparse24, false, 4096, 1024, 2047},
+        PathShape{bfloat16, sparse24, false, 4096, 1024, 8193}})
+    EXPECT_EQ(path(shape), merge_matmul);
+}
+
+TEST(Paths, EveryRecordNamesItsSource) {
+  for (const int architecture : {80, 86, 89, 90, 100, 120})
+    for (const PathRecord& record : path_records(architecture)) {
+      EXPECT_TRUE(std::string_view(record.source).ends_with(".json"));
+      EXPECT_LE(record.shape.tokens, record.last);
+      EXPECT_EQ(record.path == Path::sparse_matmul, record.shape.layout == Layout::sparse24);
+    }
 }
 
 // What launch.h relies on: no thread goes on to its launch before the limit is raised, and each pair costs one call.

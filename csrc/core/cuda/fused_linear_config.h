@@ -152,16 +152,4 @@ constexpr FusedConfig fused_linear_config(const FusedShape& s, DeviceLimits limi
   return fused_linear_config(s, 16, limits);
 }
 
-// Whether fused_linear is expected to beat merge + cuBLAS; by shape alone, nothing was measured. 16-bit activations: if one
-// token tile covers all tokens, so that the weight is read once, where merge and matmul read it, write W~ and read W~. float32
-// activations: up to two tiles of 16 tokens, because six 16-bit mma per operand pair soon cost more than the memory traffic.
-constexpr bool prefers_fused_linear(int64_t tokens, int64_t out_features, int64_t in_features, DType activation, DType weight,
-                                    DeviceLimits limits) {
-  if (activation == DType::float64 || weight == DType::float64 || out_features == 0 || in_features == 0) return false;
-  if (activation == DType::float32) return tokens <= 32;
-  // The tile of 256 tokens with a 16-bit weight takes 130 KiB of shared memory, with a float32 weight and adapters 190 KiB.
-  const int wide = weight == DType::float32 ? 190 * 1024 : 130 * 1024;
-  return tokens <= (limits.shared_bytes >= wide ? 256 : 64);
-}
-
 }  // namespace lors::cuda

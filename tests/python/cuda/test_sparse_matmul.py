@@ -194,19 +194,6 @@ def test_info_shows_the_value(monkeypatch, capsys, value):
     assert cuda["sparse_product"] == value
 
 
-def test_auto_takes_what_was_faster_at_the_nearest_fewer_tokens(fake):
-    """Over the timings of fake_cuda/binding.cpp: sparse is faster at 2048 tokens, slower at 512, equal at 8192."""
-
-    def sparse(tokens: int, architecture: int = 90, dtype: torch.dtype = torch.bfloat16, shape=(4096, 1024)) -> bool:
-        return fake.fake_prefers_sparse_matmul(architecture, dtype, *shape, tokens)
-
-    assert [sparse(t) for t in (511, 512, 2047, 2048, 8191, 8192, 9000)] == [0, 0, 0, 1, 1, 0, 0]
-    assert sparse(512, 80, torch.float16)
-    assert not sparse(2048, 80)
-    assert not sparse(2048, dtype=torch.float16)
-    assert not sparse(2048, shape=(1024, 4096))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_on_a_gpu(gpu, monkeypatch, seed, dtype, bias):

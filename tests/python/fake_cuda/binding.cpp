@@ -274,26 +274,9 @@ Status cuda_device_supported(int index) { return index == 0 ? Status() : Status:
 namespace {
 // Guards and scratch still held (none, between calls) and calls of the core or of a product so far.
 std::string fake_state() { return std::to_string(guards) + " " + std::to_string(scratch) + " " + std::to_string(launches); }
-// What "auto" would take if these had been measured.
-bool fake_prefers_sparse_matmul(int64_t architecture, torch::headeronly::ScalarType dtype, int64_t out_features,
-                                int64_t in_features, int64_t tokens) {
-  using enum torch::headeronly::ScalarType;
-  constexpr binding::SparseMatmulTiming timings[] = {{90, BFloat16, 4096, 1024, 2048, 100, 80},
-                                                     {90, BFloat16, 4096, 1024, 512, 30, 40},
-                                                     {90, BFloat16, 4096, 1024, 8192, 400, 400},
-                                                     {80, Half, 4096, 1024, 512, 50, 40}};
-  return binding::prefers_sparse_matmul(timings, static_cast<int>(architecture), dtype, out_features, in_features, tokens);
-}
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
-  m.def("fake_state() -> str");
-  m.def(
-      "fake_prefers_sparse_matmul(int architecture, ScalarType dtype, int out_features, int in_features, int tokens) -> bool");
-}
-STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) {
-  m.impl("fake_state", TORCH_BOX(&fake_state));
-  m.impl("fake_prefers_sparse_matmul", TORCH_BOX(&fake_prefers_sparse_matmul));
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) { m.def("fake_state() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("fake_state", TORCH_BOX(&fake_state)); }
 
 }  // namespace lors
