@@ -289,9 +289,8 @@ std::vector<Call<Host>> calls_of(const Problem& p, bool first_tokens) {
   std::vector<Call<Host>> calls;
   if (first_tokens) {
     calls = {merge_call<Host>(p), masked_contract_call<Host>(p)};
-    if constexpr (!std::is_same_v<Host, CudaHost>)
-      for (const auto& call : {merge_from_sparse24_call<Host>, merge_from_bitmap_call<Host>, sparse24_merge_call<Host>})
-        calls.push_back(call(p));
+    for (const auto& call : {merge_from_sparse24_call<Host>, merge_from_bitmap_call<Host>, sparse24_merge_call<Host>})
+      calls.push_back(call(p));
   }
   calls.push_back(adapter_grad_lors_call<Host>(p));
   if constexpr (std::is_same_v<Host, CudaHost>) calls.push_back(adapter_grad_exact_call(p));

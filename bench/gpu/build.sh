@@ -18,19 +18,12 @@ if [ "$arch" != none ] && ! command -v nvcc >/dev/null; then
 fi
 
 with_cmake() {
-  local bench=OFF cuda=ON
+  local cuda=ON
   [ "$arch" = none ] && cuda=OFF
-  # Google Benchmark is rarely there; the other benchmarks do without it.
-  if echo '#include <benchmark/benchmark.h>' | g++ -x c++ -E - >/dev/null 2>&1; then bench=ON; fi
-  configure() {
-    cmake -S "$root" -B "$work/cmake" -G Ninja -DLORS_CUDA=$cuda "-DLORS_CUDA_ARCHS=$arch" "-DLORS_TORCH_DIR=$torch" \
-      -DPython_EXECUTABLE="$(command -v "$python")" "$@"
-  }
-  configure "-DLORS_BENCH=$bench" || { bench=OFF && configure -DLORS_BENCH=OFF; } || return 1
-  # What Python needs first: a benchmark that does not compile must not take it along.
-  cmake --build "$work/cmake" -j "$jobs" --target _ops $([ $cuda = ON ] && echo _ops_cuda) || return 1
-  if [ $bench = ON ]; then cmake --build "$work/cmake" -j "$jobs" || echo 'bench_cuda was not built; the rest was.'; fi
+  cmake -S "$root" -B "$work/cmake" -G Ninja -DLORS_CUDA=$cuda "-DLORS_CUDA_ARCHS=$arch" "-DLORS_TORCH_DIR=$torch" &&
+    cmake --build "$work/cmake" -j "$jobs" || return 1
   cp "$work"/cmake/_ops*.so "$work/site/lors_cuda/"
+  core=("$work/cmake/liblors_core_cuda.a")
 }
 
 # The same as CMakeLists.txt, in as few words as serve: one object per source, then two links.
@@ -84,6 +77,7 @@ with_compilers() {
   [ "$arch" = none ] ||
     g++ -o "$work/site/lors_cuda/_ops_cuda.so" "$out"/cuda_*.o "$out"/cudabind_*.o "${link[@]}" \
       "$(find "$nvcc_root/" -name libcudart_static.a | head -1)" -lrt -lpthread -ldl
+  core=("$out"/cuda_*.o)
 }
 
 rm -rf "$work/site"
@@ -98,6 +92,11 @@ elif ! with_cmake; then
   with_compilers
 fi
 ls -l "$work"/site/lors_cuda/*.so
+# The core without torch: what the sanitizers and profilers run.
+if [ "$arch" != none ]; then
+  nvcc -std=c++20 -O2 -gencode "arch=compute_$arch,code=sm_$arch" -cudart static -I "$root/csrc/core/include" \
+    -o "$work/bench_cuda" "$root/bench/cpp/bench_cuda.cpp" "${core[@]}" || echo 'bench_cuda was not built; the rest was.'
+fi
 # An editable install comes before PYTHONPATH: everything after this would measure that one.
 PYTHONPATH="$work/site" "$python" - "$work/site" <<'END'
 import json, os, sys

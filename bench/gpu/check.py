@@ -37,16 +37,25 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def cases(device: torch.device, small: bool, large: bool) -> Iterator[tuple[str, Case]]:
-    """Every shape in every dtype; masks and the adapters' dtypes alternate."""
+    """Every shape in every dtype; layouts, masks and the adapters' dtypes alternate."""
     shapes = SMALL if small else SHAPES + (LARGE if large else ())
     dtypes = list(DTYPES)[:2] if small else list(DTYPES)
     for seed, (shape, dtype) in enumerate(itertools.product(shapes, dtypes)):
         explicit, float32_adapters = bool(seed // len(dtypes) % 2), bool(seed % 2)
+        layout = ("dense", "2:4", "dense", "bitmap")[seed % 4]
+        layout = "bitmap" if layout == "2:4" and shape[2] % 4 else layout
         adapters = (torch.float32, torch.float32) if float32_adapters else (None, None)
         case = make_case(
-            seed, *shape, dtype, device=device, explicit_mask=explicit, bias=bool(seed % 2), adapter_dtypes=adapters
+            seed,
+            *shape,
+            dtype,
+            device=device,
+            explicit_mask=explicit,
+            bias=bool(seed % 2),
+            adapter_dtypes=adapters,
+            layout=layout,
         )
-        words = [f"T={shape[0]} N={shape[1]} K={shape[2]} r={shape[3]}", DTYPES[dtype]]
+        words = [f"T={shape[0]} N={shape[1]} K={shape[2]} r={shape[3]}", DTYPES[dtype], layout]
         words += ["mask"] * explicit + ["float32 adapters"] * float32_adapters
         yield " ".join(words), case
 
@@ -94,6 +103,12 @@ def problem_with(call: Callable[[], Any], check: Callable[[Any], None]) -> str |
     return None
 
 
+def save(output: Path | None, rows: list[dict[str, Any]], where: dict[str, Any], before: Any) -> None:
+    """After every case: whatever stops the run, what is known stays."""
+    if output:
+        report.write_json(output, rows, where, {}, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="bench/gpu/check.py")
     parser.add_argument("--device", type=report.usable_device, default=torch.device("cpu"), help="cpu or cuda")
@@ -109,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = report.environment(device)
     print(report.describe(where))
     rows: list[dict[str, Any]] = []
+    before = report.rows_before(arguments)
     try:
         for name, case in cases(device, arguments.small, arguments.large or device.type == "cuda"):
             for operator, call, check in checks(case):
@@ -116,11 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append({"benchmark": "check", "operator": operator, "case": name, "problem": problem})
                 if problem:
                     print(f"{operator}, {name}: {problem}", flush=True)
+            save(arguments.output, rows, where, before)
     except torch.AcceleratorError as lost:
         rows.append({"benchmark": "check", "operator": operator, "case": name, "problem": str(lost)})
         print(f"{operator}, {name}: the device is lost: {lost}")
-    if arguments.output:
-        report.write_json(arguments.output, rows, where, {}, report.rows_before(arguments))
+        save(arguments.output, rows, where, before)
     wrong = sum(row["problem"] is not None for row in rows)
     fused = json.dumps((where["gpu"] or {}).get("lors_cuda_fused"))
     print(f"{len(rows)} checks on {device.type}, {wrong} failed (LORS_CUDA_FUSED {fused})")

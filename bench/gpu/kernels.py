@@ -27,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 from lors_cuda import SparseWeight, reference
+from lors_cuda.formats import pack_mask
 from peers import Problem, make_problem, official_merge
 from protocol import Protocol, call_seconds, last_level_cache_bytes, measure, poisoned_memory, relative_error
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # q and o; k and v; gate and up; down
 TOKENS = (512, 2048, 8192)
 GROUPS = ("merge", "lors", "exact", "forward", "input_gradient")
+LAYOUTS = ("dense", "mask", "2:4", "bitmap")
 FORWARD24 = "forward24"  # a 2:4 weight on the sparse tensor cores (docs/sparse-products.md); only where it is asked for
 PEER = "torch"
 lors = torch.ops.lors
@@ -42,7 +44,7 @@ lors = torch.ops.lors
 class Group:
     """One operator and its peers. Every function takes a problem; `expected` is the operator's result in float64."""
 
-    ours: Callable[[Problem], Any]
+    ours: Callable[[Any], Any]  # takes a Stored
     peer: Callable[[Problem], Any]
     peer_note: str
     expected: Callable[[Problem], Sequence[Tensor]]
@@ -51,19 +53,32 @@ class Group:
     extra: dict[str, Callable[[Problem], Any]] = dataclasses.field(default_factory=dict)
 
 
-class Problem24(Problem):
-    """Its weight is also stored as 2:4, before anything is timed."""
+class Stored(Problem):
+    """Its weight as the operators take it, made before anything is timed: (values, mask, index)."""
 
-    stored: SparseWeight
+    operands: tuple[Tensor, Tensor | None, Tensor | None]
+    layout: str
 
     @classmethod
-    def of(cls, problem: Problem) -> Problem24:
-        made = cls(**vars(problem))
-        made.stored = SparseWeight.from_dense(made.weight, "2:4")
+    def of(cls, problem: Problem, layout: str) -> Stored:
+        made = cls(**{field.name: getattr(problem, field.name) for field in dataclasses.fields(Problem)})
+        made.layout = layout
+        weight = problem.weight.detach()
+        if layout == "dense":
+            made.operands = weight, None, None
+        elif layout == "mask":
+            made.operands = weight, pack_mask(weight != 0), None
+        else:
+            stored = SparseWeight.from_dense(weight, layout)
+            made.operands = stored.values, stored.mask_bits, stored.index
         return made
 
-    def copy(self) -> Problem24:
-        return self.of(Problem(**{name: value for name, value in vars(self).items() if name != "stored"}).copy())
+    def copy(self) -> Stored:
+        plain = Problem(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Problem)})
+        return self.of(plain.copy(), self.layout)
+
+    def weight_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.operands if t is not None)
 
 
 @contextlib.contextmanager
@@ -78,12 +93,14 @@ def sparse_product(value: str) -> Iterator[None]:
             os.environ["LORS_SPARSE_PRODUCT"] = before
 
 
-def forward24(value: str) -> Callable[[Problem24], Tensor]:
-    def run(p: Problem24) -> Tensor:
+def forward(p: Stored) -> Tensor:
+    return lors.linear(p.input, *p.operands, p.lora_A, p.lora_B, None, p.scaling, "lors")
+
+
+def forward24(value: str) -> Callable[[Stored], Tensor]:
+    def run(p: Stored) -> Tensor:
         with sparse_product(value):
-            return lors.linear(
-                p.input, p.stored.values, None, p.stored.index, p.lora_A, p.lora_B, None, p.scaling, "lors"
-            )
+            return forward(p)
 
     return run
 
@@ -107,7 +124,7 @@ def _dense_exact(p: Problem) -> tuple[Tensor, Tensor]:
 # --- the groups -------------------------------------------------------------------------------------------------------
 
 
-def group_of(name: str, problem: Problem) -> Group:
+def group_of(name: str, problem: Stored) -> Group:
     (N, K), T, r = problem.weight.shape, problem.input.shape[0], problem.lora_A.shape[0]
     size = problem.weight.element_size()
     adapters, s = r * (N + K), problem.scaling
@@ -117,11 +134,11 @@ def group_of(name: str, problem: Problem) -> Group:
 
     if name == "merge":
         return Group(
-            lambda p: lors.merge(p.weight, None, None, p.lora_A, p.lora_B, s),
+            lambda p: lors.merge(*p.operands, p.lora_A, p.lora_B, s),
             lambda p: official_merge(p.weight, p.lora_A, p.lora_B, s),
             "three passes: compare, addmm, multiply",
             lambda p: [reference.merge(p.weight, p.lora_A, p.lora_B, s)],
-            size * (2 * N * K + adapters),
+            problem.weight_bytes() + size * (N * K + adapters),
             2 * N * K * r,
             {"clone": lambda p: p.weight.clone()},
         )
@@ -129,22 +146,19 @@ def group_of(name: str, problem: Problem) -> Group:
         exact = name == "exact"
         return Group(
             lambda p: lors.linear_backward(
-                p.grad_output, p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, name, False, True, True
+                p.grad_output, p.input, *p.operands, p.lora_A, p.lora_B, None, s, name, False, True, True
             )[1:3],
             _dense_exact if exact else _four_matmuls,
             "dY^T X in memory, masked, two matmuls" if exact else "four matmuls",
             lambda p: truth(p, name)[1:3],
-            size * (T * (N + K) + 2 * adapters + (N * K if exact else 0)),
+            size * (T * (N + K) + 2 * adapters) + (problem.weight_bytes() if exact else 0),
             2 * T * N * K + 4 * N * K * r if exact else 4 * T * r * (N + K),
         )
     flop = 2 * T * N * K + 2 * N * K * r
-    weight = N * K * 9 // 16 if name == FORWARD24 else N * K  # 2:4 in 16 bits: half the values, and 2 bits for each
-    moved = size * (T * (N + K) + weight + adapters)
+    moved = size * (T * (N + K) + adapters) + problem.weight_bytes()
     if name in ("forward", FORWARD24):
         return Group(
-            forward24("sparse")
-            if name == FORWARD24
-            else lambda p: lors.linear(p.input, p.weight, None, None, p.lora_A, p.lora_B, None, s, "lors"),
+            forward24("sparse") if name == FORWARD24 else forward,
             lambda p: p.input @ official_merge(p.weight, p.lora_A, p.lora_B, s).T,
             "merged in three passes, one matmul",
             lambda p: [reference.linear(p.input, p.weight, p.lora_A, p.lora_B, s)],
@@ -157,7 +171,7 @@ def group_of(name: str, problem: Problem) -> Group:
         )
     backward = (None, s, "lors", True, False, False)  # no bias; the input's gradient alone
     return Group(
-        lambda p: lors.linear_backward(p.grad_output, None, p.weight, None, None, p.lora_A, p.lora_B, *backward)[:1],
+        lambda p: lors.linear_backward(p.grad_output, None, *p.operands, p.lora_A, p.lora_B, *backward)[:1],
         lambda p: p.grad_output @ official_merge(p.weight, p.lora_A, p.lora_B, s),
         "merged in three passes, one matmul",
         lambda p: truth(p, "lors")[:1],
@@ -241,11 +255,9 @@ def as_graph(run: Callable[[Problem], Any], problems: Sequence[Problem]) -> Call
 
 @torch.no_grad()
 def bench_group(
-    name: str, problem: Problem, protocol: Protocol, ceilings: Ceilings, common: dict[str, Any], eager: bool
+    name: str, problem: Stored, protocol: Protocol, ceilings: Ceilings, common: dict[str, Any], eager: bool
 ) -> list[dict[str, Any]]:
     """The rows of one operator and its peers; when ours fails, one row with the reason."""
-    if name == FORWARD24:
-        problem = Problem24.of(problem)
     group, device = group_of(name, problem), problem.weight.device
     floor = max(group.bytes / ceilings.copy_bytes_per_second, group.flop / ceilings.matmul_flop_per_second)
     common = {**common, "kernel": name, "bytes": group.bytes, "flop": group.flop, "floor_seconds": floor}
@@ -274,7 +286,7 @@ def bench_group(
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    where = f"{row['kernel']} {row['out_features']}x{row['in_features']}"
+    where = f"{row['kernel']} {row['layout']} r={row['rank']} {row['out_features']}x{row['in_features']}"
     tokens = "-" if row["kernel"] == "merge" else str(row["tokens"])
     if row["failed"]:
         return [where, tokens, row["peer"], "failed", "", "", "", ""]
@@ -295,9 +307,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="bench/gpu/kernels.py")
     report.add_common_arguments(parser)
     parser.add_argument("--tokens", nargs="+", type=report.positive)
-    parser.add_argument("--rank", type=report.positive, default=16)
+    parser.add_argument("--rank", nargs="+", type=report.positive, default=[16])
+    parser.add_argument(
+        "--layout", nargs="+", choices=LAYOUTS, default=["dense"], help="mask: dense with an explicit one"
+    )
     parser.add_argument("--only", nargs="+", choices=(*GROUPS, FORWARD24), default=list(GROUPS))
-    parser.add_argument("--eager", action="store_true", help="call from Python instead of replaying a CUDA graph")
+    parser.add_argument(
+        "--calls",
+        nargs="+",
+        choices=("graph", "eager"),
+        default=["graph"],
+        help="eager: call from Python instead of replaying a CUDA graph",
+    )
     arguments = parser.parse_args(argv)
     arguments.dtype = arguments.dtype or ["bfloat16"]
     return arguments
@@ -315,38 +336,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         ceilings = measure_ceilings(device, report.DTYPES[dtype], arguments.quick)
         copy, matmul = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flop_per_second / 1e12
         print(f"{dtype}: a large copy moves {copy:.0f} GB/s, a large matmul runs at {matmul:.2f} TFLOP/s")
-        for shape in shapes:
-            for tokens in token_counts:
-                problem = make_problem(
-                    tokens,
-                    shape,
-                    arguments.rank,
-                    report.DTYPES[dtype],
-                    density=arguments.density,
-                    seed=arguments.seed,
-                    device=device,
-                )
-                common = {
-                    "benchmark": "kernel",
-                    "device": device.type,
-                    "dtype": dtype,
-                    "tokens": tokens,
-                    "out_features": shape[0],
-                    "in_features": shape[1],
-                    "rank": arguments.rank,
-                    "density": 0.5 if arguments.density is None else arguments.density,
-                    "cuda_fused": os.environ.get("LORS_CUDA_FUSED"),
-                    "baseline": PEER,
-                    **dataclasses.asdict(ceilings),
-                }
-                for name in arguments.only:
-                    if name == "merge" and tokens != token_counts[0]:
-                        continue  # it has no tokens
-                    report.progress(f"{dtype} {shape[0]}x{shape[1]} T={tokens} {name}")
-                    rows += bench_group(name, problem, protocol, ceilings, common, arguments.eager)
-                report.progress("")
+        for shape, tokens, rank, layout in itertools.product(shapes, token_counts, arguments.rank, arguments.layout):
+            problem = make_problem(
+                tokens,
+                shape,
+                rank,
+                report.DTYPES[dtype],
+                density=arguments.density,
+                seed=arguments.seed,
+                device=device,
+            )
+            common = {
+                "benchmark": "kernel",
+                "device": device.type,
+                "dtype": dtype,
+                "tokens": tokens,
+                "out_features": shape[0],
+                "in_features": shape[1],
+                "rank": rank,
+                "layout": layout,
+                "density": 0.5 if arguments.density is None else arguments.density,
+                "cuda_fused": os.environ.get("LORS_CUDA_FUSED"),
+                "baseline": PEER,
+                **dataclasses.asdict(ceilings),
+            }
+            for name, calls in itertools.product(arguments.only, arguments.calls):
+                if name == "merge" and tokens != token_counts[0]:
+                    continue  # it has no tokens
+                report.progress(f"{dtype} {shape[0]}x{shape[1]} T={tokens} r={rank} {layout} {name}")
+                stored = Stored.of(problem, "2:4" if name == FORWARD24 else layout)
+                rows += bench_group(name, stored, protocol, ceilings, common, calls == "eager")
                 if arguments.output:
                     report.write_json(arguments.output, rows, where, dataclasses.asdict(protocol), before)
+            report.progress("")
     header = ["kernel", "T", "peer", "us [p20, p80]", f"x {PEER}", "floor us", "of floor", "error"]
     print(report.table(header, [line(row) for row in rows]))
     failed = [row for row in rows if row["failed"]]

@@ -28,8 +28,10 @@ def kernel_lines(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["peer"] != "lors_cuda":
             continue
-        name = f"{row['kernel']:<15}{row['out_features']:>6}x{row['in_features']:<6}T={row['tokens']:<5}"
-        name += f"{row['cuda_fused'] or '':<7}"
+        name = (
+            f"{row['kernel']:<15}{row['layout']:<7}{row['out_features']:>6}x{row['in_features']:<6}T={row['tokens']:<5}"
+        )
+        name += f"r={row['rank']:<4}{row['cuda_fused'] or '':<7}{'' if row.get('graph', True) else 'eager ':<6}"
         if row["failed"]:
             lines.append(f"{name} failed: {row['failed'][:60]}")
         else:

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -143,8 +148,12 @@ def test_quantiles() -> None:
     assert protocol.summary([]) is None
 
 
+def command_of(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=240, **more)
+
+
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    return command_of(sys.executable, *arguments)
 
 
 def test_linear_quick_writes_json_that_plots(tmp_path: Path) -> None:
@@ -184,3 +193,88 @@ def test_linear_refuses_what_it_cannot_run(tmp_path: Path) -> None:
     done = command(BENCH / "linear.py", "--quick", "--rank", 1000)
     assert done.returncode == 2
     assert "--rank 1000 is larger than the smaller side of --shape" in done.stderr
+
+
+# --- bench/gpu/run.sh, as far as it goes without a GPU ----------------------------------------------------------------
+
+RUN = BENCH / "gpu" / "run.sh"
+# In the place of Python: says that there is a GPU, answers for what is no part, and fails as every benchmark.
+STAND_IN = f"""#!/bin/bash
+case "$1" in
+  *describe.py) echo '{{"architecture": "90a"}}' > "$2" ;;
+  *summary.py | -c | -m) exec {sys.executable} "$@" ;;
+  *check.py) while [ "$1" != --output ]; do shift; done; echo '{{"rows": []}}' > "$2"; exit 1 ;;
+  *) echo "no CUDA here"; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("plan", ["first", "second"])
+def test_plans_fit_and_every_part_is_known(plan: str) -> None:
+    done = command_of("bash", RUN, "--dry-run", plan)
+    assert done.returncode == 0
+    limits = dict(re.findall(r"^(\w+) +at most +(\d+) s", done.stdout, re.MULTILINE))
+    assert "build" in limits
+    assert sum(map(int, limits.values())) <= 540
+    script = RUN.read_text()
+    for name in limits:
+        assert re.search(rf"^    (\w+ \| )*{name}( \| \w+)*\)", script, re.MULTILINE), f"run.sh has no part {name}"
+
+
+def test_what_a_run_found_comes_back_whatever_fails(tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "LORS_GPU_WORK": str(tmp_path / "work")}
+    done = command_of("bash", RUN, "first", tmp_path / "out", "core", "check", "host", env=environment)
+    assert done.returncode == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.tar.gz"]
+    with tarfile.open(tmp_path / "out" / "first.tar.gz") as archive:
+        names = {Path(name).name for name in archive.getnames()}
+        assert {"machine.json", "log.txt", "check.json", "summary.json", "summary.txt"} <= names
+        summary = archive.extractfile("first/summary.json")
+        assert summary is not None
+        parts = {part["part"]: part["status"] for part in json.load(summary)}
+    assert parts == {"core": "skipped", "check": "failed (1)", "host": "failed (1)"}
+
+
+def test_a_machine_without_a_gpu_is_described(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    environment = {**os.environ, "PYTHON": sys.executable, "LORS_GPU_WORK": str(tmp_path / "work")}
+    done = command_of("bash", RUN, "first", tmp_path / "out", env=environment)
+    assert done.returncode == 1
+    assert "There is no GPU to run on" in done.stderr
+    with tarfile.open(tmp_path / "out" / "first.tar.gz") as archive:
+        assert "first/machine.json" in archive.getnames()
+
+
+def test_the_build_without_cmake_knows_every_source() -> None:
+    script, cmake = (BENCH / "gpu" / "build.sh").read_text(), (BENCH.parent / "CMakeLists.txt").read_text()
+    for table in re.findall(r"^ *lors_cpu_table\((\w+)", cmake, re.MULTILINE):
+        assert re.search(rf"'{table}\b", script), f"bench/gpu/build.sh lacks the CPU table {table}"
+
+
+def test_kernels_quick_takes_every_layout(tmp_path: Path) -> None:
+    options = [
+        "--quick",
+        "--layout",
+        "dense",
+        "mask",
+        "2:4",
+        "bitmap",
+        "--rank",
+        3,
+        "--only",
+        "merge",
+        "forward",
+        "exact",
+    ]
+    done = command(BENCH / "gpu" / "kernels.py", *options, "--output", tmp_path / "kernels.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    ours = [row for row in rows if row["peer"] == "lors_cuda"]
+    assert {(row["kernel"], row["layout"]) for row in ours} == set(
+        itertools.product(("merge", "forward", "exact"), ("dense", "mask", "2:4", "bitmap"))
+    )
+    assert all(row["failed"] is None and row["error"] < 1e-2 for row in ours)
