@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._distributed import is_sharded
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -57,6 +58,11 @@ class RMLoRA(Method):
             for which, factor, rows in _factors(pair):
                 if factor.grad is None:
                     continue
+                if is_sharded(factor):
+                    raise ValueError(
+                        "RM-LoRA needs whole factors, and fully_shard has cut them. Train it in one process or under "
+                        "DistributedDataParallel."
+                    )
                 if self.penalty:
                     change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
                     factor.grad += (change if which == "lora_A" else change.T).to(factor.grad.dtype)
