@@ -145,6 +145,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         gradient_checkpointing=args.gradient_checkpointing,
         deepspeed=None if args.deepspeed is None else str(args.deepspeed),
         fsdp=args.fsdp,
+        **({"max_grad_norm": 0.0} if method.clips else {}),
     )
     on_terminal = sys.stdout.isatty()
     report = None if args.json or on_terminal else _report(args.steps)

@@ -15,13 +15,14 @@ from ._method import Combined, Method, Run
 from ._pair import Pair
 from .gelora import GeLoRA, intrinsic_dimensions
 from .lora_mini import LoRAMini
+from .lora_rite import LoRARITE
 from .mora import MoRA
 from .rm_lora import RMLoRA
 from .sora import SoRA
 from .sp_lora import SPLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA)
+    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE)
 }
 
 
@@ -58,6 +59,7 @@ __all__ = [
     "Combined",
     "GeLoRA",
     "LoRAMini",
+    "LoRARITE",
     "Method",
     "MoRA",
     "Pair",

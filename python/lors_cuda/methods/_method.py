@@ -45,10 +45,12 @@ class Method:
     Attributes:
         name: what the command line and the files call it.
         gradient: the adapter gradients that are recommended for it, "lors" or "exact".
+        clips: whether its optimizer clips gradients by itself, so that a Trainer must not (``max_grad_norm=0``).
     """
 
     name: ClassVar[str] = "lors"
     gradient: ClassVar[str] = "lors"
+    clips: ClassVar[bool] = False
 
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -142,6 +144,10 @@ class Combined(Method):
     @property
     def gradient(self) -> str:  # type: ignore[override]
         return "exact" if any(part.gradient == "exact" for part in self._parts) else "lors"
+
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        return any(part.clips for part in self._parts)
 
     def parts(self) -> tuple[Method, ...]:
         return self._parts

@@ -16,7 +16,12 @@ from models import tiny_llama
 
 pytest_plugins = ["pair"]
 
-METHODS = {"sora": {"threshold": 0.01}, "rm-lora": {"active": 2, "interval": 2}, "lora-mini": {"a": 6, "b": 6}, "mora": {}}
+METHODS = {
+    "sora": {"threshold": 0.01},
+    "rm-lora": {"active": 2, "interval": 2},
+    "lora-mini": {"a": 6, "b": 6},
+    "mora": {},
+}
 RATE = 2e-2
 
 
