@@ -54,7 +54,7 @@ def train_two(rank, name, sharded):
         wrapped = DistributedDataParallel(model)
     train_shared(wrapped, rank, optimizer=run.optimizer(RATE))
     for key, tensor in run.state_dict()["tensors"].items():
-        # AdamW divides by the gradient's size: where that is rounding alone, a step's size is any number up to the rate.
+        # AdamW divides by the gradient's size: where that is rounding alone, a step is any number up to the rate.
         error = (whole(tensor) - expected[key]).norm() / expected[key].norm().clamp_min(1e-6)
         assert float(error) < 1e-3, (key, float(error))
 
@@ -72,7 +72,7 @@ def test_fully_shard_trains_as_one_process(pair, name):
 def needs_whole_factors(rank):
     model, run = started("rm-lora")
     wrapped = fully_shard(model)
-    with pytest.raises(ValueError, match="RM-LoRA.*fully_shard"):
+    with pytest.raises(ValueError, match=r"RM-LoRA.*fully_shard"):
         train_shared(wrapped, rank, optimizer=run.optimizer(RATE))
     with pytest.raises(ValueError, match="start the method before fully_shard"):
         get_method("sora").start(fully_shard(get_lors_model(tiny_llama(), LoRSConfig(r=3))))
