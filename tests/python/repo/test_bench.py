@@ -9,8 +9,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -252,7 +254,20 @@ def test_a_machine_without_a_gpu_is_described(tmp_path: Path) -> None:
 def test_the_build_without_cmake_knows_every_source() -> None:
     script, cmake = (BENCH / "gpu" / "build.sh").read_text(), (BENCH.parent / "CMakeLists.txt").read_text()
     for table in re.findall(r"^ *lors_cpu_table\((\w+)", cmake, re.MULTILINE):
-        assert re.search(rf"'{table}\b", script), f"bench/gpu/build.sh lacks the CPU table {table}"
+        assert re.search(rf"['\"]{table}\b", script), f"bench/gpu/build.sh lacks the CPU table {table}"
+
+
+def test_the_core_without_torch_compiles() -> None:
+    compiler = shutil.which("c++")
+    headers = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "include")
+    if compiler is None or not headers.is_dir():
+        pytest.skip("there is no C++ compiler, or no CUDA headers")
+    include = ["-I", BENCH.parent / "csrc" / "core" / "include", "-isystem", headers]
+    source = BENCH / "cpp" / "bench_cuda.cpp"
+    done = command_of(
+        compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *include, source
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_quick_takes_every_layout(tmp_path: Path) -> None:
