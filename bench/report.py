@@ -250,6 +250,18 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
+def case_label(row: dict[str, Any]) -> str:
+    """What a row was measured on, as a heading of a table or a plot."""
+    kind = row["benchmark"]
+    if kind == "merge":
+        return f"{row['dtype']}, r = {row['rank']}"
+    if kind == "model":
+        return f"{row['model']}, {row['dtype']}, {row['batch']} x {row['length']} tokens"
+    if kind in ("generate", "memory"):
+        return f"{row['model']}, {row['dtype']}"
+    return f"{row['tokens']} tokens"
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
