@@ -4,6 +4,7 @@
 
 python bench/linear.py --output linear.json        the numbers of performance: 2048 x 2048, r = 16, 128/512/2048 tokens
 python bench/linear.py --device cuda               on a GPU: 4096 x 4096, bfloat16, 512/2048/8192 tokens
+python bench/linear.py --host                      64 x 64, 8 tokens: what Python and the dispatcher take per layer
 """
 
 from __future__ import annotations
@@ -38,9 +39,17 @@ from protocol import (
     poisoned_memory,
     relative_error,
     saved_bytes,
+    summary,
 )
 
 BASELINE = "official"
+HOST_PEERS = ["official", "peft_lora", "lors_cuda", "lors_cuda_layer"]
+# (peer, other peer, how many times its time at most) where only the host's time counts.
+HOST_TARGETS = (
+    ("lors_cuda", "official", 1.35),
+    ("lors_cuda", "peft_lora", 1.6),
+    ("lors_cuda_layer", "lors_cuda", 1.1),
+)
 
 
 def errors(peer: Peer, function: LinearFunction, problem: Problem) -> dict[str, float]:
@@ -164,6 +173,16 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
         print(failure)
 
 
+def print_host(rows: Sequence[dict[str, Any]]) -> None:
+    """The times of two peers over each other, round by round."""
+    seconds = {row["peer"]: row["raw_seconds"] for row in rows if not row["failed"]}
+    for peer, other, most in HOST_TARGETS:
+        if peer in seconds and other in seconds:
+            ratios = summary([own / reference for own, reference in zip(seconds[peer], seconds[other], strict=False)])
+            verdict = "met" if ratios and ratios["median"] <= most else "missed"
+            print(f"{peer} takes {report.times(ratios)} x {other}: <= {most:g} {verdict}")
+
+
 def choose_peers(requested: Sequence[str] | None, max_autotune: bool) -> list[str]:
     """The peers to run, the baseline first. A missing lors_cuda is an error only where it was asked for by name."""
     names = list(requested or DEFAULT_PEERS)
@@ -187,7 +206,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-autotune", action="store_true", help="also torch.compile with max-autotune (slow to compile)"
     )
     parser.add_argument("--merge", action="store_true", help="also the merge alone")
+    parser.add_argument("--host", action="store_true", help="a layer so small that only the host's time counts")
     arguments = parser.parse_args(argv)
+    if arguments.host:
+        arguments.shape, arguments.tokens = arguments.shape or (64, 64), arguments.tokens or [8]
+        arguments.dtype, arguments.peers = arguments.dtype or ["float32"], arguments.peers or HOST_PEERS
     cuda = arguments.device.type == "cuda"
     shape, tokens = (report.CUDA_TARGET_SHAPE, [512, 2048, 8192]) if cuda else (report.TARGET_SHAPE, [128, 512, 2048])
     arguments.shape = tuple(arguments.shape or ((64, 96) if arguments.quick else shape))
@@ -226,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 device=arguments.device,
             )
             common = {
-                "benchmark": "linear",
+                "benchmark": "host" if arguments.host else "linear",
                 "device": arguments.device.type,
                 "dtype": dtype,
                 "tokens": tokens,
@@ -242,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             wanted = [name for name in wanted if not (PEERS[name].only_sparse24 and random)]
             case = bench_case(problem, wanted, protocol, common)
             print_case(case)
+            if arguments.host:
+                print_host(case)
             rows += case
             save()
     if arguments.merge:

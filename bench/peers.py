@@ -327,6 +327,24 @@ class LorsCudaLinear:
         return [t for t in objects if isinstance(t, Tensor)]
 
 
+class LorsCudaLayer:
+    """The same as a module, whose adapters are the problem's: what the layer itself costs."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Any]] = {}  # by the dense weight's id, which it keeps alive
+
+    def __call__(self, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        import lors_cuda
+
+        if id(weight) not in self.layers:
+            stored, r = lors_cuda.SparseWeight(weight), lora_A.shape[0]
+            layer = lors_cuda.LoRSLinear(stored, r=r, lora_alpha=scaling * r)
+            layer._parameters.update(lora_A=lora_A, lora_B=lora_B)  # not attributes, which would be found faster
+            self.layers[id(weight)] = weight, layer
+        output: Tensor = self.layers[id(weight)][1](input)
+        return output
+
+
 def stored_tensors(function: LinearFunction, weight: Tensor) -> list[Tensor]:
     """What `function` holds of a weight between steps."""
     return function.held(weight) if isinstance(function, LorsCudaLinear) else [weight]
@@ -345,6 +363,7 @@ PEERS: dict[str, Peer] = {
     "lors_cuda_cached": Peer(
         lambda: LorsCudaLinear("lors", cached=True), "lors", "the same with the merged weight kept from the call before"
     ),
+    "lors_cuda_layer": Peer(LorsCudaLayer, "lors", "the same by LoRSLinear"),
     "lors_cuda_exact": Peer(lambda: LorsCudaLinear("exact"), "exact", 'this package, gradient="exact"'),
     "compiled": Peer(compiled, "lors", "torch.compile of the LoRS formulas, default mode", compiled=True),
     "compiled_max_autotune": Peer(
@@ -361,7 +380,8 @@ PEERS: dict[str, Peer] = {
     "peft_lora": Peer(lambda: peft_lora, "unmasked", "plain LoRA: a merge would destroy the zeros"),
     "frozen_linear": Peer(lambda: frozen_linear, "frozen", "F.linear without an adapter: trains nothing"),
 }
-DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled_max_autotune", "spp", "spp_checkpointed"))
+_ON_REQUEST = ("lors_cuda_layer", "compiled_max_autotune", "spp", "spp_checkpointed")
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in _ON_REQUEST)
 
 
 def forward_backward(function: LinearFunction, problem: Problem) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of the JSON that linear.py and merge.py write: speed against tokens, memory against tokens, the merge alone.
+"""Plots of the JSON that the benchmarks write: speed and memory against tokens, the merge alone, whole models.
 
 python bench/plot.py linear.json [--output linear.png]
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from report import describe
+from report import case_label, describe
 
 # name -> label, colour, line style; a method and its checkpointed form share a colour
 STYLE: dict[str, tuple[str, str, str]] = {
@@ -215,8 +215,54 @@ def plot_merge(rows: list[Row], where: dict[str, Any]) -> Figure:
     return figure
 
 
+# What the bars of a whole model show: the label of the axis, and a row's value; None: it was not measured.
+BARS: dict[str, list[tuple[str, Callable[[Row], float | None]]]] = {
+    "model": [
+        ("times faster than PEFT's LoRA", lambda row: row["ratio"]["median"]),
+        ("model, optimizer and step, MB", lambda row: row["bytes"]["total"] / 1e6 if "bytes" in row else None),
+    ],
+    "generate": [("tokens per second", lambda row: row["tokens_per_second"])],
+    "memory": [("GB, counted from shapes", lambda row: row["bytes"]["total"] / 1e9)],
+}
+
+
+def plot_bars(rows: list[Row], where: dict[str, Any]) -> Figure:
+    """Whole models: a line of panels per case, a bar per method."""
+    columns = BARS[rows[0]["benchmark"]]
+    cases = _unique([case_label(row) for row in rows])
+    by_case = [[row for row in rows if case_label(row) == case] for case in cases]
+    heights = [len(own) for own in by_case]
+    figure = plt.figure(figsize=(9.5, 0.24 * sum(heights) + 0.9 * len(cases) + 0.4), layout="constrained")
+    panels = figure.subplots(
+        len(cases), len(columns), squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights}
+    )
+    for line, case, own in zip(panels, cases, by_case, strict=True):
+        for axes, (label, value) in zip(line, columns, strict=True):
+            values = [value(row) for row in own]
+            colours = ["#0b5fa5" if row["peer"].startswith("lors_cuda") else "#999999" for row in own]
+            axes.barh(range(len(own)), [v or 0.0 for v in values], height=0.7, color=colours)
+            for y, v in enumerate(values):
+                axes.text(v or 0.0, y, "" if v is None else f" {v:.3g}", va="center", fontsize=7)
+            axes.set_yticks(range(len(own)), [row["peer"] for row in own], fontsize=7)
+            axes.margins(x=0.15)
+            axes.grid(False, axis="y")
+            axes.set_xlabel(label)
+        line[0].invert_yaxis()
+        line[0].set_title(case)
+    _caption(figure, where)
+    return figure
+
+
 def _caption(figure: Figure, where: dict[str, Any]) -> None:
     figure.supxlabel(describe(where), fontsize=6, color="#666666")
+
+
+DRAW: dict[str, Callable[[list[Row], dict[str, Any]], Figure]] = {
+    "linear": plot_linear,
+    "host": plot_linear,
+    "merge": plot_merge,
+    **dict.fromkeys(BARS, plot_bars),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,18 +272,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     document = json.loads(arguments.input.read_text())
     rows = [row for row in document["rows"] if not row["failed"]]
-    by_kind = {kind: [row for row in rows if row["benchmark"] == kind] for kind in ("linear", "merge")}
+    by_kind: dict[str, list[Row]] = {kind: [row for row in rows if row["benchmark"] == kind] for kind in DRAW}
     if not rows:
         print(f"{arguments.input} has no rows to plot", file=sys.stderr)
         return 1
     output = arguments.output or arguments.input.with_suffix(".png")
     with plt.rc_context(TEXT):
-        for kind, draw in (("linear", plot_linear), ("merge", plot_merge)):
-            if not by_kind[kind]:
-                continue
-            both = all(by_kind.values())
-            path = output.with_name(f"{output.stem}-merge{output.suffix}") if both and kind == "merge" else output
-            figure = draw(by_kind[kind], document["environment"])
+        drawn = {kind: own for kind, own in by_kind.items() if own}
+        for kind, own in drawn.items():
+            path = output if kind == next(iter(drawn)) else output.with_name(f"{output.stem}-{kind}{output.suffix}")
+            figure = DRAW[kind](own, document["environment"])
             figure.savefig(path)
             plt.close(figure)
             print(path)

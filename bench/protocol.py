@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import resource
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,25 +243,41 @@ def peak_bytes(run: Callable[[], object], device: torch.device = CPU) -> dict[st
 
 def _run_with_resident_peak(run: Callable[[], object]) -> int | None:
     gc.collect()
+    before = resident_bytes(trim=True)
     try:
-        # Pages the C library holds back are returned first, else memory it hands out again would count as nothing.
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak, VmHWM
-        before = _status_bytes("VmRSS")
-    except (OSError, AttributeError):  # not Linux, /proc not writable, or a C library without malloc_trim
-        run()
-        return None
+    except OSError:  # not writable
+        before = None
     result = run()
-    peak = _status_bytes("VmHWM")
+    peak = None if before is None else _status_bytes("VmHWM")
     del result
-    return max(0, peak - before)
+    return None if peak is None or before is None else max(0, peak - before)
 
 
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+def resident_bytes(*, trim: bool = False) -> int | None:
+    """The process's resident memory; None where the system does not tell.
+
+    Args:
+        trim: first return the pages that the C library holds back, which it may hand out again.
+    """
+    if trim and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+
+
+def minor_faults(run: Callable[[], object]) -> int:
+    """Page faults of one call that needed no disk: pages of fresh memory, which the system hands out zeroed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 # --- error ------------------------------------------------------------------------------------------------------------

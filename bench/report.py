@@ -190,17 +190,23 @@ def _finite(value: Any) -> Any:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the benchmarks of one weight."""
+    add_run_arguments(parser)
     parser.add_argument("--shape", nargs=2, type=positive, metavar=("N", "K"), help="out_features, in_features")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="float32 bfloat16; on a GPU bfloat16")
     parser.add_argument("--density", type=float, help="share of nonzero weights, at random places; default: 2:4")
-    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--device", type=usable_device, default=CPU, help="cpu (the default) or cuda")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, rounds: int = 15, budget: float = 30.0) -> None:
+    """Of every benchmark: how long it measures and where the rows go."""
+    parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--min-rounds", type=positive, default=3, help="measured even by a peer beyond its budget")
-    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="timed work per peer and case")
+    parser.add_argument("--budget", type=float, default=budget, metavar="SECONDS", help="timed work per peer and case")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that --output holds already")
-    parser.add_argument("--device", type=usable_device, default=CPU, help="cpu (the default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
 
 
@@ -242,6 +248,18 @@ def progress(text: str) -> None:
     """One line that overwrites itself; nothing where nobody watches."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+def case_label(row: dict[str, Any]) -> str:
+    """What a row was measured on, as a heading of a table or a plot."""
+    kind = row["benchmark"]
+    if kind == "merge":
+        return f"{row['dtype']}, r = {row['rank']}"
+    if kind == "model":
+        return f"{row['model']}, {row['dtype']}, {row['batch']} x {row['length']} tokens"
+    if kind in ("generate", "memory"):
+        return f"{row['model']}, {row['dtype']}"
+    return f"{row['tokens']} tokens"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -133,16 +133,27 @@ def plot(result: Path) -> Path:
     return output
 
 
+# In the page's order: first what a user meets, generation and training, then the parts.
+KINDS = {
+    "generate": "Generation, tokens per second",
+    "model": "A training step of a whole model",
+    "memory": "Memory of large models, counted from shapes, not measured",
+    "linear": "One linear, forward + backward",
+    "host": "One linear of 64 x 64: the host's time",
+    "merge": "The merge alone",
+}
+
+
 def benchmark_sections() -> str:
-    """One section per file of bench/results, the newest first: the machine, the plot, every row's numbers."""
+    """One section per file of bench/results, by kind, then the newest first: machine, plot, every row's numbers."""
     sections = []
-    for result in sorted(RESULTS.glob("*.json"), key=_order):
-        document = json.loads(result.read_text())
+    documents = {result: json.loads(result.read_text()) for result in RESULTS.glob("*.json")}
+    for result, document in sorted(documents.items(), key=lambda item: _order(*item)):
         where, rows = document["environment"], document["rows"]
-        kind = "The merge alone" if rows[0]["benchmark"] == "merge" else "One linear, forward + backward"
         dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
+        on = "" if rows[0]["benchmark"] == "memory" else f", {_processor(where)}"
         sections += [
-            f"## {where['date'][:10]}: {kind}, {dtypes}, {_processor(where)}",
+            f"## {where['date'][:10]}: {KINDS[rows[0]['benchmark']]}, {dtypes}{on}",
             "",
             f"![{result.stem}](plots/{result.stem}.svg){{.plot}}",
             "",
@@ -156,9 +167,9 @@ def benchmark_sections() -> str:
     return "\n".join(sections)
 
 
-def _order(result: Path) -> tuple[int, str]:
-    """Newest day first, a day's files by name."""
-    return -int(result.name[:10].replace("-", "")), result.name
+def _order(result: Path, document: dict[str, Any]) -> tuple[int, int, str]:
+    """Kind, newest day, name."""
+    return list(KINDS).index(document["rows"][0]["benchmark"]), -int(result.name[:10].replace("-", "")), result.name
 
 
 def _processor(where: dict[str, Any]) -> str:
@@ -169,27 +180,31 @@ def _processor(where: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line per peer, a column per case: times as fast as the official formulas, median [p20, p80]; peak memory."""
-    merge = rows[0]["benchmark"] == "merge"
-    cases = list(dict.fromkeys(_case(row) for row in rows))
-    cells = {(row["peer"], _case(row)): _cell(row) for row in rows}
-    header = ["", *(f"{dtype}, r = {size}" if merge else f"{size} tokens" for dtype, size in cases)]
-    lines = [header, ["---"] + ["---:"] * len(cases)]
+    """A line per peer, a column per case."""
+    label = _bench("report").case_label
+    cases = list(dict.fromkeys(label(row) for row in rows))
+    cells = {(row["peer"], label(row)): _cell(row) for row in rows}
+    lines = [["", *cases], ["---"] + ["---:"] * len(cases)]
     for peer in dict.fromkeys(row["peer"] for row in rows):
         name = f"`{peer}`"
         lines.append([f"**{name}**" if peer == "lors_cuda" else name, *(cells.get((peer, case), "") for case in cases)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _case(row: dict[str, Any]) -> tuple[str, int]:
-    return row["dtype"], row["rank"] if row["benchmark"] == "merge" else row["tokens"]
-
-
 def _cell(row: dict[str, Any]) -> str:
+    """Times as fast as the baseline, median [p20, p80]; tokens per second; peak memory; page faults."""
     if row["failed"]:
         return "failed"
-    ratio = row["ratio"]
-    text = f"{ratio['median']:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
-    if "bytes" in row:
-        text += f"<br>{row['bytes']['peak'] / 1e6:.1f} MB"
-    return text
+    lines, sizes = [], row.get("bytes", {})
+    if "tokens_per_second" in row:
+        lines.append(f"{row['tokens_per_second']:.1f} tokens/s")
+    if "ratio" in row:
+        ratio = row["ratio"]
+        lines.append(f"{ratio['median']:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}]")
+    if row["benchmark"] == "memory":
+        lines.append(f"{sizes['total'] / 1e9:.1f} GB")
+    elif sizes:
+        lines.append(f"{sizes.get('total', sizes['peak']) / 1e6:.1f} MB")
+    if "page_faults" in row:
+        lines.append(f"{row['page_faults']} page faults")
+    return "<br>".join(lines)

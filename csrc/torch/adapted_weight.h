@@ -28,13 +28,15 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
 
 inline Tensor to(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
-// A temporary in `dtype` with the values of `t`, row-major.
+// A temporary in `dtype` with the values of `t`, row-major. Asking first spares a call through the dispatcher, of which a
+// linear would make five for nothing.
 inline Tensor row_major(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::contiguous(dtype ? to(t, *dtype) : t);
+  const Tensor converted = dtype ? to(t, *dtype) : t;
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 inline std::optional<Tensor> row_major(const std::optional<Tensor>& mask) {
-  return mask ? std::optional(torch::stable::contiguous(*mask)) : std::nullopt;
+  return mask ? std::optional(row_major(*mask)) : std::nullopt;
 }
 
 inline const uint32_t* bits(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }

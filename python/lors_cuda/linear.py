@@ -134,10 +134,9 @@ class LoRSLinear(SparseLinear):
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
         if not self.adapter_enabled:
             return super().forward(input)
-        self.check_mask()
         return layer_linear(
             input,
-            self.sparse_weight,
+            self.check_mask(),
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -162,11 +161,11 @@ class LoRSLinear(SparseLinear):
             ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
                 dtype's range); the first place is named. The layer is sharded.
         """
-        self.check_mask(always=True)
+        weight = self.check_mask(always=True)
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
         with torch.no_grad():
-            weight, merged = self.sparse_weight, self.merged_dense()
+            merged = self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
             check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
         return make_linear(merged, self.bias, self.conv1d).train(self.training)

@@ -90,7 +90,7 @@ class SparseLinear(SparseLayer, nn.Module):
     weight_index: Tensor | None
     mask_digest: Tensor
     bias: nn.Parameter | None
-    _checked: tuple[tuple[int, int], ...] | None  # the tensors, and their versions, that mask_digest was compared with
+    _checked: list[tuple[int, int]] | None  # the tensors, and their versions, that mask_digest was compared with
     weight_uses = 0
     conv1d = False
 
@@ -102,7 +102,7 @@ class SparseLinear(SparseLayer, nn.Module):
         self.register_buffer("mask_digest", sparse_weight.digest())
         self.register_buffer("weight_index", sparse_weight.index)
         self.register_buffer("weight_mask", sparse_weight.mask_bits)
-        self._checked = self._versions()
+        self._checked = _versions(self.sparse_weight)
         self.bias = _frozen(None if bias is None else bias.detach())
 
     @classmethod
@@ -150,34 +150,40 @@ class SparseLinear(SparseLayer, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
-        self.check_mask()
-        return sparse_linear(input, self.sparse_weight, self.bias)
+        return sparse_linear(input, self.check_mask(), self.bias)
 
-    def check_mask(self, *, always: bool = False) -> None:
+    def check_mask(self, *, always: bool = False) -> SparseWeight:
         """Refuse a mask that is not the one that was stored; also values off it. Cheap where torch counts no change.
 
         Args:
             always: compare in any case: torch counts no writes through ``tensor.data``. Waits for the device.
 
+        Returns:
+            ``sparse_weight``.
+
         Raises:
             ValueError: the mask was changed since the layer was made or loaded, or its values do not fit it.
         """
+        weight = self.sparse_weight
         # Compiled code, and tensors that only stand for others, have no content to compare.
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return
+            return weight
         end_buffer_broadcasts(SparseLinear)
-        tensors = [tensor for tensor in self._stored() if tensor is not None]
+        if not always and self._checked == _versions(weight):
+            return weight
+        tensors = [tensor for tensor in (weight.values, weight.mask_bits, weight.index) if tensor is not None]
         if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
-            return
+            return weight
         if not always:
             # ZeRO-3 exchanges the values' content, and a captured graph cannot wait for the device.
-            if self._checked == self._versions() or hasattr(self.weight_values, "ds_shape"):
-                return
-            if self.weight_values.is_cuda and torch.cuda.is_current_stream_capturing():
-                return
+            if hasattr(weight.values, "ds_shape"):
+                return weight
+            if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
+                return weight
         with torch.no_grad():
-            self._compare(self.sparse_weight)
-        self._checked = self._versions()
+            self._compare(weight)
+        self._checked = _versions(weight)
+        return weight
 
     def _compare(self, weight: SparseWeight) -> None:
         try:
@@ -193,18 +199,9 @@ class SparseLinear(SparseLayer, nn.Module):
                 "use_buffers=False."
             )
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Which tensors are stored, and how often each was written to in place."""
-        return tuple(
-            (id(tensor), -1 if tensor.is_inference() else tensor._version)
-            for tensor in self._stored()
-            if tensor is not None
-        )
-
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
-        self.check_mask(always=True)
-        linear = make_linear(self.sparse_weight.to_dense(), self.bias, self.conv1d)
+        linear = make_linear(self.check_mask(always=True).to_dense(), self.bias, self.conv1d)
         return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
@@ -324,9 +321,6 @@ class SparseLinear(SparseLayer, nn.Module):
                 "layer that is sharded cannot take that on. Load it before fully_shard."
             )
 
-    def _stored(self) -> tuple[Tensor | None, ...]:
-        return self.weight_values, self.weight_mask, self.weight_index
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -344,6 +338,15 @@ def stored_form(linear: nn.Module) -> Tensor:
     """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied."""
     weight = weight_of(linear).detach()
     return weight.contiguous() if is_conv1d(linear) else weight
+
+
+def _versions(weight: SparseWeight) -> list[tuple[int, int]]:
+    """Which tensors are stored, and how often each was written to in place."""
+    return [
+        (id(tensor), -1 if tensor.is_inference() else tensor._version)
+        for tensor in (weight.values, weight.mask_bits, weight.index)
+        if tensor is not None
+    ]
 
 
 def _layout(index: Tensor | None) -> str:

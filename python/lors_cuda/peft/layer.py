@@ -192,11 +192,10 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if not names or not self._is_one_matmul(names):
             return super().forward(x)
         base = self.base_layer
-        base.check_mask()
         # Every call stacks new tensors, which a cached merge could not recognise.
         kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
         return lors_linear(
-            x, base.sparse_weight, *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept
+            x, base.check_mask(), *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept
         )
 
     def _is_one_matmul(self, names: list[str]) -> bool:
