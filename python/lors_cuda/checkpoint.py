@@ -46,10 +46,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     disk or a kill leaves what was there. The tensors keep their dtype. Under torch.compile, DistributedDataParallel or
     DeepSpeed the names are those of the inner model. With several processes, call it in one, unless the model is under
     fully_shard: then call it in all of them, the adapters are gathered, and the first process writes. Adapters that are
-    still zero while others have learned are named in a warning.
+    still zero while others have learned are named in a warning. While a method of lors_cuda.methods trains the model,
+    the adapter as it is now is written, and beside it the method's state, with which :func:`load_adapter` goes on.
 
     Raises:
-        ValueError: the model has no LoRS layers, or layers with and without use_rslora.
+        ValueError: the model has no LoRS layers, or layers with and without use_rslora; or a method trains it under
+            fully_shard.
         OSError: the files could not be written (the system's reason is given).
         ImportError: safetensors is not installed.
         RuntimeError: under fully_shard, it failed in another process.
@@ -61,6 +63,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = dict(named_lors_layers(model))
     if not layers:
         raise ValueError(f"The model has no LoRS layers, so there is no adapter to save. {conversion_advice(model)}")
+    run = running_method(model)
+    if run is not None and sharded:
+        raise ValueError(
+            f"The model trains with the method '{run.method.name}' and is sharded; call run.finish() before it is "
+            "saved."
+        )
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -71,12 +79,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     fields = _config_fields(model, layers, config)
     if not sharded or process_rank() == 0:
         _warn_untrained({name: tensors[f"{PREFIX}{name}.lora_B.weight"] for name in layers})
-    if not sharded:
-        write_adapter(Path(directory), tensors, fields)
-        return
-    with together():
-        if process_rank() == 0:
+    with together() if sharded else contextlib.nullcontext():
+        if not sharded or process_rank() == 0:
             write_adapter(Path(directory), tensors, fields)
+            if run is not None:
+                run.save(directory)
 
 
 def load_adapter(
@@ -87,7 +94,8 @@ def load_adapter(
     Every name, shape, rank, scaling, dtype and mask fingerprint is checked before anything is changed. A directory
     that PEFT wrote has no fingerprints; `strict_mask=False` loads it, and the adapter is masked from then on. Base
     weights with other values than in training (a base into which the adapter is merged already, one loaded in another
-    dtype) are warned of by name. A model under fully_shard must be converted already; all processes load together,
+    dtype) are warned of by name. Into a model that a method trains, a checkpoint of that training is loaded, the
+    method's state with it. A model under fully_shard must be converted already; all processes load together,
     each from the directory.
 
     Args:
@@ -128,12 +136,21 @@ def load_adapter(
             for which, tensor in adapter.adapters[name].items():
                 setattr(layer, which, nn.Parameter(tensor.to(layer.lora_A.device, copy=True)))
     existing = inner.state_dict(keep_vars=True)
-    for name, layer in layers.items():
-        copy_whole(layer.lora_A, adapter.adapters[name]["lora_A"])
-        copy_whole(layer.lora_B, adapter.adapters[name]["lora_B"])
+    run = running_method(inner)
+    if run is not None:
+        run.load(directory)
+    else:
+        for name, layer in layers.items():
+            copy_whole(layer.lora_A, adapter.adapters[name]["lora_A"])
+            copy_whole(layer.lora_B, adapter.adapters[name]["lora_B"])
     for name, tensor in adapter.saved.items():
         copy_whole(existing[name], tensor)
     return model
+
+
+def running_method(model: nn.Module) -> Any:
+    """The :class:`lors_cuda.methods.Run` that trains the model; None without one."""
+    return vars(model).get("lors_run")
 
 
 def _warn_untrained(lora_B: dict[str, Tensor]) -> None:

@@ -208,8 +208,8 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         for start in range(0, len(self), batch_size):
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
-    def shuffled_batches(self, batch_size: int, count: int, seed: int) -> list[dict[str, Tensor]]:
-        """The first ``count`` batches of the data shuffled by ``seed``; at most one pass over the data."""
+    def shuffled_batches(self, batch_size: int, count: int | None, seed: int) -> list[dict[str, Tensor]]:
+        """The first ``count`` batches, or all, of the data shuffled by ``seed``; at most one pass over the data."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return [self.batch(chosen.tolist()) for chosen in order.split(batch_size)[:count]]
 

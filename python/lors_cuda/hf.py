@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ._distributed import from_first, summed, together
 from ._files import damage, explained, move_directory, new_files, remove_directory, seal
 from .adapter_directory import CONFIG_NAME
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import load_adapter, running_method, save_adapter
 from .model import named_lors_layers
 from .sparse_linear import SparseLayer
 from .targets import has_peft_adapters
@@ -134,12 +134,19 @@ class LoRSTrainerMixin:
             if _is_peft(trainer):
                 with new_files(directory) as temporary:
                     super()._save(str(temporary), state_dict)  # type: ignore[misc]
+                    run = running_method(trainer.model)
+                    if run is not None and trainer.args.should_save:
+                        run.save(temporary)
             elif trainer.args.should_save:
                 with new_files(directory) as temporary:
                     _save_adapter(trainer, temporary)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
+        run = None if _is_sharded(trainer) else running_method(trainer.model)
+        if run is not None and _is_peft(trainer):
+            run.load(resume_from_checkpoint)
+            return
         if _saves_by_itself(trainer) or not _is_adapter(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from .._checks import GRADIENTS, LAYOUTS
 from .._distributed import launched
 from ..adapter_directory import read_adapter
 from ..config import LoRSConfig
+from ..methods import METHODS, Method, get_method
 from ._common import (
     add_adapter,
     add_data,
@@ -57,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="name suffixes of what is trained whole")
     parser.add_argument("--gradient", choices=GRADIENTS, help="how adapter gradients are computed; lors if left out")
     parser.add_argument("--layout", choices=LAYOUTS, help="how the sparse weights are stored; auto if left out")
+    parser.add_argument(
+        "--method", default="lors", metavar="NAME",
+        help=f"how the adapters are trained: {', '.join(METHODS)}; NAME+NAME combines them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method-option", type=method_option, nargs="+", default=[], metavar="OPTION=VALUE",
+        help=f"of the method ({_options_text()})",
+    )  # fmt: skip
     parser.add_argument("--init", choices=("gradient", "default"), help="how the adapters start; gradient if left out")
     parser.add_argument(
         "--init-batches", type=positive_int, default=8, metavar="N", help="batches that estimate the gradient"
@@ -96,6 +107,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(begun=False)
 
 
+def method_option(text: str) -> tuple[str, Any]:
+    """The type of ``--method-option``'s values: numbers and null as JSON writes them, else a word."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _options_text() -> str:
+    """Every method's options with their defaults."""
+    described = []
+    for name, kind in METHODS.items():
+        options = [f"{field.name}={json.dumps(field.default)}" for field in dataclasses.fields(kind)]
+        if options:
+            described.append(f"{name}: {', '.join(options)}")
+    return "; ".join(described)
+
+
+def chosen_method(args: argparse.Namespace) -> Method:
+    """What ``--method`` and ``--method-option`` describe.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+    """
+    return get_method(args.method, **dict(args.method_option))
+
+
 def configuration(args: argparse.Namespace) -> LoRSConfig:
     """What is adapted and how, from the options or from the adapter to start with; fills in what was left out.
 
@@ -115,6 +156,15 @@ def configuration(args: argparse.Namespace) -> LoRSConfig:
                     f"{option} was given, and the adapter in '{args.adapter}', from which training starts, {has}. "
                     f"Leave {option} out, or start without --adapter."
                 )
+    method = chosen_method(args)
+    if args.adapter is None:
+        own = {**own, "gradient": method.gradient}
+    elif method.places():
+        raise ValueError(
+            f"--method {args.method} makes its own adapters, and --adapter starts from others. Leave one of them out."
+        )
+    elif args.method_option:
+        raise ValueError("--method-option was given, and the method has no options.")
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -78,6 +79,7 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
         data: TokenDataset,
         eval_data: TokenDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         # Else DistributedDataParallel searches in every step, finds nothing in a dense model, and says so.
         fields = getattr(model, "config", None)
@@ -89,6 +91,7 @@ class CommandTrainer(LoRSTrainerMixin, Trainer):
             eval_dataset=eval_data,
             data_collator=data.collate,
             callbacks=callbacks,
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         if not self.model_accepts_loss_kwargs and args.gradient_accumulation_steps * args.world_size > 1:

@@ -44,7 +44,7 @@ from ._common import (
     load_model,
     say,
 )
-from ._finetune_options import add_arguments, check_options, configuration
+from ._finetune_options import add_arguments, check_options, chosen_method, configuration
 from ._run_directory import (
     LOG_NAME,
     PLOT_NAME,
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> dict[str, Any]:
+    method = chosen_method(args)
     with together():
         if is_first():
             check_output(args)
@@ -88,10 +89,14 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
 
         model = load_model(args.model, args.device)
         _check_adapter(args, model)
+        data = None
+        if "ranks" in method.places():
+            data = load_dataset(args, model, packing=args.packing)
+            config = method.configure(config, model, data.shuffled_batches(args.batch_size, None, args.seed))
         targets = find_targets(model, config)
         check_targets(targets, config)  # before the work of estimating gradients
         sparsity = measure_sparsity(model, targets=targets)
-        data = load_dataset(args, model, packing=args.packing)
+        data = data or load_dataset(args, model, packing=args.packing)
         eval_data = None if args.eval_data is None else load_dataset(args, model, args.eval_data)
     say(args, f"Model: '{args.model}', sparsity {sparsity}. Data: {describe_data(data)}.")
     if eval_data is not None:
@@ -104,6 +109,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
     if args.resume and checkpoint is None:
         say(args, "There is no complete checkpoint yet; training starts from the beginning.")
     _convert(args, model, config, targets, data, checkpoint is not None)
+    method_run = method.start(model, steps=args.steps, seed=args.seed) if method.places() else None
     identity = _identity(args, model, config, data)
     trained = 0
     with together():
@@ -139,6 +145,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         gradient_checkpointing=args.gradient_checkpointing,
         deepspeed=None if args.deepspeed is None else str(args.deepspeed),
         fsdp=args.fsdp,
+        **({"max_grad_norm": 0.0} if method.clips else {}),
     )
     on_terminal = sys.stdout.isatty()
     report = None if args.json or on_terminal else _report(args.steps)
@@ -149,6 +156,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
             data,
             eval_data,
             callbacks=[_trainer.StepLog(args.output / LOG_NAME), _trainer.Report(bar=not args.json, each=report)],
+            optimizer=None if method_run is None else method_run.optimizer(args.lr),
         )
         if checkpoint is not None and trained == args.steps:
             say(args, f"All {trained} steps are trained already; more are trained with --steps.")
@@ -156,6 +164,8 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
             trainer.state = state
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
+    if method_run is not None:
+        method_run.finish()
     adapted: Any = trainer.model  # the same, unless it was sharded
     entries = _trainer.steps_of(trainer.state)
     window = min(10, len(entries))
@@ -243,6 +253,9 @@ def _identity(args: argparse.Namespace, model: nn.Module, config: LoRSConfig, da
     options |= {"steps": args.steps, "warmup_steps": args.warmup_steps}
     if args.warmup_steps is None:
         options["warmup_steps"] = default_warmup(args.steps)
+    method = chosen_method(args)
+    if method.places():
+        options["method"] = method.fields()
     files = {"deepspeed": args.deepspeed, "adapter": args.adapter and args.adapter / WEIGHTS_NAME}
     for name, path in files.items():
         options[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()

@@ -101,8 +101,9 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         self.fingerprints: dict[str, Fingerprint] = {}
         if saved is not None:
             self._read(saved)
-        #: {module name: (the layer's own {adapter name: scaling}, the adapter's name)} of the model it is attached to.
-        self.scalings: dict[str, tuple[dict[str, Any], str]] = {}
+        #: {module name: (the layer's own {adapter name: rank} and {adapter name: scaling}, the adapter's name)} of the
+        #: model it is attached to.
+        self.adapted: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {}
         #: Whether its adapter is a new one, and not loaded: then its rank must suit the layers.
         self.is_new = self.trained_on is None
         self.validate()
@@ -167,26 +168,29 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, but is {self.lora_dropout!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT writes them, with the fingerprints of the base under "lors", and in `alpha_pattern` the
-        scalings that layers have now, where they were changed after the adapter was made."""
+        """The fields as PEFT writes them, with the fingerprints of the base under "lors", and in `rank_pattern` and
+        `alpha_pattern` what layers have now, where it was changed after the adapter was made."""
         values: dict[str, Any] = super().to_dict()
-        values["alpha_pattern"] = self._true_alphas()
+        values["rank_pattern"], values["alpha_pattern"] = self._true_patterns()
         fingerprints = to_fields(self.fingerprints or self.trained_on or {})
         values["lors"] = SavedBase(format_version=FORMAT_VERSION, **fingerprints)
         return values
 
-    def _true_alphas(self) -> dict[str, float]:
-        """`alpha_pattern`, or, where a layer's scaling is another one, a pattern of the same meaning by full names."""
-        alphas, changed = {}, False
-        for name, (scalings, adapter) in self.scalings.items():
+    def _true_patterns(self) -> tuple[dict[str, int], dict[str, float]]:
+        """Both patterns, or, where a layer's rank or scaling is another one, patterns of the same meaning by full
+        names."""
+        ranks, alphas, changed = {}, {}, False
+        for name, (own_ranks, scalings, adapter) in self.adapted.items():
             rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
             alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.lora_alpha)
-            divisor = math.sqrt(rank) if self.use_rslora else rank
+            own_rank = own_ranks.get(adapter, rank)
+            divisor = math.sqrt(own_rank) if self.use_rslora else own_rank
             scaling = float(scalings.get(adapter, alpha / divisor))
-            if not math.isclose(scaling, alpha / divisor, rel_tol=1e-6):  # a tensor's, for hotswapping, is rounded
+            if own_rank != rank or not math.isclose(scaling, alpha / divisor, rel_tol=1e-6):
+                # A tensor's scaling, for hotswapping, is rounded.
                 alpha, changed = alpha_number(f"The lora_alpha of '{name}'", scaling * divisor), True
-            alphas[f"^{re.escape(name)}"] = alpha
-        return alphas if changed else self.alpha_pattern
+            ranks[f"^{re.escape(name)}"], alphas[f"^{re.escape(name)}"] = own_rank, alpha
+        return (ranks, alphas) if changed else (self.rank_pattern, self.alpha_pattern)
 
 
 def _start_problem(start: Any) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -105,6 +106,14 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if len(names) == 1:
             return pairs[0][0], scaled[0], 1.0
         return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat(scaled, dim=1), 1.0
+
+    def set_rank(self, adapter_name: str, r: int) -> None:
+        """Record the rank that an adapter has been given, at the same scaling; save_pretrained writes it."""
+        rslora = self.use_rslora[adapter_name]
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = self.scaling[adapter_name] * (math.sqrt(r) if rslora else r)
+        for which, features in ((self.lora_A, "out_features"), (self.lora_B, "in_features")):
+            setattr(which[adapter_name], features, r)
 
     # ---- the base ----
 

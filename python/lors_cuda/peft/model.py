@@ -22,6 +22,7 @@ from peft.utils.integrations import skip_init_on_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .._checks import check_has_values, check_whole, joined
 from .._distributed import check_gathered
@@ -83,7 +84,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             layer: Any = model.get_submodule(name)
             layer.fingerprint = value
             layer.base_was_linear |= name in unconverted
-            config.scalings[name] = (layer.scaling, adapter_name)
+            config.adapted[name] = (layer.r, layer.scaling, adapter_name)
         config.fingerprints, config.trained_on = found, None
         if new:
             adapted = {layer.storage for _, layer in named_peft_layers(model) if adapter_name in layer.lora_A}
@@ -220,6 +221,12 @@ def _state_problems(model: nn.Module, adapter_name: str, state: Mapping[str, Ten
         if adapter_name in layer.lora_A
     }
     problems = [f"There is no tensor for '{key}'." for key in own if key not in state]
+    computed = [key for key in own if parametrize.is_parametrized(model.get_submodule(key.rpartition(".")[0]))]
+    if computed:
+        problems.append(
+            f"'{computed[0]}' is computed by the method that trains the model: resume with run.load(checkpoint), or "
+            "call run.finish() first."
+        )
     for key, tensor in state.items():
         if key not in own:
             if ".lora_A." in key or ".lora_B." in key:

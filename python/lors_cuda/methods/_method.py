@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+# A Method fills one or two of four places: the ranks before conversion (configure), what lora_A and lora_B are made of
+# (parametrise, folded), how they move (optimizer), and what happens around a step (before_step, after_step). A Run
+# carries it through one training. Neither ever writes a stored weight, and both leave plain LoRS layers.
+"""Adapter methods around LoRS: what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .._checks import joined, listed
+from .._distributed import is_sharded
+from .._files import replace_files
+from ..adapter_directory import read_weights, require_safetensors
+from ..config import LoRSConfig
+from ..sparse_linear import SparseLayer
+from ._pair import FACTORS, Pair
+
+STATE_NAME, TENSORS_NAME = "method.json", "method.safetensors"
+_PLACES = {  # what a method fills, by the functions that it defines
+    "ranks": ("configure",),
+    "parametrisation": ("parametrise", "folded"),
+    "optimizer": ("optimizer",),
+    "step controller": ("before_step", "after_step"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An adapter method. This one is LoRS itself, and changes nothing.
+
+    Every method's fields have its authors' defaults, or its documentation says that they are ours. A method is a value:
+    what changes during training is in the :class:`Run`.
+
+    Attributes:
+        name: what the command line and the files call it.
+        gradient: the adapter gradients that are recommended for it, "lors" or "exact".
+        clips: whether its optimizer clips gradients by itself, so that a Trainer must not (``max_grad_norm=0``).
+    """
+
+    name: ClassVar[str] = "lors"
+    gradient: ClassVar[str] = "lors"
+    clips: ClassVar[bool] = False
+
+    def configure(
+        self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
+    ) -> LoRSConfig:
+        """The configuration to convert the model with; ``config`` is not changed.
+
+        Args:
+            config: what was asked for.
+            model, batches: the sparse model before conversion, and batches as :func:`lors_cuda.estimate_gradients`
+                takes them, for a method that looks at them.
+        """
+        return config
+
+    def parametrise(self, pair: Pair, run: Run) -> None:
+        """Say what the factors of one adapter are made of, by :meth:`Pair.parametrise`."""
+
+    def folded(self, pair: Pair) -> None:
+        """Called for each adapter when its factors are ordinary parameters again; may :meth:`Pair.replace` them."""
+
+    def optimizer(self, run: Run, lr: float, **options: Any) -> Optimizer:
+        """An optimizer over everything that is trained; AdamW, without decay where ``options`` ask for none.
+
+        Parameters that a parametrisation adds (gates) are never decayed.
+        """
+        options.setdefault("weight_decay", 0.0)
+        stored = {id(pair.stored(which)) for pair in run.pairs for which in FACTORS}
+        added = [p for pair in run.pairs for p in pair.trained() if id(p) not in stored]
+        known = {id(p) for p in added}
+        plain = [p for p in run.model.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": plain}]
+        if added:
+            groups.append({"params": added, "weight_decay": 0.0})
+        return AdamW(groups, lr=lr, **options)
+
+    def before_step(self, run: Run) -> None:
+        """Called once per optimizer step, without gradients: they are complete, and nothing has moved."""
+
+    def after_step(self, run: Run) -> None:
+        """Called once per optimizer step, without gradients, after it."""
+
+    def start(self, model: nn.Module, *, steps: int | None = None, seed: int = 0) -> Run:
+        """Begin training a converted model with this method; then take ``run.optimizer`` or ``run.attach``.
+
+        Args:
+            model: what :func:`lors_cuda.get_lors_model` or PEFT has converted, not yet wrapped or sharded.
+            steps: optimizer steps of the whole training, for methods with a schedule.
+            seed: of every draw; the same seed gives the same run.
+
+        Raises:
+            ValueError: the model has no adapters, is sharded, or trains with a method already; nothing is changed.
+        """
+        return Run(self, model, steps, seed)
+
+    def fields(self) -> dict[str, Any]:
+        """Name and options, as files hold them."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def parts(self) -> tuple[Method, ...]:
+        return (self,)
+
+    def places(self) -> list[str]:
+        """Which of the places it fills."""
+        return [
+            place
+            for place, functions in _PLACES.items()
+            if any(getattr(type(self), name) is not getattr(Method, name) for name in functions)
+        ]
+
+
+class Combined(Method):
+    """Several methods that fill different places."""
+
+    def __init__(self, methods: Iterable[Method]) -> None:
+        object.__setattr__(self, "_parts", tuple(part for method in methods for part in method.parts()))
+        filled: dict[str, Method] = {}
+        for part in self._parts:
+            for place in part.places():
+                if place in filled:
+                    raise ValueError(
+                        f"The methods '{filled[place].name}' and '{part.name}' both fill the place '{place}', so they "
+                        "cannot be combined; leave one of them out."
+                    )
+                filled[place] = part
+
+    _parts: tuple[Method, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(part.name for part in self._parts)
+
+    @property
+    def gradient(self) -> str:  # type: ignore[override]
+        return "exact" if any(part.gradient == "exact" for part in self._parts) else "lors"
+
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        return any(part.clips for part in self._parts)
+
+    def parts(self) -> tuple[Method, ...]:
+        return self._parts
+
+    def configure(
+        self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
+    ) -> LoRSConfig:
+        for part in self._parts:
+            config = part.configure(config, model, batches)
+        return config
+
+    def parametrise(self, pair: Pair, run: Run) -> None:
+        for part in self._parts:
+            part.parametrise(pair, run)
+
+    def folded(self, pair: Pair) -> None:
+        for part in self._parts:
+            part.folded(pair)
+
+    def optimizer(self, run: Run, lr: float, **options: Any) -> Optimizer:
+        own = next((part for part in self._parts if "optimizer" in part.places()), None)
+        return super().optimizer(run, lr, **options) if own is None else own.optimizer(run, lr, **options)
+
+    def before_step(self, run: Run) -> None:
+        for part in self._parts:
+            part.before_step(run)
+
+    def after_step(self, run: Run) -> None:
+        for part in self._parts:
+            part.after_step(run)
+
+    def fields(self) -> dict[str, Any]:
+        return {"name": self.name, "parts": [part.fields() for part in self._parts]}
+
+
+class Run:
+    """One training with a method: its adapters, step and state. Made by :meth:`Method.start`.
+
+    Attributes:
+        method, model, steps, seed: as given to :meth:`Method.start`.
+        pairs: the adapters that are trained, in the model's order.
+        step: optimizer steps done.
+        tensors: tensors that a method keeps between steps, by name; saved and loaded.
+        numbers: other values that a method keeps, as JSON takes them; likewise.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, steps: int | None, seed: int) -> None:
+        running = vars(model).get("lors_run")
+        if running is not None:
+            raise ValueError(
+                f"The model trains with the method '{running.method.name}' already; call finish() of that run first."
+            )
+        self.pairs = list(_trained_pairs(model))
+        if not self.pairs:
+            raise ValueError(
+                "The model has no adapters that are trained. Convert it first, with lors_cuda.get_lors_model or "
+                "lors_cuda.peft, and start the method then."
+            )
+        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+            raise ValueError("The model is sharded; start the method before fully_shard.")
+        self.method, self.model, self.steps, self.seed = method, model, steps, seed
+        self.step = 0
+        self.tensors: dict[str, Tensor] = {}
+        self.numbers: dict[str, Any] = {}
+        self._optimizer: Optimizer | None = None
+        self._rates: list[float] = []
+        self._handles: list[Any] = []
+        with torch.no_grad():
+            for pair in self.pairs:
+                method.parametrise(pair, self)
+        vars(model)["lors_run"] = self
+
+    def generator(self, name: str, step: int = 0) -> torch.Generator:
+        """A generator on the CPU that depends on the seed, a name and a step alone: the same in every process."""
+        digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    # ---- the optimizer ----
+
+    def optimizer(self, lr: float, **options: Any) -> Optimizer:
+        """The method's optimizer over everything that is trained, attached; ``options`` are those of its class."""
+        return self.attach(self.method.optimizer(self, lr, **options))
+
+    def attach(self, optimizer: Optimizer) -> Optimizer:
+        """Let the method act around the steps of an optimizer of yours; a GradScaler's skipped steps do not count.
+
+        Raises:
+            ValueError: it does not hold every parameter that is trained, or the run has an optimizer already.
+        """
+        if self._optimizer is not None:
+            raise ValueError("The run has an optimizer already; a run has one.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"The optimizer does not hold {listed(missing)}, which is trained. Make it after the method has "
+                "started, over all parameters that require gradients, or take run.optimizer(lr)."
+            )
+        self._optimizer = optimizer
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        return optimizer
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        assert self._optimizer is not None
+        counts = [int(state["step"]) for state in self._optimizer.state.values() if "step" in state]
+        if counts and max(counts) > self.step:
+            raise ValueError(
+                f"The optimizer has done {max(counts)} steps and the method '{self.method.name}' {self.step}: the "
+                "training was resumed without the method's state. Call run.load(checkpoint), or resume with a Trainer "
+                "that has lors_cuda.hf.LoRSTrainerMixin."
+            )
+        self.method.before_step(self)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        self.method.after_step(self)
+        self.step += 1
+
+    def rate(self, parameter: nn.Parameter) -> float:
+        """The learning rate of a parameter's group, as a share of the one that the schedule began from."""
+        assert self._optimizer is not None
+        for group, first in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if any(p is parameter for p in group["params"]):
+                base = float(group.get("initial_lr", first))
+                return float(group["lr"]) / base if base else 1.0
+        raise ValueError("The parameter is in no group of the optimizer.")
+
+    # ---- the end, and files ----
+
+    def finish(self) -> None:
+        """Leave plain LoRS layers, whose lora_A and lora_B are what the method has computed; then save or merge.
+
+        The optimizer and its schedule are of no use afterwards. A second call does nothing.
+        """
+        if vars(self.model).get("lors_run") is not self:
+            return
+        for handle in self._handles:
+            handle.remove()
+        with torch.no_grad():
+            for pair in self.pairs:
+                pair.fold()
+                self.method.folded(pair)
+        del vars(self.model)["lors_run"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors"."""
+        tensors = {f"run.{name}": tensor for name, tensor in self.tensors.items()}
+        for pair in self.pairs:
+            tensors |= pair.state()
+        return {
+            "method": self.method.fields(),
+            "seed": self.seed,
+            "steps": self.steps,
+            "step": self.step,
+            "numbers": dict(self.numbers),
+            "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: it is of another method, other options, another seed or another model; nothing is changed.
+        """
+        own = self.state_dict()
+        problems = [
+            f"Its {what} is {_shown(state.get(what))}, and this run's {_shown(own[what])}."
+            for what in ("method", "seed")
+            if json.loads(json.dumps(own[what])) != state.get(what)
+        ]
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        names = {name for name in own["tensors"] if not name.startswith("run.")}
+        given = {name for name in tensors if not name.startswith("run.")}
+        problems += [f"It has no tensor '{name}'." for name in sorted(names - given)]
+        problems += [f"It has a tensor '{name}', and the model has none." for name in sorted(given - names)]
+        for name in sorted(names & given):
+            shape = list(own["tensors"][name].shape)
+            if list(tensors[name].shape) != shape:
+                problems.append(f"'{name}' has shape {list(tensors[name].shape)}, and {shape} is needed.")
+        if problems:
+            raise ValueError(f"The method's state was not loaded. {joined(problems)}")
+        for pair in self.pairs:
+            pair.load_state(dict(tensors))
+        self.tensors = {
+            name.removeprefix("run."): tensor.clone() for name, tensor in tensors.items() if name.startswith("run.")
+        }
+        self.numbers, self.step = dict(state["numbers"]), int(state["step"])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write method.safetensors and method.json into ``directory``, beside the adapter.
+
+        Raises:
+            OSError: with the system's reason; what was there is unchanged.
+        """
+        state = self.state_dict()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
+        written = require_safetensors().save(tensors)
+        text = json.dumps(state, indent=2).encode()
+        replace_files(Path(directory), {TENSORS_NAME: written, STATE_NAME: text})
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint that :meth:`save` has written.
+
+        Raises:
+            FileNotFoundError: the directory holds no method's state.
+            ValueError: a file is damaged, or as :meth:`load_state_dict`; nothing is changed.
+        """
+        path = Path(directory) / STATE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"'{directory}' holds no {STATE_NAME}: it is no checkpoint of a training with the method "
+                f"'{self.method.name}'."
+            )
+        try:
+            state = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not JSON: it is cut short or corrupted ({error}).") from None
+        self.load_state_dict({**state, "tensors": read_weights(Path(directory) / TENSORS_NAME)})
+
+
+def _trained_pairs(model: nn.Module) -> Iterator[Pair]:
+    """The adapters that require gradients: of LoRSLinear, and the active ones of lors_cuda.peft."""
+    for name, module in model.named_modules():
+        if not isinstance(module, SparseLayer) or not module.has_adapters:
+            continue
+        layer: Any = module
+        own = layer.storage is layer
+        adapters = [None] if own else [a for a in layer.active_adapters if a in layer.lora_A]
+        for adapter in adapters:
+            pair = Pair(name, layer, adapter)
+            if any(pair.is_parametrised(which) for which in FACTORS):
+                raise ValueError(
+                    f"'{name}' has a parametrisation already; a method starts on plain adapters. Remove it with "
+                    "torch.nn.utils.parametrize.remove_parametrizations."
+                )
+            if pair["lora_A"].requires_grad:
+                yield pair
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)

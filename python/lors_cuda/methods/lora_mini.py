@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# lora_A = A_train A_aux [r, a] [a, K], lora_B = B_aux B_train [N, b] [b, r]; aux is random and frozen, so r (a + b)
+# numbers are trained instead of r (N + K). LoRA-Mini, arXiv 2411.15804.
+"""LoRA-Mini: small trained factors between frozen random ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ._method import Method, Run
+from ._pair import Pair
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAMini(Method):
+    """Trains two small matrices per layer.
+
+    The frozen ones follow from the run's seed and the layer's name. Where the published code starts both trained
+    matrices at zero, and then has no gradient at all, only B_train starts there. A_aux is scaled by 1 / sqrt(K), and
+    B_aux has orthonormal columns (ours). Source: arXiv 2411.15804.
+
+    Args:
+        a: rows of A_aux, at least 1; a layer with fewer inputs takes those.
+        b: columns of B_aux, at least 1; a layer with fewer outputs takes those.
+    """
+
+    a: int = 32
+    b: int = 32
+    name: ClassVar[str] = "lora-mini"
+
+    def __post_init__(self) -> None:
+        for field in ("a", "b"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+
+    def parametrise(self, pair: Pair, run: Run) -> None:
+        N, K = pair.layer.out_features, pair.layer.in_features
+        a, b = min(self.a, K), min(self.b, N)
+        drawn = run.generator(pair.name)
+        A_aux = torch.randn(a, K, generator=drawn) / math.sqrt(K)
+        B_aux = torch.linalg.qr(torch.randn(N, b, generator=drawn)).Q
+        A_train = torch.randn(pair.r, a, generator=drawn) / math.sqrt(a)
+        pair.parametrise("lora_A", Product(right=A_aux.to(pair["lora_A"])), A_train)
+        pair.parametrise("lora_B", Product(left=B_aux.to(pair["lora_B"])), torch.zeros(b, pair.r))
+
+
+class Product(nn.Module):
+    """left @ stored, or stored @ right; the frozen factor belongs to no state, because its seed does."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(self, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def forward(self, stored: Tensor) -> Tensor:
+        product = stored if self.left is None else self.left @ stored
+        return product if self.right is None else product @ self.right

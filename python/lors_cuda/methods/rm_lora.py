@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# loss + penalty * mean over the 2 L factors of ||A A^T - I||_F and ||B^T B - I||_F; in each interval only `active`
+# directions are updated. RM-LoRA, arXiv 2407.12074.
+"""RM-LoRA: orthogonality of the factors, and updates of some directions at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._distributed import is_sharded
+from ._method import Method, Run
+from ._pair import Pair
+
+
+@dataclasses.dataclass(frozen=True)
+class RMLoRA(Method):
+    """Pulls lora_A's rows and lora_B's columns to orthonormality, so that the update uses its rank.
+
+    The penalty's gradient is added in the optimizer's step, so that the loss stays the model's own. NOTE: a Trainer
+    clips gradients before the step, so the penalty is not clipped. Source: arXiv 2407.12074 and its repository's
+    description; its training code was not found.
+
+    Args:
+        penalty: weight of the mean of the norms, 0 or more; the authors' example has 0.1.
+        active: how many of the r directions are updated at a time, at least 1; None: all (ours).
+        interval: optimizer steps between two draws of the active directions; needed with ``active``.
+    """
+
+    penalty: float = 0.1
+    active: int | None = None
+    interval: int | None = None
+    name: ClassVar[str] = "rm-lora"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.penalty < float("inf"):
+            raise ValueError(f"penalty is {self.penalty!r}; it must be 0 or more.")
+        if (self.active is None) != (self.interval is None):
+            raise ValueError("active and interval belong together: give both, or neither.")
+        for field in ("active", "interval"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+
+    def resting(self, pair: Pair, run: Run) -> Tensor | None:
+        """The directions that are not updated in this interval; None if all are."""
+        if self.active is None or self.interval is None or self.active >= pair.r:
+            return None
+        order = torch.randperm(pair.r, generator=run.generator(pair.name, run.step // self.interval))
+        return order[self.active :].to(pair["lora_A"].device)
+
+    def before_step(self, run: Run) -> None:
+        for pair in run.pairs:
+            for which, factor, rows in _factors(pair):
+                if factor.grad is None:
+                    continue
+                if is_sharded(factor):
+                    raise ValueError(
+                        "RM-LoRA needs whole factors, and fully_shard has cut them. Train it in one process or under "
+                        "DistributedDataParallel."
+                    )
+                if self.penalty:
+                    change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
+                    factor.grad += (change if which == "lora_A" else change.T).to(factor.grad.dtype)
+                resting = self.resting(pair, run)
+                if resting is not None:
+                    # An optimizer with momentum or decay moves a parameter whose gradient is zero: its rows are put
+                    # back after the step.
+                    _rows(which, factor.grad)[resting] = 0
+                    run.tensors[f"{pair.name}.{which}"] = rows[resting].clone()
+
+    def after_step(self, run: Run) -> None:
+        for pair in run.pairs:
+            for which, _, rows in _factors(pair):
+                saved = run.tensors.pop(f"{pair.name}.{which}", None)
+                resting = self.resting(pair, run)
+                if saved is not None and resting is not None:
+                    rows[resting] = saved
+
+
+def orthogonality_gradient(rows: Tensor) -> Tensor:
+    """d ||R R^T - I||_F / dR for R [r, n]: 2 (R R^T - I) R / ||R R^T - I||_F, and 0 where the norm is 0."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    gram = rows @ rows.T - torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    norm = gram.norm()
+    return 2 * (gram @ rows) / norm.clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def _rows(which: str, tensor: Tensor) -> Tensor:
+    """A view whose rows are the r directions."""
+    return tensor if which == "lora_A" else tensor.T
+
+
+def _factors(pair: Pair) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    for which in ("lora_A", "lora_B"):
+        factor = pair.stored(which)
+        yield which, factor, _rows(which, factor.detach())

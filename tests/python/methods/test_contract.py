@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method promises: zeros, an untouched base, plain layers at the end, files, and a run that goes on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import pytest
+import torch
+
+from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers, save_adapter
+from lors_cuda.methods import METHODS, get_method
+from models import batch, logits, refused, tiny_llama
+from trainer_runs import STEPS, checkpoint, losses, make_trainer
+
+OPTIONS = {
+    "sora": {"threshold": 0.05},
+    "rm-lora": {"active": 2, "interval": 2},
+    "lora-mini": {"a": 6, "b": 5},
+    "gelora": {"points": 100},
+}
+every_method = pytest.mark.parametrize("name", [*METHODS, "lora-mini+rm-lora"])
+
+
+def method_of(name):
+    options = {key: value for each in name.split("+") for key, value in OPTIONS.get(each, {}).items()}
+    return get_method(name, **options)
+
+
+def batches(count=60):
+    return [batch(seed) for seed in range(count)]
+
+
+def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
+    """A converted model and its run."""
+    method = method_of(name)
+    model = tiny_llama(dtype=dtype)
+    config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
+    model = get_lors_model(model, method.configure(config, model, batches()))
+    return model, method.start(model, steps=20, seed=seed)
+
+
+def train(model, run, steps, first=0, optimizer=None, accumulate=1):
+    optimizer = run.optimizer(lr=1e-2) if optimizer is None else optimizer
+    found = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            data = batch(step)
+            rows = {key: value.chunk(accumulate)[part] for key, value in data.items()}
+            loss = model(**rows).loss / accumulate
+            loss.backward()
+        found.append(loss.item())
+        optimizer.step()
+    return found
+
+
+def checksum(model):
+    digest = hashlib.sha256()
+    for _, layer in named_lors_layers(model):
+        for tensor in (layer.weight_values, layer.weight_mask, layer.weight_index, layer.bias):
+            if tensor is not None:
+                digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, layout, dtype):
+    model, run = made(name, layout=layout, dtype=dtype)
+    sums = checksum(model)
+    masks = {layer_name: layer.sparse_weight.mask() for layer_name, layer in named_lors_layers(model)}
+    train(model, run, 6)
+    running = logits(model)
+    run.finish()
+    run.finish()
+    assert checksum(model) == sums
+    assert not any("parametrizations" in key for key in model.state_dict())
+    finished = logits(model)
+    # Folding computes lora_A and lora_B as each forward has: only rows of zeros may have gone.
+    torch.testing.assert_close(finished, running, rtol=0, atol=float(running.abs().max()) * torch.finfo(dtype).eps * 4)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tiny_llama(dtype=dtype), tmp_path / "adapter")
+    assert torch.equal(logits(again), finished)
+    merged = merge_and_unload(model)
+    for layer_name, mask in masks.items():
+        assert not merged.get_submodule(layer_name).weight[~mask].any(), layer_name
+
+
+@every_method
+def test_a_start_changes_nothing(name):
+    plain = logits(tiny_llama())
+    model, run = made(name)
+    assert torch.equal(logits(model), plain)
+    run.finish()
+    assert torch.equal(logits(model), plain)
+
+
+@every_method
+def test_every_trained_tensor_learns(name):
+    model, run = made(name)
+    before = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+    assert before
+    train(model, run, 8)
+    still = [key for key, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[key])]
+    assert not still
+
+
+@every_method
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, name):
+    model, run = made(name)
+    optimizer = run.optimizer(lr=1e-2)
+    train(model, run, 5, optimizer=optimizer)
+    save_adapter(model, tmp_path / "adapter")
+    moments = copy.deepcopy(optimizer.state_dict())
+    rest = train(model, run, 5, first=5, optimizer=optimizer)
+    run.finish()
+    again, other = made(name)
+    load_adapter(again, tmp_path / "adapter")
+    optimizer = other.optimizer(lr=1e-2)
+    optimizer.load_state_dict(moments)
+    assert other.step == 5
+    assert train(again, other, 5, first=5, optimizer=optimizer) == rest
+    other.finish()
+    assert torch.equal(logits(again), logits(model))
+
+
+@every_method
+def test_a_trainer_resumes_with_the_same_loss_curve(tmp_path, name):
+    def trainer():
+        model, run = made(name)
+        one = make_trainer(tmp_path, model=model)
+        one.optimizer = run.optimizer(lr=1e-2)
+        return one, run
+
+    first, run = trainer()
+    first.train()
+    assert run.step == STEPS
+    again, other = trainer()
+    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
+    assert other.step == STEPS
+    assert losses(again)[-3:] == losses(first)[-3:]
+    run.finish()
+    other.finish()
+    assert torch.equal(logits(again.model), logits(first.model))
+
+
+@every_method
+def test_accumulation_is_the_larger_batch(name):
+    model, run = made(name)
+    train(model, run, 1)
+    other, second = made(name)
+    train(other, second, 1, accumulate=2)
+    for (key, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        # AdamW's first step is lr times the gradient's sign, so that it is the gradients that are compared.
+        if one.grad is not None:
+            error = (one.grad - two.grad).norm()
+            assert error <= 64 * torch.finfo(torch.float32).eps * one.grad.norm(), key
+
+
+@every_method
+def test_the_seed_decides(name):
+    tensors = [run.state_dict()["tensors"] for run in (made(name)[1], made(name)[1])]
+    assert tensors[0].keys() == tensors[1].keys()
+    drawn = get_method(name.split("+")[0])
+    if "parametrisation" in drawn.places() and name != "mora":
+        own = tensors[0]
+        other = made(name, seed=1)[1].state_dict()["tensors"]
+        assert any(not torch.equal(own[key], other[key]) for key in own)
+
+
+def test_refusals():
+    refused(ValueError, lambda: get_method("dora"), "no method 'dora'", "sora")
+    refused(ValueError, lambda: get_method("sora", penalty=1), "no single option 'penalty'", "threshold")
+    refused(ValueError, lambda: get_method("sora+lora-mini"), "'sora' and 'lora-mini' both fill", "leave one")
+    refused(ValueError, lambda: get_method("sora").start(tiny_llama()), "no adapters", "get_lors_model")
+    model, run = made("sora")
+    refused(ValueError, lambda: get_method("lors").start(model), "method 'sora' already", "finish()")
+    some = torch.optim.AdamW([next(p for p in model.parameters() if p.requires_grad)])
+    refused(ValueError, lambda: run.attach(some), "does not hold", "run.optimizer(lr)")
+    run.optimizer(lr=1e-3)
+    refused(ValueError, lambda: run.optimizer(lr=1e-3), "an optimizer already")
+
+
+def test_other_states_are_refused(tmp_path):
+    model, run = made("sora")
+    save_adapter(model, tmp_path)
+    for name, seed, fragment in (("rm-lora", 0, "rm-lora"), ("sora", 1, "seed")):
+        other, _ = made(name, seed=seed)
+        refused(ValueError, lambda other=other: load_adapter(other, tmp_path), "state was not loaded", fragment)
+    run.finish()
+    save_adapter(model, tmp_path / "finished")
+    other, _ = made("sora")
+    refused(FileNotFoundError, lambda: load_adapter(other, tmp_path / "finished"), "method.json", "'sora'")
+    (tmp_path / "method.json").write_text("{")
+    refused(ValueError, lambda: load_adapter(other, tmp_path), "not JSON")
+
+
+def test_an_optimizer_that_was_resumed_without_the_method_is_refused():
+    model, run = made("sora")
+    optimizer = run.optimizer(lr=1e-2)
+    train(model, run, 2, optimizer=optimizer)
+    other, second = made("sora")
+    resumed = second.optimizer(lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    refused(ValueError, lambda: train(other, second, 1, optimizer=resumed), "resumed without the method's state")
