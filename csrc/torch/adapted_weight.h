@@ -192,6 +192,15 @@ struct AdaptedWeight {
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
+  // The same of the exact gradients; `kept`: what kept() returned.
+  void describe_gradients(AdapterGradExactArgs& args, const Tensor& dY, const Tensor& X, Tensor* lora_A_grad,
+                          Tensor* lora_B_grad, const std::optional<Tensor>& kept) const {
+    describe_gradients(args, dY, X, lora_A_grad, lora_B_grad);
+    args.weight = kept ? nullptr : weight.const_data_ptr();
+    args.weight_dtype = dtype_of(weight);
+    args.mask = bits(kept);
+  }
+
   // The mask for the exact gradients: bits [N, ceil(K/32)], made from the metadata in `scratch` for 2:4; nothing for a dense
   // weight without a mask, whose nonzero entries are the mask.
   std::optional<Tensor> kept(std::optional<Scratch<Backend>>& scratch) const {

@@ -72,9 +72,19 @@ struct Cpu {
   static constexpr bool kSparseMatmul = false;
   static constexpr bool kMixedActivations = true;
 
-  // Forms the weight's gradient by panels of rows; each is masked, contracted and overwritten by the next.
+  // The core's, or forms the weight's gradient by panels of rows; each is masked, contracted and overwritten by the next.
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType>,
                                  const AdaptedWeight<Cpu>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
+    std::optional<Scratch<Cpu>> scratch;
+    const std::optional<Tensor> kept = adapted.kept(scratch);
+    if (grad_output.scalar_type() == ScalarType::BFloat16 && input.scalar_type() == ScalarType::BFloat16) {
+      const Tensor dY = row_major(grad_output), X = row_major(input);
+      AdapterGradExactArgs args;
+      adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B, kept);
+      bool done = false;
+      check_status(lors::adapter_grad_exact(args, adapted.backend.host(), &done));
+      if (done) return;
+    }
     // 4 MiB of float32 stay in the last-level cache between the matmul and the contraction.
     constexpr int64_t kPanelElements = 1 << 20;
     const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
@@ -83,8 +93,6 @@ struct Cpu {
     const Tensor dY = to(grad_output, acc), X = to(input, acc);
     Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
     Scratch<Cpu> panel(X, panel_rows, K, acc);
-    std::optional<Scratch<Cpu>> scratch;
-    const std::optional<Tensor> kept = adapted.kept(scratch);
     for (int64_t begin = 0; begin < N; begin += panel_rows) {
       const int64_t rows = std::min(panel_rows, N - begin);
       Tensor grad_weight = torch::stable::narrow(panel.tensor, 0, 0, rows);

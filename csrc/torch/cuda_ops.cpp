@@ -98,13 +98,10 @@ class Cuda {
   static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
                                  const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
     const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
-    AdapterGradExactArgs args;
-    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
     std::optional<Scratch<Cuda>> scratch;
     const std::optional<Tensor> kept = adapted.kept(scratch);
-    args.weight = kept ? nullptr : adapted.weight.const_data_ptr();
-    args.weight_dtype = dtype_of(adapted.weight);
-    args.mask = bits(kept);
+    AdapterGradExactArgs args;
+    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B, kept);
     check_status(lors::adapter_grad_exact(args, adapted.backend.host()));
   }
 

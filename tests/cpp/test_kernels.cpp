@@ -213,6 +213,112 @@ TEST_P(Kernels, Contract) {
   }
 }
 
+std::vector<uint16_t> bfloat16s(const std::vector<float>& values) {
+  std::vector<uint16_t> out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], 4);
+    out[i] = uint16_t(bits >> 16);
+  }
+  return out;
+}
+
+TEST_P(Kernels, PairsAreExactWithinTheirRange) {
+  if (!table().pairs_are_exact) GTEST_SKIP() << "this table does not multiply pairs";
+  std::vector<uint16_t> many(1000, 0x3f80);
+  for (unsigned bits = 0; bits < 65536; ++bits) {
+    const uint16_t element = uint16_t(bits);
+    const double size = std::abs(bfloat16_value(element));
+    const bool want = size == 0 || (size >= 0x1p-56 && size <= 0x1p56);
+    ASSERT_EQ(table().pairs_are_exact(&element, 1), want) << bits;
+    many[bits % many.size()] = element;
+    ASSERT_EQ(table().pairs_are_exact(many.data(), int64_t(many.size())), want) << bits;
+    many[bits % many.size()] = 0x3f80;
+  }
+}
+
+// The products by which gradients are formed, from bfloat16 pairs where the table has them: the smallest numbers that are
+// allowed, sums that cancel, and a rank of one pair up.
+TEST_P(Kernels, Pairs) {
+  if (!table().pairs_are_exact) GTEST_SKIP() << "this table does not multiply pairs";
+  for (const auto& [unused, N, K, ranks] : kShapes) {
+    const int64_t r = 2 * ranks, width = (N + kThinWidth - 1) / kThinWidth * kThinWidth, panel = table().merge_panel;
+    const int64_t panels = (K + panel - 1) / panel;
+    auto values_A = random(r * K), values_B = random(N * r);
+    for (float& x : values_A) x *= x > 1.5f ? 0x1p-54f : 1.0f;
+    for (float& x : values_B) x *= x < -1.5f ? 0x1p-54f : 1.0f;
+    auto A = bfloat16s(values_A), B = bfloat16s(values_B);
+    for (auto* matrix : {&A, &B})
+      for (uint16_t& x : *matrix)
+        if (!table().pairs_are_exact(&x, 1)) x = 0;
+    // out[n, k] by the merge's kernel, out_T[k, n] by contract_rows.
+    std::vector<float> packed_A(panels * ranks * panel, NAN), packed_B(N * ranks, NAN), out(N * K + 1, NAN);
+    PackJob pack;
+    pack.row_stride = 2 * K;
+    pack.column_stride = 1;
+    pack.pair_stride = K;
+    pack.width = panel;
+    for (int64_t q = 0; q < panels; ++q) {
+      pack.src = A.data() + q * panel;
+      pack.columns = std::min(panel, K - q * panel);
+      pack.dst = packed_A.data() + q * ranks * panel;
+      table().pack(pack, 0, ranks);
+    }
+    pack.src = B.data();
+    pack.columns = pack.width = ranks;
+    pack.row_stride = r;
+    pack.column_stride = 2;
+    pack.pair_stride = 1;
+    pack.dst = packed_B.data();
+    table().pack(pack, 0, N);
+    MergeJob job;
+    job.in_features = K;
+    job.r = ranks;
+    job.pairs = true;
+    job.lora_A = packed_A.data();
+    job.lora_B = packed_B.data();
+    job.scaling = -1.5f;
+    job.merged = out.data();
+    table().multiply(job, 0, N);
+    EXPECT_TRUE(std::isnan(out[N * K])) << "wrote beyond the end";
+
+    std::vector<uint16_t> A_T(K * r);
+    for (int64_t p = 0; p < r; ++p)
+      for (int64_t k = 0; k < K; ++k) A_T[k * r + p] = A[p * K + k];
+    std::vector<float> factor(ranks * width, NAN), out_T(K * width, NAN);
+    pack.src = B.data();
+    pack.columns = N;
+    pack.row_stride = 2;
+    pack.column_stride = r;
+    pack.pair_stride = 1;
+    pack.width = width;
+    pack.dst = factor.data();
+    table().pack(pack, 0, ranks);
+    ContractJob contract;
+    contract.rows = K;
+    contract.columns = ranks;
+    contract.matrix = A_T.data();
+    contract.factor = factor.data();
+    contract.out = out_T.data();
+    contract.width = width;
+    contract.pairs = true;
+    table().contract_rows(contract, 0, K);
+
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t k = 0; k < K; ++k) {
+        double want = 0, size = 0;
+        for (int64_t p = 0; p < r; ++p) {
+          const double term = bfloat16_value(B[n * r + p]) * bfloat16_value(A[p * K + k]);
+          want += term;
+          size += term * term;
+        }
+        const double bound = 0x1p-22 * std::sqrt(size * double(r));
+        ASSERT_NEAR(out[n * K + k], -1.5 * want, 1.5 * bound) << N << "x" << K << " r=" << r << " at " << n << "," << k;
+        ASSERT_NEAR(out_T[k * width + n], want, bound) << N << "x" << K << " r=" << r << " at " << n << "," << k;
+      }
+  }
+}
+
 // Every 16-bit number in, through the merge with a zero adapter, and out again unchanged; and every rounding, both ways.
 TEST_P(Kernels, SixteenBitConversions) {
   const int64_t K = 65536;

@@ -16,12 +16,19 @@ namespace {
 struct Problem {
   int64_t N, K, r;
   DType dtype, merged_dtype, round_to;
+  DType adapters = DType::float32;  // or bfloat16, which some tables multiply in pairs
 };
 
 // One weight in every layout, and its adapters.
 struct Operands {
   Operands(const Problem& p, const Mask& mask, std::mt19937_64& rng)
-      : mask(mask), bits(mask.bits()), dense(p.dtype, p.N * p.K), slots(p.dtype, p.N * p.K / 2), packed(p.dtype, 0) {
+      : mask(mask),
+        bits(mask.bits()),
+        dense(p.dtype, p.N * p.K),
+        slots(p.dtype, p.N * p.K / 2),
+        packed(p.dtype, 0),
+        lora_A(p.adapters, p.r * p.K),
+        lora_B(p.adapters, p.N * p.r) {
     Elements weight = random_elements(p.dtype, p.N * p.K, rng, true);
     for (int64_t i = 0; i < p.N * p.K; ++i)
       if (rng() % 7 == 0) weight.set(i, rng() % 2 ? weight.sign() : 0);
@@ -33,12 +40,17 @@ struct Operands {
       metadata = encoded.metadata;
     }
     for (int64_t i = 0; i < p.N * p.K; ++i) dense.set(i, mask.kept[size_t(i)] ? weight.stored(i) : 0);
-    // In some places sums so small that a 16-bit type rounds them to zeros of either sign.
+    // In some places sums so small that a 16-bit type rounds them to zeros of either sign. Pairs are not as small.
     std::normal_distribution<float> normal;
-    lora_A.resize(size_t(p.r * p.K));
-    lora_B.resize(size_t(p.N * p.r));
-    for (size_t i = 0; i < lora_A.size(); ++i) lora_A[i] = normal(rng) * (i % size_t(p.K) % 5 ? 1.0f : 0x1p-65f);
-    for (size_t i = 0; i < lora_B.size(); ++i) lora_B[i] = normal(rng) * (i / size_t(p.r) % 2 ? 1.0f : 0x1p-70f);
+    const bool pairs = p.adapters == DType::bfloat16;
+    const float small_A = pairs ? 0x1p-50f : 0x1p-65f, small_B = pairs ? 0x1p-45f : 0x1p-70f;
+    const auto fill = [&](Elements& out, int64_t i, float x) {
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      out.set(i, pairs ? bits >> 16 : bits);
+    };
+    for (int64_t i = 0; i < p.r * p.K; ++i) fill(lora_A, i, normal(rng) * (i % p.K % 5 ? 1.0f : small_A));
+    for (int64_t i = 0; i < p.N * p.r; ++i) fill(lora_B, i, normal(rng) * (i / p.r % 2 ? 1.0f : small_B));
   }
 
   MergeArgs merge_args(const Problem& p, Layout layout, void* merged) const {
@@ -46,8 +58,9 @@ struct Operands {
     out.out_features = p.N;
     out.in_features = p.K;
     out.r = p.r;
-    out.lora_A = p.r ? lora_A.data() : nullptr;
-    out.lora_B = p.r ? lora_B.data() : nullptr;
+    out.lora_A = p.r ? lora_A.bytes.data() : nullptr;
+    out.lora_B = p.r ? lora_B.bytes.data() : nullptr;
+    out.lora_A_dtype = out.lora_B_dtype = p.adapters;
     out.scaling = 0.75;
     out.weight_layout = layout;
     out.weight_dtype = p.dtype;
@@ -68,7 +81,7 @@ struct Operands {
   Elements dense, slots, packed;
   std::vector<uint8_t> metadata;
   std::vector<int64_t> row_offsets;
-  std::vector<float> lora_A, lora_B;
+  Elements lora_A, lora_B;
 };
 
 class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
@@ -112,6 +125,7 @@ std::vector<Problem> problems(int64_t N, int64_t K, int64_t r) {
     for (const DType round_to : {DType::float32, DType::bfloat16, DType::float16}) {
       out.push_back({N, K, r, dtype, DType::float32, round_to});
       if (round_to != DType::float32) out.push_back({N, K, r, dtype, round_to, round_to});
+      if (round_to != DType::float16) out.push_back({N, K, r, dtype, round_to, round_to, DType::bfloat16});
     }
   return out;
 }
@@ -148,9 +162,9 @@ TEST_P(MergeLayouts, ColumnsThatNoGroupDivides) {
 TEST_P(MergeLayouts, FusedLinear) {
   std::mt19937_64 rng(5);
   for (const auto& [N, K] : {std::pair<int64_t, int64_t>{1, 4}, {7, 36}, {70, 264}, {33, 1028}, {5, 101}})
-    for (const int64_t r : {0, 3})
+    for (const int64_t r : {0, 3, 4})
       for (const Problem& p : problems(N, K, r)) {
-        if (p.dtype == DType::float64 || p.merged_dtype != DType::float32) continue;
+        if (p.dtype == DType::float64 || (p.merged_dtype != DType::float32 && p.adapters != DType::bfloat16)) continue;
         const Operands groups(p, K % 4 ? random_mask(N, K, 50, rng) : random_groups(N, K, 2, rng), rng),
             any(p, random_mask(N, K, 50, rng), rng);
         for (const int64_t T : {1, 8, 9, 30, 600}) {
@@ -178,6 +192,7 @@ TEST_P(MergeLayouts, FusedLinear) {
               args.row_offsets = merge.row_offsets;
               args.lora_A = merge.lora_A;
               args.lora_B = merge.lora_B;
+              args.lora_A_dtype = args.lora_B_dtype = p.adapters;
               args.scaling = merge.scaling;
               args.round_to = p.round_to;
               args.output = out.data();
@@ -204,6 +219,7 @@ TEST_P(MergeLayouts, LargeAndOnThreads) {
   std::mt19937_64 rng(3);
   for (const Problem& p : {Problem{19, 65632, 3, DType::float32, DType::float32, DType::float32},
                            Problem{75, 4140, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16},
+                           Problem{75, 4160, 40, DType::bfloat16, DType::bfloat16, DType::bfloat16, DType::bfloat16},
                            Problem{75, 4160, 40, DType::float64, DType::float64, DType::float64},
                            Problem{75, 4160, 40, DType::bfloat16, DType::float32, DType::bfloat16}}) {
     const Operands groups(p, random_groups(p.N, p.K, 2, rng), rng),

@@ -5,6 +5,7 @@
 // S is converted to the accumulation type and masked by blocks that stay in the L1 cache.
 #pragma once
 
+#include "bfloat16_pairs.h"
 #include "expand.h"
 #include "kernels.h"
 #include "vector.h"
@@ -58,7 +59,7 @@ inline void load_block(const lors::cpu::ContractJob& job, int64_t i0, int64_t ro
 }
 
 // out[m, 0..16) += sum_d S(m, d) factor[d, 0..16) for kThinRows m's; S(m, d) = block[m * step_m + d * step_d].
-template <typename Acc>
+template <bool Pairs, typename Acc>
 inline void thin_tile(const Acc* block, int64_t step_m, int64_t step_d, int64_t depth, const Acc* factor, int64_t width,
                       Acc* out, int64_t valid) {
   constexpr int V = kThinVectors<Acc>, M = kThinRows<Acc>;
@@ -75,7 +76,12 @@ inline void thin_tile(const Acc* block, int64_t step_m, int64_t step_d, int64_t 
     for (int m = 0; m < M; ++m) {
       const Vector<Acc> s = splat(block[m * step_m + d * step_d]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] += s * f[v];
+      for (int v = 0; v < V; ++v) {
+        if constexpr (Pairs)
+          sum[m][v] = multiply_add_pairs(s, f[v], sum[m][v]);
+        else
+          sum[m][v] += s * f[v];
+      }
     }
   }
 #pragma GCC unroll 12
@@ -88,7 +94,7 @@ inline void thin_tile(const Acc* block, int64_t step_m, int64_t step_d, int64_t 
       }
 }
 
-template <typename Acc, typename T>
+template <bool Pairs, typename Acc, typename T>
 void contract_rows(const lors::cpu::ContractJob& job, int64_t begin, int64_t end) {
   alignas(64) Acc buffer[kRowsBlockI * kRowsBlockJ];
   const auto* factor = static_cast<const Acc*>(job.factor);
@@ -101,8 +107,8 @@ void contract_rows(const lors::cpu::ContractJob& job, int64_t begin, int64_t end
       load_block<Acc, T>(job, i, rows, kRowsBlockI, j, columns, kRowsBlockJ, buffer);
       for (int64_t p = 0; p < job.width; p += lors::cpu::kThinWidth)
         for (int64_t m = 0; m < rows; m += kThinRows<Acc>)
-          thin_tile<Acc>(buffer + m * kRowsBlockJ, kRowsBlockJ, 1, columns, factor + j * job.width + p, job.width,
-                         out + (i + m) * job.width + p, rows - m);
+          thin_tile<Pairs>(buffer + m * kRowsBlockJ, kRowsBlockJ, 1, columns, factor + j * job.width + p, job.width,
+                           out + (i + m) * job.width + p, rows - m);
     }
   }
 }
@@ -120,17 +126,19 @@ void contract_columns(const lors::cpu::ContractJob& job, int64_t begin, int64_t 
       load_block<Acc, T>(job, i, rows, rows, j, columns, kColumnsBlockJ, buffer);
       for (int64_t p = 0; p < job.width; p += lors::cpu::kThinWidth)
         for (int64_t m = 0; m < columns; m += kThinRows<Acc>)
-          thin_tile<Acc>(buffer + m, 1, kColumnsBlockJ, rows, factor + i * job.width + p, job.width,
-                         out + (j + m) * job.width + p, columns - m);
+          thin_tile<false>(buffer + m, 1, kColumnsBlockJ, rows, factor + i * job.width + p, job.width,
+                           out + (j + m) * job.width + p, columns - m);
     }
   }
 }
 
 void contract_rows(const lors::cpu::ContractJob& job, int64_t begin, int64_t end) {
+  if constexpr (kHasPairs)
+    if (job.pairs) return contract_rows<true, float, float>(job, begin, end);
   with_type(job.matrix_dtype, [&](auto t) {
     using T = decltype(t);
-    if (job.is_double) return contract_rows<double, T>(job, begin, end);
-    contract_rows<float, T>(job, begin, end);
+    if (job.is_double) return contract_rows<false, double, T>(job, begin, end);
+    contract_rows<false, float, T>(job, begin, end);
   });
 }
 

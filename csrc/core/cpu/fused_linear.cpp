@@ -21,7 +21,7 @@ MergeJob job_of(const FusedLinearArgs& args, const PackedAdapters& adapters) {
 
 void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
   const int64_t T = args.tokens, N = args.out_features, K = args.in_features;
-  const PackedAdapters adapters(args, table.merge_panel, false, host);
+  const PackedAdapters adapters(table, args, table.merge_panel, false, host);
   DotJob job;
   job.tokens = T;
   job.out_features = N;
@@ -62,7 +62,7 @@ Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, 
     return {};
   }
 
-  const PackedAdapters adapters(args, table.fused_columns, false, host);
+  const PackedAdapters adapters(table, args, table.fused_columns, false, host);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
   const Workspace activation(host, token_panels * table.fused_rows * depth * 4);
   PackActivationJob pack;

@@ -4,6 +4,7 @@
 // ones.
 #include "kernels.h"
 
+#include "bfloat16_pairs.h"
 #include "contract_kernel.h"
 #include "dot_kernel.h"
 #include "fused_linear_kernel.h"
@@ -34,6 +35,8 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     fused_matmul,
     kLanes<float>,
     dot,
+    kPairsAreExact,
+    multiply,
 };
 
 }  // namespace lors::cpu

@@ -19,10 +19,13 @@ struct PackJob {
   int64_t row_stride = 0, column_stride = 0;  // of src, in elements, along dst's rows and columns
   int64_t width = 0;                          // columns of dst
   double scale = 1.0;
-  bool is_double = false;  // Acc
-  void* dst = nullptr;     // Acc [rows, width]
+  bool is_double = false;   // Acc
+  void* dst = nullptr;      // Acc [rows, width]
+  int64_t pair_stride = 0;  // not 0: dst has bfloat16 pairs instead, an element of src and the one this far behind it, unscaled
 };
 
+// Where both adapters are bfloat16 and the processor multiplies pairs of such numbers (bfloat16_pairs.h), an Acc element of
+// theirs is a pair of neighbouring ranks.
 struct MergeJob {
   int64_t in_features = 0, r = 0;
   Layout weight_layout = Layout::dense, merged_layout = Layout::dense;
@@ -32,8 +35,10 @@ struct MergeJob {
   const uint8_t* metadata = nullptr;  // 2:4: [N, ceil(K/8)]
   int64_t* cursors = nullptr;         // bitmap: [N], row_offsets to begin with; how far each row's values are used up
   int64_t value_count = 0;            // bitmap: row_offsets[N]
+  bool pairs = false;                 // r counts pairs
   const void* lora_A = nullptr;       // Acc [ceil(K/panel), r, panel], zero-padded
-  const void* lora_B = nullptr;       // Acc [N, r], already times scaling
+  const void* lora_B = nullptr;       // Acc [N, r], already times scaling unless in pairs
+  float scaling = 1.0f;               // of pairs
   void* merged = nullptr;             // as in MergeArgs
   DType merged_dtype = DType::float32, round_to = DType::float32;
   bool is_double = false;
@@ -52,6 +57,7 @@ struct ContractJob {
   void* out = nullptr;               // Acc [rows or columns, width], overwritten
   int64_t width = 0;                 // r rounded up to kThinWidth
   bool is_double = false;
+  bool pairs = false;  // contract_rows: an Acc element of S and of factor is a bfloat16 pair along j; columns counts pairs
 };
 
 inline constexpr int64_t kThinWidth = 16;
@@ -59,9 +65,10 @@ inline constexpr int64_t kThinWidth = 16;
 // Up to this many tokens the forward uses `dot`.
 inline constexpr int64_t kFewTokens = 8;
 
-// dst = src rounded once, a [rows, columns] Acc matrix (row stride `width`) to a row-major matrix or to its transpose.
+// dst = scale * src rounded once, a [rows, columns] Acc matrix (row stride `width`) to a row-major matrix or to its transpose.
 struct StoreJob {
   const void* src = nullptr;  // Acc [rows, width]
+  double scale = 1.0;
   int64_t rows = 0, columns = 0, width = 0;
   bool is_double = false;
   void* dst = nullptr;  // [rows, columns], or [columns, rows] if transpose
@@ -115,6 +122,10 @@ struct KernelTable {
   int64_t lanes;  // float32 elements of a vector
   // sums: scratch [row_end - row_begin, tokens, lanes].
   void (*dot)(const DotJob&, int64_t row_begin, int64_t row_end, float* sums);
+  // Whether bfloat16 [count] may be multiplied in pairs; null where the instruction set cannot.
+  bool (*pairs_are_exact)(const void* elements, int64_t count);
+  // merged = sum_r B[n, r] A[r, k] in float32, without a weight.
+  void (*multiply)(const MergeJob&, int64_t row_begin, int64_t row_end);
 };
 
 // The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 selects a lower one.

@@ -20,7 +20,7 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
     return Status::error("merge can round to another type than it writes only when it writes float32.");
   if (Status status = check_merged_layout(args); !status.ok()) return status;
   const bool is_bitmap = args.weight_layout == Layout::bitmap;
-  const PackedAdapters adapters(args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
+  const PackedAdapters adapters(table, args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
   const Workspace cursors(host, is_bitmap ? N * 8 : 0);
   if (is_bitmap) std::copy_n(args.row_offsets, N, static_cast<int64_t*>(cursors.data()));
   MergeJob job = merge_job(args, adapters);

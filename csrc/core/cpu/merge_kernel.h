@@ -5,6 +5,7 @@
 // decompresses.
 #pragma once
 
+#include "bfloat16_pairs.h"
 #include "merge_source.h"
 
 namespace {
@@ -17,8 +18,9 @@ constexpr int64_t kStreamingBytes = 2 << 20;
 
 // One tile of Rows x Vectors; lora_A is a packed panel [r, Vectors * lanes], lora_B its first row of [N, r].
 template <typename Acc, int Rows, int Vectors, typename Source, typename Sink>
-inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& source, const Sink& sink) {
+inline void merge_tile(const lors::cpu::MergeJob& job, const Acc* lora_A, const Acc* lora_B, Source& source, const Sink& sink) {
   constexpr int panel = Vectors * kLanes<Acc>;
+  const int64_t r = job.r;
 #if defined(__AVX512F__)
   // Keeps constants of the expansion and the rounding out of the registers of the rank loop, which needs 29 of 32.
   asm volatile("" ::
@@ -32,16 +34,32 @@ inline void merge_tile(const Acc* lora_A, const Acc* lora_B, int64_t r, Source& 
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) sum[i][u] = Vector<Acc>{};
   source.template prefetch<panel>();
-  for (int64_t p = 0; p < r; ++p) {
-    Vector<Acc> a[Vectors];
+  const auto multiply = [&](const auto& multiply_add) {
+    for (int64_t p = 0; p < r; ++p) {
+      Vector<Acc> a[Vectors];
 #pragma GCC unroll 4
-    for (int u = 0; u < Vectors; ++u) a[u] = load_raw<Vector<Acc>>(lora_A + p * panel + u * kLanes<Acc>);
+      for (int u = 0; u < Vectors; ++u) a[u] = load_raw<Vector<Acc>>(lora_A + p * panel + u * kLanes<Acc>);
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Vector<Acc> b = splat(lora_B[i * r + p]);
+      for (int i = 0; i < Rows; ++i) {
+        const Vector<Acc> b = splat(lora_B[i * r + p]);
 #pragma GCC unroll 4
-      for (int u = 0; u < Vectors; ++u) sum[i][u] += b * a[u];
+        for (int u = 0; u < Vectors; ++u) sum[i][u] = multiply_add(b, a[u], sum[i][u]);
+      }
     }
+  };
+  if constexpr (kHasPairs && std::is_same_v<Acc, float>) {
+    if (job.pairs) {
+      multiply(multiply_add_pairs);
+      const Vector<float> scaling = splat(job.scaling);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+        for (int u = 0; u < Vectors; ++u) sum[i][u] = multiply_rounded(sum[i][u], scaling);
+    } else {
+      multiply([](Vector<Acc> b, Vector<Acc> a, Vector<Acc> s) { return s + b * a; });
+    }
+  } else {
+    multiply([](Vector<Acc> b, Vector<Acc> a, Vector<Acc> s) { return s + b * a; });
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
@@ -61,10 +79,10 @@ template <typename Acc, int Vectors, typename Source, typename Sink>
   Source source(job, n, k);
   source.read_edge(edge, columns);
   if constexpr (std::is_void_v<typename Sink::Element>) {
-    merge_tile<Acc, 1, Vectors>(lora_A, lora_B, job.r, source, sink);
+    merge_tile<Acc, 1, Vectors>(job, lora_A, lora_B, source, sink);
   } else {
     typename Sink::Element row[panel / Sink::kColumns];
-    merge_tile<Acc, 1, Vectors>(lora_A, lora_B, job.r, source, Sink{row, 0, false});
+    merge_tile<Acc, 1, Vectors>(job, lora_A, lora_B, source, Sink{row, 0, false});
     std::memcpy(sink.merged, row, size_t(columns / Sink::kColumns) * sizeof(row[0]));
   }
   source.finish(job, n);
@@ -79,7 +97,7 @@ template <typename Acc, int Rows, int Vectors, template <typename, typename, int
   const int64_t r = job.r, columns = job.in_features - k < panel ? job.in_features - k : panel;
   if (columns == panel && Source<Acc, W, Rows>::is_readable(job, n, panel)) {
     Source<Acc, W, Rows> source(job, n, k);
-    merge_tile<Acc, Rows, Vectors>(lora_A, lora_B, r, source, sink);
+    merge_tile<Acc, Rows, Vectors>(job, lora_A, lora_B, source, sink);
     source.finish(job, n);
     return;
   }
@@ -155,6 +173,15 @@ void merge(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
     case lors::DType::bfloat16: return merge_from<float, bfloat16>(job, begin, end);
     case lors::DType::float16: return merge_from<float, float16>(job, begin, end);
   }
+}
+
+void multiply(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  using Sink = DenseSink<float, float>;
+  const int64_t K = job.in_features;
+  auto* out = static_cast<float*>(job.merged);
+  for_each_tile<float>(job, begin, end, [&](auto rows, int64_t n, int64_t k, const float* a, const float* b) {
+    merge_at<float, decltype(rows)::value, kMergeVectors, NoSource, float>(job, n, k, a, b, Sink{out + n * K + k, K, false});
+  });
 }
 
 // Calls f<Source, W, Round>() for a weight and what its merged values are rounded to.

@@ -167,6 +167,22 @@ struct BitmapSource {
   }
 };
 
+// No weight: every entry is its sum.
+template <typename Acc, typename, int>
+struct NoSource {
+  NoSource(const lors::cpu::MergeJob&, int64_t, int64_t) {}
+  static bool is_readable(const lors::cpu::MergeJob&, int64_t, int) { return true; }
+  template <int>
+  void prefetch() const {}
+  Vector<Acc> add(int, int, Vector<Acc> sum) const { return sum; }
+  void finish(const lors::cpu::MergeJob&, int64_t) const {}
+
+  template <int>
+  struct Edge {};
+  template <int Columns>
+  void read_edge(Edge<Columns>&, int64_t) {}
+};
+
 template <typename Out, typename Round>
 struct DenseSink {
   using Element = Out;

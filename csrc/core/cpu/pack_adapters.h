@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// lora_A as column panels and scaling * lora_B, in the accumulation type: the adapters as the merge kernels read them.
+// lora_A as column panels and scaling * lora_B, in the accumulation type: the adapters as the merge kernels read them. Or,
+// where both are bfloat16 and the processor multiplies bfloat16 pairs, neighbouring ranks in pairs, and the scaling by itself.
 #pragma once
 
+#include "in_pairs.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -11,10 +13,14 @@ class PackedAdapters {
  public:
   // `args` is a MergeArgs or a FusedLinearArgs; `panel` the columns of one panel of lora_A.
   template <typename Args>
-  PackedAdapters(const Args& args, int64_t panel, bool is_double, const CpuHost* host)
-      : lora_A_(host, (args.in_features + panel - 1) / panel * panel * args.r * (is_double ? 8 : 4)),
-        lora_B_(host, args.out_features * args.r * (is_double ? 8 : 4)) {
-    const int64_t K = args.in_features, r = args.r, size = is_double ? 8 : 4;
+  PackedAdapters(const KernelTable& table, const Args& args, int64_t panel, bool is_double, const CpuHost* host)
+      : pairs(!is_double && args.r % 2 == 0 &&
+              in_pairs(table, {args.lora_A, args.lora_A_dtype, args.r * args.in_features},
+                       {args.lora_B, args.lora_B_dtype, args.r * args.out_features}, host)),
+        r(pairs ? args.r / 2 : args.r),
+        lora_A_(host, (args.in_features + panel - 1) / panel * panel * r * (is_double ? 8 : 4)),
+        lora_B_(host, args.out_features * r * (is_double ? 8 : 4)) {
+    const int64_t K = args.in_features, size = is_double ? 8 : 4, ranks = pairs ? 2 : 1;
     if (r == 0) return;
     parallel_for(host, (K + panel - 1) / panel, 1 + 16384 / (panel * r), [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
@@ -22,27 +28,33 @@ class PackedAdapters {
         job.src = static_cast<const char*>(args.lora_A) + q * panel * dtype_size(args.lora_A_dtype);
         job.src_dtype = args.lora_A_dtype;
         job.columns = K - q * panel < panel ? K - q * panel : panel;
-        job.row_stride = K;
+        job.row_stride = ranks * K;
         job.column_stride = 1;
+        job.pair_stride = pairs ? K : 0;
         job.width = panel;
         job.is_double = is_double;
         job.dst = static_cast<char*>(lora_A_.data()) + q * panel * r * size;
-        kernels().pack(job, 0, r);
+        table.pack(job, 0, r);
       }
     });
     PackJob job;
     job.src = args.lora_B;
     job.src_dtype = args.lora_B_dtype;
-    job.columns = job.width = job.row_stride = r;
-    job.column_stride = 1;
+    job.columns = job.width = r;
+    job.row_stride = args.r;
+    job.column_stride = ranks;
+    job.pair_stride = pairs ? 1 : 0;
     job.scale = args.scaling;
     job.is_double = is_double;
     job.dst = lora_B_.data();
-    parallel_for(host, args.out_features, 1 + 16384 / r, [&](int64_t begin, int64_t end) { kernels().pack(job, begin, end); });
+    parallel_for(host, args.out_features, 1 + 16384 / r, [&](int64_t begin, int64_t end) { table.pack(job, begin, end); });
   }
 
   const void* lora_A() const { return lora_A_.data(); }  // Acc [ceil(K/panel), r, panel], zero-padded
   const void* lora_B() const { return lora_B_.data(); }  // Acc [N, r]
+
+  const bool pairs;
+  const int64_t r;  // ranks, or pairs of them
 
  private:
   Workspace lora_A_, lora_B_;
@@ -53,15 +65,17 @@ template <typename Args>
 MergeJob merge_job(const Args& args, const PackedAdapters& adapters) {
   MergeJob job;
   job.in_features = args.in_features;
-  job.r = args.r;
   job.weight_layout = args.weight_layout;
   job.weight = args.weight;
   job.weight_dtype = args.weight_dtype;
   job.mask = args.mask;
   job.metadata = args.metadata;
   job.value_count = args.row_offsets ? args.row_offsets[args.out_features] : 0;
+  job.r = adapters.r;
+  job.pairs = adapters.pairs;
   job.lora_A = adapters.lora_A();
   job.lora_B = adapters.lora_B();
+  job.scaling = float(args.scaling);
   job.round_to = args.round_to;
   return job;
 }

@@ -21,7 +21,31 @@ void pack_as(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
   });
 }
 
+// By blocks of rows, so that a transposed src is read by cache lines.
+void pack_pairs(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
+  constexpr int64_t block = 32;
+  const auto* src = static_cast<const uint16_t*>(job.src);
+  auto* dst = static_cast<uint32_t*>(job.dst);
+  const auto place = [&](int64_t i, int64_t j) {
+    const uint16_t* pair = src + i * job.row_stride + j * job.column_stride;
+    dst[i * job.width + j] = pair[0] | uint32_t(pair[job.pair_stride]) << 16;
+  };
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t last = end - first < block ? end : first + block;
+    if (job.row_stride < job.column_stride) {
+      for (int64_t j = 0; j < job.columns; ++j)
+        for (int64_t i = first; i < last; ++i) place(i, j);
+    } else {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; j < job.columns; ++j) place(i, j);
+    }
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = job.columns; j < job.width; ++j) dst[i * job.width + j] = 0;
+  }
+}
+
 void pack(const lors::cpu::PackJob& job, int64_t begin, int64_t end) {
+  if (job.pair_stride) return pack_pairs(job, begin, end);
   job.is_double ? pack_as<double>(job, begin, end) : pack_as<float>(job, begin, end);
 }
 
@@ -33,7 +57,7 @@ void store_as(const lors::cpu::StoreJob& job, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Acc* src = static_cast<const Acc*>(job.src) + i * job.width;
       T* dst = static_cast<T*>(job.dst) + i * row_stride;
-      for (int64_t j = 0; j < job.columns; ++j) dst[j * column_stride] = from_acc<T>(src[j]);
+      for (int64_t j = 0; j < job.columns; ++j) dst[j * column_stride] = from_acc<T>(Acc(job.scale) * src[j]);
     }
   });
 }

@@ -234,6 +234,16 @@ inline VectorOf<float>::bits round_to_bfloat16(Vector<float> x) {
   return is_nan ? ((bits | 0x400000u) & 0xffff0000u) : rounded;
 }
 
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+// The instruction that rounds to bfloat16, unless a number is so small that it would make it 0.
+inline bool rounds_to_bfloat16(Vector<float> x, __m256i* out) {
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(x, subnormal) != 0, 0)) return false;
+  *out = (__m256i)_mm512_cvtneps_pbh(x);
+  return true;
+}
+#endif
+
 // Stores one vector of Acc as elements of type Out, each value rounded once to type Round.
 template <typename Out, typename Round, typename Acc>
 inline void store(Out* p, Vector<Acc> v) {
@@ -249,10 +259,19 @@ inline void store<double, double, double>(double* p, Vector<double> v) {
 }
 template <>
 inline void store<float, bfloat16, float>(float* p, Vector<float> v) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+  __m256i halves;
+  if (rounds_to_bfloat16(v, &halves))
+    return store_raw(p, _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, halves), 16));
+#endif
   store_raw(p, round_to_bfloat16(v));
 }
 template <>
 inline void store<bfloat16, bfloat16, float>(bfloat16* p, Vector<float> v) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+  __m256i halves;
+  if (rounds_to_bfloat16(v, &halves)) return store_raw(p, halves);
+#endif
   store_raw(p, __builtin_convertvector(round_to_bfloat16(v) >> 16, VectorOf<float>::half));
 }
 #if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)

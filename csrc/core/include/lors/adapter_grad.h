@@ -31,14 +31,16 @@ struct AdapterGradArgs {
 Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
-// The "exact" gradients in one call: each tile of G = dY^T X is masked and contracted in registers. Bit-reproducible. On the
-// CPU the caller forms panels of G and calls masked_contract instead.
+// The "exact" gradients in one call, bit-reproducible. CUDA: each tile of G = dY^T X is masked and contracted in registers.
+// CPU: only by the processor's bfloat16 matmul instructions, which multiply exactly and add in float32; `done` is false, and
+// nothing was computed, where these do not apply to dY and X. Then the caller forms panels of G and calls masked_contract.
 struct AdapterGradExactArgs : AdapterGradArgs {
   const void* weight = nullptr;  // [N, K]; read only where `mask` is null
   DType weight_dtype = DType::float32;
   const uint32_t* mask = nullptr;  // [N, ceil(K/32)] bits, 1 = kept; null: kept where weight != 0
 };
 
+Status adapter_grad_exact(const AdapterGradExactArgs& args, const CpuHost* host, bool* done);
 Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host);
 
 // Contracts a panel of rows of G, any gradient of the merged weight, with the adapters:
