@@ -15,7 +15,8 @@ extern const KernelTable table_wide;
 #if defined(__x86_64__)
 extern const KernelTable table_avx2;
 extern const KernelTable table_avx512;
-inline const KernelTable* const kTables[] = {&table_baseline, &table_wide, &table_avx2, &table_avx512};
+extern const KernelTable table_avx512_bf16;
+inline const KernelTable* const kTables[] = {&table_baseline, &table_wide, &table_avx2, &table_avx512, &table_avx512_bf16};
 #else
 inline const KernelTable* const kTables[] = {&table_baseline, &table_wide};
 #endif
@@ -26,6 +27,8 @@ inline std::string unsupported(const KernelTable* table) {
   if (table == &table_avx2 && !__builtin_cpu_supports("avx2")) return "this processor has no AVX2";
   if (table == &table_avx512 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")))
     return "this processor has no AVX-512; the table `wide` runs the same code in baseline instructions";
+  if (table == &table_avx512_bf16 && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2")))
+    return "this processor has no AVX512_BF16 or no AVX512_VBMI2";
 #endif
   (void)table;
   return "";

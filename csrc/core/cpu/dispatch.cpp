@@ -18,6 +18,7 @@ extern const KernelTable table_baseline;
 #if defined(__x86_64__)
 extern const KernelTable table_avx2;
 extern const KernelTable table_avx512;
+extern const KernelTable table_avx512_bf16;
 #endif
 
 namespace {
@@ -73,23 +74,30 @@ const KernelTable* choose() {
   // The other variables as well: a wrong value is refused by the first call, whichever kernel that needs.
   prefers_fused(0, false, true);
   multiplies_natively(DType::bfloat16);
-  const std::string wanted = environment("LORS_CPU_CAPABILITY");
-  if (!wanted.empty() && wanted != "baseline" && wanted != "avx2" && wanted != "avx512")
-    throw std::runtime_error("LORS_CPU_CAPABILITY is '" + wanted +
-                             "'; set it to baseline, avx2 or avx512, or leave it unset for the best this processor has.");
-  if (wanted == "baseline") return &table_baseline;
+  struct Choice {
+    const KernelTable* table;
+    bool supported;
+  };
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && wanted != "avx2") return &table_avx512;
-  if (avx2 && wanted != "avx512") return &table_avx2;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  const Choice choices[] = {{&table_avx512_bf16, bf16}, {&table_avx512, avx512}, {&table_avx2, avx2}, {&table_baseline, true}};
+#else
+  const Choice choices[] = {{&table_baseline, true}};
 #endif
-  if (!wanted.empty())
+  const std::string wanted = environment("LORS_CPU_CAPABILITY");
+  for (const Choice& choice : choices) {
+    if (wanted.empty() ? !choice.supported : wanted != choice.table->name) continue;
+    if (choice.supported) return choice.table;
     throw std::runtime_error("LORS_CPU_CAPABILITY asks for " + wanted +
                              ", which this processor does not have; unset it, or set it to baseline.");
-  return &table_baseline;
+  }
+  throw std::runtime_error("LORS_CPU_CAPABILITY is '" + wanted +
+                           "'; set it to baseline, avx2, avx512 or avx512_bf16, or leave it unset for the best this "
+                           "processor has.");
 }
 
 }  // namespace

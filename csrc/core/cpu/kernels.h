@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of CPU kernels. kernels.cpp is compiled once per instruction set (baseline, AVX2, AVX-512) and fills one table
-// each; dispatch.cpp picks the best one that this processor supports. Everything with an inner loop is behind this table; the
-// .cpp files of the families (merge.cpp, adapter_grad.cpp) check, pack and divide the work between threads.
+// The table of CPU kernels. kernels.cpp is compiled once per instruction set (baseline, AVX2, AVX-512, AVX-512 with bfloat16)
+// and fills one table each; dispatch.cpp picks the best one that this processor supports. Everything with an inner loop is
+// behind this table; the .cpp files of the families (merge.cpp, adapter_grad.cpp) check, pack and divide the work between
+// threads.
 #pragma once
 
 #include <lors/types.h>
@@ -99,7 +100,7 @@ struct PackActivationJob {
 };
 
 struct KernelTable {
-  const char* name;     // "baseline", "avx2", "avx512"
+  const char* name;     // "baseline", "avx2", "avx512", "avx512_bf16"
   int64_t merge_panel;  // columns of a merge panel in float32; half of it in float64
   void (*pack)(const PackJob&, int64_t row_begin, int64_t row_end);
   void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
@@ -116,7 +117,7 @@ struct KernelTable {
   void (*dot)(const DotJob&, int64_t row_begin, int64_t row_end, float* sums);
 };
 
-// The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512 selects a lower one.
+// The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 selects a lower one.
 const KernelTable& kernels();
 
 }  // namespace lors::cpu

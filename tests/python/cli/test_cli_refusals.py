@@ -58,7 +58,7 @@ def test_wrong_usage(capsys, arguments, fragments):
 @pytest.mark.parametrize(
     ("variable", "value", "advice"),
     [
-        ("LORS_CPU_CAPABILITY", "foo", "set it to baseline, avx2 or avx512"),
+        ("LORS_CPU_CAPABILITY", "foo", "set it to baseline, avx2, avx512 or avx512_bf16"),
         ("LORS_CPU_PRODUCT", 'a"b', "set it to float32 or native"),
         ("LORS_CPU_FUSED", "a\\b", "set it to always or never"),
         ("LORS_CUDA_FUSED", "yes", "set it to always or never"),

@@ -51,7 +51,13 @@ def python(program: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
 def processor_has(capability: str) -> bool:
+    if capability == "avx512_bf16":
+        flags = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        return processor_has("avx512") and {"avx512_bf16", "avx512_vbmi2"} <= set(flags)
     best = torch.backends.cpu.get_cpu_capability()
     return capability in {"AVX512": ("baseline", "avx2", "avx512"), "AVX2": ("baseline", "avx2")}.get(
         best, ("baseline",)
@@ -61,11 +67,11 @@ def processor_has(capability: str) -> bool:
 def test_the_best_instruction_set_is_the_default():
     if "LORS_CPU_CAPABILITY" in os.environ:
         pytest.skip("LORS_CPU_CAPABILITY is set")
-    best = [c for c in ("baseline", "avx2", "avx512") if processor_has(c)][-1]
+    best = [c for c in CAPABILITIES if processor_has(c)][-1]
     assert build_info()["cpu_capability"] == best
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_instruction_set(capability):
     if not processor_has(capability):
         pytest.skip(f"this processor has no {capability}")
@@ -116,7 +122,7 @@ for variable, value in json.loads(sys.argv[1]):  # each in a process of its own:
 
 def test_unknown_values_are_refused_and_empty_ones_mean_unset():
     cases = [
-        ("LORS_CPU_CAPABILITY", "avx3", "LORS_CPU_CAPABILITY is 'avx3'; set it to baseline, avx2 or avx512"),
+        ("LORS_CPU_CAPABILITY", "avx3", "is 'avx3'; set it to baseline, avx2, avx512 or avx512_bf16"),
         ("LORS_CPU_CAPABILITY", "AVX2", "LORS_CPU_CAPABILITY is 'AVX2'; set it to baseline"),
         ("LORS_CPU_PRODUCT", "bf16", "LORS_CPU_PRODUCT is 'bf16'; set it to float32 or native"),
         ("LORS_CPU_FUSED", "yes", "LORS_CPU_FUSED is 'yes'; set it to always or never"),

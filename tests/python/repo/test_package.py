@@ -77,7 +77,7 @@ def test_imports_have_no_cycle() -> None:
 
 def test_build_info_names_what_serves_this_machine() -> None:
     info = _library.build_info()
-    assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
+    assert info["cpu_capability"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert info["version"] == lors_cuda.__version__
     assert info["cuda_available"] == (info["cuda_reason"] is None)
 

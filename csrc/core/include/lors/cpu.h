@@ -6,8 +6,9 @@
 
 namespace lors {
 
-// The instruction set of the kernels in use: "baseline", "avx2" or "avx512". Chosen once per process. The environment variable
-// LORS_CPU_CAPABILITY selects a lower one; the first call throws if this variable or one of the two below has another value.
+// The instruction set of the kernels in use: "baseline", "avx2", "avx512" or "avx512_bf16" (VBMI2 too). Chosen once per
+// process. The environment variable LORS_CPU_CAPABILITY selects a lower one; the first call throws if this variable or one of
+// the two below has another value.
 const char* cpu_capability();
 
 // Whether matmuls of this 16-bit type run in that type on this processor, rather than in float32: where it has instructions for
