@@ -33,7 +33,9 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     pack_activation,
     fused_matmul,
     kLanes<float>,
+    pack_dot,
     dot,
+    kDotsStored,
 };
 
 }  // namespace lors::cpu
