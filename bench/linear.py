@@ -157,6 +157,7 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
                 report.times(row["ratio"]),
                 report.verdict(target(row), row["ratio"]),
                 str(row["rounds"]),
+                report.page_faults(row),
                 f"{row['error']['output']:.1e}",
                 f"{max(gradients):.1e}",
                 report.megabytes(sizes["weight"]),
@@ -166,7 +167,16 @@ def print_case(rows: Sequence[dict[str, Any]]) -> None:
                 report.megabytes(sizes["peak_resident"]),
             ]
         )
-    header = ["peer", "ms [p20, p80]", f"x {BASELINE} [p20, p80]", "target", "rounds", "error Y", "error grads"]
+    header = [
+        "peer",
+        "ms [p20, p80]",
+        f"x {BASELINE} [p20, p80]",
+        "target",
+        "rounds",
+        "faults",
+        "error Y",
+        "error grads",
+    ]
     header += ["weight MB", "saved MB", "of it new", "peak MB", "resident MB"]
     print(report.table(header, lines))
     for failure in failures:

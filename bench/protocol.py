@@ -55,6 +55,7 @@ class Timing:
 
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)  # baseline seconds / own seconds of the same round
+    faults: list[float] = field(default_factory=list)  # minor page faults of a call, the mean of the round's
     repetitions: int = 1
     warmups: int = 0
     rounds_wanted: int = 0
@@ -64,6 +65,7 @@ class Timing:
         return {
             "seconds": summary(self.seconds),
             "ratio": summary(self.ratios),
+            "page_faults": quantile(self.faults, 0.5) if self.faults else None,
             "rounds": len(self.seconds),
             "ratio_rounds": len(self.ratios),
             "rounds_wanted": self.rounds_wanted,
@@ -124,6 +126,11 @@ def call_seconds(run: Callable[[], object], repetitions: int, device: torch.devi
     return (perf_counter() - start) / repetitions
 
 
+def page_faults() -> int:
+    """Minor page faults of this process so far: pages that it wrote to for the first time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def _warm_up(run: Callable[[], object], protocol: Protocol, device: torch.device = CPU) -> tuple[int, int]:
     """Calls made, and repetitions that fill `min_seconds`; slow peers get fewer warm-ups, never none."""
     spent, fastest, calls = 0.0, math.inf, 0
@@ -174,7 +181,9 @@ def measure(
                 if progress:
                     progress(f"round {index + 1}/{protocol.rounds} {name}")
                 timing = timings[name]
+                faults = page_faults()
                 seconds = call_seconds(runs[name], timing.repetitions, device)
+                timing.faults.append((page_faults() - faults) / timing.repetitions)
                 timing.seconds.append(seconds)
                 spent[name] += seconds * timing.repetitions
     for timing in timings.values():
@@ -275,9 +284,9 @@ def _status_bytes(key: str) -> int | None:
 
 def minor_faults(run: Callable[[], object]) -> int:
     """Page faults of one call that needed no disk: pages of fresh memory, which the system hands out zeroed."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = page_faults()
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return page_faults() - before
 
 
 # --- error ------------------------------------------------------------------------------------------------------------

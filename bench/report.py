@@ -287,6 +287,12 @@ def times(stats: dict[str, float] | None) -> str:
     return "-" if stats is None else f"{stats['median']:.2f} [{stats['p20']:.2f}, {stats['p80']:.2f}]"
 
 
+def page_faults(row: dict[str, Any]) -> str:
+    """Of one call; rows of before 2026-11-27 do not have them."""
+    faults = row.get("page_faults")
+    return "-" if faults is None else f"{faults:.0f}"
+
+
 def megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.2f}"
 

@@ -84,6 +84,17 @@ struct AdaptedWeight {
     if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
+  // `adapted` after its merge, without an adapter: `merged` is dense, or values of its layout.
+  AdaptedWeight(const AdaptedWeight& adapted, const Tensor& merged) : AdaptedWeight(adapted) {
+    if (merged.dim() == 2 && merged.size(1) == K) {
+      layout = Layout::dense;
+      mask = index = std::nullopt;
+    }
+    weight = merged;
+    lora_A = torch::stable::narrow(lora_A, 0, 0, 0);
+    lora_B = torch::stable::narrow(lora_B, 1, 0, 0);
+  }
+
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
   int64_t r() const { return lora_A.size(0); }
@@ -107,8 +118,8 @@ struct AdaptedWeight {
     args.scaling = scaling;
   }
 
-  // out [N, K] = the merged weight, each value rounded once to `rounded`; or, of a 2:4 weight and in its own dtype, with
-  // `merged_layout` sparse24 its values [N, K/2]: the metadata stays the same.
+  // out [N, K] = the merged weight, each value rounded once to `rounded`; or, with `merged_layout` that of the weight and in
+  // its dtype, its values: metadata and bits stay the same.
   void merge(Tensor& out, ScalarType rounded, Layout merged_layout = Layout::dense) const {
     MergeArgs args;
     describe(args);
@@ -123,7 +134,8 @@ struct AdaptedWeight {
 
   // The same as a new tensor of dtype `stored`.
   Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
-    Tensor out = empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
+    Tensor out = merged_layout == Layout::bitmap ? empty(weight, {weight.size(0)}, stored)
+                                                 : empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
     merge(out, rounded, merged_layout);
     return out;
   }
@@ -135,15 +147,11 @@ struct AdaptedWeight {
                   const std::optional<Tensor>& shared) const {
     const ScalarType dtype = activation.scalar_type(), compute = Backend::matmul_dtype(dtype);
     const int64_t T = activation.size(0), columns = input_gradient ? K : N;
-    if (shared && shared->size(1) != K) {  // values of layout 2:4
-      Tensor A = lora_A, B = lora_B;
-      const AdaptedWeight merged("linear", backend, {*shared, std::nullopt, index, layout, N, K},
-                                 torch::stable::narrow(A, 0, 0, 0), torch::stable::narrow(B, 1, 0, 0), 0.0);
-      return merged.multiply(activation, bias, input_gradient, std::nullopt);
-    }
+    if (shared && shared->scalar_type() == dtype)
+      return AdaptedWeight(*this, *shared).multiply(activation, bias, input_gradient, std::nullopt);
     // Without an adapter a dense weight is its own merge.
     const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    if (shared || own || !backend.prefers_fused_linear(activation, *this, input_gradient)) {
+    if (shared || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
       Tensor out = empty(activation, {T, columns}, compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);

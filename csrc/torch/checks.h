@@ -208,22 +208,21 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check_same_device(op, name, t, weight.values);
 }
 
-// Whether lors::merged_operand gives 2:4 values, rather than a dense matrix, for activations of this dtype, whose matmuls run
-// in `compute`: on the CPU, whose float32 matmuls read them directly. 16-bit matmuls with instructions of their own are faster
-// from a dense matrix.
-inline bool keeps_stored_layout(const StoredWeight& weight, ScalarType dtype, ScalarType compute) {
-  return weight.layout == Layout::sparse24 && weight.values.is_cpu() && weight.values.scalar_type() == dtype &&
-         compute == ScalarType::Float;
+// Whether matmuls with activations of this dtype read merged values in the weight's compressed layout: on the CPU.
+inline bool keeps_stored_layout(const StoredWeight& weight, ScalarType dtype) {
+  return weight.layout != Layout::dense && weight.values.is_cpu() && weight.values.scalar_type() == dtype &&
+         dtype != ScalarType::Double;
 }
 
 // merged as lors::merged_operand makes it for activations of `dtype`, whose matmuls run in `compute`.
 inline void check_merged(const char* op, const Tensor& merged, const StoredWeight& weight, ScalarType dtype,
                          ScalarType compute) {
-  const bool is_stored = keeps_stored_layout(weight, dtype, compute);
-  check(merged.dim() == 2 && merged.size(0) == weight.out_features &&
-            merged.size(1) == (is_stored ? weight.in_features / 2 : weight.in_features) &&
-            merged.scalar_type() == (is_stored ? dtype : compute) && merged.is_contiguous(),
-        "lors::", op, ": merged has shape ", shape(merged),
+  const bool is_dense = merged.dim() == 2 && merged.size(0) == weight.out_features && merged.size(1) == weight.in_features &&
+                        merged.scalar_type() == compute;
+  const bool is_stored = keeps_stored_layout(weight, dtype) && merged.scalar_type() == dtype &&
+                         merged.dim() == weight.values.dim() && merged.size(0) == weight.values.size(0) &&
+                         (merged.dim() == 1 || merged.size(1) == weight.values.size(1));
+  check((is_dense || is_stored) && merged.is_contiguous(), "lors::", op, ": merged has shape ", shape(merged),
         "; it must be what lors::merged_operand gives for this weight of shape ", weight.shape(),
         " and the dtype of this call's activations.");
   check_storage(op, "merged", merged);

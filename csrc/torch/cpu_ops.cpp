@@ -6,7 +6,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <bit>
 
 #include "build_info.h"
 #include "cpu_scratch.h"
@@ -22,6 +21,26 @@ void run_on_torch_threads(int64_t count, int64_t grain, CpuHost::Body body, void
 
 constexpr CpuHost kTorch{run_on_torch_threads, take_scratch, return_scratch};
 
+// Bits that are set. Every call with a bitmap counts all of them: by sums that the compiler makes vectors of, because baseline
+// x86-64 has no instruction for it.
+int64_t count_bits(const uint32_t* words, int64_t count) {
+  constexpr int64_t kBlock = 1024;
+  int64_t total = 0;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    uint32_t sum = 0;
+    for (int64_t w = first; w < std::min(count, first + kBlock); ++w) {
+      uint32_t x = words[w];
+      x -= x >> 1 & 0x55555555;
+      x = (x & 0x33333333) + (x >> 2 & 0x33333333);
+      x = (x + (x >> 4)) & 0x0f0f0f0f;
+      x += x >> 8;
+      sum += (x + (x >> 16)) & 63;
+    }
+    total += sum;
+  }
+  return total;
+}
+
 // Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say. Refuses bits beyond K.
 std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K) {
   const int64_t N = mask.size(0), words = mask.size(1);
@@ -29,8 +48,7 @@ std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t 
   std::vector<int64_t> offsets(static_cast<size_t>(N) + 1);
   const uint32_t* row = bits(mask);
   for (int64_t n = 0; n < N; ++n, row += words) {
-    int64_t count = 0;
-    for (int64_t w = 0; w < words; ++w) count += std::popcount(row[w]);
+    const int64_t count = count_bits(row, words);
     check(words == 0 || (row[words - 1] & beyond) == 0, "lors::", op, ": the mask has bits beyond column ", K, " in row ", n,
           "; pass the tensors of one SparseWeight.");
     offsets[static_cast<size_t>(n) + 1] = offsets[static_cast<size_t>(n)] + count;
@@ -60,10 +78,11 @@ struct Cpu {
     }
   }
 
-  static bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cpu>& adapted, bool input_gradient) {
+  static bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cpu>& adapted, bool input_gradient,
+                                   bool is_plain) {
     if (adapted.weight.scalar_type() == ScalarType::Double) return false;
     return cpu_prefers_fused_linear(activation.size(0), input_gradient,
-                                    matmul_dtype(activation.scalar_type()) == ScalarType::Float);
+                                    matmul_dtype(activation.scalar_type()) == ScalarType::Float, is_plain);
   }
 
   static ScalarType fused_output_dtype(ScalarType) { return ScalarType::Float; }

@@ -76,7 +76,7 @@ class Cuda {
   }
 
   // fused_linear reads dense weights only here, and needs an adapter.
-  bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient) const {
+  bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient, bool) const {
     if (adapted.layout != Layout::dense || adapted.r() == 0) return false;
     if (const std::optional<bool> forced = forced_fused_linear()) return *forced;
     return recorded_path(activation, adapted, input_gradient) == cuda::Path::fused_linear;

@@ -17,12 +17,12 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "scaling)"
       " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
 
-  // merged [N, K] rounded once to `dtype`, stored in the type that matmuls of `dtype` run in, or as 2:4 values [N, K/2] where
-  // these are multiplied directly (keeps_stored_layout in checks.h): what linear and linear_backward take as `merged`, so that
-  // several calls can share it. They trust that it belongs to the other arguments.
+  // merged [N, K] rounded once to `dtype`, stored in the type that matmuls of `dtype` run in, or as values in the weight's
+  // layout where matmuls of that many tokens read these as fast (keeps_stored_layout in checks.h): what linear and
+  // linear_backward take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
   m.def(
       "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
-      "dtype)"
+      "dtype, int tokens)"
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.

@@ -4,7 +4,9 @@
 //   host()                               what functions of the core take
 //   matmul_dtype(activation)             the type a matmul runs in, and so the type its scratch is stored in
 //   matmul(out, a, b, bias)              out = a b (+ bias broadcast over rows), all in one type: torch's own
-//   prefers_fused_linear(activation, adapted, input_gradient)   whether the core's matmul with the merge inside is used instead
+//   prefers_fused_linear(activation, adapted, input_gradient, is_plain)   whether the core's matmul with the merge inside is
+//   used
+//                                        instead; is_plain: the weight is dense and needs no merge
 //   fused_output_dtype(activation's), fused_bias_dtype(bias)    and which types that has
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kSparseMatmul, prefers_sparse_matmul(activation, adapted)   torch has sparse matmuls there; "auto" takes one
@@ -12,6 +14,7 @@
 //   adapter_grad_exact(...), bias_grad(...)
 #pragma once
 
+#include <lors/cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -44,14 +47,15 @@ struct Operators {
   }
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
-                               const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype) {
+                               const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype, int64_t tokens) {
     const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const Backend backend(weight);
     const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling);
     const ScalarType compute = Backend::matmul_dtype(dtype);
-    if (keeps_stored_layout(stored, dtype, compute)) return adapted.merged(dtype, dtype, Layout::sparse24);
+    if (keeps_stored_layout(stored, dtype) && (compute == ScalarType::Float || tokens <= kFewTokens))
+      return adapted.merged(dtype, dtype, stored.layout);
     return adapted.merged(compute, dtype);
   }
 

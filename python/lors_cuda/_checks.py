@@ -312,14 +312,14 @@ def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: f
     if not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling}; it must be finite. Set lora_alpha, or the layer's scaling, anew.")
     for which, stored in (("weight", weight.values), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not bool(torch.isfinite(stored).all()):
+        if not all_finite(stored):
             tensor = weight.to_dense() if which == "weight" else stored
             row, column = _first_place(tensor)
             raise ValueError(
                 f"{which}[{row}, {column}] is {tensor[row, column].item()}; merging would spread it. Put finite values "
                 "back (an earlier checkpoint, a lower learning rate) and merge again."
             )
-    if not bool(torch.isfinite(merged.values).all()):
+    if not all_finite(merged.values):
         row, column = _first_place(merged.to_dense())
         kept = float(weight.to_dense()[row, column])
         added = float(lora_B[row].double() @ lora_A[:, column].double()) * scaling
@@ -335,6 +335,12 @@ def check_has_values(name: str, tensor: Tensor) -> None:
     """Refuse a tensor on the meta device."""
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, where it has no values. Load the model's weights first.")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinity; waits for the device."""
+    # A finite sum has finite terms only, and takes one pass. Finite terms may still overflow it: then by element.
+    return bool(tensor.detach().sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def _first_place(tensor: Tensor) -> tuple[int, int]:

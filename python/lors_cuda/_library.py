@@ -35,6 +35,7 @@ if not _load("_ops"):
     )
 
 lors = torch.ops.lors
+FEW_TOKENS = 8  # kFewTokens of csrc/core/include/lors/cpu.h
 BUILD: dict[str, str] = json.loads(lors.build_info())
 
 
@@ -170,13 +171,15 @@ def _(
     lora_B: Tensor,
     scaling: float,
     dtype: torch.dtype,
+    tokens: int,
 ) -> Tensor:
     computed = dtype
     if weight.device.type == "cpu":
         if dtype in (torch.bfloat16, torch.float16) and BUILD[f"cpu_product_{str(dtype)[6:]}"] == "float32":
             computed = torch.float32
-        if index is not None and index.dtype == torch.uint8 and dtype == weight.dtype and computed == torch.float32:
-            return weight.new_empty(weight.shape)  # 2:4 values
+        is_few = computed == torch.float32 or tokens <= FEW_TOKENS
+        if index is not None and dtype == weight.dtype and is_few and dtype != torch.float64:
+            return weight.new_empty(weight.shape)  # values in the same layout
     return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=computed)
 
 

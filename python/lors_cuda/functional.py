@@ -20,7 +20,7 @@ from ._checks import (
     check_weight,
     check_whole,
 )
-from ._library import lors
+from ._library import FEW_TOKENS, lors
 from .formats import pack_mask
 from .weight import SparseWeight
 
@@ -142,7 +142,7 @@ def _linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input.dtype)
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input)
     output: Tensor = _autograd.linear(
         input,
         stored.values,
@@ -233,9 +233,12 @@ class MergedWeight:
         return 0 if self._operand is None else self._operand.nbytes
 
     def operand(
-        self, weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+        self, weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, input: Tensor
     ) -> Tensor | None:
-        """The merged weight for activations of ``dtype``, as lors::linear takes it; None where it may not be kept.
+        """The merged weight for activations like ``input``, as lors::linear takes it; None where it may not be kept.
+
+        A compressed weight's first calls of many tokens may keep it dense, the first of few tokens makes it compressed,
+        and it stays so: then calls of many tokens decompress it.
 
         None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
         values exist only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
@@ -251,17 +254,24 @@ class MergedWeight:
             stream = torch.cuda.current_stream(device).cuda_stream  # another stream would have to wait for this one
         tensors = [t for t in (weight.values, weight.mask_bits, weight.index, lora_A, lora_B) if t is not None]
         self.check_countable(tensors)
-        key = (scaling, dtype, stream, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
-        if self._operand is None or key != self._key:
+        tokens = input.numel() // weight.shape[1]
+        key = (scaling, input.dtype, stream, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
+        if self._operand is None or key != self._key or (tokens <= FEW_TOKENS and self._could_be_stored(weight)):
             self.clear()  # before the next one is made: never two at a time
             # An evaluation under inference_mode may make what training uses next: it must be an ordinary tensor.
             with torch.inference_mode(False), torch.no_grad():
                 self._operand = lors.merged_operand(
-                    weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, dtype
+                    weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, input.dtype, tokens
                 )
                 # Keeps the sources alive, so that their addresses in the key cannot be reused.
                 self._key, self._sources = key, tuple(t.detach() for t in tensors)
         return self._operand
+
+    def _could_be_stored(self, weight: SparseWeight) -> bool:
+        operand = self._operand
+        assert operand is not None
+        is_dense = operand.shape == weight.shape and weight.layout != "dense"
+        return is_dense and operand.device.type == "cpu" and self._key[1] == weight.dtype != torch.float64
 
     @staticmethod
     def check_countable(tensors: Iterable[Tensor]) -> None:

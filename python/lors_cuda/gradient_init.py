@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import check_whole, is_packed, joined
+from ._checks import all_finite, check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from ._linears import is_conv1d
 from .config import LoRSConfig
@@ -192,7 +192,7 @@ def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[
             problems.append(f"The gradient of '{name}' must be a floating-point tensor, but is {kind}.")
         elif list(gradient.shape) != needed:
             problems.append(f"The gradient of '{name}' has shape {list(gradient.shape)}, but {needed} is needed.")
-        elif not bool(torch.isfinite(gradient).all()):
+        elif not all_finite(gradient):
             problems.append(f"The gradient of '{name}' has NaN or infinity.")
         elif lora_A.shape[0] > min(needed):
             problems.append(
@@ -254,7 +254,7 @@ def _collected(targets: Sequence[Target], sums: dict[str, Tensor]) -> Iterator[l
             gradient, weight.grad = weight.grad, None
             if gradient is None:
                 return
-            if not first_bad and not bool(torch.isfinite(gradient).all()):
+            if not first_bad and not all_finite(gradient):
                 first_bad.append(target.name)
             sums[target.name] += (gradient.t() if is_conv1d(target.module) else gradient).to("cpu")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import progress_bar, running
-from ._checks import DTYPES, check_choice, is_packed, listed
+from ._checks import DTYPES, all_finite, check_choice, is_packed, listed
 from .config import LoRSConfig
 from .sparse_linear import SparseLayer
 from .sparsity import (
@@ -139,7 +139,7 @@ def prune(
         raise ValueError("method 'wanda' needs calibration batches, and none were given; or use method='magnitude'.")
     targets, left_out = _targets(model, config)
     for target in targets:
-        if not bool(torch.isfinite(target.matrix).all()):
+        if not all_finite(target.matrix):
             raise ValueError(f"The weight of '{target.name}' has NaN or infinity; nothing was pruned.")
     unseen: list[str] = []
     with torch.no_grad(), running(model, training=False):

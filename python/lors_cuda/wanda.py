@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, to_device
+from ._checks import all_finite
 from .sparsity import Weight
 
 
@@ -56,7 +57,7 @@ class _InputNorms:
         sums = self.sums[target.name]
         if self.tokens[target.name] == 0:
             return None
-        if not bool(torch.isfinite(sums).all()):
+        if not all_finite(sums):
             raise ValueError(f"The inputs of '{target.name}' have NaN or infinity on the calibration data.")
         return sums.sqrt().to(target.values.device, torch.float32)
 

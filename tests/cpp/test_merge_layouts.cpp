@@ -117,6 +117,22 @@ class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
     EXPECT_EQ(in_place.values(), want);
     EXPECT_TRUE(apart.intact() && in_place.intact());
   }
+
+  void expect_same_kept(const Problem& p, const Operands& o, const CpuHost* host) {
+    Elements merged(p.dtype, p.N * p.K);
+    ASSERT_TRUE(merge_with(*GetParam(), o.merge_args(p, Layout::dense, merged.bytes.data()), host).ok());
+    const std::vector<unsigned char> want = kept_values(merged, o.mask).bytes;
+    GuardedBytes apart(int64_t(want.size())), in_place(int64_t(want.size()));
+    MergeArgs args = o.merge_args(p, Layout::bitmap, apart.data());
+    args.merged_layout = Layout::bitmap;
+    ASSERT_TRUE(merge_with(*GetParam(), args, host).ok());
+    EXPECT_EQ(apart.values(), want);
+    std::copy(o.packed.bytes.begin(), o.packed.bytes.end(), in_place.data());
+    args.weight = args.merged = in_place.data();
+    ASSERT_TRUE(merge_with(*GetParam(), args, host).ok());
+    EXPECT_EQ(in_place.values(), want);
+    EXPECT_TRUE(apart.intact() && in_place.intact());
+  }
 };
 
 std::vector<Problem> problems(int64_t N, int64_t K, int64_t r) {
@@ -143,7 +159,10 @@ TEST_P(MergeLayouts, EveryShapeAndType) {
           expect_same(p, groups, Layout::sparse24, nullptr, 0);
           expect_same(p, groups, Layout::bitmap, nullptr, 1);
           expect_same(p, any, Layout::bitmap, nullptr, 0);
-          if (p.merged_dtype == p.dtype && p.round_to == p.dtype) expect_same_slots(p, groups, nullptr);
+          if (p.merged_dtype == p.dtype && p.round_to == p.dtype) {
+            expect_same_slots(p, groups, nullptr);
+            expect_same_kept(p, any, nullptr);
+          }
           if (HasFailure()) return;
         }
 }
@@ -233,6 +252,8 @@ TEST_P(MergeLayouts, LargeAndOnThreads) {
     if (p.merged_dtype == p.dtype) {
       expect_same_slots(p, groups, nullptr);
       expect_same_slots(p, groups, &kPieces);
+      expect_same_kept(p, any, nullptr);
+      expect_same_kept(p, any, &kPieces);
     }
   }
 }

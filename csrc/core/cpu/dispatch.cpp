@@ -36,13 +36,17 @@ bool has_f16c() {
 }
 #endif
 
-bool prefers_fused(int64_t tokens, bool input_gradient, bool float32_matmul) {
+bool prefers_fused(int64_t tokens, bool input_gradient, bool float32_matmul, bool is_plain) {
   static const std::string wanted = environment("LORS_CPU_FUSED");
-  if (wanted == "always" && float32_matmul) return true;
+  if (wanted == "always" && float32_matmul && !is_plain) return true;
   if (wanted == "never") return false;
   if (!wanted.empty() && wanted != "always")
     throw std::runtime_error("LORS_CPU_FUSED is '" + wanted + "'; set it to always or never, or leave it unset.");
-  if (tokens <= kFewTokens && !input_gradient) return true;
+  // Of a dense weight torch's mm was faster from two bfloat16 tokens on, and as fast with one float32 token (Zen 4, one
+  // thread).
+  if (is_plain && (float32_matmul ? tokens == 1 : tokens > 1)) return false;
+  if (tokens <= kFewTokens && !input_gradient && (!is_plain || kernels().dots_stored)) return true;
+  if (is_plain) return false;
   // While tuning (AVX2, 2048 x 2048, one thread, a shared machine) fused_linear took 0.3 to 1 ms more than the bare matmul at
   // 128 and 512 tokens, a merge about 2.5 ms; equal at 2048. Where between 512 and 2048 they cross was not measured.
   return float32_matmul && tokens <= 1024;
@@ -72,7 +76,7 @@ bool multiplies_natively(DType dtype) {
 
 const KernelTable* choose() {
   // The other variables as well: a wrong value is refused by the first call, whichever kernel that needs.
-  prefers_fused(0, false, true);
+  prefers_fused(0, true, true, false);
   multiplies_natively(DType::bfloat16);
   struct Choice {
     const KernelTable* table;
@@ -113,8 +117,8 @@ namespace lors {
 
 const char* cpu_capability() { return cpu::kernels().name; }
 
-bool cpu_prefers_fused_linear(int64_t tokens, bool input_gradient, bool float32_matmul) {
-  return cpu::prefers_fused(tokens, input_gradient, float32_matmul);
+bool cpu_prefers_fused_linear(int64_t tokens, bool input_gradient, bool float32_matmul, bool is_plain) {
+  return cpu::prefers_fused(tokens, input_gradient, float32_matmul, is_plain);
 }
 
 bool cpu_multiplies_natively(DType dtype) {

@@ -193,15 +193,45 @@ LORS_EXPAND_INLINE Vector<Acc> slots_of(Vector<Acc> low, Vector<Acc> high, const
 #endif
 }
 
-// store or store_streaming, with +0 for values that round to -0.0: compressed layouts store +0 only.
+// The bits of `v` rounded to Out, with +0 for values that round to -0.0: compressed layouts store +0 only.
 template <typename Out, typename Acc>
-inline void store_slots(Out* p, Vector<Acc> v, bool streaming) {
+inline auto rounded_slots(Vector<Acc> v) {
   typedef std::conditional_t<sizeof(Out) == 2, uint16_t, std::conditional_t<sizeof(Out) == 4, uint32_t, uint64_t>> Bits;
   typedef Bits BitsVector __attribute__((vector_size(sizeof(Out) * kLanes<Acc>)));
   Out rounded[kLanes<Acc>];
   store<Out, Out, Acc>(rounded, v);
   const auto bits = load_raw<BitsVector>(rounded);
-  const BitsVector slots = (bits + bits) != 0 ? bits : BitsVector{};
+  return (bits + bits) != 0 ? bits : BitsVector{};
+}
+
+// The lanes of `v` whose bit is set, rounded, one behind the other; nothing beyond them is written.
+template <typename Out, typename Acc>
+LORS_EXPAND_INLINE void store_kept(Out* p, Vector<Acc> v, uint32_t bits) {
+#if defined(LORS_EXPANDS_BY_LANE)
+  const auto slots = rounded_slots<Out, Acc>(v);
+  for (int i = 0; i < kLanes<Acc>; ++i)
+    if (bits >> i & 1) std::memcpy(p++, reinterpret_cast<const Out*>(&slots) + i, sizeof(Out));
+#else
+  const auto slots = rounded_slots<Out, Acc>(compress(v, bits));
+  const int count = __builtin_popcount(bits);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == 4) {
+    const __mmask16 inside = __mmask16((1u << count) - 1);
+    if constexpr (sizeof(Out) == 2)
+      _mm256_mask_storeu_epi16(p, inside, __m256i(slots));
+    else
+      _mm512_mask_storeu_epi32(p, inside, __m512i(slots));
+    return;
+  }
+#endif
+  std::memcpy(p, &slots, size_t(count) * sizeof(Out));
+#endif
+}
+
+// store or store_streaming of rounded_slots.
+template <typename Out, typename Acc>
+inline void store_slots(Out* p, Vector<Acc> v, bool streaming) {
+  const auto slots = rounded_slots<Out, Acc>(v);
   if constexpr (std::is_same_v<Out, Acc>)
     if (streaming) return store_streaming<Out, Out, Acc>(p, load_raw<Vector<Acc>>(&slots));
   store_raw(p, slots);

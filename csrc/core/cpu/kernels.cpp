@@ -34,9 +34,11 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     pack_activation,
     fused_matmul,
     kLanes<float>,
+    pack_dot,
     dot,
     kPairsAreExact,
     multiply,
+    kDotsStored,
 };
 
 }  // namespace lors::cpu

@@ -5,7 +5,7 @@
 // threads.
 #pragma once
 
-#include <lors/types.h>
+#include <lors/cpu.h>
 
 namespace lors::cpu {
 
@@ -62,9 +62,6 @@ struct ContractJob {
 
 inline constexpr int64_t kThinWidth = 16;
 
-// Up to this many tokens the forward uses `dot`.
-inline constexpr int64_t kFewTokens = 8;
-
 // dst = scale * src rounded once, a [rows, columns] Acc matrix (row stride `width`) to a row-major matrix or to its transpose.
 struct StoreJob {
   const void* src = nullptr;  // Acc [rows, width]
@@ -91,11 +88,14 @@ struct FusedJob {
 // The same for a few tokens, forward only: out [tokens, N].
 struct DotJob {
   int64_t tokens = 0, out_features = 0;
-  const float* activation = nullptr;  // [tokens, stride]
-  int64_t stride = 0;                 // K rounded up to merge_panel, zero-padded
-  MergeJob weight;                    // without a result
-  const float* bias = nullptr;        // [N] or null
-  float* out = nullptr;               // [tokens, N]
+  const void* src = nullptr;  // activation [tokens, K] row-major
+  DType src_dtype = DType::float32;
+  void* activation = nullptr;   // scratch of float32 [tokens, stride]: pack_dot writes them there as `dot` reads them
+  float* limits = nullptr;      // scratch [tokens], likewise
+  int64_t stride = 0;           // K rounded up to merge_panel, zero-padded
+  MergeJob weight;              // without a result
+  const float* bias = nullptr;  // [N] or null
+  float* out = nullptr;         // [tokens, N]
 };
 
 // activation [tokens, depth] as [depth blocks][token panels][depth in block][fused_rows] float32, zero-padded.
@@ -120,12 +120,14 @@ struct KernelTable {
   // cursors: of a bitmap, scratch [N].
   void (*fused_matmul)(const FusedJob&, int64_t panel_begin, int64_t panel_end, float* scratch, int64_t* cursors);
   int64_t lanes;  // float32 elements of a vector
+  void (*pack_dot)(const DotJob&, int64_t token_begin, int64_t token_end);
   // sums: scratch [row_end - row_begin, tokens, lanes].
   void (*dot)(const DotJob&, int64_t row_begin, int64_t row_end, float* sums);
   // Whether bfloat16 [count] may be multiplied in pairs; null where the instruction set cannot.
   bool (*pairs_are_exact)(const void* elements, int64_t count);
   // merged = sum_r B[n, r] A[r, k] in float32, without a weight.
   void (*multiply)(const MergeJob&, int64_t row_begin, int64_t row_end);
+  bool dots_stored;  // whether `dot` multiplies values as they are stored, a dense weight's too, where there is no adapter
 };
 
 // The table for this processor, chosen once; LORS_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 selects a lower one.

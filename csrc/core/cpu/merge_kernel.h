@@ -141,6 +141,14 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   if (streaming) streaming_done();
 }
 
+template <typename Acc, typename W>
+void merge_to_bitmap(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  const BitmapSink<W> sink{static_cast<W*>(job.merged)};
+  for_each_tile<Acc>(job, begin, end, [&](auto tile_rows, int64_t n, int64_t k, const Acc* a, const Acc* b) {
+    merge_at<Acc, decltype(tile_rows)::value, kMergeVectors, BitmapSource, W>(job, n, k, a, b, sink);
+  });
+}
+
 template <typename Acc, typename W, typename Out, typename Round>
 void merge_to_dense(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   using Sink = DenseSink<Out, Round>;
@@ -154,6 +162,7 @@ void merge_to_dense(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) 
 template <typename Acc, typename W>
 void merge_from(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   using lors::DType;
+  if (job.merged_layout == lors::Layout::bitmap) return merge_to_bitmap<Acc, W>(job, begin, end);
   if (job.merged_layout == lors::Layout::sparse24) return merge_rows<Acc, Sparse24Source, W, Sparse24Sink<W>>(job, begin, end);
   if constexpr (std::is_same_v<Acc, double>)
     return merge_to_dense<double, W, double, double>(job, begin, end);

@@ -143,9 +143,12 @@ struct BitmapSource {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2>(values[i]);
   }
-  Vector<Acc> add(int i, int u, Vector<Acc> sum) {
+  uint32_t kept_bits(int i, int u) const {
     const int64_t k = column + u * kLanes<Acc>;
-    const uint32_t bits = (mask[i * words + k / 32] >> (k % 32)) & ((1u << kLanes<Acc>)-1);
+    return (mask[i * words + k / 32] >> (k % 32)) & ((1u << kLanes<Acc>)-1);
+  }
+  Vector<Acc> add(int i, int u, Vector<Acc> sum) {
+    const uint32_t bits = kept_bits(i, u);
     const Vector<Acc> w = load_bitmap<Acc>(values[i], bits);
     return where_bits<Acc>(bits, w + sum);
   }
@@ -198,6 +201,28 @@ struct DenseSink {
     for (int u = 0; u < Vectors; ++u) {
       Out* out = merged + i * stride + u * kLanes<Acc>;
       streaming ? store_streaming<Out, Round, Acc>(out, row[u]) : store<Out, Round, Acc>(out, row[u]);
+    }
+  }
+};
+
+// The kept values of a BitmapSource, where its own are in all values.
+template <typename W>
+struct BitmapSink {
+  using Element = void;
+  W* merged;  // of the whole weight
+
+  BitmapSink row(int) const { return *this; }
+  template <typename Acc, int Vectors, typename Source>
+  [[gnu::always_inline]] void store_row(const Source& source, int i, const Vector<Acc> (&row)[Vectors]) const {
+    uint32_t kept[Vectors];
+    W* out = merged + source.cursor + (source.values[i] - source.first);  // beyond the tile, for `add` has read it
+    for (int u = 0; u < Vectors; ++u) {
+      kept[u] = source.kept_bits(i, u);
+      out -= __builtin_popcount(kept[u]);
+    }
+    for (int u = 0; u < Vectors; ++u) {
+      store_kept<W, Acc>(out, row[u], kept[u]);
+      out += __builtin_popcount(kept[u]);
     }
   }
 };

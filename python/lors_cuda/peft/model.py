@@ -10,7 +10,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -24,7 +23,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._checks import check_has_values, check_whole, joined
+from .._checks import all_finite, check_has_values, check_whole, joined
 from .._distributed import check_gathered
 from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
@@ -152,7 +151,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             merging = [each for each in adapter_names or layer.active_adapters if each in layer.lora_A]
             for adapter in merging:
                 for which in (layer.lora_A, layer.lora_B):
-                    if not bool(torch.isfinite(which[adapter].weight).all()):
+                    if not all_finite(which[adapter].weight):
                         raise ValueError(
                             f"The adapter '{adapter}' of '{name}' holds NaN or infinity, so nothing was merged. Put "
                             "finite values back (an earlier checkpoint, a lower learning rate) and merge again."

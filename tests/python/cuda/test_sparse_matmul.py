@@ -126,7 +126,7 @@ def test_a_weight_stored_in_float32_is_merged_in_the_dtype_of_the_tokens(ops, ke
 def test_a_kept_merged_weight_is_compressed_as_it_is(ops, kernels, monkeypatch, seed):
     monkeypatch.setenv("LORS_SPARSE_PRODUCT", "sparse")
     case = problem(seed)
-    kept = ops.merged_operand(*case.adapted, case.scaling, torch.bfloat16)
+    kept = ops.merged_operand(*case.adapted, case.scaling, torch.bfloat16, 16)
     before = ops.fake_state()
     output = ops.linear(case.input, *case.adapted, None, case.scaling, "lors", kept)
     assert ops.fake_state() == before, "merged again"

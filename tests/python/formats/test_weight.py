@@ -187,6 +187,19 @@ def test_a_merged_value_that_rounds_to_zero_stays_kept(device, dtype, layout):
 
 
 @every_layout
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_takes_large_values_and_refuses_infinite_ones(device, dtype, layout):
+    weight = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 9, dtype=dtype, device=device) * torch.finfo(dtype).max / 2
+    A, B = torch.ones(1, 4, device=device), torch.ones(9, 1, device=device)
+    merged = SparseWeight.from_dense(weight, layout).merge(A, B, 1.0)  # values whose sum overflows
+    assert torch.equal(merged.to_dense(), weight + (weight != 0))
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        weight[3, 1] = bad
+        with pytest.raises(ValueError, match=r"weight\[3, 1\] is "):
+            SparseWeight.from_dense(weight, layout).merge(A, B, 1.0)
+
+
+@every_layout
 @pytest.mark.parametrize("target", FLOATS)
 def test_conversion_keeps_the_mask(device, seed, target, layout):
     case = make_case(seed, 1, *SMALL, 3, torch.float64, device=device, layout=layout)

@@ -318,7 +318,7 @@ def test_operators_without_derivatives_refuse_tangents(device, seed):
     backward = (case.grad_output, case.input, *operands)
     calls = {
         "sparse24_merge": lambda A: lors.sparse24_merge(operands[0], operands[2], A, B, 0.5),
-        "merged_operand": lambda A: lors.merged_operand(*operands, A, B, 0.5, torch.float64),
+        "merged_operand": lambda A: lors.merged_operand(*operands, A, B, 0.5, torch.float64, 3),
         "linear_backward": lambda A: lors.linear_backward(*backward, A, B, None, 0.5, "lors", True, True, True),
         "merge_backward": lambda A: lors.merge_backward(case.weight, *operands, A, B, 0.5),
     }

@@ -32,7 +32,7 @@ def good(
         case "merge_backward":
             return {"grad_merged": torch.full_like(case.weight, 0.5), **adapted, **s}
         case "merged_operand":
-            return {**adapted, **s, "dtype": case.input.dtype}
+            return {**adapted, **s, "dtype": case.input.dtype, "tokens": case.input.shape[0]}
         case "linear":
             return {"input": case.input, **adapted, "bias": case.bias, **s, **g}
         case "linear_backward":

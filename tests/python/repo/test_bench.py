@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -189,6 +190,31 @@ def test_linear_quick_writes_json_that_plots(tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     for name in ("linear.png", "linear-merge.png"):
         assert (output.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_decode_quick_writes_a_row_of_every_layout_and_state(tmp_path: Path) -> None:
+    output = tmp_path / "decode.json"
+    done = command(BENCH / "decode.py", "--quick", "--dtype", "bfloat16", "--output", output)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    ours = {f"{state}_{layout}" for state in ("live", "cached", "frozen") for layout in ("dense", "2:4", "bitmap")}
+    assert {(row["tokens"], row["peer"]) for row in rows} == {
+        (tokens, peer) for tokens in (1, 2) for peer in {*ours, "torch_dense", "torch_dense_again"}
+    }
+    for row in rows:
+        assert row["error"]["output"] <= TOLERANCE[torch.bfloat16]
+        assert row["page_faults"] >= 0
+
+
+def test_measure_counts_the_page_faults_of_a_call() -> None:
+    def touch() -> None:
+        memory = mmap.mmap(-1, 100 * mmap.PAGESIZE)
+        for page in range(100):
+            memory[page * mmap.PAGESIZE] = 1
+
+    limits = protocol.Protocol(rounds=3, min_rounds=3, min_seconds=0.001)
+    timings = protocol.measure({"base": lambda: None, "touch": touch}, limits, baseline="base")
+    assert timings["touch"].row()["page_faults"] >= 100 > timings["base"].row()["page_faults"]
 
 
 def test_linear_refuses_what_it_cannot_run(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ struct MergeArgs {
   const void* lora_B = nullptr;  // [N, r] row-major
   DType lora_B_dtype = DType::float32;
   double scaling = 1.0;
-  // dense; or, of a 2:4 weight and in its dtype, sparse24: the values alone, for the metadata stays the same. Bit for bit what
-  // compressing the dense result with this mask gives.
+  // dense; or the layout of a compressed weight, in its dtype: the values alone, for metadata and bits stay the same. Bit for
+  // bit what compressing the dense result with this mask gives.
   Layout merged_layout = Layout::dense;
-  void* merged = nullptr;  // overwritten whole; dense: [N, K] row-major; 2:4: values [N, K/2], may be `weight` itself
+  void* merged = nullptr;  // overwritten whole; dense: [N, K] row-major; else values like `weight`, or `weight` itself
   DType merged_dtype = DType::float32;
   // The type each value is rounded to, once. It is merged_dtype, or a 16-bit type held in a float32 `merged`: a
   // float32 matmul then sees exactly the values that a 16-bit merged weight has.
@@ -35,11 +35,10 @@ struct MergeArgs {
 };
 
 inline Status check_merged_layout(const MergeArgs& args) {
-  if (args.merged_layout == Layout::dense ||
-      (args.merged_layout == Layout::sparse24 && args.weight_layout == Layout::sparse24 &&
-       args.merged_dtype == args.weight_dtype && args.round_to == args.weight_dtype))
+  if (args.merged_layout == Layout::dense || (args.merged_layout == args.weight_layout &&
+                                              args.merged_dtype == args.weight_dtype && args.round_to == args.weight_dtype))
     return {};
-  return Status::error("merge writes a dense weight, or 2:4 values from a 2:4 weight in its own dtype; ask for one of these.");
+  return Status::error("merge writes a dense weight, or values in the weight's own layout and dtype; ask for one of these.");
 }
 
 Status merge(const MergeArgs& args, const CpuHost* host);
