@@ -148,8 +148,8 @@ def test_disabled_adapter_is_the_frozen_layer(device, seed, layout):
     case = make_case(seed, 9, 31, 72, 5, device=device, explicit_mask=True, bias=True, layout=layout)
     layer = layer_of(case)
     layer.adapter_enabled = False
-    frozen = torch.where(case.mask, case.weight, 0.0)
-    assert torch.equal(layer(case.input), nn.functional.linear(case.input, frozen, case.bias))
+    # Not torch's bits: compressed weights are multiplied by our own loops, which sum in another order.
+    check_linear(layer(case.input), case.replace(lora_B=torch.zeros_like(case.lora_B)))
     layer.adapter_enabled = True
     check_linear(layer(case.input), case)
 
