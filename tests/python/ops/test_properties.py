@@ -94,8 +94,8 @@ def test_strides_change_nothing(device, data, gradient):
     names = [n for n in ("input", "weight", "mask", "lora_A", "lora_B", "grad_output") if getattr(case, n) is not None]
     strided = case.replace(**{n: data.draw(views(getattr(case, n)), label=n) for n in names})
     assert torch.equal(strided.merge(), case.merge())
-    # A product of torch's own, the input's gradient too, may sum in another order for other strides, so that the rest meets
-    # the oracle instead.
+    # A product of torch's own, the input's gradient too, may sum in another order for other strides, so that the rest
+    # meets the oracle instead.
     for a, b in zip(strided.linear_backward("lors")[1:], case.linear_backward("lors")[1:], strict=True):
         assert torch.equal(a, b)
     check_linear(strided.linear(gradient), case)
