@@ -17,6 +17,9 @@ LORS_SIM_BINDING(merge) {
     bool to_sparse24 = false;
     given.read("to_sparse24", to_sparse24);
     if (to_sparse24) args.merged_layout = Layout::sparse24;
+    bool to_bitmap = false;
+    given.read("to_bitmap", to_bitmap);
+    if (to_bitmap) args.merged_layout = Layout::bitmap;
     given.read("merged", args.merged);
     given.read("merged_dtype", args.merged_dtype);
     given.read("round_to", args.round_to);

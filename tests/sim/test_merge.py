@@ -200,8 +200,12 @@ def test_what_it_does_not_take_is_refused_with_a_sentence(sim: Any) -> None:
         sim.merge(sim.Device(), **sizes, weight_dtype="float64")
     with pytest.raises(sim.StatusError, match="same round_to and merged_dtype"):
         sim.merge(sim.Device(), **sizes, round_to="bfloat16")
-    with pytest.raises(sim.StatusError, match="2:4 values from a 2:4 weight in its own dtype"):
+    with pytest.raises(sim.StatusError, match="values in the weight's own layout and dtype"):
         sim.merge(sim.Device(), **sizes, to_sparse24=True)
+    device = sim.Device()
+    offsets = device.upload("row_offsets", torch.zeros(9, dtype=torch.int64).numpy())
+    with pytest.raises(sim.StatusError, match="dense weight or 2:4 values, and was asked for a bitmap's"):
+        sim.merge(device, **sizes, row_offsets=offsets, to_bitmap=True)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -47,6 +47,8 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   if (args.round_to != args.merged_dtype)
     return Status::error("merge on CUDA rounds to the dtype it writes; ask for the same round_to and merged_dtype.");
   if (Status status = check_merged_layout(args); !status.ok()) return status;
+  if (args.merged_layout == Layout::bitmap)
+    return Status::error("merge on CUDA writes a dense weight or 2:4 values, and was asked for a bitmap's; merge to dense.");
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
