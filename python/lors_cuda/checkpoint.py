@@ -32,7 +32,7 @@ from .adapter_directory import (
 from .config import LoRSConfig
 from .fingerprints import fingerprint, mask_problem, to_fields, value_problem
 from .linear import LoRSLinear
-from .model import convert, named_lors_layers
+from .model import convert, named_lors_layers, running_method
 from .targets import Target, conversion_advice, find_targets, saved_modules
 from .weight import SparseWeight
 
@@ -146,11 +146,6 @@ def load_adapter(
     for name, tensor in adapter.saved.items():
         copy_whole(existing[name], tensor)
     return model
-
-
-def running_method(model: nn.Module) -> Any:
-    """The :class:`lors_cuda.methods.Run` that trains the model; None without one."""
-    return vars(model).get("lors_run")
 
 
 def _warn_untrained(lora_B: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from ._checks import all_finite, check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from ._linears import is_conv1d
 from .config import LoRSConfig
-from .model import named_lors_layers, require_unconverted
+from .model import check_no_method, named_lors_layers, require_unconverted
 from .targets import Target, find_targets
 
 # The authors' settings for torch.svd_lowrank (github.com/hyx1999/LoRS): q = 4 r, 4 power iterations.
@@ -133,7 +133,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
 
     Raises:
         ValueError: a layer has no gradient, or one of another shape, or with NaN or infinity (all problems are listed
-            and nothing is changed); the model is already sharded.
+            and nothing is changed); the model is already sharded, or a method of lors_cuda.methods trains it.
         TypeError: `gradients` is not a mapping of tensors.
     """
     check_start(gradients, stable_gamma)
@@ -143,6 +143,7 @@ def init_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor], *, st
     if not layers:
         raise ValueError("The model has no LoRS layers. Convert it with get_lors_model first.")
     check_gathered(model)
+    check_no_method(model, "given another start")
     set_from_gradients({name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}, gradients, stable_gamma)
 
 

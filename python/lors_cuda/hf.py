@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ._distributed import from_first, summed, together
 from ._files import damage, explained, move_directory, new_files, remove_directory, seal
 from .adapter_directory import CONFIG_NAME
-from .checkpoint import load_adapter, running_method, save_adapter
-from .model import named_lors_layers
+from .checkpoint import load_adapter, save_adapter
+from .model import named_lors_layers, running_method
 from .sparse_linear import SparseLayer
 from .targets import has_peft_adapters
 

@@ -117,11 +117,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a weight or an adapter holds NaN or infinity, or a merged weight would (the module, the first place
-            and its value are named), the model has no LoRS layers, or its parameters are sharded among processes;
-            nothing is changed then.
+            and its value are named), the model has no LoRS layers, its parameters are sharded among processes, or a
+            method of lors_cuda.methods trains it; nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)
+    check_no_method(model, "merged")
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
@@ -208,6 +209,25 @@ def named_lors_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRSLinear):
             yield name, module
+
+
+def running_method(model: nn.Module) -> Any:
+    """The :class:`lors_cuda.methods.Run` that trains the model; None without one."""
+    return vars(model).get("lors_run")
+
+
+def check_no_method(model: nn.Module, done: str) -> None:
+    """Refuse what cannot be `done` to adapters that a method computes.
+
+    Raises:
+        ValueError: a method trains the model.
+    """
+    run = running_method(model)
+    if run is not None:
+        raise ValueError(
+            f"The model trains with the method '{run.method.name}', so its adapters cannot be {done}; call "
+            "run.finish() first."
+        )
 
 
 def require_unconverted(model: nn.Module) -> None:

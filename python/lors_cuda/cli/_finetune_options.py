@@ -68,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method-option", type=method_option, nargs="+", default=[], metavar="OPTION=VALUE",
         help=f"of the method ({_options_text()})",
     )  # fmt: skip
-    parser.add_argument("--init", choices=("gradient", "default"), help="how the adapters start; gradient if left out")
+    parser.add_argument(
+        "--init",
+        choices=("gradient", "default"),
+        help="how the adapters start; gradient if left out, where the method has no start of its own",
+    )
     parser.add_argument(
         "--init-batches", type=positive_int, default=8, metavar="N", help="batches that estimate the gradient"
     )
@@ -168,7 +172,13 @@ def configuration(args: argparse.Namespace) -> LoRSConfig:
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.init = args.init or ("gradient" if args.adapter is None else "adapter")
+    if method.has_own_start and args.init == "gradient":
+        raise ValueError(
+            f"--init gradient was given, and the method '{method.name}' draws its own start. Leave it out."
+        )
+    args.init = args.init or (
+        "adapter" if args.adapter is not None else "default" if method.has_own_start else "gradient"
+    )
     if args.adapter is not None:
         return config
     return target_config(

@@ -45,11 +45,14 @@ class Method:
     Attributes:
         name: what the command line and the files call it.
         gradient: the adapter gradients that are recommended for it, "lors" or "exact".
+        has_own_start: whether it draws the adapters' start itself, so that :func:`lors_cuda.init_from_gradients` before
+            it has no effect.
         clips: whether its optimizer clips gradients by itself, so that a Trainer must not (``max_grad_norm=0``).
     """
 
     name: ClassVar[str] = "lors"
     gradient: ClassVar[str] = "lors"
+    has_own_start: ClassVar[bool] = False
     clips: ClassVar[bool] = False
 
     def configure(
@@ -59,8 +62,8 @@ class Method:
 
         Args:
             config: what was asked for.
-            model, batches: the sparse model before conversion, and batches as :func:`lors_cuda.estimate_gradients`
-                takes them, for a method that looks at them.
+            model: the sparse model before conversion, for a method that looks at it.
+            batches: for such a method, as :func:`lors_cuda.estimate_gradients` takes them.
         """
         return config
 
@@ -123,10 +126,12 @@ class Method:
 class Combined(Method):
     """Several methods that fill different places."""
 
+    _parts: tuple[Method, ...]
+
     def __init__(self, methods: Iterable[Method]) -> None:
-        object.__setattr__(self, "_parts", tuple(part for method in methods for part in method.parts()))
+        parts = tuple(part for method in methods for part in method.parts())
         filled: dict[str, Method] = {}
-        for part in self._parts:
+        for part in parts:
             for place in part.places():
                 if place in filled:
                     raise ValueError(
@@ -134,20 +139,15 @@ class Combined(Method):
                         "cannot be combined; leave one of them out."
                     )
                 filled[place] = part
-
-    _parts: tuple[Method, ...]
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return "+".join(part.name for part in self._parts)
-
-    @property
-    def gradient(self) -> str:  # type: ignore[override]
-        return "exact" if any(part.gradient == "exact" for part in self._parts) else "lors"
-
-    @property
-    def clips(self) -> bool:  # type: ignore[override]
-        return any(part.clips for part in self._parts)
+        own = {
+            "_parts": parts,
+            "name": "+".join(part.name for part in parts),
+            "gradient": "exact" if any(part.gradient == "exact" for part in parts) else "lors",
+            "has_own_start": any(part.has_own_start for part in parts),
+            "clips": any(part.clips for part in parts),
+        }
+        for field, value in own.items():  # a method is frozen
+            object.__setattr__(self, field, value)
 
     def parts(self) -> tuple[Method, ...]:
         return self._parts

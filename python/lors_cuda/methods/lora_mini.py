@@ -32,6 +32,7 @@ class LoRAMini(Method):
     a: int = 32
     b: int = 32
     name: ClassVar[str] = "lora-mini"
+    has_own_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("a", "b"):

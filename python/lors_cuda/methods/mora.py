@@ -35,6 +35,7 @@ class MoRA(Method):
 
     type: str = "sharing"
     name: ClassVar[str] = "mora"
+    has_own_start: ClassVar[bool] = True
     gradient: ClassVar[str] = "exact"
 
     def __post_init__(self) -> None:

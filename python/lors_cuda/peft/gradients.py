@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from .. import gradient_init
 from .._distributed import check_gathered
+from ..model import check_no_method
 from ..sparse_linear import SparseLinear
 from ..targets import Target
 from .config import LoRSLoraConfig
@@ -83,6 +84,7 @@ def init_from_gradients(
             f"The model has no LoRS adapter '{adapter_name}': call peft.get_peft_model with a LoRSLoraConfig first."
         )
     check_gathered(base)
+    check_no_method(model, "given another start")
     gradient_init.set_from_gradients(adapters, gradients, stable_gamma)
 
 

@@ -8,52 +8,19 @@ import hashlib
 
 import pytest
 import torch
+from method_runs import check_a_resumed_trainer, made, train
 
-from lors_cuda import LoRSConfig, get_lors_model, load_adapter, merge_and_unload, named_lors_layers, save_adapter
+from lors_cuda import (
+    init_from_gradients,
+    load_adapter,
+    merge_and_unload,
+    named_lors_layers,
+    save_adapter,
+)
 from lors_cuda.methods import METHODS, get_method
-from models import batch, logits, refused, tiny_llama
-from trainer_runs import STEPS, checkpoint, losses, make_trainer
+from models import logits, refused, tiny_llama
 
-OPTIONS = {
-    "sora": {"threshold": 0.05},
-    "rm-lora": {"active": 2, "interval": 2},
-    "lora-mini": {"a": 6, "b": 5},
-    "gelora": {"points": 100},
-}
 every_method = pytest.mark.parametrize("name", [*METHODS, "lora-mini+rm-lora"])
-
-
-def method_of(name):
-    options = {key: value for each in name.split("+") for key, value in OPTIONS.get(each, {}).items()}
-    return get_method(name, **options)
-
-
-def batches(count=60):
-    return [batch(seed) for seed in range(count)]
-
-
-def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
-    """A converted model and its run."""
-    method = method_of(name)
-    model = tiny_llama(dtype=dtype)
-    config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
-    model = get_lors_model(model, method.configure(config, model, batches()))
-    return model, method.start(model, steps=20, seed=seed)
-
-
-def train(model, run, steps, first=0, optimizer=None, accumulate=1):
-    optimizer = run.optimizer(lr=1e-2) if optimizer is None else optimizer
-    found = []
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        for part in range(accumulate):
-            data = batch(step)
-            rows = {key: value.chunk(accumulate)[part] for key, value in data.items()}
-            loss = model(**rows).loss / accumulate
-            loss.backward()
-        found.append(loss.item())
-        optimizer.step()
-    return found
 
 
 def checksum(model):
@@ -129,22 +96,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, name):
 
 @every_method
 def test_a_trainer_resumes_with_the_same_loss_curve(tmp_path, name):
-    def trainer():
-        model, run = made(name)
-        one = make_trainer(tmp_path, model=model)
-        one.optimizer = run.optimizer(lr=1e-2)
-        return one, run
-
-    first, run = trainer()
-    first.train()
-    assert run.step == STEPS
-    again, other = trainer()
-    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
-    assert other.step == STEPS
-    assert losses(again)[-3:] == losses(first)[-3:]
-    run.finish()
-    other.finish()
-    assert torch.equal(logits(again.model), logits(first.model))
+    check_a_resumed_trainer(tmp_path, made, name)
 
 
 @every_method
@@ -182,6 +134,13 @@ def test_refusals():
     refused(ValueError, lambda: run.attach(some), "does not hold", "run.optimizer(lr)")
     run.optimizer(lr=1e-3)
     refused(ValueError, lambda: run.optimizer(lr=1e-3), "an optimizer already")
+    before = logits(model)
+    refused(ValueError, lambda: merge_and_unload(model), "cannot be merged", "run.finish()")
+    gradients = {pair.name: torch.ones(pair.layer.out_features, pair.layer.in_features) for pair in run.pairs}
+    refused(ValueError, lambda: init_from_gradients(model, gradients), "given another start", "run.finish()")
+    assert torch.equal(logits(model), before)
+    run.finish()
+    init_from_gradients(model, gradients)
 
 
 def test_other_states_are_refused(tmp_path):

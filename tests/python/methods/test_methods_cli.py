@@ -23,6 +23,8 @@ def command(home, run, name):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lors", "gelora")])
 def test_a_method_trains_and_merges_with_every_zero(home, tmp_path, capsys, name):
+    if name == "lora-rite":
+        pytest.importorskip("pytorch_optimizer")
     run, merged = tmp_path / "run", tmp_path / "merged"
     assert call(*command(home, run, name)) == 0
     assert capsys.readouterr().err == ""
@@ -56,6 +58,7 @@ def test_a_killed_run_goes_on(home, tmp_path, capsys):
         (["--method", "sora", "--method-option", "threshold=-1"], ("0 or more",)),
         (["--method", "sora+mora"], ("both fill the place", "leave one")),
         (["--method", "gelora"], ("distinct points",)),
+        (["--method", "mora", "--init", "gradient"], ("draws its own start", "Leave it out")),
     ],
 )
 def test_wrong_methods_are_sentences(home, tmp_path, capsys, options, fragments):

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract import batches, method_of, train
+from method_runs import batches, check_a_resumed_trainer, method_of, train
 
 from lors_cuda.methods import METHODS
 from models import logits, refused, tiny_llama
-from trainer_runs import STEPS, checkpoint, losses, make_trainer
 
 peft = pytest.importorskip("peft")
 
@@ -77,18 +76,7 @@ def test_loading_past_a_method_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["sora", "rm-lora", "lora-mini"])
 def test_a_trainer_resumes_with_the_same_loss_curve(tmp_path, name):
-    def trainer():
-        model, run = made(name)
-        one = make_trainer(tmp_path, model=model)
-        one.optimizer = run.optimizer(lr=1e-2)
-        return one, run
-
-    first, _ = trainer()
-    first.train()
-    again, run = trainer()
-    again.train(resume_from_checkpoint=str(checkpoint(tmp_path)))
-    assert run.step == STEPS
-    assert losses(again)[-3:] == losses(first)[-3:]
+    check_a_resumed_trainer(tmp_path, made, name)
 
 
 def test_only_the_active_adapter_is_trained():
