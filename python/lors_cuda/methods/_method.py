@@ -152,6 +152,9 @@ class Combined(Method):
     def parts(self) -> tuple[Method, ...]:
         return self._parts
 
+    def places(self) -> list[str]:
+        return [place for part in self._parts for place in part.places()]
+
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
     ) -> LoRSConfig:
@@ -191,7 +194,6 @@ class Run:
         pairs: the adapters that are trained, in the model's order.
         step: optimizer steps done.
         tensors: tensors that a method keeps between steps, by name; saved and loaded.
-        numbers: other values that a method keeps, as JSON takes them; likewise.
     """
 
     def __init__(self, method: Method, model: nn.Module, steps: int | None, seed: int) -> None:
@@ -211,7 +213,6 @@ class Run:
         self.method, self.model, self.steps, self.seed = method, model, steps, seed
         self.step = 0
         self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
         self._optimizer: Optimizer | None = None
         self._rates: list[float] = []
         self._handles: list[Any] = []
@@ -307,7 +308,6 @@ class Run:
             "seed": self.seed,
             "steps": self.steps,
             "step": self.step,
-            "numbers": dict(self.numbers),
             "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
         }
 
@@ -339,7 +339,7 @@ class Run:
         self.tensors = {
             name.removeprefix("run."): tensor.clone() for name, tensor in tensors.items() if name.startswith("run.")
         }
-        self.numbers, self.step = dict(state["numbers"]), int(state["step"])
+        self.step = int(state["step"])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write method.safetensors and method.json into ``directory``, beside the adapter.

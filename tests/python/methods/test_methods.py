@@ -386,3 +386,10 @@ def test_lora_rite_refuses_what_its_library_would_pair_wrongly(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     run = get_method("lora-rite").start(net())
     refused(ModuleNotFoundError, lambda: run.optimizer(1e-3), "pip install 'pytorch_optimizer>=4.1,<5'")
+
+
+def test_a_combination_fills_the_places_of_its_parts():
+    assert get_method("lora-mini+rm-lora").places() == ["parametrisation", "step controller"]
+    assert get_method("lors+sp-lora").places() == []
+    assert get_method("lora-mini+sp-lora").gradient == "exact"
+    assert get_method("rm-lora+lora-mini").has_own_start
