@@ -9,6 +9,8 @@
 
 namespace {
 
+static_assert(lors::cpu::kDotColumns % kMergePanel<float> == 0);
+
 // Adds the tile's rows, each value rounded to Round, times every token's activations to `sums`, a vector per row and token.
 template <typename Round>
 struct DotSink {

@@ -25,7 +25,7 @@ void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* h
   DotJob job;
   job.tokens = T;
   job.out_features = N;
-  job.stride = (K + table.merge_panel - 1) / table.merge_panel * table.merge_panel;
+  job.stride = (K + kDotColumns - 1) / kDotColumns * kDotColumns;
   const Workspace activation(host, T * job.stride * 4), limits(host, T * 4), cursors(host, args.row_offsets ? N * 8 : 0);
   job.src = args.activation;
   job.src_dtype = args.activation_dtype;

@@ -85,6 +85,9 @@ struct FusedJob {
   float* out = nullptr;                  // [tokens, columns]
 };
 
+// A multiple of the columns that any table's `dot` reads at a time: of its merge panel, and of a unit of a stored row.
+inline constexpr int64_t kDotColumns = 64;
+
 // The same for a few tokens, forward only: out [tokens, N].
 struct DotJob {
   int64_t tokens = 0, out_features = 0;
@@ -92,7 +95,7 @@ struct DotJob {
   DType src_dtype = DType::float32;
   void* activation = nullptr;   // scratch of float32 [tokens, stride]: pack_dot writes them there as `dot` reads them
   float* limits = nullptr;      // scratch [tokens], likewise
-  int64_t stride = 0;           // K rounded up to merge_panel, zero-padded
+  int64_t stride = 0;           // K rounded up to kDotColumns, zero-padded
   MergeJob weight;              // without a result
   const float* bias = nullptr;  // [N] or null
   float* out = nullptr;         // [tokens, N]

@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int kUnit = 32;
+static_assert(lors::cpu::kDotColumns % kUnit == 0);
 constexpr int kChunk = 16;  // units
 
 #if defined(__AVX512VBMI2__)
