@@ -259,19 +259,22 @@ def test_beyond_31_bits_of_elements(sim: Any) -> None:
     check(torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).reshape(1, columns), tail)
 
 
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str) -> None:
-    N, K, r = 1024, 2048, 16
-    device = sim.Device(multiprocessors=16)
-    run(sim, device, "dense", (N, K), r, (dtype, "bfloat16", "bfloat16", dtype))
+def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str, explicit: bool) -> None:
+    if explicit and dtype == "float32":
+        pytest.skip("the general path reads mask words one by one")
+    N, K, r = 2048, 2048, 16
+    device = sim.Device(multiprocessors=8)
+    run(sim, device, "dense", (N, K), r, (dtype, "bfloat16", "bfloat16", dtype), explicit=explicit)
     counted = device.stats()["merge"]
     buffers = counted["buffers"]
     weight = N * K * DTYPES[dtype].itemsize // 32
     assert buffers["values"]["sectors_read"] == buffers["values"]["unique_sectors_read"] == weight
     assert buffers["merged"]["sectors_written"] == buffers["merged"]["unique_sectors_written"] == weight
-    floor = 2 * weight + (N + K) * r * 2 // 32
+    floor = 2 * weight + (N + K) * r * 2 // 32 + explicit * N * K // 8 // 32
     moved = sum(of["sectors_read"] + of["sectors_written"] for of in buffers.values())
-    assert moved <= 1.05 * floor, f"{moved} sectors, {moved / floor:.3f} of the floor"
+    assert moved <= 1.03 * floor, f"{moved} sectors, {moved / floor:.3f} of the floor"
 
 
 @pytest.mark.parametrize(("path", "limit"), [("2:4", 1.05), ("2:4 values", 1.05), ("bitmap", 1.6)])

@@ -40,7 +40,7 @@ PLANTED = [
         "merged[2 * half + 1 - slot] = pick(values, half, position[slot])",
     ),
     ("merge_source.cuh", "value += has;", "value += 1;"),
-    ("merge_source.cuh", "carry + sum - count", "carry + sum"),
+    ("merge_before.cuh", "carry + sum - count", "carry + sum"),
 ]
 
 

@@ -33,6 +33,16 @@ inline void store_global(T* p, T v, sim::Site site = sim::Site::current()) {
   static_assert(is_accessible<T>);
   sim::store_global(p, &v, sizeof(T), site);
 }
+inline void load_global_if(bool wanted, uint4& v, const uint4* p, sim::Site site = sim::Site::current()) {
+  if (wanted) v = load_global_once(p, site);
+}
+inline void load_global_if(bool wanted, uint2& v, const uint2* p, sim::Site site = sim::Site::current()) {
+  if (wanted) v = load_global(p, site);
+}
+template <typename T>
+inline void store_global_if(bool wanted, T* p, const T& v, sim::Site site = sim::Site::current()) {
+  if (wanted) store_global(p, v, site);
+}
 template <typename T>
 inline std::remove_cv_t<T> load_shared(const T* p, sim::Site site = sim::Site::current()) {
   static_assert(is_accessible<T>);
@@ -69,6 +79,12 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   const uint32_t b[2] = {b0, b1};
   sim::multiply(c, a, b, std::is_same_v<T, __nv_bfloat16>, site);
+}
+template <typename T>
+inline void mma_m16n8k16_zero(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              sim::Site site = sim::Site::current()) {
+  for (float& sum : c) sum = 0.f;
+  mma_m16n8k16<T>(c, a, b0, b1, site);
 }
 
 }  // namespace lors::ptx
