@@ -277,14 +277,14 @@ def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str, explicit: 
     assert moved <= 1.03 * floor, f"{moved} sectors, {moved / floor:.3f} of the floor"
 
 
-@pytest.mark.parametrize(("path", "limit"), [("2:4", 1.05), ("2:4 values", 1.05), ("bitmap", 1.6)])
+@pytest.mark.parametrize(("path", "limit"), [("2:4", 1.03), ("2:4 values", 1.05), ("bitmap", 1.11)])
 def test_traffic_of_a_compressed_weight_is_near_the_floor(sim: Any, path: str, limit: float) -> None:
     """2:4: the weight and its result move exactly once; above the floor are the adapters, read again by each block.
 
     A bitmap's rows begin anywhere, so pieces of 64 columns share sectors at both ends, and its bits are read again.
     """
     N, K, r = 2048, 2048, 16
-    device = sim.Device(multiprocessors=4)
+    device = sim.Device(multiprocessors=8)
     _, given = run(sim, device, path, (N, K), r, ("bfloat16",) * 4)
     counted: dict[str, int] = {}
     for kernel in device.stats().values():

@@ -22,6 +22,10 @@ Status run(const MergeArgs& args, const MergeProblem& p, const MergeConfig& conf
 }  // namespace
 
 Status merge_fast(const MergeArgs& args, const MergeProblem& problem, const MergeConfig& config, const CudaHost& host) {
+  if (args.weight_layout == Layout::bitmap) return run<FastBitmap>(args, problem, config, host);
+  if (args.weight_layout == Layout::sparse24)
+    return args.merged_layout == Layout::sparse24 ? run<FastSparse24Values>(args, problem, config, host)
+                                                  : run<FastSparse24>(args, problem, config, host);
   return args.mask ? run<FastMasked>(args, problem, config, host) : run<FastDense>(args, problem, config, host);
 }
 

@@ -30,11 +30,10 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
   const int left = rows - warp_row - lane / 4;  // rows from the lane's first on; its second is 8 below
   int below[2] = {column < p.in_features ? left : 0, column + 32 < p.in_features ? left : 0};
   Source source(p, columns, first_row + warp_row + lane / 4, column, step);
-  bool here[2][2];  // whether these eight weights are in the matrix
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
-    for (int c = 0; c < 2; ++c) source.load(here[h][c] = below[c] > 8 * h, h, c);
+    for (int c = 0; c < 2; ++c) source.load(below[c], 8 * h, h, c);
 
   uint32_t a[4][4];
   if constexpr (kOne) {
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
     const int end = rows - panel < p.panel_rows ? rows - panel : p.panel_rows;
     uint32_t from_B =
         ptx::shared_address(lora_B + (warp_row + lane % 16) * (16 + kMergePad) + lane / 16 * 8);  // where kOne
-    source.start(warp_row + lane / 4, warp_column);
+    source.start(warp_row + lane / 4, warp_column, end);
     for (int at = 0; at < end; at += step) {  // the same steps for all warps
       source.step(p, at, end);
       // sum[c][j][2 h + e]: as in merge.cuh
@@ -75,9 +74,8 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
         for (int c = 0; c < 2; ++c) {
           const float values[8] = {sum[c][0][2 * h], sum[c][0][2 * h + 1], sum[c][1][2 * h], sum[c][1][2 * h + 1],
                                    sum[c][2][2 * h], sum[c][2][2 * h + 1], sum[c][3][2 * h], sum[c][3][2 * h + 1]};
-          source.store(here[h][c], h, c, values, p.scaling);
-          here[h][c] = below[c] > step + 8 * h;
-          source.load(here[h][c], h, c);
+          source.store(below[c], 8 * h, h, c, values, p.scaling);
+          source.load(below[c], step + 8 * h, h, c);
         }
       below[0] -= step;
       below[1] -= step;

@@ -13,9 +13,9 @@ constexpr int kMergeFastThreads = 256, kMergeFastWarps = kMergeFastThreads / 32;
 constexpr int kMergeFastRanks = 64;
 constexpr int merge_fast_step(int columns) { return 16 * kMergeFastWarps / (columns / 64); }  // rows of a block at a time
 
-// Elements of a row of a bitmap's values in shared memory: the kept ones of `columns`, up to 15 before them and up to 7 behind,
-// in whole 16 bytes; eight rows begin in different banks.
-constexpr int merge_fast_values_pitch(int columns) { return columns + 40; }
+// Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind, in
+// whole 16 bytes; and eight rows begin in different banks.
+constexpr int kMergeFastValuesPad = 40;
 
 // Beside the adapters: two tables of 16 x 8 bytes; the index of a panel (merge_config.h); for a bitmap also how many values are
 // before each word and where each row begins, and the values of two steps.
@@ -23,13 +23,12 @@ constexpr int kMergeFastTables = 2 * 16 * 8;
 constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, int panel_rows) {
   const int index = 4 * panel_rows * merge_tile_pitch(columns);
   if (layout == Layout::bitmap)
-    return kMergeFastTables + 2 * index + 8 * panel_rows + 4 * merge_fast_step(columns) * merge_fast_values_pitch(columns);
+    return kMergeFastTables + 2 * index + 8 * panel_rows + 4 * merge_fast_step(columns) * (columns + kMergeFastValuesPad);
   return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
 }
 
 // 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
 inline bool merge_fast_takes(const MergeArgs& a) {
-  if (a.weight_layout != Layout::dense) return false;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return a.weight_dtype == a.merged_dtype && dtype_size(a.weight_dtype) == 2 && a.r > 0 && a.r <= kMergeFastRanks &&
          a.in_features % 8 == 0 && aligned(a.weight) && aligned(a.merged);

@@ -41,28 +41,29 @@ template <typename T>
 __device__ __forceinline__ void store_global(T* p, T v) {
   *p = v;
 }
-// One load or store of 8 or 16 bytes where `wanted`, without a branch; else v stays. 16 bytes are loaded as by load_global_once.
-__device__ __forceinline__ void load_global_if(bool wanted, uint4& v, const uint4* p) {
+// One load or store of 8 or 16 bytes where number > limit, without a branch; else v stays. 16 bytes are loaded as by
+// load_global_once.
+__device__ __forceinline__ void load_global_if(int number, int limit, uint4& v, const uint4* p) {
   asm volatile(
-      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
+      "{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n"
       "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
       : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "l"(p), "r"(static_cast<uint32_t>(wanted)));
+      : "l"(p), "r"(number), "r"(limit));
 }
-__device__ __forceinline__ void load_global_if(bool wanted, uint2& v, const uint2* p) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\n@wanted ld.global.v2.u32 {%0, %1}, [%2];\n}\n"
+__device__ __forceinline__ void load_global_if(int number, int limit, uint2& v, const uint2* p) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted ld.global.v2.u32 {%0, %1}, [%2];\n}\n"
                : "+r"(v.x), "+r"(v.y)
-               : "l"(p), "r"(static_cast<uint32_t>(wanted))
+               : "l"(p), "r"(number), "r"(limit)
                : "memory");
 }
-__device__ __forceinline__ void store_global_if(bool wanted, uint4* p, const uint4& v) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}\n" ::"r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w), "l"(p), "r"(static_cast<uint32_t>(wanted))
+__device__ __forceinline__ void store_global_if(int number, int limit, uint4* p, const uint4& v) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}\n" ::"r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "l"(p), "r"(number), "r"(limit)
                : "memory");
 }
-__device__ __forceinline__ void store_global_if(bool wanted, uint2* p, const uint2& v) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\n@wanted st.global.v2.u32 [%2], {%0, %1};\n}\n" ::"r"(v.x), "r"(v.y),
-               "l"(p), "r"(static_cast<uint32_t>(wanted))
+__device__ __forceinline__ void store_global_if(int number, int limit, uint2* p, const uint2& v) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted st.global.v2.u32 [%2], {%0, %1};\n}\n" ::"r"(v.x), "r"(v.y),
+               "l"(p), "r"(number), "r"(limit)
                : "memory");
 }
 template <typename T>
@@ -72,6 +73,13 @@ __device__ __forceinline__ T load_shared(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store_shared(T* p, T v) {
   *p = v;
+}
+
+// Four bytes of the eight of (high, low): nibble i of `selector`, 0 to 7, says which becomes byte i. __byte_perm without a mask.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t picked;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(picked) : "r"(low), "r"(high), "r"(selector));
+  return picked;
 }
 
 // Starts a copy of 16 bytes from global to shared memory; bytes from src_bytes (0 to 16) on are written as zero, and with
