@@ -2,7 +2,7 @@
 // before[n, b] = popcount of the mask bits of row n before column b * columns: where a block of the bitmap merge finds its values.
 #pragma once
 
-#include "merge_source.cuh"
+#include "merge_problem.cuh"
 
 namespace lors::cuda {
 

@@ -5,7 +5,7 @@
 // place of this one's, so that nothing is copied. Launched by merge_fast.cu.
 #pragma once
 
-#include "merge.cuh"
+#include "merge_adapters.cuh"
 #include "merge_fast_source.cuh"
 
 namespace lors::cuda {

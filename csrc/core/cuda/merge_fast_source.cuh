@@ -12,7 +12,7 @@
 #pragma once
 
 #include "merge_fast_config.h"
-#include "merge_source.cuh"
+#include "merge_problem.cuh"
 
 namespace lors::cuda {
 

@@ -20,8 +20,8 @@ SHAPES = [
 ]
 
 PLANTED = [
-    ("merge.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
-    ("merge.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
+    ("merge_adapters.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
+    ("merge_adapters.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
     ("merge.cuh", "if (at.n(h) >= p.out_features) continue;", "if (at.n(h) > p.out_features) continue;"),
     (
         "merge.cuh",
