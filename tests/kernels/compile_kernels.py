@@ -105,12 +105,10 @@ def read_table(path: Path) -> dict[str, int]:
 
 
 def update_table(path: Path, found: dict[str, int]) -> None:
-    """Other architectures and an older table keep what they need."""
-    old = read_table(path) if path.exists() else {}
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["kernel", path.stem])
-        writer.writerows(sorted((name, max(count, old.get(name, 0))) for name, count in found.items()))
+        writer.writerows(sorted(found.items()))
     print(f"{path.relative_to(ROOT)} rewritten")
 
 
@@ -153,6 +151,11 @@ def loop_problems(loops: dict[str, HotLoop], budgets: dict[str, int]) -> list[st
                 f"{where} has {loop.instructions} instructions in its hot loop, its budget is {budgets[name]} "
                 f"({LOOPS.name})."
             )
+        elif 2 * loop.instructions < budgets[name]:
+            found.append(
+                f"{where} has {loop.instructions} instructions in its hot loop, less than half of its budget of "
+                f"{budgets[name]}: a budget that holds nothing, or another loop; look, then run this with --update."
+            )
     return found + strangers(budgets, loops, LOOPS)
 
 
@@ -166,7 +169,7 @@ def strangers(budgets: dict[str, int], names: Iterable[str], table: Path) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", default="80;90a", help="separated by semicolons (default: %(default)s)")
-    parser.add_argument("--update", action="store_true", help="rewrite registers.csv instead of checking it")
+    parser.add_argument("--update", action="store_true", help="rewrite the tables instead of checking them")
     parser.add_argument("--jobs", type=int, default=2, help="files compiled at a time (default: %(default)s)")
     arguments = parser.parse_args(argv)
     archs = [arch for arch in arguments.archs.replace(",", ";").split(";") if arch]
@@ -202,7 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(kernels)} kernels of {len(sources)} files in {perf_counter() - start:.0f} s")
 
     if arguments.update:
-        update_table(TABLE, {name: max(k.registers for k in by_arch.values()) for name, by_arch in rows.items()})
+        old = read_table(TABLE) if TABLE.exists() else {}  # other architectures keep what they need
+        used = {name: max(k.registers for k in by_arch.values()) for name, by_arch in rows.items()}
+        update_table(TABLE, {name: max(n, old.get(name, 0)) for name, n in used.items()})
         if loops:
             update_table(LOOPS, {name: loop.instructions for name, loop in loops.items()})
         return 0

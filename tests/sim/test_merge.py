@@ -159,6 +159,31 @@ def test_no_adapter_decompresses(sim: Any, weight: str, out: str, path: str) -> 
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 4, ("float16", "float16", "bfloat16", "float16")])
+@pytest.mark.parametrize("r", [5, 16, 64])
+def test_the_fast_path_gives_the_general_kernels_bits(sim: Any, dtypes: Types, r: int, path: str) -> None:
+    """Aligned and not: with NaN, infinities, both zeros and subnormals among the weights."""
+    N, K = 37, 504
+    for explicit in (False, True):
+        weight, kept = sparse_weight(r, N, K, dtypes[0], explicit=explicit, sparse24=path.startswith("2:4"))
+        special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0, 1e-7, -1e-7]).to(weight.dtype)
+        weight.view(-1)[::11] = special.repeat(-(-N * K // 77))[: -(-N * K // 11)]
+        if not explicit and path in ("dense", "bitmap"):
+            kept = weight != 0
+        adapters = {"lora_A": random(1, r, K, dtype=dtypes[1]), "lora_B": random(2, N, r, dtype=dtypes[2])}
+        given = {"weight": weight, "kept": kept, **adapters}
+        results, threads = [], []
+        for misalign in (0, 1):
+            device = sim.Device(multiprocessors=1)
+            merged = merge(sim, device, path, given, dtypes, explicit=explicit, misalign=misalign)
+            results.append((merged.nan_to_num(0.0, torch.inf, -torch.inf).view(torch.uint8), merged.isnan()))
+            threads.append(device.launches()[-1]["block"][0])
+        assert threads == [256, 512]  # the fast path's, the general kernel's for so wide a weight
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("misalign", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_pointers_take_the_slow_path(sim: Any, dtype: str, misalign: int, path: str) -> None:
@@ -281,7 +306,7 @@ def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str, explicit: 
 def test_traffic_of_a_compressed_weight_is_near_the_floor(sim: Any, path: str, limit: float) -> None:
     """2:4: the weight and its result move exactly once; above the floor are the adapters, read again by each block.
 
-    A bitmap's rows begin anywhere, so pieces of 64 columns share sectors at both ends, and its bits are read again.
+    A bitmap's rows begin anywhere, so the rows of a block share sectors at both ends, and its bits are read again.
     """
     N, K, r = 2048, 2048, 16
     device = sim.Device(multiprocessors=8)
