@@ -81,7 +81,7 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 def compile_source(
     nvcc: str, source: Path, archs: Sequence[str], directory: Path
 ) -> tuple[str, float, dict[str, HotLoop]]:
-    """Output of nvcc for one source file, its seconds, and the hot loops; raises SystemExit with nvcc's words if it fails."""
+    """Output of nvcc for one source file, its seconds, and the hot loops; SystemExit with nvcc's words if it fails."""
     command = [nvcc, "-std=c++20", "-Xptxas=-v,-warn-spills,-Werror", "-Xcompiler=-Wall,-Wextra,-Werror"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     command += [f'-DLORS_CUDA_ARCHS_TEXT="{",".join(archs)}"', "-I", str(SOURCES.parent / "include")]

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FUNCTION = re.compile(r"^\.text\.(\w+):", re.MULTILINE)
-_LINE = re.compile(r"^(?P<label>\.L\w+):|^\s+/\*(?P<at>[0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[\w.]+)(?P<rest>[^;]*);", re.MULTILINE)
+_LINE = re.compile(
+    r"^(?P<label>\.L\w+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[\w.]+)(?P<rest>[^;]*);", re.MULTILINE
+)
 _MULTIPLIES = ("HMMA", "HGMMA", "IMMA")
 _MOVES = ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG")
 

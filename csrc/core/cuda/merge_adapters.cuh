@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// lora_B lora_A of the merge on tensor cores: both adapters as split terms in shared memory, and the product of a warp's tile. The
-// same sums in the same order for every layout and path, so the same bits come out.
+// lora_B lora_A of the merge on tensor cores: both adapters as split terms in shared memory, and the product of a warp's tile.
+// The same sums in the same order for every layout and path, so the same bits come out.
 #pragma once
 
 #include "merge_config.h"

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// before[n, b] = popcount of the mask bits of row n before column b * columns: where a block of the bitmap merge finds its values.
+// before[n, b] = popcount of the mask bits of row n before column b * columns: where a block of the bitmap merge finds its
+// values.
 #pragma once
 
 #include "merge_problem.cuh"

@@ -11,7 +11,8 @@ template <template <typename> typename Source, typename T>
 Status run(const MergeProblem& p, const MergeConfig& config, const CudaHost& host) {
   const bool one = split_terms(p.lora_A.dtype) == 1 && split_terms(p.lora_B.dtype) == 1 && config.chunk == 16;
   return launch("merge", one ? merge_fast_kernel<Source, T, true> : merge_fast_kernel<Source, T, false>,
-                dim3(static_cast<unsigned>(config.blocks)), dim3(kMergeFastThreads), config.shared_bytes, host, p, config.columns);
+                dim3(static_cast<unsigned>(config.blocks)), dim3(kMergeFastThreads), config.shared_bytes, host, p,
+                config.columns);
 }
 
 template <template <typename> typename Source>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // merged[n, k] = kept[n, k] ? weight[n, k] + scaling * sum_r lora_B[n, r] * lora_A[r, k] : +0    fp32 accumulate, one rounding
 // The merge of merge.cuh for what most calls have (merge_fast_config.h): the same sums and the same bits in fewer instructions.
-// A warp takes 16 rows x 64 columns per step. The next step's weights are on their way while this step is computed, and take the
-// place of this one's, so that nothing is copied. Launched by merge_fast.cu.
+// A warp takes 16 rows x 64 columns per step. The next step's weights are on their way while this step is computed, and take
+// the place of this one's, so that nothing is copied. Launched by merge_fast.cu.
 #pragma once
 
 #include "merge_adapters.cuh"
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
 
   stage_lora_A<false>(lora_A, p.lora_A, 0, first_column, chunk, columns);
   const int64_t column = first_column + warp_column + lane % 4 * 8;  // of the lane's first eight; the others: 32 further
-  const int left = rows - warp_row - lane / 4;  // rows from the lane's first on; its second is 8 below
+  const int left = rows - warp_row - lane / 4;                       // rows from the lane's first on; its second is 8 below
   int below[2] = {column < p.in_features ? left : 0, column + 32 < p.in_features ? left : 0};
   Source source(p, columns, first_row + warp_row + lane / 4, column, step);
 #pragma unroll
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
     __syncthreads();
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
-      ptx::ldmatrix_x4_trans(a[pair], ptx::shared_address(lora_A + lane % 16 * (columns + kMergePad) + warp_column +
-                                                          lane / 16 * 8 + 16 * pair));
+      ptx::ldmatrix_x4_trans(
+          a[pair], ptx::shared_address(lora_A + lane % 16 * (columns + kMergePad) + warp_column + lane / 16 * 8 + 16 * pair));
   }
   for (int panel = 0; panel < rows; panel += p.panel_rows) {
     if (panel > 0) __syncthreads();  // the last panel has been read
@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
     source.stage(p, first_row + panel, first_column, rows - panel);
     __syncthreads();
     const int end = rows - panel < p.panel_rows ? rows - panel : p.panel_rows;
-    uint32_t from_B =
-        ptx::shared_address(lora_B + (warp_row + lane % 16) * (16 + kMergePad) + lane / 16 * 8);  // where kOne
+    uint32_t from_B = ptx::shared_address(lora_B + (warp_row + lane % 16) * (16 + kMergePad) + lane / 16 * 8);  // where kOne
     source.start(warp_row + lane / 4, warp_column, end);
     for (int at = 0; at < end; at += step) {  // the same steps for all warps
       source.step(p, at, end);

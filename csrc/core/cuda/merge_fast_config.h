@@ -13,8 +13,8 @@ constexpr int kMergeFastThreads = 256, kMergeFastWarps = kMergeFastThreads / 32;
 constexpr int kMergeFastRanks = 64;
 constexpr int merge_fast_step(int columns) { return 16 * kMergeFastWarps / (columns / 64); }  // rows of a block at a time
 
-// Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind, in
-// whole 16 bytes; and eight rows begin in different banks.
+// Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind,
+// in whole 16 bytes; and eight rows begin in different banks.
 constexpr int kMergeFastValuesPad = 40;
 
 // Beside the adapters: two tables of 16 x 8 bytes; the index of a panel (merge_config.h); for a bitmap also how many values are

@@ -2,7 +2,8 @@
 // How merge_fast.cuh reads each layout and writes the result. A lane owns eight columns in each of the two times 32 columns of
 // its warp (c = 0, 1) of the rows n and n + 8 (h = 0, 1), and moves down by `step` rows. A Source<T> offers
 //   Source(p, columns, row, column, step)       row, column: the lane's first
-//   load(number, limit, h, c)                   where number > limit, starts the loads of the next eight weights down from the last,
+//   load(number, limit, h, c)                   where number > limit, starts the loads of the next eight weights down from the
+//   last,
 //                                               c = 0 before c = 1
 //   stage(p, row, column, rows)                 by the whole block, for the panel of rows from `row` on, of which `rows` exist
 //   start(row, column, rows)                    after a barrier: the lane's first row of the panel of `rows`, the warp's column
@@ -84,7 +85,7 @@ struct FastIndex : IndexTile {
   uint2 rows[2];               // of row n + 8 h
   int rotate;                  // brings the lane's byte of a word to bit 3
 
-  int step_words;              // from step to step
+  int step_words;  // from step to step
 
   __device__ __forceinline__ FastIndex(const MergeProblem& p, int step) : IndexTile(p), step_words(step * p.tile_pitch) {
     tables = ptx::dynamic_shared() + p.tile_at;
@@ -125,10 +126,11 @@ struct FastDense : FastRows<uint4, uint4> {
   __device__ __forceinline__ void step(const MergeProblem&, int, int) const {}
   __device__ __forceinline__ void store(int number, int limit, int h, int c, const float (&sum)[8], float scaling) {
     const uint4& w = tile[h][c];
-    write(number, limit, h, c, make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & nonzero<T>(w.x),
-                           merge_pair<T>(w.y, sum[2], sum[3], scaling) & nonzero<T>(w.y),
-                           merge_pair<T>(w.z, sum[4], sum[5], scaling) & nonzero<T>(w.z),
-                           merge_pair<T>(w.w, sum[6], sum[7], scaling) & nonzero<T>(w.w)));
+    write(number, limit, h, c,
+          make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & nonzero<T>(w.x),
+                     merge_pair<T>(w.y, sum[2], sum[3], scaling) & nonzero<T>(w.y),
+                     merge_pair<T>(w.z, sum[4], sum[5], scaling) & nonzero<T>(w.z),
+                     merge_pair<T>(w.w, sum[6], sum[7], scaling) & nonzero<T>(w.w)));
   }
 };
 
@@ -147,8 +149,10 @@ struct FastMasked : FastRows<uint4, uint4>, FastIndex {
     const uint4& w = tile[h][c];
     const uint32_t mask = bits(h, c);
     const uint2 low = look_up(0, mask), high = look_up(0, mask >> 4);
-    write(number, limit, h, c, make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & low.x, merge_pair<T>(w.y, sum[2], sum[3], scaling) & low.y,
-                           merge_pair<T>(w.z, sum[4], sum[5], scaling) & high.x, merge_pair<T>(w.w, sum[6], sum[7], scaling) & high.y));
+    write(
+        number, limit, h, c,
+        make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & low.x, merge_pair<T>(w.y, sum[2], sum[3], scaling) & low.y,
+                   merge_pair<T>(w.z, sum[4], sum[5], scaling) & high.x, merge_pair<T>(w.w, sum[6], sum[7], scaling) & high.y));
   }
 };
 
@@ -171,25 +175,27 @@ struct FastGroups : FastRows<uint2, Merged>, FastIndex {
     const uint32_t low = merged_slots(slots.x, code, sum, scaling), high = merged_slots(slots.y, code >> 4, sum + 4, scaling);
     const uint2 at = look_up(0, code), at_high = look_up(0, code >> 4);
     if constexpr (kToDense)
-      this->write(number, limit, h, c, make_uint4(ptx::pick_bytes(low, 0, at.x), ptx::pick_bytes(low, 0, at.y), ptx::pick_bytes(high, 0, at_high.x),
-                                           ptx::pick_bytes(high, 0, at_high.y)));
+      this->write(number, limit, h, c,
+                  make_uint4(ptx::pick_bytes(low, 0, at.x), ptx::pick_bytes(low, 0, at.y), ptx::pick_bytes(high, 0, at_high.x),
+                             ptx::pick_bytes(high, 0, at_high.y)));
     else
       this->write(number, limit, h, c, make_uint2(low & at.x, high & at_high.x));
   }
 
  private:
-  // Of a code: to dense, how ptx::pick_bytes(slots, 0) fills columns 0 and 1, and 2 and 3; else ones in the slots that hold a weight.
+  // Of a code: to dense, how ptx::pick_bytes(slots, 0) fills columns 0 and 1, and 2 and 3; else ones in the slots that hold a
+  // weight.
   static __device__ __forceinline__ uint2 entry(uint32_t code) {
     uint32_t position[2];
     slots_of(code, position);
     if constexpr (!kToDense) return make_uint2((position[0] < 4 ? 0xffffu : 0u) | (position[1] < 4 ? 0xffff0000u : 0u), 0);
     uint32_t selectors = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < 4; ++i)
-      selectors |= (position[0] == i ? 0x10u : position[1] == i ? 0x32u : 0x44u) << (8 * i);
+    for (uint32_t i = 0; i < 4; ++i) selectors |= (position[0] == i ? 0x10u : position[1] == i ? 0x32u : 0x44u) << (8 * i);
     return make_uint2(selectors & 0xffff, selectors >> 16);
   }
-  // Both slots of a group, of whose columns `sum` is the product; the code begins at bit 3. A slot without a weight gets anything.
+  // Both slots of a group, of whose columns `sum` is the product; the code begins at bit 3. A slot without a weight gets
+  // anything.
   static __device__ __forceinline__ uint32_t merged_slots(uint32_t slots, uint32_t code, const float* sum, float scaling) {
     const float first = code & 16 ? sum[2] : code & 8 ? sum[1] : sum[0];
     const float second = code & 64 ? (code & 32 ? sum[3] : sum[2]) : sum[1];
@@ -209,10 +215,11 @@ struct FastSparse24Values : FastGroups<T, uint2> {
 template <typename T>
 struct FastBitmap : FastResult<uint4>, FastIndex {
   const T* values;
-  int64_t count;      // of all values
-  uint32_t* before;   // [panel_rows, pitch]: where the values of a word begin in the row in shared memory; behind the last word, the end
-  int64_t* begin;     // [panel_rows]: where the row in shared memory begins in `values`
-  uint8_t* fetched;   // [2, step_rows, values_pitch] of T
+  int64_t count;     // of all values
+  uint32_t* before;  // [panel_rows, pitch]: where the values of a word begin in the row in shared memory; behind the last word,
+                     // the end
+  int64_t* begin;    // [panel_rows]: where the row in shared memory begins in `values`
+  uint8_t* fetched;  // [2, step_rows, values_pitch] of T
   int step_rows, values_pitch;
   int lane_row, lane_word;
   const uint8_t* lane_values[2];  // the row n + 8 h
@@ -247,7 +254,8 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
       ptx::store_shared(begin + i, first - at);
       for (int quad = 0; quad < quads; ++quad) {
         const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(words + i * pitch) + quad);
-        const uint4 starts = make_uint4(at, at + __popc(v.x), at + __popc(v.x) + __popc(v.y), at + __popc(v.x) + __popc(v.y) + __popc(v.z));
+        const uint4 starts =
+            make_uint4(at, at + __popc(v.x), at + __popc(v.x) + __popc(v.y), at + __popc(v.x) + __popc(v.y) + __popc(v.z));
         at = starts.w + __popc(v.w);
         ptx::store_shared(reinterpret_cast<uint4*>(before + i * pitch) + quad, starts);
       }
@@ -290,7 +298,8 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
     for (int i = threadIdx.x / kWarp; i < step_rows && at + i < rows; i += kMergeFastWarps) {
       const int64_t first = ptx::load_shared(begin + at + i);
       const int end = static_cast<int>(ptx::load_shared(before + (at + i) * pitch + pitch - 4));
-      const int left = count - first < end + 8 ? static_cast<int>(count - first) : end + 8;  // nothing is read behind the values
+      const int left =
+          count - first < end + 8 ? static_cast<int>(count - first) : end + 8;  // nothing is read behind the values
       const uint32_t to = ptx::shared_address(fetched) + sizeof(T) * values_pitch * (buffer * step_rows + i);
 #pragma unroll 1
       for (int e = 8 * lane; e < end; e += 8 * kWarp)
@@ -312,7 +321,8 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
   __device__ __forceinline__ uint2 merged_four(int h, uint32_t first, uint32_t bits, const float* sum, float scaling) const {
     const uint32_t* const at = reinterpret_cast<const uint32_t*>(lane_values[h]) + first / 2;
     const uint32_t v[3] = {ptx::load_shared(at), ptx::load_shared(at + 1), ptx::load_shared(at + 2)};
-    const uint32_t shift = 16 * first, x = __funnelshift_r(v[0], v[1], shift), y = __funnelshift_r(v[1], v[2], shift);  // modulo 32
+    const uint32_t shift = 16 * first, x = __funnelshift_r(v[0], v[1], shift),
+                   y = __funnelshift_r(v[1], v[2], shift);  // modulo 32
     const uint2 kept = look_up(0, bits), places = look_up(1, bits);
     return make_uint2(merge_pair<T>(ptx::pick_bytes(x, y, places.x), sum[0], sum[1], scaling) & kept.x,
                       merge_pair<T>(ptx::pick_bytes(x, y, places.y), sum[2], sum[3], scaling) & kept.y);

@@ -57,13 +57,14 @@ __device__ __forceinline__ void load_global_if(int number, int limit, uint2& v, 
                : "memory");
 }
 __device__ __forceinline__ void store_global_if(int number, int limit, uint4* p, const uint4& v) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}\n" ::"r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w), "l"(p), "r"(number), "r"(limit)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}\n" ::"r"(v.x),
+      "r"(v.y), "r"(v.z), "r"(v.w), "l"(p), "r"(number), "r"(limit)
+      : "memory");
 }
 __device__ __forceinline__ void store_global_if(int number, int limit, uint2* p, const uint2& v) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted st.global.v2.u32 [%2], {%0, %1};\n}\n" ::"r"(v.x), "r"(v.y),
-               "l"(p), "r"(number), "r"(limit)
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted st.global.v2.u32 [%2], {%0, %1};\n}\n" ::"r"(v.x),
+               "r"(v.y), "l"(p), "r"(number), "r"(limit)
                : "memory");
 }
 template <typename T>
@@ -75,7 +76,8 @@ __device__ __forceinline__ void store_shared(T* p, T v) {
   *p = v;
 }
 
-// Four bytes of the eight of (high, low): nibble i of `selector`, 0 to 7, says which becomes byte i. __byte_perm without a mask.
+// Four bytes of the eight of (high, low): nibble i of `selector`, 0 to 7, says which becomes byte i. __byte_perm without a
+// mask.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t picked;
   asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(picked) : "r"(low), "r"(high), "r"(selector));

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from bits import SIZE, loaded, stored
-from merge import compress
 
-# (out_features, in_features, r), dtypes of the weight and the adapters; the second has several panels of rows, the last an
-# end of rows inside a warp's tile.
+from merge import compress, held, patterns
+
+# (out_features, in_features, r), dtypes of the weight and the adapters. The second has several panels of rows; the last
+# ends inside a warp's rows.
 CALLS = [
     ((64, 136, 16), "bfloat16", "bfloat16"),
     ((310, 520, 5), "float16", "bfloat16"),
@@ -41,30 +42,16 @@ def check(sim: Any) -> None:
     for seed, ((N, K, r), dtype, adapter) in enumerate(CALLS):
         random = np.random.default_rng(seed)
         weight = random.standard_normal((N, K)).astype(np.float32)
-        groups = random.random((N, K // 4, 4)).argsort(-1).argsort(-1) < random.integers(0, 3, (N, K // 4, 1))
-        any_pattern = random.random((N, K)) < 0.6
+        any_pattern, groups = patterns(random, N, K)
         lora_A, lora_B = (stored(random.standard_normal(shape), adapter) for shape in ((r, K), (N, r)))
-        product = 0.5 * (loaded(lora_B, adapter).reshape(N, r) @ loaded(lora_A, adapter).reshape(r, K).astype(np.float64))
+        A, B = loaded(lora_A, adapter).reshape(r, K), loaded(lora_B, adapter).reshape(N, r)
+        product = 0.5 * (B @ A.astype(np.float64))
         exact = loaded(stored(weight, dtype), dtype).reshape(N, K)
         for path in PATHS:
-            kept = groups.reshape(N, K) if path.startswith("2:4") else any_pattern
+            kept = groups if path.startswith("2:4") else any_pattern
             device = sim.Device(seed=seed, multiprocessors=1)
             want = np.where(kept, exact + product, 0)
-            held: dict[str, Any] = {}
-            words = np.zeros((N, (K + 31) // 32 * 32), dtype=np.uint8)
-            words[:, :K] = kept
-            bits = np.packbits(words, axis=1, bitorder="little").view(np.uint32)
-            if path == "dense":
-                values = np.where(kept, exact, np.float32(0))
-            elif path == "mask":
-                values, held = exact, {"mask": device.upload("mask", bits)}
-            elif path == "bitmap":
-                values = exact[kept]
-                offsets = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int64)
-                held = {"mask": device.upload("mask", bits), "row_offsets": device.upload("offsets", offsets)}
-            else:
-                values, metadata = compress(exact, kept)
-                held = {"metadata": device.upload("metadata", metadata)}
+            values, index = held(device, path, exact, kept)
             if path == "2:4 values":
                 want = compress(want, kept)[0]
             merged = device.empty("merged", SIZE[dtype] * want.size)
@@ -84,7 +71,7 @@ def check(sim: Any) -> None:
                 merged=merged,
                 merged_dtype=dtype,
                 round_to=dtype,
-                **held,
+                **index,
             )
             got = loaded(device.download(merged), dtype).reshape(want.shape)
             np.testing.assert_allclose(got, want, rtol=2.0**-7, atol=2.0**-7)
