@@ -123,7 +123,6 @@ TEST(MergeFastConfig, CoversTheWeightAndLeavesRoomForTwoBlocks) {
 TEST(MergeFastConfig, OneWaveOfTwoBlocksPerMultiprocessor) {
   for (const int64_t N : {4096, 14336}) {
     const MergeConfig c = merge_fast_config(fast_merge(N, 4096, 16), 1, 1, kHopper);
-    EXPECT_EQ(c.columns, 512);
     EXPECT_LE(c.blocks, 2 * kHopper.multiprocessors);
     EXPECT_GE(c.blocks * 10, 2 * kHopper.multiprocessors * 9);
   }

@@ -69,7 +69,8 @@ inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_
         break;
       }
     }
-    if (best.columns) break;  // 256 columns only where 512 do not fit
+    // A bitmap's rows share a sector with the next block at each end: the wider, the fewer.
+    if (best.columns && a.weight_layout == Layout::bitmap) break;
   }
   return best;
 }
