@@ -215,19 +215,20 @@ def plot_merge(rows: list[Row], where: dict[str, Any]) -> Figure:
     return figure
 
 
-# What the bars of a whole model show: the label of the axis, and a row's value; None: it was not measured.
+# What bars show: the label of the axis, and a row's value; None: it was not measured.
 BARS: dict[str, list[tuple[str, Callable[[Row], float | None]]]] = {
     "model": [
         ("times faster than PEFT's LoRA", lambda row: row["ratio"]["median"]),
         ("model, optimizer and step, MB", lambda row: row["bytes"]["total"] / 1e6 if "bytes" in row else None),
     ],
     "generate": [("tokens per second", lambda row: row["tokens_per_second"])],
+    "decode": [("times faster than torch's matmul with the dense weight", lambda row: row["ratio"]["median"])],
     "memory": [("GB, counted from shapes", lambda row: row["bytes"]["total"] / 1e9)],
 }
 
 
 def plot_bars(rows: list[Row], where: dict[str, Any]) -> Figure:
-    """Whole models: a line of panels per case, a bar per method."""
+    """A line of panels per case, a bar per method."""
     columns = BARS[rows[0]["benchmark"]]
     cases = _unique([case_label(row) for row in rows])
     by_case = [[row for row in rows if case_label(row) == case] for case in cases]

@@ -132,10 +132,13 @@ def describe(where: dict[str, Any]) -> str:
     load = where["load_average_at_start"]
     gpu = where.get("gpu")  # files of before 2026-11-25 do not have it
     on = f"{gpu['name']}, driver {gpu['driver'] or '?'}, CUDA {gpu['torch_cuda']}; beside it " if gpu else ""
+    # The kernels that LORS_CPU_CAPABILITY may have lowered.
+    kernels = (where["lors_cuda_build"] or {}).get("cpu_capability")
     return (
         f"{on}{where['cpu_model']} ({', '.join(where['cpu_features']) or 'no AVX2'}), {where['threads']} threads of "
         f"{where['cpu_count']} cores, load {'?' if load is None else f'{load:.1f}'}; torch {where['torch']}, "
-        f"lors_cuda {where['lors_cuda'] or 'not installed'}, {commit}, {where['date']}"
+        f"lors_cuda {where['lors_cuda'] or 'not installed'}{f' ({kernels})' if kernels else ''}, "
+        f"{commit}, {where['date']}"
     )
 
 
@@ -257,6 +260,8 @@ def case_label(row: dict[str, Any]) -> str:
         return f"{row['dtype']}, r = {row['rank']}"
     if kind == "model":
         return f"{row['model']}, {row['dtype']}, {row['batch']} x {row['length']} tokens"
+    if kind == "decode":
+        return f"{row['dtype']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
     if kind in ("generate", "memory"):
         return f"{row['model']}, {row['dtype']}"
     return f"{row['tokens']} tokens"

@@ -136,6 +136,7 @@ def plot(result: Path) -> Path:
 # In the page's order: first what a user meets, generation and training, then the parts.
 KINDS = {
     "generate": "Generation, tokens per second",
+    "decode": "Few tokens through one linear, forward",
     "model": "A training step of a whole model",
     "memory": "Memory of large models, counted from shapes, not measured",
     "linear": "One linear, forward + backward",
