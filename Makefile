@@ -88,7 +88,7 @@ test-sim: $(VENV)/.ready
 	$(CMAKE) --build build/sim
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SIM_TESTS)
 
-# The CUDA kernels, compiled and held to their budget of registers (needs nvcc, no GPU).
+# The CUDA kernels, compiled and held to their budgets of registers and instructions (needs nvcc, no GPU).
 kernels: $(VENV)/.ready
 	$(BIN)/python tests/kernels/compile_kernels.py --archs "$(CUDA_ARCHS)"
 

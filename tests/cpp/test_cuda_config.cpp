@@ -12,6 +12,7 @@
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
 #include "cuda/merge_config.h"
+#include "cuda/merge_fast_config.h"
 #include "cuda/paths.h"
 #include "cuda/shared_limit.h"
 
@@ -77,6 +78,74 @@ TEST(MergeConfig, SaysSoWhereNothingFits) { EXPECT_EQ(merge_config(64, 64, 16, 3
 TEST(MergeConfig, CountsBeyond31Bits) {
   const MergeConfig c = merge_config(int64_t{1} << 22, int64_t{1} << 16, 16, 1, 1, Layout::dense, 2, kHopper);
   EXPECT_EQ(c.blocks, (int64_t{1} << 22) / c.rows * ((int64_t{1} << 16) / c.columns));
+}
+
+MergeArgs fast_merge(int64_t N, int64_t K, int64_t r) {
+  MergeArgs args;
+  args.out_features = N;
+  args.in_features = K;
+  args.r = r;
+  args.weight_dtype = args.merged_dtype = args.round_to = DType::bfloat16;
+  return args;
+}
+
+TEST(MergeFastConfig, CoversTheWeightAndLeavesRoomForTwoBlocks) {
+  constexpr uint32_t kMask = 0;
+  for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
+    for (const int64_t N : {1, 17, 1000, 14336})
+      for (const int64_t K : {8, 256, 264, 4096, 14336})
+        for (const int64_t r : {1, 16, 17, 64})
+          for (const int terms : {1, 2, 3})
+            for (const Layout layout : kLayouts)
+              for (const bool has_mask : {false, true}) {
+                MergeArgs args = fast_merge(N, K, r);
+                args.weight_layout = layout;
+                if (has_mask || layout == Layout::bitmap) args.mask = &kMask;
+                const MergeConfig c = merge_fast_config(args, terms, terms, limits);
+                if (c.columns == 0) {  // only where the adapters and a bitmap's values take too much shared memory for two
+                  const int64_t values = layout == Layout::bitmap ? 38 * 1024 : 0;
+                  ASSERT_GT(2 * 264 * ((r + 15) / 16 * 16) * terms + values, limits.shared_bytes / 2 - 16 * 1024);
+                  continue;
+                }
+                ASSERT_TRUE(c.columns == 256 || c.columns == 512);
+                ASSERT_LE(2 * (c.shared_bytes + 1024), limits.shared_bytes + 1024);
+                ASSERT_EQ(c.panel_rows % merge_fast_step(c.columns), 0);
+                ASSERT_LE(c.panel_rows, kMergePanelRows);
+                ASSERT_EQ(c.rows % c.panel_rows, 0);
+                ASSERT_GE(c.column_blocks * c.columns, K);
+                ASSERT_LT((c.column_blocks - 1) * c.columns, K);
+                ASSERT_GE(c.blocks / c.column_blocks * c.rows, N);
+                // The general kernel sums the same ranks together.
+                ASSERT_EQ(c.chunk, merge_config(N, K, r, terms, terms, layout, 2, limits).chunk);
+              }
+}
+
+TEST(MergeFastConfig, OneWaveOfTwoBlocksPerMultiprocessor) {
+  for (const int64_t N : {4096, 14336}) {
+    const MergeConfig c = merge_fast_config(fast_merge(N, 4096, 16), 1, 1, kHopper);
+    EXPECT_LE(c.blocks, 2 * kHopper.multiprocessors);
+    EXPECT_GE(c.blocks * 10, 2 * kHopper.multiprocessors * 9);
+  }
+}
+
+TEST(MergeFastConfig, LeavesTheRestToTheGeneralKernel) {
+  const auto served = [](const MergeArgs& args) { return merge_fast_config(args, 1, 1, kHopper).columns != 0; };
+  const MergeArgs good = fast_merge(64, 64, 16);
+  ASSERT_TRUE(served(good));
+  for (const int64_t r : {0, 65}) EXPECT_FALSE(served(fast_merge(64, 64, r)));
+  EXPECT_FALSE(served(fast_merge(64, 68, 16)));
+  MergeArgs other = good;
+  other.merged_dtype = DType::float16;
+  EXPECT_FALSE(served(other));
+  other = good;
+  other.weight_dtype = other.merged_dtype = DType::float32;
+  EXPECT_FALSE(served(other));
+  other = good;
+  other.weight = reinterpret_cast<const void*>(uintptr_t{8});
+  EXPECT_FALSE(served(other));
+  other = good;
+  other.merged = reinterpret_cast<void*>(uintptr_t{8});
+  EXPECT_FALSE(served(other));
 }
 
 TEST(TokenConfig, CoversTokensAndFeaturesAndFitsTheDevice) {

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every CUDA kernel and hold it to its budget: registers, and no local memory at all.
+"""Compile every CUDA kernel and hold it to its budget: registers, instructions of the hot loop, no local memory at all.
 
     python tests/kernels/compile_kernels.py --archs "80;90a"            compile, print, check
-    python tests/kernels/compile_kernels.py --archs "80;90a" --update   rewrite registers.csv with what was found
+    python tests/kernels/compile_kernels.py --archs "80;90a" --update   rewrite the two tables with what was found
 
-registers.csv names every kernel and the most registers it may use on any architecture. A kernel that is missing, uses
-more, spills or has a stack frame fails the run. Needs nvcc, no GPU.
+registers.csv names every kernel and the most registers it may use on any architecture; instructions.csv the most
+machine instructions that its hot loop (sass.py) may have on sm_90a. A kernel that is missing, uses more, spills, has a
+stack frame, or converts single values in its hot loop (F2F) fails the run. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from sass import HotLoop, disassembled, hot_loops
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "core" / "cuda"
 TABLE = Path(__file__).with_name("registers.csv")
+LOOPS = Path(__file__).with_name("instructions.csv")
+LOOP_ARCH = "90a"  # whose machine code is counted
 
 
 @dataclass(frozen=True)
@@ -73,31 +78,38 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
     return readable
 
 
-def compile_source(nvcc: str, source: Path, archs: Sequence[str], directory: Path) -> tuple[str, float]:
-    """Output of nvcc for one source file, and seconds; raises SystemExit with nvcc's words if it fails."""
+def compile_source(
+    nvcc: str, source: Path, archs: Sequence[str], directory: Path
+) -> tuple[str, float, dict[str, HotLoop]]:
+    """Output of nvcc for one source file, its seconds, and the hot loops; SystemExit with nvcc's words if it fails."""
     command = [nvcc, "-std=c++20", "-Xptxas=-v,-warn-spills,-Werror", "-Xcompiler=-Wall,-Wextra,-Werror"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     command += [f'-DLORS_CUDA_ARCHS_TEXT="{",".join(archs)}"', "-I", str(SOURCES.parent / "include")]
-    command += ["-c", str(source), "-o", str(directory / f"{source.stem}.o")]
+    compiled = directory / f"{source.stem}.o"
+    command += ["-c", str(source), "-o", str(compiled)]
     start = perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         lines = (result.stdout + result.stderr).splitlines()
         words = "\n".join(line for line in lines if not line.startswith(("ptxas info", "    ")))
         raise SystemExit(f"{source.relative_to(ROOT)} does not compile:\n{words}")
-    return result.stdout + result.stderr, perf_counter() - start
+    seconds = perf_counter() - start
+    loops = hot_loops(disassembled(compiled, LOOP_ARCH, directory / source.stem)) if LOOP_ARCH in archs else {}
+    return result.stdout + result.stderr, seconds, loops
 
 
 def read_table(path: Path) -> dict[str, int]:
+    """Of one of the two: its second column, by kernel."""
     with path.open(newline="") as file:
-        return {row["kernel"]: int(row["registers"]) for row in csv.DictReader(file)}
+        return {row["kernel"]: int(row[path.stem]) for row in csv.DictReader(file)}
 
 
-def write_table(path: Path, budgets: dict[str, int]) -> None:
+def update_table(path: Path, found: dict[str, int]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kernel", "registers"])
-        writer.writerows(sorted(budgets.items()))
+        writer.writerow(["kernel", path.stem])
+        writer.writerows(sorted(found.items()))
+    print(f"{path.relative_to(ROOT)} rewritten")
 
 
 def problems(kernels: Sequence[Kernel], names: dict[str, str], budgets: dict[str, int]) -> list[str]:
@@ -119,17 +131,45 @@ def problems(kernels: Sequence[Kernel], names: dict[str, str], budgets: dict[str
             found.append(f"{name} is not in {TABLE.name}; look at what it uses, then run this with --update.")
         elif kernel.registers > budgets[name]:
             found.append(f"{where} uses {kernel.registers} registers, its budget is {budgets[name]} ({TABLE.name}).")
-    unknown = set(budgets) - set(names.values())
-    found += [
-        f"{name} is in {TABLE.name}, but there is no such kernel; run this with --update." for name in sorted(unknown)
+    return found + strangers(budgets, names.values(), TABLE)
+
+
+def loop_problems(loops: dict[str, HotLoop], budgets: dict[str, int]) -> list[str]:
+    """The same of the hot loops, by readable name."""
+    found = []
+    for name, loop in sorted(loops.items()):
+        where = f"{name} on sm_{LOOP_ARCH}"
+        if loop.single_converts:
+            found.append(
+                f"{where} converts {loop.single_converts} single values in its hot loop (F2F); use rounded_pair, which "
+                "converts two in one instruction."
+            )
+        if name not in budgets:
+            found.append(f"{name} is not in {LOOPS.name}; look at its hot loop, then run this with --update.")
+        elif loop.instructions > budgets[name]:
+            found.append(
+                f"{where} has {loop.instructions} instructions in its hot loop, its budget is {budgets[name]} "
+                f"({LOOPS.name})."
+            )
+        elif 2 * loop.instructions < budgets[name]:
+            found.append(
+                f"{where} has {loop.instructions} instructions in its hot loop, less than half of its budget of "
+                f"{budgets[name]}: a budget that holds nothing, or another loop; look, then run this with --update."
+            )
+    return found + strangers(budgets, loops, LOOPS)
+
+
+def strangers(budgets: dict[str, int], names: Iterable[str], table: Path) -> list[str]:
+    return [
+        f"{name} is in {table.name}, but there is no such kernel; run this with --update."
+        for name in sorted(set(budgets) - set(names))
     ]
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", default="80;90a", help="separated by semicolons (default: %(default)s)")
-    parser.add_argument("--update", action="store_true", help="rewrite registers.csv instead of checking it")
+    parser.add_argument("--update", action="store_true", help="rewrite the tables instead of checking them")
     parser.add_argument("--jobs", type=int, default=2, help="files compiled at a time (default: %(default)s)")
     arguments = parser.parse_args(argv)
     archs = [arch for arch in arguments.archs.replace(",", ";").split(";") if arch]
@@ -142,32 +182,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = perf_counter()
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as pool:
         compiled = list(pool.map(lambda source: compile_source(nvcc, source, archs, Path(directory)), sources))
-    kernels = [kernel for log, _ in compiled for kernel in parse(log)]
+    kernels = [kernel for log, _, _ in compiled for kernel in parse(log)]
     names = demangled(kernel.name for kernel in kernels)
+    loops = {names[name]: loop for _, _, of in compiled for name, loop in of.items()}
 
     width = max(len(name) for name in names.values())
-    print(f"{'kernel':<{width}}  " + "  ".join(f"sm_{arch:<5}" for arch in archs) + "  registers")
+    titles = "  ".join(f"sm_{arch:<5}" for arch in archs)
+    print(f"{'kernel':<{width}}  {titles}  registers; instructions of the hot loop on sm_{LOOP_ARCH}")
     rows: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels:
         rows.setdefault(names[kernel.name], {})[kernel.arch] = kernel
     for name in sorted(rows):
-        print(f"{name:<{width}}  " + "  ".join(f"{rows[name][arch].registers:>8}" for arch in archs))
+        registers = "  ".join(f"{rows[name][arch].registers:>8}" for arch in archs)
+        print(f"{name:<{width}}  {registers}  {loops[name].instructions if name in loops else '':>8}")
     print(
         "no spills, stack frames or static shared memory"
         if not any(k.stack for k in kernels)
         else "LOCAL MEMORY IN USE"
     )
-    for source, (_, seconds) in zip(sources, compiled, strict=True):
+    for source, (_, seconds, _) in zip(sources, compiled, strict=True):
         print(f"{source.name:<24} {seconds:6.1f} s")
     print(f"{len(kernels)} kernels of {len(sources)} files in {perf_counter() - start:.0f} s")
 
     if arguments.update:
-        old = read_table(TABLE) if TABLE.exists() else {}
-        budgets = {name: max(k.registers for k in by_arch.values()) for name, by_arch in rows.items()}
-        write_table(TABLE, {name: max(n, old.get(name, 0)) for name, n in budgets.items()})
-        print(f"{TABLE.relative_to(ROOT)} rewritten")
+        old = read_table(TABLE) if TABLE.exists() else {}  # other architectures keep what they need
+        used = {name: max(k.registers for k in by_arch.values()) for name, by_arch in rows.items()}
+        update_table(TABLE, {name: max(n, old.get(name, 0)) for name, n in used.items()})
+        if loops:
+            update_table(LOOPS, {name: loop.instructions for name, loop in loops.items()})
         return 0
     failed = problems(kernels, names, read_table(TABLE))
+    if loops:
+        failed += loop_problems(loops, read_table(LOOPS))
     for sentence in failed:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if failed else 0

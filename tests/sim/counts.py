@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 
@@ -52,18 +54,19 @@ def adapters(device: Any) -> dict[str, Any]:
     }
 
 
-def weight(device: Any) -> dict[str, Any]:
+def weight(device: Any, mask: Any = None) -> dict[str, Any]:
     return {
         "weight": upload(device, "weight", random(3, N, K, dtype=DTYPE, density=0.5)),
         "weight_dtype": DTYPE,
-        "mask": None,
+        "mask": mask,
     }
 
 
-def merge(device: Any) -> None:
+def merge(device: Any, explicit: bool = False) -> None:
     merged = empty(device, "merged", (N, K), DTYPE)
     result = {"merged": merged, "merged_dtype": DTYPE, "round_to": DTYPE}
-    sim.merge(device, **ADAPTED, **adapters(device), **weight(device), **result)
+    mask = device.upload("mask", np.zeros((N, K // 32), dtype=np.uint32)) if explicit else None
+    sim.merge(device, **ADAPTED, **adapters(device), **weight(device, mask), **result)
 
 
 KEPT = sparse_weight(3, N, K, DTYPE, explicit=False, sparse24=False)[1].sum().item()  # of the bitmap's weights
@@ -138,6 +141,11 @@ def cases() -> list[Case]:
     T = 512
     return [
         Case("merge", merge, {"weight": 2 * N * K, "merged": 2 * N * K, **adapter_bytes}),
+        Case(
+            "merge, explicit mask",
+            lambda device: merge(device, explicit=True),
+            {"weight": 2 * N * K, "mask": N * K // 8, "merged": 2 * N * K, **adapter_bytes},
+        ),
         Case(
             "merge, 2:4 to dense",
             merge_compressed(True),

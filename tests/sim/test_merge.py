@@ -159,6 +159,31 @@ def test_no_adapter_decompresses(sim: Any, weight: str, out: str, path: str) -> 
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 4, ("float16", "float16", "bfloat16", "float16")])
+@pytest.mark.parametrize("r", [5, 16, 64])
+def test_the_fast_path_gives_the_general_kernels_bits(sim: Any, dtypes: Types, r: int, path: str) -> None:
+    """Aligned and not: with NaN, infinities, both zeros and subnormals among the weights."""
+    N, K = 37, 504
+    for explicit in (False, True):
+        weight, kept = sparse_weight(r, N, K, dtypes[0], explicit=explicit, sparse24=path.startswith("2:4"))
+        special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0, 1e-7, -1e-7]).to(weight.dtype)
+        weight.view(-1)[::11] = special.repeat(-(-N * K // 77))[: -(-N * K // 11)]
+        if not explicit and path in ("dense", "bitmap"):
+            kept = weight != 0
+        adapters = {"lora_A": random(1, r, K, dtype=dtypes[1]), "lora_B": random(2, N, r, dtype=dtypes[2])}
+        given = {"weight": weight, "kept": kept, **adapters}
+        results, threads = [], []
+        for misalign in (0, 1):
+            device = sim.Device(multiprocessors=1)
+            merged = merge(sim, device, path, given, dtypes, explicit=explicit, misalign=misalign)
+            results.append((merged.nan_to_num(0.0, torch.inf, -torch.inf).view(torch.uint8), merged.isnan()))
+            threads.append(device.launches()[-1]["block"][0])
+        assert threads == [256, 512]  # the fast path's, the general kernel's for so wide a weight
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("misalign", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_pointers_take_the_slow_path(sim: Any, dtype: str, misalign: int, path: str) -> None:
@@ -259,29 +284,32 @@ def test_beyond_31_bits_of_elements(sim: Any) -> None:
     check(torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).reshape(1, columns), tail)
 
 
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str) -> None:
-    N, K, r = 1024, 2048, 16
-    device = sim.Device(multiprocessors=16)
-    run(sim, device, "dense", (N, K), r, (dtype, "bfloat16", "bfloat16", dtype))
+def test_traffic_of_a_dense_weight_is_the_floor(sim: Any, dtype: str, explicit: bool) -> None:
+    if explicit and dtype == "float32":
+        pytest.skip("the general path reads mask words one by one")
+    N, K, r = 2048, 2048, 16
+    device = sim.Device(multiprocessors=8)
+    run(sim, device, "dense", (N, K), r, (dtype, "bfloat16", "bfloat16", dtype), explicit=explicit)
     counted = device.stats()["merge"]
     buffers = counted["buffers"]
     weight = N * K * DTYPES[dtype].itemsize // 32
     assert buffers["values"]["sectors_read"] == buffers["values"]["unique_sectors_read"] == weight
     assert buffers["merged"]["sectors_written"] == buffers["merged"]["unique_sectors_written"] == weight
-    floor = 2 * weight + (N + K) * r * 2 // 32
+    floor = 2 * weight + (N + K) * r * 2 // 32 + explicit * N * K // 8 // 32
     moved = sum(of["sectors_read"] + of["sectors_written"] for of in buffers.values())
-    assert moved <= 1.05 * floor, f"{moved} sectors, {moved / floor:.3f} of the floor"
+    assert moved <= 1.03 * floor, f"{moved} sectors, {moved / floor:.3f} of the floor"
 
 
-@pytest.mark.parametrize(("path", "limit"), [("2:4", 1.05), ("2:4 values", 1.05), ("bitmap", 1.6)])
+@pytest.mark.parametrize(("path", "limit"), [("2:4", 1.03), ("2:4 values", 1.05), ("bitmap", 1.11)])
 def test_traffic_of_a_compressed_weight_is_near_the_floor(sim: Any, path: str, limit: float) -> None:
     """2:4: the weight and its result move exactly once; above the floor are the adapters, read again by each block.
 
-    A bitmap's rows begin anywhere, so pieces of 64 columns share sectors at both ends, and its bits are read again.
+    A bitmap's rows begin anywhere, so the rows of a block share sectors at both ends, and its bits are read again.
     """
     N, K, r = 2048, 2048, 16
-    device = sim.Device(multiprocessors=4)
+    device = sim.Device(multiprocessors=8)
     _, given = run(sim, device, path, (N, K), r, ("bfloat16",) * 4)
     counted: dict[str, int] = {}
     for kernel in device.stats().values():

@@ -315,7 +315,7 @@ struct Unit {
   template <typename Op, int kTerms, int kTotal>
   static __device__ __forceinline__ void set(uint32_t (&tiles)[kTerms][kTotal][4], int tile, int reg, float low, float high) {
     if constexpr (kTerms == 1) {
-      tiles[0][tile][reg] = pair(from_float<Op>(low), from_float<Op>(high));
+      tiles[0][tile][reg] = rounded_pair<Op>(low, high);
     } else {
 #pragma unroll
       for (int term = 0; term < kTerms; ++term) tiles[term][tile][reg] = next_term_pair(low, high);

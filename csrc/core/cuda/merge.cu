@@ -6,6 +6,8 @@
 #include <lors/merge.h>
 
 #include "launch.h"
+#include "merge_before.cuh"
+#include "merge_fast_config.h"
 
 namespace lors {
 namespace {
@@ -52,8 +54,11 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
-  const MergeConfig config = merge_config(N, K, args.r, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype),
-                                          args.weight_layout, static_cast<int>(dtype_size(args.weight_dtype)), limits);
+  const int terms_A = split_terms(args.lora_A_dtype), terms_B = split_terms(args.lora_B_dtype);
+  const MergeConfig fast = merge_fast_config(args, terms_A, terms_B, limits);
+  const MergeConfig config = fast.columns ? fast
+                                          : merge_config(N, K, args.r, terms_A, terms_B, args.weight_layout,
+                                                         static_cast<int>(dtype_size(args.weight_dtype)), limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error("merge found no tiling for a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
                          "] on a device with " + std::to_string(limits.shared_bytes) +
@@ -79,19 +84,21 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   p.tile_pitch = merge_tile_pitch(config.columns);
   p.column_blocks = config.column_blocks;
 
+  const Scratch before(host, args.weight_layout == Layout::bitmap ? N * config.column_blocks : 0);
+  if (args.weight_layout == Layout::bitmap) {
+    p.before = reinterpret_cast<uint32_t*>(before.data());
+    constexpr int64_t kRows = kBeforeThreads / kWarp;
+    if (Status status = launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((N + kRows - 1) / kRows)),
+                               dim3(kBeforeThreads), 0, host, p, const_cast<uint32_t*>(p.before), config.columns);
+        !status.ok())
+      return status;
+  }
+  if (fast.columns) return merge_fast(args, p, config, host);
   if (to_sparse24)
     return with_type(args.weight_dtype,
                      [&](auto w) { return run<Sparse24Source, Sparse24Sink, decltype(w), decltype(w)>(p, config, host); });
   if (args.weight_layout == Layout::dense) return run_to_dense<DenseSource>(args, p, config, host);
   if (from_sparse24) return run_to_dense<Sparse24Source>(args, p, config, host);
-
-  const Scratch before(host, N * config.column_blocks);
-  p.before = reinterpret_cast<uint32_t*>(before.data());
-  constexpr int64_t kRows = kBeforeThreads / kWarp;
-  if (Status status = launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((N + kRows - 1) / kRows)),
-                             dim3(kBeforeThreads), 0, host, p, const_cast<uint32_t*>(p.before), config.columns);
-      !status.ok())
-    return status;
   return run_to_dense<BitmapSource>(args, p, config, host);
 }
 

@@ -12,29 +12,9 @@
 //   store(p, at, source, h, c, values)  the lane's eight merged values, +0 where nothing is kept
 #pragma once
 
-#include "merge_config.h"
-#include "operands.cuh"
+#include "merge_problem.cuh"
 
 namespace lors::cuda {
-
-constexpr int kBeforeThreads = 256;
-
-struct MergeProblem {
-  const void* weight;          // the stored values, of the kernel's type W: merge.h
-  const uint8_t* index;        // dense, bitmap: mask bits, 1 = kept; dense: null: kept where weight != 0; 2:4: metadata
-  int64_t index_pitch;         // bytes of a row of `index`
-  const int64_t* row_offsets;  // bitmap: [N + 1]
-  const uint32_t* before;      // bitmap: [N, column_blocks], the values of the row before each block's columns
-  Matrix lora_A;               // [r, K]
-  Matrix lora_B;               // [N, r]
-  void* merged;                // [N, K] row-major, of the kernel's type Out; 2:4 values: [N, K/2]
-  int64_t out_features;        // N
-  int64_t in_features;         // K
-  float scaling;
-  bool weight_vectors, merged_vectors, index_vectors;  // every row allows vector accesses (has_vectors)
-  int rows, panel_rows, chunk, tile_at, tile_pitch;    // merge_config.h
-  int64_t column_blocks;
-};
 
 // Where a lane is in a step: it owns eight columns (kSplitColumns) of row n(h), h = 0 and 1, in each of the two times 32
 // columns from column + 32 c on, c = 0 and 1.
@@ -138,36 +118,6 @@ struct DenseSource {
     if (lane_column<kSplit>(at, c) < p.in_features)
       kept = ptx::load_global(reinterpret_cast<const uint32_t*>(p.index + at.n(h) * p.index_pitch) + (at.column + 32 * c) / 32);
     return kSplit ? (kept >> (4 * at.q) & 0xf) | (kept >> (16 + 4 * at.q) & 0xf) << 4 : kept >> (8 * at.q);
-  }
-};
-
-// The panel's part of `index` in shared memory: a word of bits, or of codes, for each 32 columns.
-struct IndexTile {
-  int pitch;
-  uint32_t* words;  // [panel_rows, pitch]
-
-  explicit __device__ __forceinline__ IndexTile(const MergeProblem& p)
-      : pitch(p.tile_pitch), words(reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + p.tile_at)) {}
-
-  __device__ __forceinline__ void stage(const MergeProblem& p, int64_t panel_row, int64_t first_column) const {
-    const int quads = blockDim.x / 128;  // of words in a row
-    for (int task = threadIdx.x; task < p.panel_rows * quads; task += blockDim.x) {
-      // Eight neighbouring lanes take eight rows, which lie in different banks.
-      const int i = task / (8 * quads) * 8 + task % 8, quad = task / 8 % quads;
-      const int64_t n = panel_row + i, byte = first_column / 8 + 16 * quad;
-      const uint8_t* const from = p.index + n * p.index_pitch + byte;
-      const int64_t left = n < p.out_features ? p.index_pitch - byte : 0;
-      uint32_t word[4] = {};
-      if (p.index_vectors && left >= 16) {
-        const uint4 v = ptx::load_global_once(reinterpret_cast<const uint4*>(from));
-        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-      } else {
-#pragma unroll
-        for (int b = 0; b < 16; ++b)
-          if (b < left) word[b / 4] |= static_cast<uint32_t>(ptx::load_global(from + b)) << (8 * (b % 4));
-      }
-      ptx::store_shared(reinterpret_cast<uint4*>(words + i * pitch + 4 * quad), make_uint4(word[0], word[1], word[2], word[3]));
-    }
   }
 };
 
@@ -331,35 +281,6 @@ struct BitmapSource : IndexTile {
     return kept;
   }
 };
-
-// before[n, b] = the values of row n before column b * columns. One warp per row: each lane a block, and 32 of them at a time.
-__global__ void __launch_bounds__(kBeforeThreads) bitmap_before_kernel(const MergeProblem p, uint32_t* before, int columns) {
-  const int64_t n = (int64_t{blockIdx.x} * kBeforeThreads + threadIdx.x) / kWarp;
-  if (n >= p.out_features) return;
-  const int lane = threadIdx.x % kWarp, words = columns / 32, row_words = static_cast<int>(p.index_pitch / 4);
-  const uint32_t* const row = reinterpret_cast<const uint32_t*>(p.index + n * p.index_pitch);
-  uint32_t carry = 0;
-  for (int first = 0; first < p.column_blocks; first += kWarp) {
-    const int block = first + lane;
-    uint32_t count = 0;
-    for (int w = block * words; w < (block + 1) * words && w < row_words; w += 4) {
-      if (p.index_vectors) {
-        const uint4 v = ptx::load_global(reinterpret_cast<const uint4*>(row + w));
-        count += __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
-      } else {
-        for (int i = w; i < w + 4 && i < row_words; ++i) count += __popc(ptx::load_global(row + i));
-      }
-    }
-    uint32_t sum = count;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const uint32_t left = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += left;
-    }
-    if (block < p.column_blocks) ptx::store_global(before + n * p.column_blocks + block, carry + sum - count);
-    carry += __shfl_sync(0xffffffffu, sum, kWarp - 1);
-  }
-}
 
 template <typename W, typename Out>
 struct DenseSink {

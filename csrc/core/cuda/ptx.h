@@ -41,6 +41,32 @@ template <typename T>
 __device__ __forceinline__ void store_global(T* p, T v) {
   *p = v;
 }
+// One load or store of 8 or 16 bytes where number > limit, without a branch; else v stays. 16 bytes are loaded as by
+// load_global_once.
+__device__ __forceinline__ void load_global_if(int number, int limit, uint4& v, const uint4* p) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n"
+      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(number), "r"(limit));
+}
+__device__ __forceinline__ void load_global_if(int number, int limit, uint2& v, const uint2* p) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted ld.global.v2.u32 {%0, %1}, [%2];\n}\n"
+               : "+r"(v.x), "+r"(v.y)
+               : "l"(p), "r"(number), "r"(limit)
+               : "memory");
+}
+__device__ __forceinline__ void store_global_if(int number, int limit, uint4* p, const uint4& v) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %5, %6;\n@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n}\n" ::"r"(v.x),
+      "r"(v.y), "r"(v.z), "r"(v.w), "l"(p), "r"(number), "r"(limit)
+      : "memory");
+}
+__device__ __forceinline__ void store_global_if(int number, int limit, uint2* p, const uint2& v) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.gt.s32 wanted, %3, %4;\n@wanted st.global.v2.u32 [%2], {%0, %1};\n}\n" ::"r"(v.x),
+               "r"(v.y), "l"(p), "r"(number), "r"(limit)
+               : "memory");
+}
 template <typename T>
 __device__ __forceinline__ T load_shared(const T* p) {
   return *p;
@@ -48,6 +74,14 @@ __device__ __forceinline__ T load_shared(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store_shared(T* p, T v) {
   *p = v;
+}
+
+// Four bytes of the eight of (high, low): nibble i of `selector`, 0 to 7, says which becomes byte i. __byte_perm without a
+// mask.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t picked;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(picked) : "r"(low), "r"(high), "r"(selector));
+  return picked;
 }
 
 // Starts a copy of 16 bytes from global to shared memory; bytes from src_bytes (0 to 16) on are written as zero, and with
@@ -96,6 +130,16 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+// The same with c = 0: c = a b.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16_zero(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(std::is_same_v<T, __nv_bfloat16>);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};\n"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
 }  // namespace lors::ptx

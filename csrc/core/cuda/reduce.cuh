@@ -40,8 +40,8 @@ __device__ __forceinline__ void store_sums(const PartialSums& p, int64_t at, int
     if constexpr (std::is_same_v<T, float>)
       ptx::store_global(reinterpret_cast<float4*>(out), make_float4(sum[0], sum[1], sum[2], sum[3]));
     else
-      ptx::store_global(reinterpret_cast<uint2*>(out), make_uint2(pair(from_float<T>(sum[0]), from_float<T>(sum[1])),
-                                                                  pair(from_float<T>(sum[2]), from_float<T>(sum[3]))));
+      ptx::store_global(reinterpret_cast<uint2*>(out),
+                        make_uint2(rounded_pair<T>(sum[0], sum[1]), rounded_pair<T>(sum[2], sum[3])));
     return;
   }
 #pragma unroll

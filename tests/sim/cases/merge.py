@@ -20,8 +20,8 @@ SHAPES = [
 ]
 
 PLANTED = [
-    ("merge.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
-    ("merge.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
+    ("merge_adapters.cuh", "ptx::ldmatrix_x4_trans(a,", "ptx::ldmatrix_x4(a,"),
+    ("merge_adapters.cuh", "b, a[2], a[3]);", "b, a[3], a[2]);"),
     ("merge.cuh", "if (at.n(h) >= p.out_features) continue;", "if (at.n(h) > p.out_features) continue;"),
     (
         "merge.cuh",
@@ -40,39 +40,50 @@ PLANTED = [
         "merged[2 * half + 1 - slot] = pick(values, half, position[slot])",
     ),
     ("merge_source.cuh", "value += has;", "value += 1;"),
-    ("merge_source.cuh", "carry + sum - count", "carry + sum"),
+    ("merge_before.cuh", "carry + sum - count", "carry + sum"),
 ]
+
+
+def patterns(random: np.random.Generator, N: int, K: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks: any, and at most two in each group of four."""
+    groups = random.random((N, K // 4, 4)).argsort(-1).argsort(-1) < random.integers(0, 3, (N, K // 4, 1))
+    return random.random((N, K)) < 0.6, groups.reshape(N, K)
+
+
+def held(device: Any, path: str, weight: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """A weight's values in a layout, and its index on the device. "mask": dense, and not zero off the mask."""
+    N, K = weight.shape
+    words = np.zeros((N, (K + 31) // 32 * 32), dtype=np.uint8)
+    words[:, :K] = kept
+    bits = np.packbits(words, axis=1, bitorder="little").view(np.uint32)
+    if path == "dense":
+        return np.where(kept, weight, np.float32(0)), {}
+    if path == "mask":
+        return weight, {"mask": device.upload("mask", bits)}
+    if path == "bitmap":
+        offsets = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int64)
+        index = {"mask": device.upload("mask", bits), "row_offsets": device.upload("offsets", offsets)}
+        return weight[kept], index
+    values, metadata = compress(weight, kept)
+    return values, {"metadata": device.upload("metadata", metadata)}
 
 
 def check(sim: Any) -> None:
     for seed, ((N, K, r), shared_bytes, multiprocessors) in enumerate(SHAPES):
         random = np.random.default_rng(seed)
         weight = random.standard_normal((N, K)).astype(np.float32)
-        groups = random.random((N, K // 4, 4)).argsort(-1).argsort(-1) < random.integers(0, 3, (N, K // 4, 1))
-        any_pattern = random.random((N, K)) < 0.6
+        any_pattern, groups = patterns(random, N, K)
         lora_A, lora_B = (random.standard_normal(shape).astype(np.float32) for shape in ((r, K), (N, r)))
         product = 0.5 * (lora_B.astype(np.float64) @ lora_A)
         for path, kept in (
             ("dense", any_pattern),
             ("bitmap", any_pattern),
-            ("2:4", groups.reshape(N, K)),
-            ("2:4 values", groups.reshape(N, K)),
+            ("2:4", groups),
+            ("2:4 values", groups),
         ):
             device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=multiprocessors)
             want = np.where(kept, weight + product, 0)
-            stored = {}
-            if path == "dense":
-                values = np.where(kept, weight, np.float32(0))
-            elif path == "bitmap":
-                values = weight[kept]
-                words = np.zeros((N, (K + 31) // 32 * 32), dtype=np.uint8)
-                words[:, :K] = kept
-                bits = np.packbits(words, axis=1, bitorder="little").view(np.uint32)
-                offsets = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int64)
-                stored = {"mask": device.upload("mask", bits), "row_offsets": device.upload("offsets", offsets)}
-            else:
-                values, metadata = compress(weight, kept)
-                stored = {"metadata": device.upload("metadata", metadata)}
+            values, index = held(device, path, weight, kept)
             if path == "2:4 values":
                 want = compress(want, kept)[0]
             merged = device.empty("merged", 4 * want.size)
@@ -87,7 +98,7 @@ def check(sim: Any) -> None:
                 scaling=0.5,
                 to_sparse24=path == "2:4 values",
                 merged=merged,
-                **stored,
+                **index,
             )
             got = device.download(merged).view(np.float32).reshape(want.shape)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

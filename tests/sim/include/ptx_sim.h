@@ -33,6 +33,16 @@ inline void store_global(T* p, T v, sim::Site site = sim::Site::current()) {
   static_assert(is_accessible<T>);
   sim::store_global(p, &v, sizeof(T), site);
 }
+inline void load_global_if(int number, int limit, uint4& v, const uint4* p, sim::Site site = sim::Site::current()) {
+  if (number > limit) v = load_global_once(p, site);
+}
+inline void load_global_if(int number, int limit, uint2& v, const uint2* p, sim::Site site = sim::Site::current()) {
+  if (number > limit) v = load_global(p, site);
+}
+template <typename T>
+inline void store_global_if(int number, int limit, T* p, const T& v, sim::Site site = sim::Site::current()) {
+  if (number > limit) store_global(p, v, site);
+}
 template <typename T>
 inline std::remove_cv_t<T> load_shared(const T* p, sim::Site site = sim::Site::current()) {
   static_assert(is_accessible<T>);
@@ -45,6 +55,8 @@ inline void store_shared(T* p, T v, sim::Site site = sim::Site::current()) {
   static_assert(is_accessible<T>);
   sim::store_shared(p, &v, sizeof(T), site);
 }
+
+inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 
 inline void cp_async_16(uint32_t dst, const void* src, int src_bytes, sim::Site site = sim::Site::current()) {
   sim::copy_async(dst, src, src_bytes, site);
@@ -69,6 +81,12 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   const uint32_t b[2] = {b0, b1};
   sim::multiply(c, a, b, std::is_same_v<T, __nv_bfloat16>, site);
+}
+template <typename T>
+inline void mma_m16n8k16_zero(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              sim::Site site = sim::Site::current()) {
+  for (float& sum : c) sum = 0.f;
+  mma_m16n8k16<T>(c, a, b0, b1, site);
 }
 
 }  // namespace lors::ptx

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// When merge_fast.cuh serves a merge, and its tiling: a pure function of the problem and the device. Blocks of 256 threads, two
+// on a multiprocessor, which walk down their rows; their warps lie side by side, so that few blocks read each adapter.
+#pragma once
+
+#include <lors/merge.h>
+
+#include "merge_config.h"
+
+namespace lors::cuda {
+
+constexpr int kMergeFastThreads = 256, kMergeFastWarps = kMergeFastThreads / 32;
+constexpr int kMergeFastRanks = 64;
+constexpr int merge_fast_step(int columns) { return 16 * kMergeFastWarps / (columns / 64); }  // rows of a block at a time
+
+// Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind,
+// in whole 16 bytes; and eight rows begin in different banks.
+constexpr int kMergeFastValuesPad = 40;
+
+// Beside the adapters: two tables of 16 x 8 bytes; the index of a panel (merge_config.h); for a bitmap also how many values are
+// before each word and where each row begins, and the values of two steps.
+constexpr int kMergeFastTables = 2 * 16 * 8;
+constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, int panel_rows) {
+  const int index = 4 * panel_rows * merge_tile_pitch(columns);
+  if (layout == Layout::bitmap)
+    return kMergeFastTables + 2 * index + 8 * panel_rows + 4 * merge_fast_step(columns) * (columns + kMergeFastValuesPad);
+  return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
+}
+
+// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
+inline bool merge_fast_takes(const MergeArgs& a) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return a.weight_dtype == a.merged_dtype && dtype_size(a.weight_dtype) == 2 && a.r > 0 && a.r <= kMergeFastRanks &&
+         a.in_features % 8 == 0 && aligned(a.weight) && aligned(a.merged);
+}
+
+// columns = 0: the general kernel serves. It adds the same products in the same order, so the bits do not depend on this.
+inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_B, DeviceLimits limits) {
+  MergeConfig best;
+  if (!merge_fast_takes(a)) return best;
+  const int64_t N = a.out_features, K = a.in_features;
+  const int chunk = static_cast<int>((a.r + 15) / 16 * 16), slots = 2 * limits.multiprocessors;
+  double best_cost = 0;
+  for (const int columns : {512, 256}) {
+    if (columns == 512 && K <= 256) continue;
+    const int step = merge_fast_step(columns);
+    const int64_t column_blocks = (K + columns - 1) / columns;
+    for (int64_t target = step; target <= kMergeMostRows && target < N + step; target += step) {
+      // As few panels as shared memory allows, all of one size.
+      for (int panels = static_cast<int>((target + kMergePanelRows - 1) / kMergePanelRows);; ++panels) {
+        MergeConfig c;
+        c.columns = columns;
+        c.panel_rows = static_cast<int>((target + panels * step - 1) / (panels * step) * step);
+        c.rows = c.panel_rows * panels;
+        c.chunk = chunk;
+        c.tile_at = merge_shared_bytes(columns, c.panel_rows, chunk, terms_A, terms_B);
+        c.shared_bytes = c.tile_at + merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, c.panel_rows);
+        // Two blocks share a multiprocessor, and the system takes 1 KiB for each.
+        if (c.shared_bytes > (limits.shared_bytes - 1024) / 2) {
+          if (c.panel_rows == step) break;
+          continue;
+        }
+        c.column_blocks = column_blocks;
+        c.blocks = column_blocks * ((N + c.rows - 1) / c.rows);
+        const double rows = static_cast<double>(c.rows < N ? c.rows : N);
+        const double bytes = 4 * rows * columns + 2 * static_cast<double>(a.r) * (rows + columns) + 48 * 1024;
+        const double cost = static_cast<double>((c.blocks + slots - 1) / slots) * bytes;
+        if (best.columns == 0 || cost < best_cost) best = c, best_cost = cost;
+        break;
+      }
+    }
+    // A bitmap's rows share a sector with the next block at each end: the wider, the fewer.
+    if (best.columns && a.weight_layout == Layout::bitmap) break;
+  }
+  return best;
+}
+
+// Queues the kernel (merge_fast.cu) for such a tiling.
+struct MergeProblem;
+Status merge_fast(const MergeArgs& args, const MergeProblem& problem, const MergeConfig& config, const CudaHost& host);
+
+}  // namespace lors::cuda

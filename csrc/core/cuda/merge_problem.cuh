@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel of the merge is given, and the index of a compressed weight in shared memory.
+#pragma once
+
+#include "merge_config.h"
+#include "operands.cuh"
+
+namespace lors::cuda {
+
+struct MergeProblem {
+  const void* weight;          // the stored values, of the kernel's type W: merge.h
+  const uint8_t* index;        // dense, bitmap: mask bits, 1 = kept; dense: null: kept where weight != 0; 2:4: metadata
+  int64_t index_pitch;         // bytes of a row of `index`
+  const int64_t* row_offsets;  // bitmap: [N + 1]
+  const uint32_t* before;      // bitmap: [N, column_blocks], the values of the row before each block's columns
+  Matrix lora_A;               // [r, K]
+  Matrix lora_B;               // [N, r]
+  void* merged;                // [N, K] row-major, of the kernel's type Out; 2:4 values: [N, K/2]
+  int64_t out_features;        // N
+  int64_t in_features;         // K
+  float scaling;
+  bool weight_vectors, merged_vectors, index_vectors;  // every row allows vector accesses (has_vectors)
+  int rows, panel_rows, chunk, tile_at, tile_pitch;    // merge_config.h
+  int64_t column_blocks;
+};
+
+// The panel's part of `index` in shared memory: a word of bits, or of codes, for each 32 columns.
+struct IndexTile {
+  int pitch;
+  uint32_t* words;  // [panel_rows, pitch]
+
+  explicit __device__ __forceinline__ IndexTile(const MergeProblem& p)
+      : pitch(p.tile_pitch), words(reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + p.tile_at)) {}
+
+  __device__ __forceinline__ void stage(const MergeProblem& p, int64_t panel_row, int64_t first_column) const {
+    const int quads = pitch / 4 - 1;  // of words in a row; the last four are the pad
+    for (int task = threadIdx.x; task < p.panel_rows * quads; task += blockDim.x) {
+      // Eight neighbouring lanes take eight rows, which lie in different banks.
+      const int i = task / (8 * quads) * 8 + task % 8, quad = task / 8 % quads;
+      const int64_t n = panel_row + i, byte = first_column / 8 + 16 * quad;
+      const uint8_t* const from = p.index + n * p.index_pitch + byte;
+      const int64_t left = n < p.out_features ? p.index_pitch - byte : 0;
+      uint32_t word[4] = {};
+      if (p.index_vectors && left >= 16) {
+        const uint4 v = ptx::load_global_once(reinterpret_cast<const uint4*>(from));
+        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+      } else {
+#pragma unroll
+        for (int b = 0; b < 16; ++b)
+          if (b < left) word[b / 4] |= static_cast<uint32_t>(ptx::load_global(from + b)) << (8 * (b % 4));
+      }
+      ptx::store_shared(reinterpret_cast<uint4*>(words + i * pitch + 4 * quad), make_uint4(word[0], word[1], word[2], word[3]));
+    }
+  }
+};
+
+}  // namespace lors::cuda

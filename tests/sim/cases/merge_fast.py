@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small calls of the merge's fast path, in every layout, for the mutants: see merge.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from bits import SIZE, loaded, stored
+
+from merge import compress, held, patterns
+
+# (out_features, in_features, r), dtypes of the weight and the adapters. The second has several panels of rows; the last
+# ends inside a warp's rows.
+CALLS = [
+    ((64, 136, 16), "bfloat16", "bfloat16"),
+    ((310, 520, 5), "float16", "bfloat16"),
+    ((41, 264, 20), "bfloat16", "float32"),
+]
+PATHS = ("dense", "mask", "2:4", "2:4 values", "bitmap")
+
+PLANTED = [
+    ("merge_fast.cuh", "a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]", "a[i / 2][i % 2 * 2 + 1], a[i / 2][i % 2 * 2]"),
+    ("merge_fast.cuh", "from_B += 2 * step * (16 + kMergePad);", "from_B += 2 * (16 + kMergePad);"),
+    ("merge_fast.cuh", "source.store(below[c], 8 * h, h,", "source.store(below[c], 7 * h, h,"),
+    ("merge_fast.cuh", "source.load(below[c], step + 8 * h, h, c);", "source.load(below[c], 8 * h, h, c);"),
+    ("merge_fast.cuh", "column + 32 < p.in_features ? left : 0", "column < p.in_features ? left : 0"),
+    ("merge_fast_source.cuh", "__hneu2_mask(two, Two(0.f, 0.f))", "0xffffffffu"),
+    ("merge_fast_source.cuh", "halves(bits >> 2)", "halves(bits >> 1)"),
+    ("merge_fast_source.cuh", "lane_words += step_words;", "lane_words += pitch;"),
+    ("merge_fast_source.cuh", "code & 64 ? (code & 32 ? sum[3] : sum[2])", "code & 64 ? (code & 32 ? sum[2] : sum[3])"),
+    ("merge_fast_source.cuh", "make_uint2(low & at.x, high & at_high.x)", "make_uint2(low, high)"),
+    ("merge_fast_source.cuh", "position[1] == i ? 0x32u : 0x44u", "position[1] == i ? 0x32u : 0x10u"),
+    ("merge_fast_source.cuh", "first % kSector);", "0);"),
+    ("merge_fast_source.cuh", "first + __popc(mask & 0x78)", "first + 4"),
+    ("merge_fast_source.cuh", "shift = 16 * first", "shift = 0 * first"),
+    ("merge_fast_source.cuh", "left - e < 8 ?", "left - e < 0 ?"),
+]
+
+
+def check(sim: Any) -> None:
+    for seed, ((N, K, r), dtype, adapter) in enumerate(CALLS):
+        random = np.random.default_rng(seed)
+        weight = random.standard_normal((N, K)).astype(np.float32)
+        any_pattern, groups = patterns(random, N, K)
+        lora_A, lora_B = (stored(random.standard_normal(shape), adapter) for shape in ((r, K), (N, r)))
+        A, B = loaded(lora_A, adapter).reshape(r, K), loaded(lora_B, adapter).reshape(N, r)
+        product = 0.5 * (B @ A.astype(np.float64))
+        exact = loaded(stored(weight, dtype), dtype).reshape(N, K)
+        for path in PATHS:
+            kept = groups if path.startswith("2:4") else any_pattern
+            device = sim.Device(seed=seed, multiprocessors=1)
+            want = np.where(kept, exact + product, 0)
+            values, index = held(device, path, exact, kept)
+            if path == "2:4 values":
+                want = compress(want, kept)[0]
+            merged = device.empty("merged", SIZE[dtype] * want.size)
+            sim.merge(
+                device,
+                out_features=N,
+                in_features=K,
+                r=r,
+                weight=device.upload("values", stored(values, dtype)),
+                weight_dtype=dtype,
+                lora_A=device.upload("lora_A", lora_A),
+                lora_A_dtype=adapter,
+                lora_B=device.upload("lora_B", lora_B),
+                lora_B_dtype=adapter,
+                scaling=0.5,
+                to_sparse24=path == "2:4 values",
+                merged=merged,
+                merged_dtype=dtype,
+                round_to=dtype,
+                **index,
+            )
+            got = loaded(device.download(merged), dtype).reshape(want.shape)
+            np.testing.assert_allclose(got, want, rtol=2.0**-7, atol=2.0**-7)
+            assert not got[want == 0].any(), path
