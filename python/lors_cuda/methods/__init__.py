@@ -14,15 +14,17 @@ from .._checks import alternatives
 from ._method import Combined, Method, Run
 from ._pair import Pair
 from .gelora import GeLoRA, intrinsic_dimensions
+from .geolora import GeoLoRA
 from .lora_mini import LoRAMini
 from .lora_rite import LoRARITE
 from .mora import MoRA
 from .rm_lora import RMLoRA
 from .sora import SoRA
 from .sp_lora import SPLoRA
+from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE)
+    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA)
 }
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "METHODS",
     "Combined",
     "GeLoRA",
+    "GeoLoRA",
     "LoRAMini",
     "LoRARITE",
     "Method",
@@ -67,6 +70,7 @@ __all__ = [
     "Run",
     "SPLoRA",
     "SoRA",
+    "XGBLoRA",
     "get_method",
     "intrinsic_dimensions",
 ]

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_flag, listed
-from .._distributed import is_sharded
 from ._method import Method, Run
 from ._pair import FACTORS
 
@@ -69,17 +68,6 @@ def _alternating(run: Run) -> list[nn.Parameter]:
             f"LoRA-RITE moves plain factors, and those of {listed(computed)} are computed by another method. Leave "
             "one of the methods out."
         )
-    factors = [pair.stored(which) for pair in run.pairs for which in FACTORS]
-    if any(is_sharded(factor) for factor in factors):
-        raise ValueError(
-            "LoRA-RITE needs whole factors, and fully_shard has cut them. Train in one process or under "
-            "DistributedDataParallel."
-        )
-    known = {id(factor) for factor in factors}
-    others = [name for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in known]
-    if others:
-        raise ValueError(
-            f"LoRA-RITE moves adapters alone, and {listed(others)} is trained too (modules_to_save). Freeze it, or use "
-            "another method."
-        )
-    return factors
+    run.require_whole("LoRA-RITE")
+    run.require_adapters_alone("LoRA-RITE")
+    return [pair.stored(which) for pair in run.pairs for which in FACTORS]

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._distributed import is_sharded
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -54,15 +53,11 @@ class RMLoRA(Method):
         return order[self.active :].to(pair["lora_A"].device)
 
     def before_step(self, run: Run) -> None:
+        run.require_whole("RM-LoRA")
         for pair in run.pairs:
             for which, factor, rows in _factors(pair):
                 if factor.grad is None:
                     continue
-                if is_sharded(factor):
-                    raise ValueError(
-                        "RM-LoRA needs whole factors, and fully_shard has cut them. Train it in one process or under "
-                        "DistributedDataParallel."
-                    )
                 if self.penalty:
                     change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
                     factor.grad += (change if which == "lora_A" else change.T).to(factor.grad.dtype)

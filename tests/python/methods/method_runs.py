@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-# Converted tiny Llamas in training by a method: shared by test_contract.py and test_methods_peft.py.
+# Converted tiny Llamas in training by a method: and one linear in float64: shared by the tests of this folder.
 """Runs of every method."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lors_cuda import LoRSConfig, get_lors_model
 from lors_cuda.methods import get_method
-from models import batch, logits, tiny_llama
+from models import batch, logits, prune_two_of_four, tiny_llama
 from trainer_runs import STEPS, checkpoint, losses, make_trainer
 
 OPTIONS = {
@@ -17,6 +18,8 @@ OPTIONS = {
     "rm-lora": {"active": 2, "interval": 2},
     "lora-mini": {"a": 6, "b": 5},
     "gelora": {"points": 100},
+    "xgblora": {"steps_per_booster": 3},
+    "geolora": {"cycle": 3, "tolerance": 0.3},
 }
 
 
@@ -74,3 +77,19 @@ def check_a_resumed_trainer(tmp_path, made, name):
     run.finish()
     other.finish()
     assert torch.equal(logits(again.model), logits(first.model))
+
+
+def net(shape=(24, 20), r=6, seed=0, **fields):
+    """One sparse linear in float64, with an adapter."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64))
+    prune_two_of_four(model)
+    return get_lors_model(model, LoRSConfig(**{"r": r, "lora_alpha": 9, "gradient": "exact", **fields}))
+
+
+def step(model, run, optimizer, seed=0):
+    width = model[0].in_features
+    x = torch.randn(32, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()

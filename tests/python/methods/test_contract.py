@@ -114,13 +114,16 @@ def test_accumulation_is_the_larger_batch(name):
 
 @every_method
 def test_the_seed_decides(name):
-    tensors = [run.state_dict()["tensors"] for run in (made(name)[1], made(name)[1])]
-    assert tensors[0].keys() == tensors[1].keys()
-    drawn = get_method(name.split("+")[0])
-    if "parametrisation" in drawn.places() and name != "mora":
-        own = tensors[0]
-        other = made(name, seed=1)[1].state_dict()["tensors"]
-        assert any(not torch.equal(own[key], other[key]) for key in own)
+    def tensors(seed):
+        model, run = made(name, seed=seed)
+        train(model, run, 4)
+        return run.state_dict()["tensors"]
+
+    one, two, other = tensors(0), tensors(0), tensors(1)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    if {"sora", "lora-mini", "xgblora", "geolora", "rm-lora"} & set(name.split("+")):
+        assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
 def test_refusals():
@@ -155,6 +158,22 @@ def test_other_states_are_refused(tmp_path):
     refused(FileNotFoundError, lambda: load_adapter(other, tmp_path / "finished"), "method.json", "'sora'")
     (tmp_path / "method.json").write_text("{")
     refused(ValueError, lambda: load_adapter(other, tmp_path), "not JSON")
+
+
+@pytest.mark.parametrize("name", ["sora", "rm-lora", "xgblora", "geolora"])
+def test_an_optimizer_that_passes_the_method_by_is_refused(name):
+    model, run = made(name)
+    before = logits(model)
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    refused(ValueError, lambda: train(model, run, 1, optimizer=other), f"method '{name}'", "run.attach(optimizer)")
+    assert torch.equal(logits(model), before)
+    unrelated = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    unrelated.step()
+    if name == "geolora":
+        refused(ValueError, lambda: run.attach(other), "an optimizer of its own", "run.optimizer(lr)")
+    run.finish()
+    train(model, run, 1, optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+    assert not torch.equal(logits(model), before)
 
 
 def test_an_optimizer_that_was_resumed_without_the_method_is_refused():
