@@ -179,6 +179,20 @@ def _regex(name: str, value: Any) -> str:
     return value
 
 
+def check_stored(which: str, factor: Tensor, done: str) -> None:
+    """Refuse what would be `done` to a factor that is computed at every access, and be lost.
+
+    Raises:
+        ValueError: it is no parameter.
+    """
+    if not isinstance(factor, nn.Parameter):
+        raise ValueError(
+            f"{which} is computed (by torch.nn.utils.parametrize, or a method of lors_cuda.methods that trains the "
+            f"model), so it cannot be {done}. Call run.finish() of the method, or "
+            "torch.nn.utils.parametrize.remove_parametrizations, first."
+        )
+
+
 def check_rank(r: int, out_features: int, in_features: int) -> None:
     """Refuse a rank outside [1, min(out_features, in_features)]."""
     if isinstance(r, bool) or not isinstance(r, int):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, joined, listed
+from ._checks import DTYPES, check_stored, joined, listed
 from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_directory import (
     FORMAT_VERSION,
@@ -266,6 +266,8 @@ def _fit_converted(
                 "model with the adapter's values, or load into the unconverted model."
             )
         for which, tensor in pair.items():
+            if not running:
+                check_stored(f"{which} of '{name}'", getattr(layer, which), "loaded")
             problems += _fit_dtype(f"{which} of '{name}'", tensor, getattr(layer, which))
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()

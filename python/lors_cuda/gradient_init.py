@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import all_finite, check_whole, is_packed, joined
+from ._checks import all_finite, check_stored, check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from ._linears import is_conv1d
 from .config import LoRSConfig
@@ -156,6 +156,9 @@ def set_from_gradients(
         ValueError: as `init_from_gradients`; nothing is changed.
     """
     check_whole("lora_A", next(iter(adapters.values()))[0])
+    for name, pair in adapters.items():
+        for which, factor in zip(("lora_A", "lora_B"), pair, strict=True):
+            check_stored(f"{which} of '{name}'", factor, "given another start")
     problems = _problems(adapters, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")

@@ -9,11 +9,13 @@ import hashlib
 import pytest
 import torch
 from method_runs import check_a_resumed_trainer, made, train
+from torch.nn.utils import parametrize
 
 from lors_cuda import (
     init_from_gradients,
     load_adapter,
     merge_and_unload,
+    merge_cache,
     named_lors_layers,
     save_adapter,
 )
@@ -124,6 +126,47 @@ def test_the_seed_decides(name):
     assert all(torch.equal(one[key], two[key]) for key in one)
     if {"sora", "lora-mini", "xgblora", "geolora", "rm-lora"} & set(name.split("+")):
         assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@every_method
+def test_the_merge_cache_merges_once_and_sees_every_step(name):
+    model, run = made(name, layout="bitmap")
+    optimizer = run.optimizer(lr=1e-2)
+    layers = dict(named_lors_layers(model))
+    with merge_cache(model):
+        for number in range(4):
+            first = logits(model)
+            kept = [layer.merged_weight._operand for layer in layers.values()]
+            assert torch.equal(logits(model), first)
+            assert all(a is b.merged_weight._operand for a, b in zip(kept, layers.values(), strict=True))
+            for layer in layers.values():
+                layer.merged_weight.clear()
+            assert torch.equal(logits(model), first)
+            train(model, run, 1, first=number, optimizer=optimizer)
+    assert not torch.equal(logits(model), first)
+
+
+def test_a_new_start_of_computed_factors_is_refused():
+    model, run = made("lora-mini")
+    layer = run.pairs[0].layer
+    before = logits(model)
+    refused(ValueError, layer.reset_adapter, "lora_A is computed", "run.finish()")
+    assert torch.equal(logits(model), before)
+    run.finish()
+    layer.reset_adapter(False)
+    assert not torch.equal(logits(model), before)
+    parametrize.register_parametrization(layer, "lora_B", torch.nn.Tanh())
+    refused(ValueError, layer.reset_adapter, "lora_B is computed", "remove_parametrizations")
+    gradients = {pair.name: torch.ones(pair.layer.out_features, pair.layer.in_features) for pair in run.pairs}
+    refused(ValueError, lambda: init_from_gradients(model, gradients), run.pairs[0].name, "is computed")
+
+
+def test_loading_into_computed_factors_is_refused(tmp_path):
+    model, run = made("lors")
+    run.finish()
+    save_adapter(model, tmp_path)
+    parametrize.register_parametrization(run.pairs[0].layer, "lora_A", torch.nn.Tanh())
+    refused(ValueError, lambda: load_adapter(model, tmp_path), "is computed", "cannot be loaded")
 
 
 def test_refusals():

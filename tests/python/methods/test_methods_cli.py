@@ -13,7 +13,8 @@ from lors_cuda.methods import METHODS
 
 pytest_plugins = ["cli_fixtures"]
 
-OPTIONS = {"sora": ["threshold=0.05"], "lora-mini": ["a=6", "b=6"], "rm-lora": ["active=2", "interval=2"]}
+OPTIONS = {"sora": ["threshold=0.05"], "lora-mini": ["a=6", "b=6"], "rm-lora": ["active=2", "interval=2"],
+           "xgblora": ["steps_per_booster=2"], "geolora": ["cycle=1"]}  # fmt: skip
 
 
 def command(home, run, name):
@@ -35,16 +36,17 @@ def test_a_method_trains_and_merges_with_every_zero(home, tmp_path, capsys, name
         assert bool(kept[layer][zero].all()), layer
 
 
-def test_a_killed_run_goes_on(home, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["sora", "xgblora"])
+def test_a_killed_run_goes_on(home, tmp_path, capsys, name):
     run, whole = tmp_path / "run", tmp_path / "whole"
     long = ["--schedule", "constant"]
-    assert call(*command(home, run, "sora"), *long, "--steps", 4, "--checkpoint-every", 2) == 0
-    assert call(*command(home, run, "sora"), *long, "--steps", 6, "--resume") == 0
-    assert call(*command(home, whole, "sora"), *long, "--steps", 6) == 0
+    assert call(*command(home, run, name), *long, "--steps", 4, "--checkpoint-every", 2) == 0
+    assert call(*command(home, run, name), *long, "--steps", 6, "--resume") == 0
+    assert call(*command(home, whole, name), *long, "--steps", 6) == 0
     assert curve(run) == curve(whole)
     files = [safetensors_torch.load_file(each / "adapter_model.safetensors") for each in (run, whole)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
-    assert json.loads((run / "run.json").read_text())["identity"]["method"]["name"] == "sora"
+    assert json.loads((run / "run.json").read_text())["identity"]["method"]["name"] == name
     error = failed(capsys, *command(home, run, "rm-lora"), *long, "--steps", 7, "--resume")
     assert "other settings" in error
     assert "method was" in error

@@ -74,9 +74,28 @@ def test_loading_past_a_method_is_refused(tmp_path):
     refused(ValueError, lambda: model.load_adapter(tmp_path, "default"), "computed by the method", "run.finish()")
 
 
-@pytest.mark.parametrize("name", ["sora", "rm-lora", "lora-mini"])
+@pytest.mark.parametrize("name", ["sora", "rm-lora", "lora-mini", "xgblora", "geolora"])
 def test_a_trainer_resumes_with_the_same_loss_curve(tmp_path, name):
     check_a_resumed_trainer(tmp_path, made, name)
+
+
+def test_a_merge_in_the_middle_of_a_boosting_round_is_right():
+    model, run = made("xgblora")
+    train(model, run, 4)
+    running = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), running, rtol=0, atol=float(running.abs().max()) * 1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), running)
+    train(model, run, 1, first=4, optimizer=run._optimizer)
+
+
+def test_a_new_start_of_computed_factors_is_refused():
+    model, run = made("sora")
+    layer = run.pairs[0].layer
+    refused(ValueError, lambda: layer.reset_lora_parameters("default", True), "lora_A of 'default' is computed")
+    run.finish()
+    layer.reset_lora_parameters("default", True)
 
 
 def test_only_the_active_adapter_is_trained():
