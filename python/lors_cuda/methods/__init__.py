@@ -19,12 +19,13 @@ from .lora_mini import LoRAMini
 from .lora_rite import LoRARITE
 from .mora import MoRA
 from .rm_lora import RMLoRA
+from .sherl import SHERL
 from .sora import SoRA
 from .sp_lora import SPLoRA
 from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA)
+    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, SHERL)
 }
 
 
@@ -67,6 +68,7 @@ __all__ = [
     "MoRA",
     "Pair",
     "RMLoRA",
+    "SHERL",
     "Run",
     "SPLoRA",
     "SoRA",

@@ -64,7 +64,7 @@ class GeLoRA(Method):
             raise ValueError("GeLoRA looks at the model's hidden states: configure(config, model, batches).")
         dimensions = intrinsic_dimensions(model, batches, pool=self.pool, points=self.points, discard=self.discard)
         ranks = block_ranks(dimensions, self.multiplier)
-        name, blocks = _blocks(model, len(ranks))
+        name, blocks = model_blocks(model, len(ranks))
         configured = copy.deepcopy(config)
         scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         rank_pattern, alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
@@ -77,12 +77,16 @@ class GeLoRA(Method):
         return configured
 
 
-def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The model's list of blocks, and its name."""
+def model_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """The model's list of blocks, and its name.
+
+    Raises:
+        ValueError: it has no list of ``count`` modules.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(model).__name__} has hidden states of {count} blocks, and no list of {count} modules.")
+    raise ValueError(f"{type(model).__name__} has {count} blocks, and no list of {count} modules.")
 
 
 def block_ranks(dimensions: list[float], multiplier: float = 1.0) -> list[int]:

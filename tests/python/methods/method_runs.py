@@ -43,6 +43,14 @@ def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
     return model, method.start(model, steps=20, seed=seed)
 
 
+def fresh(name, dtype=torch.float32):
+    """A sparse model into which an adapter of the method can be loaded."""
+    model = tiny_llama(dtype=dtype)
+    if name == "sherl":
+        method_of(name).attach(model)
+    return model
+
+
 def train(model, run, steps, first=0, optimizer=None, accumulate=1):
     optimizer = run.optimizer(lr=1e-2) if optimizer is None else optimizer
     found = []
