@@ -166,7 +166,7 @@ def set_from_gradients(
     for name, (lora_A, _) in adapters.items():
         gradient = gradients[name].detach().to(lora_A.device, torch.float32)
         if bool((gradient != 0).any()):
-            start = _leading_right_singular_vectors(gradient, lora_A.shape[0]) / stable_gamma
+            start = leading_right_singular_vectors(gradient, lora_A.shape[0]) / stable_gamma
             starts[name] = start.to(lora_A.dtype)
     with torch.no_grad():
         for name, (lora_A, lora_B) in adapters.items():
@@ -206,7 +206,7 @@ def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[
     return problems
 
 
-def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
+def leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
     """Return the first r right singular vectors of `matrix` [N, K] as rows [r, K], float32, orthonormal."""
     full = min(matrix.shape)
     q = min(_OVERSAMPLING * r, full)

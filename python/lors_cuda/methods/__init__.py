@@ -25,7 +25,8 @@ from .sp_lora import SPLoRA
 from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, SHERL)
+    method.name: method
+    for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, SHERL)
 }
 
 
@@ -59,6 +60,7 @@ def get_method(name: str, **options: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "SHERL",
     "Combined",
     "GeLoRA",
     "GeoLoRA",
@@ -68,7 +70,6 @@ __all__ = [
     "MoRA",
     "Pair",
     "RMLoRA",
-    "SHERL",
     "Run",
     "SPLoRA",
     "SoRA",

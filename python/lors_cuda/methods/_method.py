@@ -57,6 +57,11 @@ class Method:
     has_own_start: ClassVar[bool] = False
     clips: ClassVar[bool] = False
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether :meth:`start` must be given the gradients of the sparse model's weights."""
+        return False
+
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
     ) -> LoRSConfig:
@@ -96,18 +101,27 @@ class Method:
     def after_step(self, run: Run) -> None:
         """Called once per optimizer step, without gradients, after it."""
 
-    def start(self, model: nn.Module, *, steps: int | None = None, seed: int = 0) -> Run:
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> Run:
         """Begin training a converted model with this method; then take ``run.optimizer`` or ``run.attach``.
 
         Args:
             model: what :func:`lors_cuda.get_lors_model` or PEFT has converted, not yet wrapped or sharded.
             steps: optimizer steps of the whole training, for methods with a schedule.
             seed: of every draw; the same seed gives the same run.
+            gradients: as :func:`lors_cuda.estimate_gradients` returns them for the model before conversion, for a
+                method that ``needs_gradients``.
 
         Raises:
             ValueError: the model has no adapters, is sharded, or trains with a method already; nothing is changed.
         """
-        return Run(self, model, steps, seed)
+        return Run(self, model, steps, seed, gradients)
 
     def fields(self) -> dict[str, Any]:
         """Name and options, as files hold them."""
@@ -154,6 +168,10 @@ class Combined(Method):
     def parts(self) -> tuple[Method, ...]:
         return self._parts
 
+    @property
+    def needs_gradients(self) -> bool:
+        return any(part.needs_gradients for part in self._parts)
+
     def places(self) -> list[str]:
         return [place for part in self._parts for place in part.places()]
 
@@ -198,7 +216,14 @@ class Run:
         tensors: tensors that a method keeps between steps, by name; saved and loaded.
     """
 
-    def __init__(self, method: Method, model: nn.Module, steps: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        steps: int | None,
+        seed: int,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
         running = vars(model).get("lors_run")
         if running is not None:
             raise ValueError(
@@ -215,12 +240,19 @@ class Run:
         self.method, self.model, self.steps, self.seed = method, model, steps, seed
         self.step = 0
         self.tensors: dict[str, Tensor] = {}
+        self._gradients = gradients
         self._optimizer: Optimizer | None = None
         self._rates: list[float] = []
         self._handles: list[Any] = []
+        if method.needs_gradients and gradients is None:
+            raise ValueError(
+                f"The method '{method.name}' starts from gradients: call lors_cuda.estimate_gradients(sparse_model, "
+                "batches) before the model is converted, and give them to start(model, gradients=...)."
+            )
         with torch.no_grad():
             for pair in self.pairs:
                 method.parametrise(pair, self)
+        self._gradients = None
         vars(model)["lors_run"] = self
         if {"optimizer", "step controller"} & set(method.places()):
             self._handles.append(register_optimizer_step_pre_hook(_refuses_others(weakref.ref(self))))
@@ -229,6 +261,22 @@ class Run:
         """A generator on the CPU that depends on the seed, a name and a step alone: the same in every process."""
         digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def gradient(self, pair: Pair) -> Tensor:
+        """The gradient [N, K] of an adapter's weight that :meth:`Method.start` was given, in float32.
+
+        Raises:
+            ValueError: there is none for it, or it has another shape or numbers that are not finite.
+        """
+        assert self._gradients is not None
+        name, shape = pair.name.removeprefix("base_model.model."), (pair.layer.out_features, pair.layer.in_features)
+        found = self._gradients.get(name)
+        if found is None or tuple(found.shape) != shape or not bool(found.isfinite().all()):
+            raise ValueError(
+                f"The gradients have none of shape {list(shape)} with finite numbers for '{name}', which is adapted. "
+                "Estimate them with the same targets, of the same sparse model."
+            )
+        return found.detach().to(pair["lora_A"].device, torch.float32)
 
     # ---- the optimizer ----
 

@@ -26,9 +26,10 @@ class GeoLoRA(Method):
     """Integrates the flow of a low-rank update; the rank of every layer follows the singular values.
 
     Starts from random orthonormal bases and S = 0, at the rank of the configuration; where ``steps`` are known, the
-    last basis step is one that is still truncated. Parameters beside the adapters are not trained. With ``gradient="exact"`` a basis
-    step of small rate does not raise the loss. A layer whose rank cannot be doubled takes half of min(N, K). Source:
-    arXiv 2410.18720 and its code, whose vision layer swaps the factors in the truncation, which we do not follow.
+    last basis step is one that is still truncated. Parameters beside the adapters are not trained. With
+    ``gradient="exact"`` a basis step of small rate does not raise the loss. A layer whose rank cannot be doubled takes
+    half of min(N, K). Source: arXiv 2410.18720 and its code, whose vision layer swaps the factors in the truncation,
+    which we do not follow.
 
     Args:
         tolerance: share of the norm of S that a truncation may drop, 0 to less than 1.

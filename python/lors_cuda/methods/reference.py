@@ -43,6 +43,10 @@ def mora_update(Q: Tensor, N: int, K: int, kind: str) -> Tensor:
     """dW of the authors' operator, column by column: compress x to q numbers, multiply by Q, spread over N outputs."""
     Q, q = Q.double(), len(Q)
     x = torch.eye(K, dtype=torch.float64)
+    if kind == "rotation":
+        x = torch.cat([x, x[:, : -K % q]], 1).view(K, -1, q)
+        y = torch.stack([x[:, i] @ _rotation(i, q).T @ Q.T for i in range(x.shape[1])], 1).flatten(1)
+        return y.repeat(1, -(-N // y.shape[1]))[:, :N].T
     if kind in ("sharing", "mixed-4"):
         x = torch.cat([x, x[:, : -K % q]], 1).view(K, -1, q).sum(1)
     else:
@@ -55,6 +59,16 @@ def mora_update(Q: Tensor, N: int, K: int, kind: str) -> Tensor:
         return y.repeat(1, -(-N // q))[:, :N].T
     longer, length = N % q, N // q
     return torch.cat([y[:, :longer].repeat_interleave(length + 1, 1), y[:, longer:].repeat_interleave(length, 1)], 1).T
+
+
+def _rotation(position: int, q: int) -> Tensor:
+    """R(theta) [q, q]: turns the numbers j and j + q / 2 by position 10000^(-2 j / q)."""
+    turn = torch.zeros(q, q, dtype=torch.float64)
+    for j in range(q // 2):
+        angle = position * 10000 ** (-2 * j / q)
+        turn[j, j] = turn[j + q // 2, j + q // 2] = math.cos(angle)
+        turn[j, j + q // 2], turn[j + q // 2, j] = -math.sin(angle), math.sin(angle)
+    return turn
 
 
 def gelora_ranks(dimensions: Sequence[float]) -> list[int]:

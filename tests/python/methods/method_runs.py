@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lors_cuda import LoRSConfig, get_lors_model
+from lors_cuda import LoRSConfig, estimate_gradients, get_lors_model
 from lors_cuda.methods import get_method
 from models import batch, logits, prune_two_of_four, tiny_llama
 from trainer_runs import STEPS, checkpoint, losses, make_trainer
@@ -23,9 +23,14 @@ OPTIONS = {
 }
 
 
+VARIANTS = {"mora-rotation": {"type": "rotation"}, "lora-mini-gradient": {"a": 6, "b": 5, "aux": "gradient"}}
+
+
 def method_of(name):
     if "lora-rite" in name:
         pytest.importorskip("pytorch_optimizer")
+    if name in VARIANTS:
+        return get_method(name.rpartition("-")[0], **VARIANTS[name])
     options = {key: value for each in name.split("+") for key, value in OPTIONS.get(each, {}).items()}
     return get_method(name, **options)
 
@@ -39,8 +44,9 @@ def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
     method = method_of(name)
     model = tiny_llama(dtype=dtype)
     config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
+    gradients = estimate_gradients(model, batches(2), config=config) if method.needs_gradients else None
     model = get_lors_model(model, method.configure(config, model, batches()))
-    return model, method.start(model, steps=20, seed=seed)
+    return model, method.start(model, steps=20, seed=seed, gradients=gradients)
 
 
 def fresh(name, dtype=torch.float32):

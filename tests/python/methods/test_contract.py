@@ -8,7 +8,7 @@ import hashlib
 
 import pytest
 import torch
-from method_runs import check_a_resumed_trainer, fresh, made, train
+from method_runs import VARIANTS, check_a_resumed_trainer, fresh, made, train
 from torch.nn.utils import parametrize
 
 from lors_cuda import (
@@ -22,7 +22,7 @@ from lors_cuda import (
 from lors_cuda.methods import METHODS, get_method
 from models import logits, refused, tiny_llama
 
-every_method = pytest.mark.parametrize("name", [*METHODS, "lora-mini+rm-lora"])
+every_method = pytest.mark.parametrize("name", [*METHODS, *VARIANTS, "lora-mini+rm-lora"])
 
 
 def checksum(model):

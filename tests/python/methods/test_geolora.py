@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_basis_steps_and_truncations_descend_on_a_masked_quadratic(r):
         losses.append(float(G.square().sum()) / 2)
         U, S, V = augmented(U, S, V, G @ V, G.T @ U, 0.2)
         U, S, V = truncated(U, S, V, 1e-3, 2, 10)
-    assert all(after <= before + 1e-12 for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.05 * losses[0]
 
 
@@ -141,7 +142,7 @@ def test_the_rank_of_the_target_is_found_from_any_start(r):
 
 
 def test_the_basis_rate_follows_the_schedule():
-    model, run = started(cycle=1, basis_lr=0.5)
+    _, run = started(cycle=1, basis_lr=0.5)
     optimizer = run.optimizer(lr=0.1)
     assert optimizer.param_groups[0]["basis_share"] == pytest.approx(5.0)
     assert len(optimizer.param_groups) == 1

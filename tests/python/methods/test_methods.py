@@ -12,13 +12,11 @@ import torch
 from method_runs import net, step
 from torch import nn
 
-from lors_cuda import LoRSConfig, get_lors_model, named_lors_layers
-from lors_cuda.methods import GeLoRA, LoRAMini, MoRA, RMLoRA, SoRA, get_method
-from lors_cuda.methods import reference
+from lors_cuda import LoRSConfig, estimate_gradients, get_lors_model, named_lors_layers
+from lors_cuda.methods import GeLoRA, LoRAMini, MoRA, RMLoRA, SoRA, get_method, reference
 from lors_cuda.methods.gelora import block_ranks, intrinsic_dimensions, two_nn
 from lors_cuda.methods.rm_lora import orthogonality_gradient
 from models import batch, fill_adapters, prune_two_of_four, refused, tiny_llama, tiny_net
-
 
 # ---- every method: the derivative ----
 
@@ -203,28 +201,62 @@ def test_lora_mini_takes_no_more_than_the_layer_has():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * (12 + 8)
 
 
+def random_input():
+    return torch.randn(40, 20, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def test_lora_mini_from_gradients_spans_their_leading_directions():
+    sparse = nn.Sequential(net()[0].to_linear())
+    gradients = estimate_gradients(sparse, [random_input()], loss_fn=lambda m, x: m(x).sin().sum(), progress=False)
+    model = get_lors_model(sparse, LoRSConfig(r=4, lora_alpha=4, gradient="exact"))
+    run = LoRAMini(a=5, b=6, aux="gradient").start(model, gradients=gradients)
+    U, _, Vh = torch.linalg.svd(gradients["0"].double())
+    pair = run.pairs[0]
+    for found, wanted in (
+        (pair.parametrisation("lora_A").right, Vh[:5]),
+        (pair.parametrisation("lora_B").left.T, U[:, :6].T),
+    ):
+        # Up to the signs of singular vectors: the same projection.
+        torch.testing.assert_close(found.T @ found, (wanted.T @ wanted).to(found), rtol=0, atol=1e-4)
+    other = get_lors_model(nn.Sequential(net()[0].to_linear()), LoRSConfig(r=4, lora_alpha=4, gradient="exact"))
+    again = LoRAMini(a=5, b=6, aux="gradient").start(other, gradients={"0": torch.ones(24, 20)})
+    again.load_state_dict(run.state_dict())  # with the vectors of the first
+    assert all(torch.equal(pair[which], again.pairs[0][which]) for which in ("lora_A", "lora_B"))
+
+
+def test_lora_mini_from_gradients_refuses_what_is_none():
+    method = LoRAMini(aux="gradient")
+    refused(ValueError, lambda: method.start(net()), "estimate_gradients", "start(model, gradients=...)")
+    for gradients in ({}, {"0": torch.ones(3, 3)}, {"0": torch.full((24, 20), float("nan"))}):
+        refused(ValueError, lambda g=gradients: method.start(net(), gradients=g), "for '0'", "same targets")
+    run = method.start(net(), gradients={"0": torch.zeros(24, 20)})  # no direction leads: random ones
+    assert run.pairs[0].parametrisation("lora_A").right.any()
+
+
 # ---- MoRA ----
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24), (32, 12), (12, 32), (17, 36)])
-@pytest.mark.parametrize("kind", ["sharing", "decoupling", "mixed-3", "mixed-4"])
+@pytest.mark.parametrize("kind", ["sharing", "decoupling", "mixed-3", "mixed-4", "rotation"])
 def test_mora_is_the_authors_operator_under_the_mask(shape, kind):
     N, K = shape
     model = net(shape, r=2, lora_alpha=3)
     run = MoRA(kind).start(model)
     q = min(round(math.sqrt((N + K) * 2)), N, K)
+    q = q // 2 * 2 if kind == "rotation" else q
     (Q,) = run.pairs[0].trained()
     assert tuple(Q.shape) == (q, q)
     with torch.no_grad():
         Q.copy_(torch.randn(q, q, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     layer = model[0]
     update = reference.mora_update(Q.detach(), N, K, kind)
-    assert torch.linalg.matrix_rank(update) == q
+    rank = torch.linalg.matrix_rank(update)
+    assert rank == q if kind != "rotation" else rank > q
     stored = layer.sparse_weight
     wanted = stored.to_dense() + torch.where(stored.mask(), update, 0.0)
     torch.testing.assert_close(layer.merged_dense(), wanted, rtol=1e-12, atol=1e-12)
     run.finish()
-    assert layer.r == q
+    assert layer.r == (q if kind != "rotation" else min(N, K, -(-K // q) * q))
     torch.testing.assert_close(layer.merged_dense(), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -300,7 +332,8 @@ def test_gelora_needs_points():
         ("rm-lora", {"active": 2}, "belong together"),
         ("rm-lora", {"active": 0, "interval": 5}, "at least 1"),
         ("lora-mini", {"a": 0}, "at least 1"),
-        ("mora", {"type": "rotation"}, "type"),
+        ("mora", {"type": "spiral"}, "type"),
+        ("lora-mini", {"aux": "zeros"}, "aux"),
         ("lora-rite", {"betas": [0.9]}, "two numbers"),
         ("lora-rite", {"clip": -1.0}, "0 or more"),
         ("gelora", {"pool": "first"}, "pool"),

@@ -13,8 +13,13 @@ from lors_cuda.methods import METHODS
 
 pytest_plugins = ["cli_fixtures"]
 
-OPTIONS = {"sora": ["threshold=0.05"], "lora-mini": ["a=6", "b=6"], "rm-lora": ["active=2", "interval=2"],
-           "xgblora": ["steps_per_booster=2"], "geolora": ["cycle=1"]}  # fmt: skip
+OPTIONS = {
+    "sora": ["threshold=0.05"],
+    "lora-mini": ["a=6", "b=6", "aux=gradient"],
+    "rm-lora": ["active=2", "interval=2"],
+    "xgblora": ["steps_per_booster=2"],
+    "geolora": ["cycle=1"],
+}
 
 
 def command(home, run, name):
@@ -40,7 +45,7 @@ def test_a_method_trains_and_merges_with_every_zero(home, tmp_path, capsys, name
         assert bool(kept[layer][zero].all()), layer
 
 
-@pytest.mark.parametrize("name", ["sora", "xgblora"])
+@pytest.mark.parametrize("name", ["sora", "xgblora", "lora-mini"])
 def test_a_killed_run_goes_on(home, tmp_path, capsys, name):
     run, whole = tmp_path / "run", tmp_path / "whole"
     long = ["--schedule", "constant"]

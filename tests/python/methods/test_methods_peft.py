@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_runs import batches, check_a_resumed_trainer, fresh, method_of, train
+from method_runs import VARIANTS, batches, check_a_resumed_trainer, fresh, method_of, train
 
 from lors_cuda.methods import METHODS
 from models import logits, refused, tiny_llama
@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 import lors_cuda.peft as lors_peft  # noqa: E402 (peft may be missing)
 
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
 
 
 def made(name, layout="2:4"):
@@ -23,9 +23,10 @@ def made(name, layout="2:4"):
     config = lors_peft.LoRSLoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", layout=layout, gradient=method.gradient
     )
+    gradients = lors_peft.estimate_gradients(model, batches(2), config=config) if method.needs_gradients else None
     torch.manual_seed(0)
     model = peft.get_peft_model(model, method.configure(config, model, batches()))
-    return model, method.start(model, steps=20)
+    return model, method.start(model, steps=20, gradients=gradients)
 
 
 @every_method
@@ -94,7 +95,7 @@ def test_a_merge_in_the_middle_of_a_boosting_round_is_right():
 
 
 def test_a_new_start_of_computed_factors_is_refused():
-    model, run = made("sora")
+    _, run = made("sora")
     layer = run.pairs[0].layer
     refused(ValueError, lambda: layer.reset_lora_parameters("default", True), "lora_A of 'default' is computed")
     run.finish()
