@@ -70,13 +70,13 @@ ENTRIES = (
     Entry("MoRA, as r = 2", 8e-3, "mora", rank=2),
     Entry("MoRA rotation, as r = 2", 8e-3, "mora", rank=2, options={"type": "rotation"}),
     Entry("XGBLoRA, 25 steps each", 8e-3, "xgblora"),
-    Entry("GeoLoRA, from r = 4", 3e-3, "geolora", rank=4, options={"cycle": 20, "basis_lr": 0.1, "max_rank": 16}),
-    Entry("GeoLoRA, from r = 16", 3e-3, "geolora", options={"cycle": 20, "basis_lr": 0.1, "max_rank": 16}),
+    Entry("GeoLoRA, from r = 4", 6e-3, "geolora", rank=4, options={"cycle": 20, "basis_lr": 0.1, "max_rank": 16}),
+    Entry("GeoLoRA, from r = 16", 6e-3, "geolora", options={"cycle": 20, "basis_lr": 0.1, "max_rank": 16}),
     Entry("LoRA-RITE, r = 16", 1e-3, "lora-rite"),
     Entry("LoRA-RITE, badly scaled", 1e-3, "lora-rite", start="badly scaled"),
     Entry("LoRS, badly scaled", 4e-3, start="badly scaled"),
     Entry("Flat-LoRA, r = 16", 4e-3, "flat-lora"),
-    Entry("SHERL, one late block", 3e-3, "sherl"),
+    Entry("SHERL, one late block", 6e-3, "sherl"),
 )
 
 

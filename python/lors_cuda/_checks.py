@@ -10,7 +10,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,6 +141,18 @@ def alpha_number(name: str, value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, but is {value}.")
     return value
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
+def check_number(name: str, value: object, must: str, holds: Callable[[float], bool]) -> None:
+    """Refuse what is no number for which ``holds``; ``must`` says in words what it has to be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name} is {value!r}; it must be {must}.")
 
 
 def pattern_dict(name: str, values: Any, check: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_count, check_number
 from ._method import Method, Run
 from ._pair import FACTORS, Pair
 
@@ -49,16 +51,13 @@ class GeoLoRA(Method):
     has_own_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance!r}; it must be at least 0 and less than 1.")
+        check_number("tolerance", self.tolerance, "at least 0 and less than 1", lambda x: 0 <= x < 1)
         for field in ("cycle", "max_rank", "min_rank"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+            check_count(field, getattr(self, field))
         if self.min_rank > self.max_rank:
             raise ValueError(f"min_rank is {self.min_rank} and max_rank {self.max_rank}; it must not exceed that.")
-        if self.basis_lr is not None and not 0 < self.basis_lr < float("inf"):
-            raise ValueError(f"basis_lr is {self.basis_lr!r}; it must be more than 0.")
+        if self.basis_lr is not None:
+            check_number("basis_lr", self.basis_lr, "more than 0", lambda x: 0 < x < math.inf)
 
     def parametrise(self, pair: Pair, run: Run) -> None:
         N, K = pair.layer.out_features, pair.layer.in_features

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._checks import check_choice, check_count
 from ..gradient_init import leading_right_singular_vectors
 from ._method import Method, Run
 from ._pair import Pair
@@ -46,9 +46,7 @@ class LoRAMini(Method):
     def __post_init__(self) -> None:
         check_choice("aux", self.aux, ("random", "gradient"))
         for field in ("a", "b"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+            check_count(field, getattr(self, field))
 
     def parametrise(self, pair: Pair, run: Run) -> None:
         N, K = pair.layer.out_features, pair.layer.in_features

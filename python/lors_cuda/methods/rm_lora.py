@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_count, check_number
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -36,14 +38,13 @@ class RMLoRA(Method):
     name: ClassVar[str] = "rm-lora"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < float("inf"):
-            raise ValueError(f"penalty is {self.penalty!r}; it must be 0 or more.")
+        check_number("penalty", self.penalty, "0 or more", lambda x: 0 <= x < math.inf)
         if (self.active is None) != (self.interval is None):
             raise ValueError("active and interval belong together: give both, or neither.")
         for field in ("active", "interval"):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+            if value is not None:
+                check_count(field, value)
 
     def resting(self, pair: Pair, run: Run) -> Tensor | None:
         """The directions that are not updated in this interval; None if all are."""

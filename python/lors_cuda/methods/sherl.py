@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._checks import check_choice, check_count
 from .._linears import is_linear
 from ..config import LoRSConfig
 from ..sparse_linear import SparseLinear
@@ -54,9 +54,7 @@ class SHERL(Method):
     def __post_init__(self) -> None:
         check_choice("gate", self.gate, _GATES)
         for field in ("late", "reduction"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+            check_count(field, getattr(self, field))
 
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_count, check_number
 from ..config import LoRSConfig
 from ._method import Method, Run
 from ._pair import FACTORS, Pair
@@ -39,11 +40,8 @@ class XGBLoRA(Method):
     name: ClassVar[str] = "xgblora"
 
     def __post_init__(self) -> None:
-        count = self.steps_per_booster
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"steps_per_booster is {count!r}; it must be a whole number of at least 1.")
-        if not 0 < self.layers <= 1:
-            raise ValueError(f"layers is {self.layers!r}; it must be more than 0 and at most 1.")
+        check_count("steps_per_booster", self.steps_per_booster)
+        check_number("layers", self.layers, "more than 0 and at most 1", lambda x: 0 < x <= 1)
 
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
