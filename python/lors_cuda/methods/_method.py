@@ -293,8 +293,8 @@ class Run:
         """
         if "optimizer" in self.method.places():
             raise ValueError(
-                f"The method '{self.method.name}' has an optimizer of its own, and would do nothing in a "
-                f"{type(optimizer).__name__}; take run.optimizer(lr)."
+                f"The method '{self.method.name}' has an optimizer of its own, and would do nothing beside another one ("
+                f"{type(optimizer).__name__}); take run.optimizer(lr)."
             )
         return self._attach(optimizer)
 
@@ -480,7 +480,7 @@ def _refuses_others(run: weakref.ref[Run]) -> Callable[..., None]:
         trained = {id(parameter) for pair in own.pairs for parameter in pair.trained()}
         if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError(
-                f"The optimizer, a {type(optimizer).__name__}, moves the adapters, and the method '{own.method.name}' "
+                f"An optimizer ({type(optimizer).__name__}) moves the adapters, and the method '{own.method.name}' "
                 "acts around another one's steps or none's. Call run.attach(optimizer) first, or take "
                 "run.optimizer(lr); or run.finish(), to train on without the method."
             )

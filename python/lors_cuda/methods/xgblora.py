@@ -129,7 +129,7 @@ class Stack(nn.Module):
         self.register_buffer("history", history, persistent=False)
 
     def push(self, stored: Tensor) -> None:
-        self.history = torch.cat([self.history, stored.detach() if self.dim == 0 else stored.detach().T])
+        self.history = torch.cat([self.history, stored if self.dim == 0 else stored.T])
 
     def forward(self, stored: Tensor) -> Tensor:
         return torch.cat([self.history if self.dim == 0 else self.history.T, stored], self.dim)

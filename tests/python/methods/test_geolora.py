@@ -56,6 +56,37 @@ def test_a_basis_step_is_the_definition_from_one_backward(empty):
     torch.testing.assert_close(pair["lora_B"] @ pair["lora_A"], U2 @ S2 @ V2.T, rtol=0, atol=1e-12)
 
 
+def test_steps_between_are_adam_on_s():
+    model, run = started(cycle=50)
+    layer, stored = model[0], model[0].sparse_weight
+    optimizer = run.optimizer(lr=0.05)
+    x = random(9, K, seed=1)
+    S = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([S], lr=0.05)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).sin().sum().backward()
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        V = run.pairs[0]["lora_A"].T.detach()
+        update = torch.where(stored.mask(), layer.scaling * state["U"] @ S @ V.T, 0.0)
+        adam.zero_grad()
+        (x @ (stored.to_dense() + update).T).sin().sum().backward()
+        adam.step()
+        torch.testing.assert_close(state["S"], S.detach(), rtol=0, atol=1e-10)
+
+
+def test_a_truncation_begins_adam_anew_also_where_it_keeps_the_rank():
+    model, run = started(cycle=4, tolerance=0.0, max_rank=4)
+    optimizer = run.optimizer(lr=0.05)
+    for number in range(9):  # the truncations come after steps 8 and 13
+        step(model, run, optimizer, number)
+    (state,) = optimizer.state.values()
+    assert (state["S"].shape, state["moved"]) == ((4, 4), 0)
+    assert not state["first"].any()
+    assert not state["second"].any()
+
+
 def test_bases_stay_orthonormal_and_the_base_untouched():
     model, run = started(cycle=5, tolerance=0.05, max_rank=8)
     optimizer = run.optimizer(lr=0.02)
