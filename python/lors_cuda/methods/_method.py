@@ -293,8 +293,8 @@ class Run:
         """
         if "optimizer" in self.method.places():
             raise ValueError(
-                f"The method '{self.method.name}' has an optimizer of its own, and would do nothing beside another one ("
-                f"{type(optimizer).__name__}); take run.optimizer(lr)."
+                f"The method '{self.method.name}' has an optimizer of its own, and would do nothing beside another one "
+                f"({type(optimizer).__name__}); take run.optimizer(lr)."
             )
         return self._attach(optimizer)
 
