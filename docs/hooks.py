@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "build" / "docs" / "plots"
 MARKER = "<!-- generated: bench/results -->"
+METHODS_MARKER = "<!-- generated: bench/results, methods -->"
 
 _LOADED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^>]*>')
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?P<text>.*?)</\1>', re.DOTALL)
@@ -36,12 +37,14 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?P<text>.*?)</\1>', re.D
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/cli.md", content=command_line_page()))
-    for result in sorted(RESULTS.glob("*.json")):
+    for result in sorted(result for result, document in _documents().items() if _kind(document) in KINDS):
         files.append(File.generated(config, f"plots/{result.stem}.svg", abs_src_path=str(plot(result))))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    if METHODS_MARKER in markdown:
+        return markdown.replace(METHODS_MARKER, methods_sections())
     return markdown.replace(MARKER, benchmark_sections()) if MARKER in markdown else markdown
 
 
@@ -145,10 +148,35 @@ KINDS = {
 }
 
 
+def _documents() -> dict[Path, dict[str, Any]]:
+    return {result: json.loads(result.read_text()) for result in RESULTS.glob("*.json")}
+
+
+def _kind(document: dict[str, Any]) -> str:
+    kind: str = document["rows"][0]["benchmark"]
+    return kind
+
+
+def methods_sections() -> str:
+    """One table per run of bench/methods.py, the newest first."""
+    documents = {result: document for result, document in _documents().items() if _kind(document) == "methods"}
+    if not documents:
+        return "No run is recorded yet."
+    sections = []
+    for result, document in sorted(documents.items(), key=lambda item: item[0].name, reverse=True):
+        sections += [
+            f"## {result.name[:10]}: bench/results/{result.name}",
+            "",
+            *_bench("methods").markdown(document),
+            "",
+        ]
+    return "\n".join(sections)
+
+
 def benchmark_sections() -> str:
     """One section per file of bench/results, by kind, then the newest first: machine, plot, every row's numbers."""
     sections = []
-    documents = {result: json.loads(result.read_text()) for result in RESULTS.glob("*.json")}
+    documents = {result: document for result, document in _documents().items() if _kind(document) in KINDS}
     for result, document in sorted(documents.items(), key=lambda item: _order(*item)):
         where, rows = document["environment"], document["rows"]
         dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))

@@ -10,7 +10,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,6 +143,18 @@ def alpha_number(name: str, value: Any) -> float:
     return value
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
+def check_number(name: str, value: object, must: str, holds: Callable[[float], bool]) -> None:
+    """Refuse what is no number for which ``holds``; ``must`` says in words what it has to be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name} is {value!r}; it must be {must}.")
+
+
 def pattern_dict(name: str, values: Any, check: Any) -> dict[str, Any]:
     """A rank_pattern or alpha_pattern, each value checked; {} for None."""
     if values is None:
@@ -177,6 +189,20 @@ def _regex(name: str, value: Any) -> str:
     except re.error as error:
         raise ValueError(f"{name} has the regular expression {value!r}, which is not valid: {error}.") from None
     return value
+
+
+def check_stored(which: str, factor: Tensor, done: str) -> None:
+    """Refuse what would be `done` to a factor that is computed at every access, and be lost.
+
+    Raises:
+        ValueError: it is no parameter.
+    """
+    if not isinstance(factor, nn.Parameter):
+        raise ValueError(
+            f"{which} is computed (by torch.nn.utils.parametrize, or a method of lors_cuda.methods that trains the "
+            f"model), so it cannot be {done}. Call run.finish() of the method, or "
+            "torch.nn.utils.parametrize.remove_parametrizations, first."
+        )
 
 
 def check_rank(r: int, out_features: int, in_features: int) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, joined, listed
+from ._checks import DTYPES, check_stored, joined, listed
 from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
 from .adapter_directory import (
     FORMAT_VERSION,
@@ -248,19 +249,25 @@ def _fit_converted(
 ) -> list[str]:
     """`weights` is filled with the base weights to compare: what makes each, so that one at a time exists."""
     problems = _fit_names(list(layers), adapter)
+    running = running_method(model) is not None
     for name, layer in layers.items():
         if name not in adapter.adapters:
             continue
         pair = adapter.adapters[name]
-        problems += _fit_layer(name, layer.out_features, layer.in_features, layer.r, pair)
         r, alpha = adapter.config.rank_of(name), adapter.config.alpha_of(name)
-        if (r, alpha, adapter.config.use_rslora) != (layer.r, layer.lora_alpha, layer.use_rslora):
+        fits = (r, alpha) == (layer.r, layer.lora_alpha)
+        if running:  # a method changes ranks at the same scaling; whether its state fits, it says itself
+            fits = math.isclose(alpha / (math.sqrt(r) if layer.use_rslora else r), layer.scaling, rel_tol=1e-12)
+        problems += _fit_layer(name, layer.out_features, layer.in_features, r if running else layer.r, pair)
+        if not fits or adapter.config.use_rslora != layer.use_rslora:
             problems.append(
                 f"'{name}' has r={r}, lora_alpha={alpha}, use_rslora={adapter.config.use_rslora} in the adapter, but "
                 f"r={layer.r}, lora_alpha={layer.lora_alpha}, use_rslora={layer.use_rslora} in the model; convert the "
                 "model with the adapter's values, or load into the unconverted model."
             )
         for which, tensor in pair.items():
+            if not running:
+                check_stored(f"{which} of '{name}'", getattr(layer, which), "loaded")
             problems += _fit_dtype(f"{which} of '{name}'", tensor, getattr(layer, which))
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()

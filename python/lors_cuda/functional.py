@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _autograd
 from ._checks import (
@@ -212,6 +212,30 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     return SparseWeight(weight, pack_mask(mask))
 
 
+def _counted(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from another one, and from itself before a write that torch has counted."""
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
+
+
+class _Factor:
+    """What lora_A or lora_B was when a weight was merged.
+
+    A factor that is no parameter may be computed anew for every call (torch.nn.utils.parametrize, stacked adapters):
+    of that a copy [r, K] or [N, r] is kept, and compared where the tensor is another one.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._source = tensor.detach()  # alive, so that its address cannot be reused
+        self._counted = None if tensor.is_inference() else _counted(tensor)
+        self._copy = None if isinstance(tensor, nn.Parameter) else self._source.clone()
+
+    def is_still(self, tensor: Tensor) -> bool:
+        if self._counted is not None and not tensor.is_inference() and _counted(tensor) == self._counted:
+            return True
+        copy = self._copy
+        return copy is not None and copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+
+
 class MergedWeight:
     """Holds ``W~ = W + s M o (B A)`` of one layer between calls; empty at first. See :func:`lors_cuda.merge_cache`.
 
@@ -226,6 +250,7 @@ class MergedWeight:
         self._operand: Tensor | None = None
         self._key: tuple[Any, ...] = ()
         self._sources: tuple[Tensor, ...] = ()
+        self._factors: tuple[_Factor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -252,11 +277,13 @@ class MergedWeight:
             if torch.cuda.is_current_stream_capturing():
                 return None
             stream = torch.cuda.current_stream(device).cuda_stream  # another stream would have to wait for this one
-        tensors = [t for t in (weight.values, weight.mask_bits, weight.index, lora_A, lora_B) if t is not None]
-        self.check_countable(tensors)
+        tensors = [t for t in (weight.values, weight.mask_bits, weight.index) if t is not None]
+        self.check_countable([*tensors, *(f for f in (lora_A, lora_B) if isinstance(f, nn.Parameter))])
         tokens = input.numel() // weight.shape[1]
-        key = (scaling, input.dtype, stream, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
-        if self._operand is None or key != self._key or (tokens <= FEW_TOKENS and self._could_be_stored(weight)):
+        key = (scaling, input.dtype, stream, *map(_counted, tensors))
+        known = self._operand is not None and key == self._key
+        known = known and all(f.is_still(t) for f, t in zip(self._factors, (lora_A, lora_B), strict=True))
+        if not known or (tokens <= FEW_TOKENS and self._could_be_stored(weight)):
             self.clear()  # before the next one is made: never two at a time
             # An evaluation under inference_mode may make what training uses next: it must be an ordinary tensor.
             with torch.inference_mode(False), torch.no_grad():
@@ -265,6 +292,7 @@ class MergedWeight:
                 )
                 # Keeps the sources alive, so that their addresses in the key cannot be reused.
                 self._key, self._sources = key, tuple(t.detach() for t in tensors)
+                self._factors = (_Factor(lora_A), _Factor(lora_B))
         return self._operand
 
     def _could_be_stored(self, weight: SparseWeight) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import all_finite, check_whole, is_packed, joined
+from ._checks import all_finite, check_stored, check_whole, is_packed, joined
 from ._distributed import check_gathered, summed, together
 from ._linears import is_conv1d
 from .config import LoRSConfig
@@ -156,6 +156,9 @@ def set_from_gradients(
         ValueError: as `init_from_gradients`; nothing is changed.
     """
     check_whole("lora_A", next(iter(adapters.values()))[0])
+    for name, pair in adapters.items():
+        for which, factor in zip(("lora_A", "lora_B"), pair, strict=True):
+            check_stored(f"{which} of '{name}'", factor, "given another start")
     problems = _problems(adapters, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")
@@ -163,7 +166,7 @@ def set_from_gradients(
     for name, (lora_A, _) in adapters.items():
         gradient = gradients[name].detach().to(lora_A.device, torch.float32)
         if bool((gradient != 0).any()):
-            start = _leading_right_singular_vectors(gradient, lora_A.shape[0]) / stable_gamma
+            start = leading_right_singular_vectors(gradient, lora_A.shape[0]) / stable_gamma
             starts[name] = start.to(lora_A.dtype)
     with torch.no_grad():
         for name, (lora_A, lora_B) in adapters.items():
@@ -203,7 +206,7 @@ def _problems(adapters: Mapping[str, tuple[Tensor, Tensor]], gradients: Mapping[
     return problems
 
 
-def _leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
+def leading_right_singular_vectors(matrix: Tensor, r: int) -> Tensor:
     """Return the first r right singular vectors of `matrix` [N, K] as rows [r, K], float32, orthonormal."""
     full = min(matrix.shape)
     q = min(_OVERSAMPLING * r, full)

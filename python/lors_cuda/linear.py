@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_whole
+from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_stored, check_whole
 from ._linears import is_conv1d, make_linear
 from ._weight_reads import reads_past
 from .functional import layer_linear, merge
@@ -123,7 +123,13 @@ class LoRSLinear(SparseLinear):
             self.scaling = scaling
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Draw a new lora_A (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False."""
+        """Draw a new lora_A (Kaiming-uniform); lora_B becomes zero, or random if ``init_lora_weights`` is False.
+
+        Raises:
+            ValueError: a factor is computed, by a parametrisation or a method of lors_cuda.methods; nothing is changed.
+        """
+        for which, factor in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            check_stored(which, factor, "drawn anew")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if init_lora_weights:
             nn.init.zeros_(self.lora_B)

@@ -117,12 +117,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a weight or an adapter holds NaN or infinity, or a merged weight would (the module, the first place
-            and its value are named), the model has no LoRS layers, its parameters are sharded among processes, or a
-            method of lors_cuda.methods trains it; nothing is changed then.
+            and its value are named), the model has no LoRS layers, its parameters are sharded among processes, it
+            has a side network (lors_cuda.methods.SHERL), or a method of lors_cuda.methods trains it; nothing is
+            changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)
     check_no_method(model, "merged")
+    check_mergeable(model)
     for names, layer in layers:
         if "" in names:
             raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
@@ -228,6 +230,20 @@ def check_no_method(model: nn.Module, done: str) -> None:
             f"The model trains with the method '{run.method.name}', so its adapters cannot be {done}; call "
             "run.finish() first."
         )
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse to merge a model of which a merged one would lose a part.
+
+    Raises:
+        ValueError: a module says so, by its attribute ``unmergeable``.
+    """
+    for name, module in model.named_modules():
+        reason = getattr(module, "unmergeable", None)
+        if isinstance(reason, str):
+            raise ValueError(
+                f"The model cannot be merged: {reason} ('{name}'). Use it as it is, saved by save_adapter or PEFT."
+            )
 
 
 def require_unconverted(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._distributed import (
     alike,
@@ -108,8 +108,8 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
     checkpoint = from_first(checkpoint)
     if args.resume and checkpoint is None:
         say(args, "There is no complete checkpoint yet; training starts from the beginning.")
-    _convert(args, model, config, targets, data, checkpoint is not None)
-    method_run = method.start(model, steps=args.steps, seed=args.seed) if method.places() else None
+    gradients = _convert(args, model, config, targets, data, checkpoint is not None)
+    method_run = method.start(model, steps=args.steps, seed=args.seed, gradients=gradients) if method.places() else None
     identity = _identity(args, model, config, data)
     trained = 0
     with together():
@@ -208,15 +208,20 @@ def _convert(
     targets: list[Target],
     data: TokenDataset,
     resuming: bool,
-) -> None:
-    """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed."""
+) -> dict[str, Tensor] | None:
+    """Give the model its adapters; where a checkpoint follows, their start does not matter and is not computed.
+
+    Returns:
+        The gradients, for a method that needs them.
+    """
     if args.adapter is not None:
         with together():
             torch.manual_seed(args.seed)
             load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
-        return
+        return None
     gradients = None
-    if args.init == "gradient" and not resuming:
+    needed = chosen_method(args).needs_gradients
+    if needed or (args.init == "gradient" and not resuming):
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
         mine = batches[process_rank() :: process_count()]
         gradients = estimate_gradients(
@@ -225,8 +230,9 @@ def _convert(
     with together():
         torch.manual_seed(args.seed)
         get_lors_model(model, config, targets=targets)
-        if gradients is not None:
+        if gradients is not None and args.init == "gradient":
             init_from_gradients(model, gradients)
+    return gradients if needed else None
 
 
 def _check_adapter(args: argparse.Namespace, model: nn.Module) -> None:

@@ -14,15 +14,19 @@ from .._checks import alternatives
 from ._method import Combined, Method, Run
 from ._pair import Pair
 from .gelora import GeLoRA, intrinsic_dimensions
+from .geolora import GeoLoRA
 from .lora_mini import LoRAMini
 from .lora_rite import LoRARITE
 from .mora import MoRA
 from .rm_lora import RMLoRA
+from .sherl import SHERL
 from .sora import SoRA
 from .sp_lora import SPLoRA
+from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE)
+    method.name: method
+    for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, SHERL)
 }
 
 
@@ -56,8 +60,10 @@ def get_method(name: str, **options: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "SHERL",
     "Combined",
     "GeLoRA",
+    "GeoLoRA",
     "LoRAMini",
     "LoRARITE",
     "Method",
@@ -67,6 +73,7 @@ __all__ = [
     "Run",
     "SPLoRA",
     "SoRA",
+    "XGBLoRA",
     "get_method",
     "intrinsic_dimensions",
 ]

@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._checks import joined, listed
 from .._distributed import is_sharded
@@ -54,6 +56,11 @@ class Method:
     gradient: ClassVar[str] = "lors"
     has_own_start: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether :meth:`start` must be given the gradients of the sparse model's weights."""
+        return False
 
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -94,18 +101,27 @@ class Method:
     def after_step(self, run: Run) -> None:
         """Called once per optimizer step, without gradients, after it."""
 
-    def start(self, model: nn.Module, *, steps: int | None = None, seed: int = 0) -> Run:
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> Run:
         """Begin training a converted model with this method; then take ``run.optimizer`` or ``run.attach``.
 
         Args:
             model: what :func:`lors_cuda.get_lors_model` or PEFT has converted, not yet wrapped or sharded.
             steps: optimizer steps of the whole training, for methods with a schedule.
             seed: of every draw; the same seed gives the same run.
+            gradients: as :func:`lors_cuda.estimate_gradients` returns them for the model before conversion, for a
+                method that ``needs_gradients``.
 
         Raises:
             ValueError: the model has no adapters, is sharded, or trains with a method already; nothing is changed.
         """
-        return Run(self, model, steps, seed)
+        return Run(self, model, steps, seed, gradients)
 
     def fields(self) -> dict[str, Any]:
         """Name and options, as files hold them."""
@@ -152,6 +168,10 @@ class Combined(Method):
     def parts(self) -> tuple[Method, ...]:
         return self._parts
 
+    @property
+    def needs_gradients(self) -> bool:
+        return any(part.needs_gradients for part in self._parts)
+
     def places(self) -> list[str]:
         return [place for part in self._parts for place in part.places()]
 
@@ -196,7 +216,14 @@ class Run:
         tensors: tensors that a method keeps between steps, by name; saved and loaded.
     """
 
-    def __init__(self, method: Method, model: nn.Module, steps: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        steps: int | None,
+        seed: int,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
         running = vars(model).get("lors_run")
         if running is not None:
             raise ValueError(
@@ -213,31 +240,65 @@ class Run:
         self.method, self.model, self.steps, self.seed = method, model, steps, seed
         self.step = 0
         self.tensors: dict[str, Tensor] = {}
+        self._gradients = gradients
         self._optimizer: Optimizer | None = None
         self._rates: list[float] = []
         self._handles: list[Any] = []
+        if method.needs_gradients and gradients is None:
+            raise ValueError(
+                f"The method '{method.name}' starts from gradients: call lors_cuda.estimate_gradients(sparse_model, "
+                "batches) before the model is converted, and give them to start(model, gradients=...)."
+            )
         with torch.no_grad():
             for pair in self.pairs:
                 method.parametrise(pair, self)
+        self._gradients = None
         vars(model)["lors_run"] = self
+        if {"optimizer", "step controller"} & set(method.places()):
+            self._handles.append(register_optimizer_step_pre_hook(_refuses_others(weakref.ref(self))))
 
     def generator(self, name: str, step: int = 0) -> torch.Generator:
         """A generator on the CPU that depends on the seed, a name and a step alone: the same in every process."""
         digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
+    def gradient(self, pair: Pair) -> Tensor:
+        """The gradient [N, K] of an adapter's weight that :meth:`Method.start` was given, in float32.
+
+        Raises:
+            ValueError: there is none for it, or it has another shape or numbers that are not finite.
+        """
+        assert self._gradients is not None
+        name, shape = pair.name.removeprefix("base_model.model."), (pair.layer.out_features, pair.layer.in_features)
+        found = self._gradients.get(name)
+        if found is None or tuple(found.shape) != shape or not bool(found.isfinite().all()):
+            raise ValueError(
+                f"The gradients have none of shape {list(shape)} with finite numbers for '{name}', which is adapted. "
+                "Estimate them with the same targets, of the same sparse model."
+            )
+        return found.detach().to(pair["lora_A"].device, torch.float32)
+
     # ---- the optimizer ----
 
     def optimizer(self, lr: float, **options: Any) -> Optimizer:
         """The method's optimizer over everything that is trained, attached; ``options`` are those of its class."""
-        return self.attach(self.method.optimizer(self, lr, **options))
+        return self._attach(self.method.optimizer(self, lr, **options))
 
     def attach(self, optimizer: Optimizer) -> Optimizer:
         """Let the method act around the steps of an optimizer of yours; a GradScaler's skipped steps do not count.
 
         Raises:
-            ValueError: it does not hold every parameter that is trained, or the run has an optimizer already.
+            ValueError: it does not hold every parameter that is trained, the method is an optimizer itself, or the run
+                has an optimizer already.
         """
+        if "optimizer" in self.method.places():
+            raise ValueError(
+                f"The method '{self.method.name}' has an optimizer of its own, and would do nothing beside another one "
+                f"({type(optimizer).__name__}); take run.optimizer(lr)."
+            )
+        return self._attach(optimizer)
+
+    def _attach(self, optimizer: Optimizer) -> Optimizer:
         if self._optimizer is not None:
             raise ValueError("The run has an optimizer already; a run has one.")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -249,10 +310,8 @@ class Run:
             )
         self._optimizer = optimizer
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles.append(optimizer.register_step_pre_hook(self._before))
+        self._handles.append(optimizer.register_step_post_hook(self._after))
         return optimizer
 
     @torch.no_grad()
@@ -280,6 +339,38 @@ class Run:
                 base = float(group.get("initial_lr", first))
                 return float(group["lr"]) / base if base else 1.0
         raise ValueError("The parameter is in no group of the optimizer.")
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop what the optimizer keeps for parameters that from now on belong to another function."""
+        assert self._optimizer is not None
+        for parameter in parameters:
+            self._optimizer.state.pop(parameter, None)
+
+    def require_whole(self, who: str) -> None:
+        """Refuse factors that ``fully_shard`` has cut, for a method that cannot work on parts.
+
+        Raises:
+            ValueError: a factor is sharded.
+        """
+        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+            raise ValueError(
+                f"{who} needs whole factors, and fully_shard has cut them. Train it in one process or under "
+                "DistributedDataParallel."
+            )
+
+    def require_adapters_alone(self, who: str) -> None:
+        """Refuse trained parameters that belong to no adapter, for an optimizer that moves pairs.
+
+        Raises:
+            ValueError: one is trained.
+        """
+        known = {id(parameter) for pair in self.pairs for parameter in pair.trained()}
+        others = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if others:
+            raise ValueError(
+                f"{who} moves adapters alone, and {listed(others)} is trained too (modules_to_save). Freeze it, or use "
+                "another method."
+            )
 
     # ---- the end, and files ----
 
@@ -328,14 +419,20 @@ class Run:
         given = {name for name in tensors if not name.startswith("run.")}
         problems += [f"It has no tensor '{name}'." for name in sorted(names - given)]
         problems += [f"It has a tensor '{name}', and the model has none." for name in sorted(given - names)]
-        for name in sorted(names & given):
+        for name in sorted(name for name in names & given if not name.endswith("_extra_state")):
             shape = list(own["tensors"][name].shape)
             if list(tensors[name].shape) != shape:
                 problems.append(f"'{name}' has shape {list(tensors[name].shape)}, and {shape} is needed.")
         if problems:
             raise ValueError(f"The method's state was not loaded. {joined(problems)}")
-        for pair in self.pairs:
-            pair.load_state(dict(tensors))
+        before = {name: tensor.clone() for name, tensor in own["tensors"].items()}
+        try:
+            for pair in self.pairs:
+                pair.load_state(tensors)
+        except ValueError as error:
+            for pair in self.pairs:
+                pair.load_state(before)
+            raise ValueError(f"The method's state was not loaded. {error}") from None
         self.tensors = {
             name.removeprefix("run."): tensor.clone() for name, tensor in tensors.items() if name.startswith("run.")
         }
@@ -371,6 +468,24 @@ class Run:
         except ValueError as error:
             raise ValueError(f"'{path}' is not JSON: it is cut short or corrupted ({error}).") from None
         self.load_state_dict({**state, "tensors": read_weights(Path(directory) / TENSORS_NAME)})
+
+
+def _refuses_others(run: weakref.ref[Run]) -> Callable[..., None]:
+    """A hook of every optimizer: a method that acts around the steps must not be passed by."""
+
+    def check(optimizer: Optimizer, *_: Any) -> None:
+        own = run()
+        if own is None or optimizer is own._optimizer:
+            return
+        trained = {id(parameter) for pair in own.pairs for parameter in pair.trained()}
+        if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"An optimizer ({type(optimizer).__name__}) moves the adapters, and the method '{own.method.name}' "
+                "acts around another one's steps or none's. Call run.attach(optimizer) first, or take "
+                "run.optimizer(lr); or run.finish(), to train on without the method."
+            )
+
+    return check
 
 
 def _trained_pairs(model: nn.Module) -> Iterator[Pair]:

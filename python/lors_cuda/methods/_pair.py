@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ class Pair:
         name: the layer's name in the model.
         layer: the layer.
         adapter: the adapter's name in a layer of lors_cuda.peft; None in a LoRSLinear.
+        scaling: s, as it was when the method started; a rank that grows or shrinks does not change it.
     """
 
     def __init__(self, name: str, layer: SparseLayer, adapter: str | None = None) -> None:
         self.name, self.layer, self.adapter = name, layer, adapter
+        known: Any = layer
+        self.scaling = float(known.scaling if adapter is None else known.scaling[adapter])
         self._hooks: list[Any] = []
 
     def _place(self, which: str) -> tuple[nn.Module, str]:
@@ -43,11 +47,6 @@ class Pair:
     @property
     def r(self) -> int:
         return int(self["lora_A"].shape[0])
-
-    @property
-    def scaling(self) -> float:
-        layer: Any = self.layer
-        return float(layer.scaling if self.adapter is None else layer.scaling[self.adapter])
 
     def is_parametrised(self, which: str) -> bool:
         return parametrize.is_parametrized(*self._place(which))
@@ -107,10 +106,24 @@ class Pair:
         return found
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state` gave; the names were compared before."""
-        for key, tensor in self.state().items():
-            tensor.copy_(tensors[key])
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state` gave; the names were compared before.
+
+        Raises:
+            ValueError: the tensors do not belong together.
+        """
+        for which in FACTORS:
+            module, attribute = self._place(which)
+            if not parametrize.is_parametrized(module, attribute):
+                self[which].copy_(tensors[f"{self.name}.{which}"])
+                continue
+            chain: Any = module.parametrizations
+            own = chain[attribute].state_dict()
+            chain[attribute].load_state_dict({key: tensors[f"{self.name}.{which}.{key}"] for key in own})
+        ranks = self["lora_A"].shape[0], self["lora_B"].shape[1]
+        if ranks[0] != ranks[1]:
+            raise ValueError(f"lora_A of '{self.name}' has {ranks[0]} rows, and lora_B {ranks[1]} columns.")
+        self.note_rank()
 
     def fold(self) -> None:
         """Make both factors ordinary parameters again, of the values that they have."""
@@ -130,19 +143,21 @@ class Pair:
         Raises:
             ValueError: the rank does not fit the layer.
         """
-        r = lora_A.shape[0]
-        check_rank(r, self.layer.out_features, self.layer.in_features)
-        scaling = self.scaling
+        check_rank(lora_A.shape[0], self.layer.out_features, self.layer.in_features)
         for which, factor in zip(FACTORS, (lora_A, lora_B), strict=True):
             module, attribute = self._place(which)
             before = getattr(module, attribute)
             setattr(module, attribute, nn.Parameter(factor.detach().to(before), requires_grad=before.requires_grad))
+        self.note_rank()
+
+    def note_rank(self) -> None:
+        """Tell the layer the rank that its factors have now; lora_alpha is adjusted to the same scaling."""
         layer: Any = self.layer
         if self.adapter is None:
-            layer.r = r
-            layer.scaling = scaling
+            layer.r = self.r
+            layer.scaling = self.scaling
         else:
-            layer.set_rank(self.adapter, r)
+            layer.set_rank(self.adapter, self.r)
 
 
 def _name_computed(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import device_of, running, to_device
-from .._checks import check_choice
+from .._checks import check_choice, check_count, check_number
 from .._linears import is_linear, weight_of
 from ..config import LoRSConfig
 from ._method import Method
@@ -50,12 +50,9 @@ class GeLoRA(Method):
 
     def __post_init__(self) -> None:
         check_choice("pool", self.pool, _POOLS)
-        if not 0 < self.multiplier < float("inf"):
-            raise ValueError(f"multiplier is {self.multiplier!r}; it must be more than 0.")
-        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < _FEWEST:
-            raise ValueError(f"points is {self.points!r}; it must be a whole number of at least {_FEWEST}.")
-        if not 0 <= self.discard < 1:
-            raise ValueError(f"discard is {self.discard!r}; it must be at least 0 and less than 1.")
+        check_number("multiplier", self.multiplier, "more than 0", lambda x: 0 < x < math.inf)
+        check_count("points", self.points, _FEWEST)
+        check_number("discard", self.discard, "at least 0 and less than 1", lambda x: 0 <= x < 1)
 
     def configure(
         self, config: LoRSConfig, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -64,7 +61,7 @@ class GeLoRA(Method):
             raise ValueError("GeLoRA looks at the model's hidden states: configure(config, model, batches).")
         dimensions = intrinsic_dimensions(model, batches, pool=self.pool, points=self.points, discard=self.discard)
         ranks = block_ranks(dimensions, self.multiplier)
-        name, blocks = _blocks(model, len(ranks))
+        name, blocks = model_blocks(model, len(ranks))
         configured = copy.deepcopy(config)
         scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         rank_pattern, alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
@@ -77,12 +74,16 @@ class GeLoRA(Method):
         return configured
 
 
-def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The model's list of blocks, and its name."""
+def model_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """The model's list of blocks, and its name.
+
+    Raises:
+        ValueError: it has no list of ``count`` modules.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(model).__name__} has hidden states of {count} blocks, and no list of {count} modules.")
+    raise ValueError(f"{type(model).__name__} has {count} blocks, and no list of {count} modules.")
 
 
 def block_ranks(dimensions: list[float], multiplier: float = 1.0) -> list[int]:

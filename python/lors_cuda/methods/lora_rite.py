@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_flag, listed
-from .._distributed import is_sharded
+from .._checks import check_flag, check_number, listed
 from ._method import Method, Run
 from ._pair import FACTORS
 
@@ -40,11 +39,12 @@ class LoRARITE(Method):
     clips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas!r}; it must be two numbers.")
+        for beta in self.betas:
+            check_number("betas", beta, "two numbers, at least 0 and less than 1", lambda x: 0 <= x < 1)
         object.__setattr__(self, "betas", tuple(self.betas))
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas!r}; it must be two numbers, at least 0 and less than 1.")
-        if not 0 <= self.clip < math.inf:
-            raise ValueError(f"clip is {self.clip!r}; it must be 0 or more.")
+        check_number("clip", self.clip, "0 or more", lambda x: 0 <= x < math.inf)
         check_flag("escape", self.escape)
 
     def optimizer(self, run: Run, lr: float, **options: Any) -> Optimizer:
@@ -69,17 +69,6 @@ def _alternating(run: Run) -> list[nn.Parameter]:
             f"LoRA-RITE moves plain factors, and those of {listed(computed)} are computed by another method. Leave "
             "one of the methods out."
         )
-    factors = [pair.stored(which) for pair in run.pairs for which in FACTORS]
-    if any(is_sharded(factor) for factor in factors):
-        raise ValueError(
-            "LoRA-RITE needs whole factors, and fully_shard has cut them. Train in one process or under "
-            "DistributedDataParallel."
-        )
-    known = {id(factor) for factor in factors}
-    others = [name for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in known]
-    if others:
-        raise ValueError(
-            f"LoRA-RITE moves adapters alone, and {listed(others)} is trained too (modules_to_save). Freeze it, or use "
-            "another method."
-        )
-    return factors
+    run.require_whole("LoRA-RITE")
+    run.require_adapters_alone("LoRA-RITE")
+    return [pair.stored(which) for pair in run.pairs for which in FACTORS]

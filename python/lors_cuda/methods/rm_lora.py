@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .._distributed import is_sharded
+from .._checks import check_count, check_number
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -37,14 +38,13 @@ class RMLoRA(Method):
     name: ClassVar[str] = "rm-lora"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < float("inf"):
-            raise ValueError(f"penalty is {self.penalty!r}; it must be 0 or more.")
+        check_number("penalty", self.penalty, "0 or more", lambda x: 0 <= x < math.inf)
         if (self.active is None) != (self.interval is None):
             raise ValueError("active and interval belong together: give both, or neither.")
         for field in ("active", "interval"):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+            if value is not None:
+                check_count(field, value)
 
     def resting(self, pair: Pair, run: Run) -> Tensor | None:
         """The directions that are not updated in this interval; None if all are."""
@@ -54,15 +54,11 @@ class RMLoRA(Method):
         return order[self.active :].to(pair["lora_A"].device)
 
     def before_step(self, run: Run) -> None:
+        run.require_whole("RM-LoRA")
         for pair in run.pairs:
             for which, factor, rows in _factors(pair):
                 if factor.grad is None:
                     continue
-                if is_sharded(factor):
-                    raise ValueError(
-                        "RM-LoRA needs whole factors, and fully_shard has cut them. Train it in one process or under "
-                        "DistributedDataParallel."
-                    )
                 if self.penalty:
                     change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
                     factor.grad += (change if which == "lora_A" else change.T).to(factor.grad.dtype)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softshrink
 
-from .._checks import check_choice
+from .._checks import check_choice, check_count, check_number
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -43,10 +44,9 @@ class SoRA(Method):
         check_choice("gate_start", self.gate_start, _STARTS)
         for field in ("threshold", "final_threshold"):
             value = getattr(self, field)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{field} is {value!r}; it must be 0 or more.")
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise ValueError(f"stages is {self.stages!r}; it must be a whole number of at least 1.")
+            if value is not None:
+                check_number(field, value, "0 or more", lambda x: 0 <= x < math.inf)
+        check_count("stages", self.stages)
         if (self.final_threshold is None) != (self.stages == 1):
             raise ValueError("stages and final_threshold belong together: give both, or neither.")
 

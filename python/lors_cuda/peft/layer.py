@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._checks import check_stored
 from .._weight_reads import reads_past
 from ..fingerprints import Fingerprint
 from ..functional import lors_linear, merge
@@ -85,6 +86,13 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         self.__dict__.setdefault("gradient", {})
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         self.gradient[adapter_name] = config.gradient
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """As in PEFT; refuses factors that are computed, by a parametrisation or a method of lors_cuda.methods."""
+        if adapter_name in self.lora_A:
+            for which, factors in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+                check_stored(f"{which} of '{adapter_name}'", factors[adapter_name].weight, "drawn anew")
+        super().reset_lora_parameters(adapter_name, init_lora_weights)
 
     def resolve_lora_variant(self, *, config: LoRSLoraConfig, **kwargs: Any) -> MaskedVariant:
         return MaskedVariant()

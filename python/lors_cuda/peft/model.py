@@ -29,6 +29,7 @@ from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..advice import new_heads, warn_of_conversion
+from ..model import check_mergeable
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -129,6 +130,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
+            check_mergeable(self.model)
             self._check_merge(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unguard_saving(model)

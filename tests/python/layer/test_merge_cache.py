@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_layer import every_layout
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lors_cuda
@@ -253,3 +254,59 @@ def test_opcheck_of_the_linear_with_a_given_merge(device, seed, dtype):
         torch.ops.lors.linear.default,
         (tensors[0], case.weight, None, None, *tensors[1:], None, 0.5, "lors", merged),
     )
+
+
+class Scaled(nn.Module):
+    """A parametrisation whose state is no tensor: only the computed factor shows a change."""
+
+    factor = 2.0
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return self.factor * stored
+
+
+@every_layout
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_a_computed_factor_merges_once_while_it_stays_the_same(device, layout, which):
+    model, x = model_of(layout, device=device), torch.randn(5, 64, device=device)
+    scale = Scaled()
+    parametrize.register_parametrization(model[0], which, scale)
+    with merge_cache(model), counted() as counts:
+        for _ in range(3):
+            model(x).sum().backward()
+        with torch.inference_mode():
+            model(x)
+        with torch.no_grad():
+            model(x)
+        assert (counts.kept, counts.alone) == (2, 0)
+        for change in (lambda: setattr(scale, "factor", 3.0), lambda: _change_stored(model, which)):
+            before = model(x).detach()
+            change()
+            after = model(x).detach()
+            assert not torch.equal(after, before)
+            with torch.no_grad():
+                fresh = copy.deepcopy(model)
+                for layer in fresh.modules():
+                    if isinstance(layer, lors_cuda.LoRSLinear):
+                        layer.merged_weight = MergedWeight()
+                torch.testing.assert_close(fresh(x), after, rtol=0, atol=0)
+        assert counts.kept == 2 + 2 + 4  # one for each change; the deep copies' own
+
+
+def _change_stored(model: nn.Module, which: str) -> None:
+    with torch.no_grad():
+        model[0].parametrizations[which].original.mul_(1.5)
+
+
+def test_a_plain_tensor_that_is_written_in_place_is_seen():
+    torch.manual_seed(0)
+    weight = lors_cuda.SparseWeight.from_dense(model_of("2:4")[0].sparse_weight.to_dense())
+    lora_A, lora_B, x = torch.randn(4, 64), torch.randn(48, 4), torch.randn(5, 64)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            A, B, cache = lora_A.clone(), lora_B.clone(), MergedWeight()
+            for _ in range(3):
+                found = lors_linear(x, weight, A, B, 0.5, cache=cache)
+                torch.testing.assert_close(found, lors_linear(x, weight, A, B, 0.5), rtol=1e-4, atol=1e-4)
+                A += 1
+                B[:, 0] = 3

@@ -8,19 +8,21 @@ import hashlib
 
 import pytest
 import torch
-from method_runs import check_a_resumed_trainer, made, train
+from method_runs import VARIANTS, check_a_resumed_trainer, fresh, made, train
+from torch.nn.utils import parametrize
 
 from lors_cuda import (
     init_from_gradients,
     load_adapter,
     merge_and_unload,
+    merge_cache,
     named_lors_layers,
     save_adapter,
 )
 from lors_cuda.methods import METHODS, get_method
 from models import logits, refused, tiny_llama
 
-every_method = pytest.mark.parametrize("name", [*METHODS, "lora-mini+rm-lora"])
+every_method = pytest.mark.parametrize("name", [*METHODS, *VARIANTS, "lora-mini+rm-lora"])
 
 
 def checksum(model):
@@ -49,8 +51,11 @@ def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, l
     # Folding computes lora_A and lora_B as each forward has: only rows of zeros may have gone.
     torch.testing.assert_close(finished, running, rtol=0, atol=float(running.abs().max()) * torch.finfo(dtype).eps * 4)
     save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(tiny_llama(dtype=dtype), tmp_path / "adapter")
+    again = load_adapter(fresh(name, dtype), tmp_path / "adapter")
     assert torch.equal(logits(again), finished)
+    if name == "sherl":
+        refused(ValueError, lambda: merge_and_unload(model), "cannot be merged", "side network")
+        return
     merged = merge_and_unload(model)
     for layer_name, mask in masks.items():
         assert not merged.get_submodule(layer_name).weight[~mask].any(), layer_name
@@ -114,13 +119,57 @@ def test_accumulation_is_the_larger_batch(name):
 
 @every_method
 def test_the_seed_decides(name):
-    tensors = [run.state_dict()["tensors"] for run in (made(name)[1], made(name)[1])]
-    assert tensors[0].keys() == tensors[1].keys()
-    drawn = get_method(name.split("+")[0])
-    if "parametrisation" in drawn.places() and name != "mora":
-        own = tensors[0]
-        other = made(name, seed=1)[1].state_dict()["tensors"]
-        assert any(not torch.equal(own[key], other[key]) for key in own)
+    def tensors(seed):
+        model, run = made(name, seed=seed)
+        train(model, run, 4)
+        return run.state_dict()["tensors"]
+
+    one, two, other = tensors(0), tensors(0), tensors(1)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    if {"sora", "lora-mini", "xgblora", "geolora", "rm-lora"} & set(name.split("+")):
+        assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@every_method
+def test_the_merge_cache_merges_once_and_sees_every_step(name):
+    model, run = made(name, layout="bitmap")
+    optimizer = run.optimizer(lr=1e-2)
+    layers = dict(named_lors_layers(model))
+    with merge_cache(model):
+        for number in range(4):
+            first = logits(model)
+            kept = [layer.merged_weight._operand for layer in layers.values()]
+            assert torch.equal(logits(model), first)
+            assert all(a is b.merged_weight._operand for a, b in zip(kept, layers.values(), strict=True))
+            for layer in layers.values():
+                layer.merged_weight.clear()
+            assert torch.equal(logits(model), first)
+            train(model, run, 1, first=number, optimizer=optimizer)
+    assert not torch.equal(logits(model), first)
+
+
+def test_a_new_start_of_computed_factors_is_refused():
+    model, run = made("lora-mini")
+    layer = run.pairs[0].layer
+    before = logits(model)
+    refused(ValueError, layer.reset_adapter, "lora_A is computed", "run.finish()")
+    assert torch.equal(logits(model), before)
+    run.finish()
+    layer.reset_adapter(False)
+    assert not torch.equal(logits(model), before)
+    parametrize.register_parametrization(layer, "lora_B", torch.nn.Tanh())
+    refused(ValueError, layer.reset_adapter, "lora_B is computed", "remove_parametrizations")
+    gradients = {pair.name: torch.ones(pair.layer.out_features, pair.layer.in_features) for pair in run.pairs}
+    refused(ValueError, lambda: init_from_gradients(model, gradients), run.pairs[0].name, "is computed")
+
+
+def test_loading_into_computed_factors_is_refused(tmp_path):
+    model, run = made("lors")
+    run.finish()
+    save_adapter(model, tmp_path)
+    parametrize.register_parametrization(run.pairs[0].layer, "lora_A", torch.nn.Tanh())
+    refused(ValueError, lambda: load_adapter(model, tmp_path), "is computed", "cannot be loaded")
 
 
 def test_refusals():
@@ -155,6 +204,22 @@ def test_other_states_are_refused(tmp_path):
     refused(FileNotFoundError, lambda: load_adapter(other, tmp_path / "finished"), "method.json", "'sora'")
     (tmp_path / "method.json").write_text("{")
     refused(ValueError, lambda: load_adapter(other, tmp_path), "not JSON")
+
+
+@pytest.mark.parametrize("name", ["sora", "rm-lora", "xgblora", "geolora"])
+def test_an_optimizer_that_passes_the_method_by_is_refused(name):
+    model, run = made(name)
+    before = logits(model)
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    refused(ValueError, lambda: train(model, run, 1, optimizer=other), f"method '{name}'", "run.attach(optimizer)")
+    assert torch.equal(logits(model), before)
+    unrelated = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    unrelated.step()
+    if name == "geolora":
+        refused(ValueError, lambda: run.attach(other), "an optimizer of its own", "run.optimizer(lr)")
+    run.finish()
+    train(model, run, 1, optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+    assert not torch.equal(logits(model), before)
 
 
 def test_an_optimizer_that_was_resumed_without_the_method_is_refused():

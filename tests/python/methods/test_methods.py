@@ -9,37 +9,21 @@ import sys
 import numpy
 import pytest
 import torch
+from method_runs import net, step
 from torch import nn
 
-from lors_cuda import LoRSConfig, get_lors_model, named_lors_layers
-from lors_cuda.methods import GeLoRA, LoRAMini, MoRA, RMLoRA, SoRA, get_method
+from lors_cuda import LoRSConfig, estimate_gradients, get_lors_model, named_lors_layers
+from lors_cuda.methods import GeLoRA, LoRAMini, MoRA, RMLoRA, SoRA, get_method, reference
 from lors_cuda.methods.gelora import block_ranks, intrinsic_dimensions, two_nn
 from lors_cuda.methods.rm_lora import orthogonality_gradient
 from models import batch, fill_adapters, prune_two_of_four, refused, tiny_llama, tiny_net
 
-
-def net(shape=(24, 20), r=6, seed=0, **fields):
-    """One sparse linear in float64, with an adapter."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64))
-    prune_two_of_four(model)
-    return get_lors_model(model, LoRSConfig(**{"r": r, "lora_alpha": 9, "gradient": "exact", **fields}))
-
-
-def step(model, run, optimizer, seed=0):
-    width = model[0].in_features
-    x = torch.randn(32, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
-
-
 # ---- every method: the derivative ----
 
 
-@pytest.mark.parametrize("name", ["sp-lora", "sora", "lora-mini", "mora"])
+@pytest.mark.parametrize("name", ["sp-lora", "sora", "lora-mini", "mora", "xgblora", "geolora"])
 def test_exact_gradients_are_the_derivative(name):
-    model = net()
+    model = net(r=1 if name == "xgblora" else 6)
     run = get_method(name).start(model)
     fill = torch.Generator().manual_seed(1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -85,6 +69,7 @@ def test_sora_shrinks_by_the_proximal_operator():
     for value, shrunk in zip(before.flatten(), gate.flatten(), strict=True):
         best = grid[(0.5 * (grid - value).square() + 0.3 * grid.abs()).argmin()]
         assert float(shrunk) == pytest.approx(float(best), abs=2e-4)
+    torch.testing.assert_close(gate, reference.sora_prox(before, 0.3), rtol=0, atol=1e-15)
     assert gate.flatten()[[1, 4]].all()
 
 
@@ -112,6 +97,11 @@ def test_sora_drops_the_rows_of_zero_gates_at_the_same_scaling():
         run.pairs[0].stored("lora_A").normal_()
         run.pairs[0].parametrisation("lora_A").gate[[1, 3]] = 0
     dense, scaling = layer.merged_dense(), layer.scaling
+    gate = run.pairs[0].parametrisation("lora_A").gate.flatten()
+    update = reference.sora_update(run.pairs[0].stored("lora_A"), layer.lora_B, gate, scaling)
+    stored = layer.sparse_weight
+    wanted = stored.to_dense() + torch.where(stored.mask(), update, 0.0)
+    torch.testing.assert_close(dense, wanted, rtol=1e-13, atol=1e-13)
     run.finish()
     assert (layer.r, tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)) == (3, (3, 20), (24, 3))
     assert layer.scaling == pytest.approx(scaling, rel=1e-15)
@@ -154,9 +144,9 @@ def test_rm_lora_adds_the_penalty_of_the_whole_model():
     torch.manual_seed(0)
     model = get_lors_model(tiny_net(dtype=torch.float64), LoRSConfig(r=3, init_lora_weights=False))
     run = RMLoRA(penalty=0.7).start(model)
-    factors = [p for _, layer in named_lors_layers(model) for p in (layer.lora_A, layer.lora_B.T)]
-    norms = [(f @ f.T - torch.eye(3, dtype=f.dtype)).norm() for f in factors]
-    wanted = torch.autograd.grad(0.7 * sum(norms) / len(norms), [p for p in model.parameters() if p.requires_grad])
+    pairs = [(layer.lora_A, layer.lora_B) for _, layer in named_lors_layers(model)]
+    penalty = 0.7 * reference.rm_lora_penalty(pairs)
+    wanted = torch.autograd.grad(penalty, [p for p in model.parameters() if p.requires_grad])
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     with torch.no_grad():
@@ -190,7 +180,16 @@ def test_lora_mini_trains_r_a_plus_b_numbers_and_starts_alive():
     model = net(r=4)
     run = LoRAMini(a=7, b=5).start(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * (7 + 5)
-    aux = run.pairs[0].parametrisation("lora_B").left
+    pair = run.pairs[0]
+    aux, A_aux = pair.parametrisation("lora_B").left, pair.parametrisation("lora_A").right
+    layer, stored = model[0], model[0].sparse_weight
+    with torch.no_grad():
+        pair.stored("lora_B").normal_()
+    update = reference.lora_mini_update(pair.stored("lora_A"), A_aux, aux, pair.stored("lora_B"), layer.scaling)
+    wanted = stored.to_dense() + torch.where(stored.mask(), update, 0.0)
+    torch.testing.assert_close(layer.merged_dense(), wanted, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        pair.stored("lora_B").zero_()
     torch.testing.assert_close(aux.T @ aux, torch.eye(5, dtype=aux.dtype), rtol=1e-6, atol=1e-6)
     step(model, run, torch.optim.SGD(run.pairs[0].trained(), lr=0.0))
     assert run.pairs[0].stored("lora_B").grad.any()
@@ -202,49 +201,62 @@ def test_lora_mini_takes_no_more_than_the_layer_has():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * (12 + 8)
 
 
+def random_input():
+    return torch.randn(40, 20, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def test_lora_mini_from_gradients_spans_their_leading_directions():
+    sparse = nn.Sequential(net()[0].to_linear())
+    gradients = estimate_gradients(sparse, [random_input()], loss_fn=lambda m, x: m(x).sin().sum(), progress=False)
+    model = get_lors_model(sparse, LoRSConfig(r=4, lora_alpha=4, gradient="exact"))
+    run = LoRAMini(a=5, b=6, aux="gradient").start(model, gradients=gradients)
+    U, _, Vh = torch.linalg.svd(gradients["0"].double())
+    pair = run.pairs[0]
+    for found, wanted in (
+        (pair.parametrisation("lora_A").right, Vh[:5]),
+        (pair.parametrisation("lora_B").left.T, U[:, :6].T),
+    ):
+        # Up to the signs of singular vectors: the same projection.
+        torch.testing.assert_close(found.T @ found, (wanted.T @ wanted).to(found), rtol=0, atol=1e-4)
+    other = get_lors_model(nn.Sequential(net()[0].to_linear()), LoRSConfig(r=4, lora_alpha=4, gradient="exact"))
+    again = LoRAMini(a=5, b=6, aux="gradient").start(other, gradients={"0": torch.ones(24, 20)})
+    again.load_state_dict(run.state_dict())  # with the vectors of the first
+    assert all(torch.equal(pair[which], again.pairs[0][which]) for which in ("lora_A", "lora_B"))
+
+
+def test_lora_mini_from_gradients_refuses_what_is_none():
+    method = LoRAMini(aux="gradient")
+    refused(ValueError, lambda: method.start(net()), "estimate_gradients", "start(model, gradients=...)")
+    for gradients in ({}, {"0": torch.ones(3, 3)}, {"0": torch.full((24, 20), float("nan"))}):
+        refused(ValueError, lambda g=gradients: method.start(net(), gradients=g), "for '0'", "same targets")
+    run = method.start(net(), gradients={"0": torch.zeros(24, 20)})  # no direction leads: random ones
+    assert run.pairs[0].parametrisation("lora_A").right.any()
+
+
 # ---- MoRA ----
 
 
-def by_definition(Q, N, K, kind):
-    """dW of the authors' operator: compress x to q numbers, multiply by Q, spread the result over N."""
-    q = Q.shape[0]
-    x = torch.eye(K, dtype=Q.dtype)
-    if kind in ("sharing", "mixed-4"):
-        if K % q:
-            x = torch.cat([x, x[:, : q - K % q]], 1)
-        h = x.view(K, -1, q).sum(1)
-    else:
-        longer, length = K % q, K // q
-        head, rest = x[:, : longer * (length + 1)], x[:, longer * (length + 1) :]
-        parts = [head.view(K, longer, length + 1).sum(-1)] if longer else []
-        h = torch.cat([*parts, rest.reshape(K, q - longer, length).sum(-1)], 1)
-    y = h @ Q.T
-    if kind in ("sharing", "mixed-3"):
-        return y.repeat(1, -(-N // q))[:, :N].T
-    longer, length = N % q, N // q
-    spread = [y[:, :longer].repeat_interleave(length + 1, 1), y[:, longer:].repeat_interleave(length, 1)]
-    return torch.cat(spread, 1).T
-
-
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24), (32, 12), (12, 32), (17, 36)])
-@pytest.mark.parametrize("kind", ["sharing", "decoupling", "mixed-3", "mixed-4"])
+@pytest.mark.parametrize("kind", ["sharing", "decoupling", "mixed-3", "mixed-4", "rotation"])
 def test_mora_is_the_authors_operator_under_the_mask(shape, kind):
     N, K = shape
     model = net(shape, r=2, lora_alpha=3)
     run = MoRA(kind).start(model)
     q = min(round(math.sqrt((N + K) * 2)), N, K)
+    q = q // 2 * 2 if kind == "rotation" else q
     (Q,) = run.pairs[0].trained()
     assert tuple(Q.shape) == (q, q)
     with torch.no_grad():
         Q.copy_(torch.randn(q, q, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     layer = model[0]
-    update = by_definition(Q.detach(), N, K, kind)
-    assert torch.linalg.matrix_rank(update) == q
+    update = reference.mora_update(Q.detach(), N, K, kind)
+    rank = torch.linalg.matrix_rank(update)
+    assert rank == q if kind != "rotation" else rank > q
     stored = layer.sparse_weight
     wanted = stored.to_dense() + torch.where(stored.mask(), update, 0.0)
     torch.testing.assert_close(layer.merged_dense(), wanted, rtol=1e-12, atol=1e-12)
     run.finish()
-    assert layer.r == q
+    assert layer.r == (q if kind != "rotation" else min(N, K, -(-K // q) * q))
     torch.testing.assert_close(layer.merged_dense(), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -264,6 +276,10 @@ def test_two_nn_gives_scikit_dimension_s_values(dimension, value):
 def test_ranks_follow_the_growth_of_the_dimension():
     assert block_ranks([2.0, 5.0, 5.0, 3.0]) == [4, 1, 1]
     assert block_ranks([2.0, 5.0, 5.0, 3.0], 2.0) == [8, 2, 2]
+    drawn = (20 * torch.rand(9, generator=torch.Generator().manual_seed(0))).tolist()
+    assert block_ranks(drawn) == reference.gelora_ranks(drawn)
+    points = torch.rand(150, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert two_nn(points, 0.2) == pytest.approx(reference.two_nn(points, 0.2), rel=1e-12)
 
 
 class Planted(nn.Module):
@@ -316,13 +332,29 @@ def test_gelora_needs_points():
         ("rm-lora", {"active": 2}, "belong together"),
         ("rm-lora", {"active": 0, "interval": 5}, "at least 1"),
         ("lora-mini", {"a": 0}, "at least 1"),
-        ("mora", {"type": "rotation"}, "type"),
+        ("sora", {"threshold": "abc"}, "threshold is 'abc'"),
+        ("sora", {"stages": 2.5, "final_threshold": 1.0}, "stages is 2.5"),
+        ("rm-lora", {"penalty": None}, "penalty is None"),
+        ("lora-rite", {"betas": 0.9}, "two numbers"),
+        ("lora-rite", {"betas": [0.9, "x"]}, "two numbers"),
+        ("gelora", {"multiplier": True}, "multiplier is True"),
+        ("xgblora", {"layers": "half"}, "layers is 'half'"),
+        ("geolora", {"basis_lr": [1]}, "basis_lr is [1]"),
+        ("sherl", {"late": 1.0}, "late is 1.0"),
+        ("mora", {"type": "spiral"}, "type"),
+        ("lora-mini", {"aux": "zeros"}, "aux"),
         ("lora-rite", {"betas": [0.9]}, "two numbers"),
         ("lora-rite", {"clip": -1.0}, "0 or more"),
         ("gelora", {"pool": "first"}, "pool"),
         ("gelora", {"points": 10}, "at least 100"),
         ("gelora", {"multiplier": 0.0}, "more than 0"),
         ("gelora", {"discard": 1.0}, "less than 1"),
+        ("xgblora", {"steps_per_booster": 0}, "at least 1"),
+        ("xgblora", {"layers": 0.0}, "more than 0"),
+        ("geolora", {"tolerance": 1.0}, "less than 1"),
+        ("geolora", {"cycle": 0}, "at least 1"),
+        ("geolora", {"min_rank": 8, "max_rank": 4}, "must not exceed"),
+        ("geolora", {"basis_lr": 0.0}, "more than 0"),
     ],
 )
 def test_wrong_options_are_sentences(name, options, fragment):
@@ -336,14 +368,14 @@ def test_stages_need_the_number_of_steps():
 # ---- LoRA-RITE ----
 
 
-def rite_run(start, optimizer_of, gradient, steps=50):
+def rite_run(name, start, optimizer_of, gradient, steps=50):
     """B A after training a pair that begins as R A and B R^-1."""
     model = net(r=4, gradient=gradient, init_lora_weights=False)
     layer = model[0]
     with torch.no_grad():
         layer.lora_B.copy_(layer.lora_B @ torch.linalg.inv(start))
         layer.lora_A.copy_(start @ layer.lora_A)
-    run = get_method("lora-rite").start(model)
+    run = get_method(name).start(model)
     optimizer = optimizer_of(run)
     for number in range(steps):
         step(model, run, optimizer, number)
@@ -357,12 +389,12 @@ def test_lora_rite_does_not_see_the_factoring_and_adamw_does(gradient):
     drawn = torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     other = drawn @ torch.diag(torch.tensor([30.0, 1.0, 1.0, 0.1], dtype=torch.float64))
 
-    def distance(optimizer_of):
-        ours, theirs = (rite_run(start, optimizer_of, gradient) for start in (plain, other))
+    def distance(name):
+        ours, theirs = (rite_run(name, start, lambda run: run.optimizer(1e-2), gradient) for start in (plain, other))
         return float((ours - theirs).norm() / ours.norm())
 
-    assert distance(lambda run: run.optimizer(1e-2)) < 1e-8
-    assert distance(lambda run: run.attach(torch.optim.AdamW(run.pairs[0].trained(), 1e-2))) > 0.1
+    assert distance("lora-rite") < 1e-8
+    assert distance("lors") > 0.1
 
 
 def test_a_large_gradient_is_not_dropped():

@@ -13,7 +13,13 @@ from lors_cuda.methods import METHODS
 
 pytest_plugins = ["cli_fixtures"]
 
-OPTIONS = {"sora": ["threshold=0.05"], "lora-mini": ["a=6", "b=6"], "rm-lora": ["active=2", "interval=2"]}
+OPTIONS = {
+    "sora": ["threshold=0.05"],
+    "lora-mini": ["a=6", "b=6", "aux=gradient"],
+    "rm-lora": ["active=2", "interval=2"],
+    "xgblora": ["steps_per_booster=2"],
+    "geolora": ["cycle=1"],
+}
 
 
 def command(home, run, name):
@@ -29,22 +35,27 @@ def test_a_method_trains_and_merges_with_every_zero(home, tmp_path, capsys, name
     assert call(*command(home, run, name)) == 0
     assert capsys.readouterr().err == ""
     assert {path.name for path in run.iterdir()} >= {"adapter_model.safetensors", "run.json"}
+    if name == "sherl":
+        error = failed(capsys, "merge", "--model", home / "sparse", "--adapter", run, "--output", merged)
+        assert "side_network" in error
+        return
     assert call("merge", "--model", home / "sparse", "--adapter", run, "--output", merged) == 0
     base, kept = linear_zeros(home / "sparse"), linear_zeros(merged)
     for layer, zero in base.items():
         assert bool(kept[layer][zero].all()), layer
 
 
-def test_a_killed_run_goes_on(home, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["sora", "xgblora", "lora-mini"])
+def test_a_killed_run_goes_on(home, tmp_path, capsys, name):
     run, whole = tmp_path / "run", tmp_path / "whole"
     long = ["--schedule", "constant"]
-    assert call(*command(home, run, "sora"), *long, "--steps", 4, "--checkpoint-every", 2) == 0
-    assert call(*command(home, run, "sora"), *long, "--steps", 6, "--resume") == 0
-    assert call(*command(home, whole, "sora"), *long, "--steps", 6) == 0
+    assert call(*command(home, run, name), *long, "--steps", 4, "--checkpoint-every", 2) == 0
+    assert call(*command(home, run, name), *long, "--steps", 6, "--resume") == 0
+    assert call(*command(home, whole, name), *long, "--steps", 6) == 0
     assert curve(run) == curve(whole)
     files = [safetensors_torch.load_file(each / "adapter_model.safetensors") for each in (run, whole)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
-    assert json.loads((run / "run.json").read_text())["identity"]["method"]["name"] == "sora"
+    assert json.loads((run / "run.json").read_text())["identity"]["method"]["name"] == name
     error = failed(capsys, *command(home, run, "rm-lora"), *long, "--steps", 7, "--resume")
     assert "other settings" in error
     assert "method was" in error
