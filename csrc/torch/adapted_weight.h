@@ -70,7 +70,7 @@ class Scratch {
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
-                double scaling)
+                double scaling, const DrawArguments& draws = {})
       : backend(backend),
         layout(stored.layout),
         N(stored.out_features),
@@ -80,7 +80,12 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling) {
+        scaling(scaling),
+        noise(row_major(draws.noise)) {
+    this->draws.rounds = draws.rounding_seed.has_value();
+    this->draws.rounding_seed = static_cast<uint64_t>(draws.rounding_seed.value_or(0));
+    this->draws.noise_seed = static_cast<uint64_t>(draws.noise_seed);
+    if (noise) this->draws.noise = static_cast<const float*>(noise->const_data_ptr());
     if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
@@ -93,11 +98,14 @@ struct AdaptedWeight {
     weight = merged;
     lora_A = torch::stable::narrow(lora_A, 0, 0, 0);
     lora_B = torch::stable::narrow(lora_B, 1, 0, 0);
+    draws = {};
   }
 
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
   int64_t r() const { return lora_A.size(0); }
+  // Only the merge draws random numbers; fused_linear does not.
+  bool has_draws() const { return draws.rounds || draws.noise; }
 
   // Fills in what MergeArgs and FusedLinearArgs have in common.
   template <typename Args>
@@ -124,6 +132,7 @@ struct AdaptedWeight {
     MergeArgs args;
     describe(args);
     args.merged_layout = merged_layout;
+    args.draws = draws;
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
@@ -150,8 +159,9 @@ struct AdaptedWeight {
     if (shared && shared->scalar_type() == dtype)
       return AdaptedWeight(*this, *shared).multiply(activation, bias, input_gradient, std::nullopt);
     // Without an adapter a dense weight is its own merge.
-    const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    if (shared || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
+    const bool own =
+        r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype && !has_draws();
+    if (shared || has_draws() || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
       Tensor out = empty(activation, {T, columns}, compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);
@@ -256,6 +266,8 @@ struct AdaptedWeight {
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
+  std::optional<Tensor> noise;
+  Draws draws;
 };
 
 }  // namespace lors::binding
