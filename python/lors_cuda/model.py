@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._draws import derived_seed
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
 from ._saving import guard_saving, unguard_saving
 from .advice import new_heads, warn_of_conversion
@@ -82,6 +83,8 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
                 gradient=config.gradient,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                rounding=config.rounding,
+                rounding_seed=derived_seed(config.rounding_seed, "rounding", target.names[0]),
             )
             bias_trained = linear.bias is not None and linear.bias.requires_grad
             done.append((target.names, layer, linear.weight.requires_grad, bias_trained))
@@ -108,7 +111,8 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
 
-    The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
+    The merged weight is W + s * mask * (B A), rounded once, as the configuration's `rounding` and `rounding_seed` say,
+    with exact zeros off the mask (arXiv 2501.08582, eq. 3).
     All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
     merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
 

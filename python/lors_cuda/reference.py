@@ -80,7 +80,7 @@ def round_by_chance(x: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     exponent = torch.frexp(value).exponent - 1
     lowest = round(math.log2(limits.smallest_normal))
-    step = torch.ldexp(torch.tensor(limits.eps, dtype=torch.float64), exponent.clamp_min(lowest))
+    step = torch.ldexp(torch.full_like(value, limits.eps), exponent.clamp_min(lowest))
     below = (value.abs() / step).floor()
     up = torch.floor((value.abs() / step - below) * 2.0**32) > random_words(seed, (x.shape[0], x.shape[1]))
     chosen = torch.copysign((below + up) * step, value)

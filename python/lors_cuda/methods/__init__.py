@@ -13,6 +13,7 @@ from typing import Any
 from .._checks import alternatives
 from ._method import Combined, Method, Run
 from ._pair import Pair
+from .flat_lora import FlatLoRA
 from .gelora import GeLoRA, intrinsic_dimensions
 from .lora_mini import LoRAMini
 from .lora_rite import LoRARITE
@@ -22,7 +23,7 @@ from .sora import SoRA
 from .sp_lora import SPLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE)
+    method.name: method for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, FlatLoRA)
 }
 
 
@@ -57,6 +58,7 @@ def get_method(name: str, **options: Any) -> Method:
 __all__ = [
     "METHODS",
     "Combined",
+    "FlatLoRA",
     "GeLoRA",
     "LoRAMini",
     "LoRARITE",
