@@ -7,9 +7,9 @@
 //   2:4     weight [N, K/2], mask None, index: uint8 metadata [N, ceil(K/8)]           (csrc/core/include/lors/sparse24.h)
 //   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/types.h)
 // lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact".
-// What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None for
-// rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is added to
-// each row's kept entries.
+// What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None
+// for rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is
+// added to each row's kept entries.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lors, m) {

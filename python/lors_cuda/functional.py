@@ -59,8 +59,8 @@ def lors_linear(
             ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both, and so is
             forward mode, which gives the derivative of this function whatever ``gradient`` says.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
-        rounding: ``"nearest"``, or ``"stochastic"``: where the merged weight is of 16 bits, each value becomes one of its
-            two neighbours, the likelier the nearer, so that the mean over seeds is the unrounded value and updates
+        rounding: ``"nearest"``, or ``"stochastic"``: where the merged weight is of 16 bits, each value becomes one of
+            its two neighbours, the likelier the nearer, so that the mean over seeds is the unrounded value and updates
             below half a step are not lost. What is representable stays as it is, zeros too. Backward draws the same.
         seed: of ``"stochastic"``, 0 to 2^63 - 1; the same seed gives the same bits.
 

@@ -25,7 +25,7 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: 
     return torch.where(kept(weight, mask), merged, 0.0)
 
 
-# ---- the merge's random numbers: csrc/core/include/lors/random.h has the formulas -------------------------------------
+# ---- the merge's random numbers: csrc/core/include/lors/random.h has the formulas -----------------------------------
 
 _GOLDEN, _WORD, _LONG = 0x9E3779B97F4A7C15, (1 << 32) - 1, (1 << 64) - 1
 NORMAL_UNIT = 1 / math.sqrt(8 * (256**2 - 1) / 12)
@@ -55,12 +55,12 @@ def random_normal(seed: int, shape: tuple[int, int]) -> Tensor:
     """Numbers near the standard normal distribution: eight random bytes, summed and standardised. Float64 [N, K]."""
     first = random_words(seed, shape)
     words = torch.stack([first, _mix32(first + 0x9E3779B9 & _WORD)])
-    total = sum((words >> by & 255).sum(0) for by in (0, 8, 16, 24))
+    total = torch.stack([words >> by & 255 for by in (0, 8, 16, 24)]).sum((0, 1))
     return (total - 1020) * NORMAL_UNIT
 
 
 def noise(deviation: Tensor, seed: int, kept: Tensor) -> Tensor:
-    """What Flat-LoRA adds: ``M o (deviation[n] normal(n, k))`` for row deviations [N] (arXiv 2409.14396). Float64 [N, K].
+    """What Flat-LoRA adds: ``M o (deviation[n] normal(n, k))`` for row deviations [N] (arXiv 2409.14396). Float64.
 
     The factor of the whole numbers that :func:`random_normal` counts has 14 significant bits, so that float32 products
     are exact.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import DTYPES
-from ._draws import NO_DRAWS, Draws
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
+from ._draws import NO_DRAWS, Draws
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, sparse_linear
@@ -37,7 +37,7 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
-        rounding: "nearest", or "stochastic": how a merged weight of 16 bits is rounded, see :func:`lors_cuda.lors_linear`.
+        rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see :class:`lors_cuda.LoRSConfig`.
         rounding_seed: of "stochastic", where no run of lors_cuda.methods trains the layer: in evaluation and merging.
         step_seed: of "stochastic" in training, which a run sets anew at each optimizer step; None without one.
         noise: (float32 [N], seed), what a run adds to the kept weights in training: standard deviations; None: nothing.
@@ -70,7 +70,10 @@ class SparseLayer:
         if training:
             if self.rounding != "nearest":
                 seed = self.rounding_seed if self.step_seed is None else self.step_seed
-            return Draws(seed) if self.noise is None else Draws(seed, *self.noise)
+            if self.noise is None:
+                return Draws(seed)
+            deviation, noise_seed = self.noise
+            return Draws(seed, deviation.to(self.sparse_weight.device), noise_seed)  # the model may have moved since
         # A float32 weight is merged in float32: autocast rounds it to nearest afterwards, merged or not.
         return Draws(self.rounding_seed) if self.sparse_weight.values.itemsize == 2 else NO_DRAWS
 

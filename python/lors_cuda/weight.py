@@ -265,8 +265,9 @@ class SparseWeight:
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
-                beyond the range of the weight's dtype (the first place is named).
+            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; shapes, dtypes or devices do not fit;
+                a NaN or an infinity in what is merged, or a merged value beyond the range of the weight's dtype (the
+                first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)

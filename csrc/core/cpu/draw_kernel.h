@@ -45,8 +45,7 @@ void draw_rows(const lors::cpu::DrawJob& job) {
         v = keep_bits<float>(kept[k / 32] >> (k % 32)) ? v + normal * factor : v;
       }
       if (rounds) {
-        const Words bits =
-            lors::round_by_chance((Words)v, lors::random_word(rounding, column), std::is_same_v<Round, float16>);
+        const Words bits = lors::round_by_chance((Words)v, lors::random_word(rounding, column), std::is_same_v<Round, float16>);
         v = (Vector<float>)bits;
       }
       store<Out, Round, float>(to, v);

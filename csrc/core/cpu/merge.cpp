@@ -48,7 +48,8 @@ void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob jo
                     int64_t end) {
   const int64_t K = args.in_features, size = dtype_size(args.merged_dtype);
   const bool in_place = args.merged_dtype == DType::float64 || args.merged_dtype == DType::float32;
-  const Workspace rows(host, in_place ? 0 : kDrawRows * K * 4), bits(host, args.draws.noise ? kDrawRows * mask_words(K) * 4 : 0);
+  const Workspace rows(host, in_place ? 0 : kDrawRows * K * 4),
+      bits(host, args.draws.noise ? kDrawRows * mask_words(K) * 4 : 0);
   DrawJob draw;
   draw.in_features = K;
   draw.draws = args.draws;

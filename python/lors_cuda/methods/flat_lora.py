@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# W~ + M o E in training, row i of E ~ N(0, (f sigma ||w~_i||)^2 / n_i), f = (1 - cos(pi t / T)) / 2; gradients are those of
-# LoRA at the perturbed point. n_i: kept weights of the row. Flat-LoRA, arXiv 2409.14396.
+# W~ + M o E in training, row i of E ~ N(0, (f sigma ||w~_i||)^2 / n_i), f = (1 - cos(pi t / T)) / 2; gradients are those
+# of LoRA at the perturbed point. n_i: kept weights of the row. Flat-LoRA, arXiv 2409.14396.
 """Flat-LoRA: noise on the merged weight in training, for a flatter minimum."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class FlatLoRA(Method):
     all, the noise would have half of the energy at half density.
 
     Args:
-        sigma: the noise's norm, as a share of its row's; 0 or more. It grows over the training by a cosine: from 0 where
-            ``start`` was told the number of ``steps``, and is constant where it was not (ours).
+        sigma: the noise's norm, as a share of its row's; 0 or more. Where ``start`` was told the number of ``steps`` it
+            grows from 0 over the training, by a cosine; where not, it is constant (ours).
         refresh: optimizer steps for which noise and row norms stay the same, at least 1.
     """
 

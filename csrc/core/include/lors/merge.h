@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // merged[n, k] = kept[n, k] ? weight[n, k] + scaling * sum_r lora_B[n, r] * lora_A[r, k] : +0     (arXiv 2501.08582, eq. 3)
-// fp32 accumulation (float64 for a float64 weight), one rounding, to nearest or by chance; and noise on what is kept, if asked for.
+// fp32 accumulation (float64 for a float64 weight), one rounding, to nearest or by chance; and noise on what is kept, if asked
+// for.
 #pragma once
 
 #include <lors/random.h>
