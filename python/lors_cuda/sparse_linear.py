@@ -37,7 +37,7 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
-        rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see :class:`lors_cuda.LoRSConfig`.
+        rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see `lors_cuda.LoRSConfig`.
         rounding_seed: of "stochastic", where no run of lors_cuda.methods trains the layer: in evaluation and merging.
         step_seed: of "stochastic" in training, which a run sets anew at each optimizer step; None without one.
         noise: (float32 [N], seed), what a run adds to the kept weights in training: standard deviations; None: nothing.

@@ -78,6 +78,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   p.tile_at = config.tile_at;
   p.tile_pitch = merge_tile_pitch(config.columns);
   p.column_blocks = config.column_blocks;
+  p.draws = args.draws;
 
   if (to_sparse24)
     return with_type(args.weight_dtype,

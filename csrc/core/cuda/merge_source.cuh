@@ -12,6 +12,8 @@
 //   store(p, at, source, h, c, values)  the lane's eight merged values, +0 where nothing is kept
 #pragma once
 
+#include <lors/random.h>
+
 #include "merge_config.h"
 #include "operands.cuh"
 
@@ -34,6 +36,7 @@ struct MergeProblem {
   bool weight_vectors, merged_vectors, index_vectors;  // every row allows vector accesses (has_vectors)
   int rows, panel_rows, chunk, tile_at, tile_pitch;    // merge_config.h
   int64_t column_blocks;
+  Draws draws;
 };
 
 // Where a lane is in a step: it owns eight columns (kSplitColumns) of row n(h), h = 0 and 1, in each of the two times 32

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# W~ + M o E in training, row i of E ~ N(0, (f sigma ||w~_i||)^2 / n_i), f = (1 - cos(pi t / T)) / 2; gradients are those
-# of LoRA at the perturbed point. n_i: kept weights of the row. Flat-LoRA, arXiv 2409.14396.
+# W~ + M o E in training, row i of E ~ N(0, (f sigma ||w~_i||)^2 / n_i), f = (1 - cos(pi t / T)) / 2; gradients are
+# those of LoRA at the perturbed point. n_i: kept weights of the row. Flat-LoRA, arXiv 2409.14396.
 """Flat-LoRA: noise on the merged weight in training, for a flatter minimum."""
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .._distributed import is_sharded
+from .._distributed import whole
 from .._draws import derived_seed
 from ..functional import merge
+from ..weight import SparseWeight
 from ._method import Method, Run
 from ._pair import Pair
 
@@ -56,12 +57,7 @@ class FlatLoRA(Method):
 def row_deviations(pair: Pair) -> Tensor:
     """||w~_i|| / sqrt(n_i) of each row of the merged weight, rounded to nearest: the root mean square of what is kept.
     Float32 [N]; 0 for a row that keeps nothing."""
-    if any(is_sharded(pair[which]) for which in ("lora_A", "lora_B")):
-        raise ValueError(
-            "Flat-LoRA needs whole factors, and fully_shard has cut them. Train it in one process or under "
-            "DistributedDataParallel."
-        )
-    weight = pair.layer.sparse_weight
-    rows = merge(weight, pair["lora_A"], pair["lora_B"], pair.scaling)
+    weight: SparseWeight = pair.layer.storage.whole_weight()
+    rows = merge(weight, whole(pair["lora_A"]), whole(pair["lora_B"]), pair.scaling)
     kept = weight.mask().sum(1).clamp_min(1)
     return (rows.float().norm(dim=1) / kept.sqrt()).float()

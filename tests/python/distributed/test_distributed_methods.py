@@ -21,6 +21,7 @@ METHODS = {
     "rm-lora": {"active": 2, "interval": 2},
     "lora-mini": {"a": 6, "b": 6},
     "mora": {},
+    "flat-lora": {"sigma": 0.3},
 }
 RATE = 2e-2
 
@@ -64,7 +65,7 @@ def test_ddp_trains_as_one_process(pair, name):
     pair.run(train_two, name, False)
 
 
-@pytest.mark.parametrize("name", ["sora", "lora-mini", "mora"])
+@pytest.mark.parametrize("name", ["sora", "lora-mini", "mora", "flat-lora"])
 def test_fully_shard_trains_as_one_process(pair, name):
     pair.run(train_two, name, True)
 

@@ -17,6 +17,7 @@ OPTIONS = {
     "rm-lora": {"active": 2, "interval": 2},
     "lora-mini": {"a": 6, "b": 5},
     "gelora": {"points": 100},
+    "flat-lora": {"sigma": 0.3, "refresh": 2},
 }
 
 
