@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
   // merged [N, K] = weight + scaling * mask o (lora_B lora_A), in the weight's dtype.
   m.def(
       "merge(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling,"
-      " int? rounding_seed=None, Tensor? noise=None, int noise_seed=0) -> Tensor");
+      " SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0) -> Tensor");
   m.def(
       "merge_backward(Tensor grad_merged, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float "
       "scaling)"
@@ -27,14 +27,14 @@ STABLE_TORCH_LIBRARY(lors, m) {
   // linear_backward take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
   m.def(
       "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
-      "dtype, int tokens, int? rounding_seed=None, Tensor? noise=None, int noise_seed=0)"
+      "dtype, int tokens, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient, Tensor? merged=None, int? rounding_seed=None, Tensor? noise=None, int noise_seed=0)"
+      " str gradient, Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
       " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
-      " Tensor? merged=None, int? rounding_seed=None, Tensor? noise=None, int noise_seed=0)"
+      " Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");

@@ -49,9 +49,11 @@ struct MergeJob {
 struct DrawJob {
   int64_t first_row = 0, rows = 0, in_features = 0;
   Draws draws;
-  const uint32_t* kept = nullptr;  // bits [rows, ceil(K/32)], of these rows; null: no noise
-  const void* src = nullptr;       // Acc [rows, K]
-  void* dst = nullptr;             // [rows, K], or src itself where Acc is its type
+  const uint32_t* kept = nullptr;    // bits [rows, ceil(K/32)] of these rows: where noise is added
+  const void* kept_where = nullptr;  // where `kept` is null: [rows, K], kept where nonzero
+  int64_t kept_where_size = 0;       // bytes of one element of kept_where
+  const void* src = nullptr;         // Acc [rows, K]
+  void* dst = nullptr;               // [rows, K], or src itself where Acc is its type
   DType dst_dtype = DType::float32, round_to = DType::float32;
 };
 

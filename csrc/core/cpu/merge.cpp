@@ -16,51 +16,34 @@ namespace {
 // Rows that are merged, drawn and rounded before the next: a multiple of every table's tile.
 constexpr int64_t kDrawRows = 24;
 
-template <typename Bits>
-void nonzero_bits(const void* weight, int64_t rows, int64_t K, uint32_t* out) {
-  const Bits* w = static_cast<const Bits*>(weight);
-  for (int64_t i = 0; i < rows; ++i, out += mask_words(K), w += K)
-    for (int64_t k = 0; k < K; ++k) {
-      if (k % 32 == 0) out[k / 32] = 0;
-      out[k / 32] |= uint32_t(Bits(w[k] << 1) != 0) << (k % 32);  // without the sign: -0.0 is a zero
-    }
-}
-
-// The mask of rows from n on as bits; in `scratch` where it is not stored so.
-const uint32_t* kept_bits(const MergeArgs& args, int64_t n, int64_t rows, uint32_t* scratch) {
-  const int64_t K = args.in_features;
-  if (args.mask) return args.mask + n * mask_words(K);
-  if (args.weight_layout == Layout::sparse24) {
-    const Status status =
-        sparse24_mask({rows, K, args.metadata + n * sparse24_metadata_bytes(K), scratch}, static_cast<const CpuHost*>(nullptr));
-    return status.ok() ? scratch : nullptr;
-  }
-  const int64_t size = dtype_size(args.weight_dtype);
-  const void* weight = static_cast<const char*>(args.weight) + n * K * size;
-  if (size == 8) nonzero_bits<uint64_t>(weight, rows, K, scratch);
-  if (size == 4) nonzero_bits<uint32_t>(weight, rows, K, scratch);
-  if (size == 2) nonzero_bits<uint16_t>(weight, rows, K, scratch);
-  return scratch;
-}
-
 // A few rows at a time: merged unrounded, then drawn while they are in a cache.
 void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob job, const CpuHost* host, int64_t begin,
                     int64_t end) {
   const int64_t K = args.in_features, size = dtype_size(args.merged_dtype);
   const bool in_place = args.merged_dtype == DType::float64 || args.merged_dtype == DType::float32;
-  const Workspace rows(host, in_place ? 0 : kDrawRows * K * 4),
-      bits(host, args.draws.noise ? kDrawRows * mask_words(K) * 4 : 0);
+  const bool from_codes = args.draws.noise && args.weight_layout == Layout::sparse24;
+  const Workspace rows(host, in_place ? 0 : kDrawRows * K * 4), bits(host, from_codes ? kDrawRows * mask_words(K) * 4 : 0);
   DrawJob draw;
   draw.in_features = K;
   draw.draws = args.draws;
   draw.dst_dtype = args.merged_dtype;
   draw.round_to = args.round_to;
+  draw.kept_where_size = dtype_size(args.weight_dtype);
   if (!in_place) job.merged_dtype = DType::float32;
   job.round_to = job.merged_dtype;
   for (int64_t n = begin; n < end; n += kDrawRows) {
     draw.first_row = n;
     draw.rows = std::min(kDrawRows, end - n);
-    if (args.draws.noise) draw.kept = kept_bits(args, n, draw.rows, static_cast<uint32_t*>(bits.data()));
+    if (from_codes) {
+      const uint8_t* metadata = args.metadata + n * sparse24_metadata_bytes(K);
+      uint32_t* mask = static_cast<uint32_t*>(bits.data());
+      (void)sparse24_mask({draw.rows, K, metadata, mask}, static_cast<const CpuHost*>(nullptr));  // it refuses nothing
+      draw.kept = mask;
+    } else if (args.mask) {
+      draw.kept = args.mask + n * mask_words(K);
+    } else {
+      draw.kept_where = static_cast<const char*>(args.weight) + n * K * draw.kept_where_size;
+    }
     draw.dst = static_cast<char*>(args.merged) + n * K * size;
     draw.src = in_place ? draw.dst : rows.data();
     // The kernel counts rows from the result's first.
