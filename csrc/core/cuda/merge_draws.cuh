@@ -18,7 +18,8 @@ __device__ __forceinline__ void draw(const MergeProblem& p, const Lane& at, int 
     const float factor = __uint_as_float(short_factor(__float_as_uint(deviation * kNormalUnit)));
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (kept >> i & 1) values[i] = fmaf(static_cast<float>(static_cast<int>(random_normal(row, column(i)))), factor, values[i]);
+      if (kept >> i & 1)
+        values[i] = fmaf(static_cast<float>(static_cast<int>(random_normal(row, column(i)))), factor, values[i]);
   }
   if constexpr (!std::is_same_v<Out, float>) {
     if (p.draws.rounds) {

@@ -217,6 +217,11 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
             f"--device is '{args.device}', but the Trainer takes the first GPU it sees; start the command with "
             f"CUDA_VISIBLE_DEVICES={device.index} and --device cuda."
         )
+    if args.fsdp and (chosen_method(args).places() or args.rounding != "nearest"):
+        raise ValueError(
+            "--fsdp was given with --method or --rounding stochastic, and the state of such a run is not saved from a "
+            "sharded model. Leave --fsdp out: under torchrun the processes then train by DistributedDataParallel."
+        )
     for name in ("fp16", "fsdp", "deepspeed"):
         if getattr(args, name) and device.type != "cuda":
             instead = " Use --bf16." if name == "fp16" else ""

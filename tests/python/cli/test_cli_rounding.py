@@ -74,3 +74,6 @@ def test_what_was_used_is_said(home, half, tmp_path, capsys):
     command = ["merge", "--model", half, "--adapter", run, "--output", tmp_path / "no", "--seed", "3"]
     assert "seed is 3 and rounding is 'nearest'" in failed(capsys, *command)
     assert not (tmp_path / "no").exists()
+    for more in (STOCHASTIC, ("--method", "rm-lora")):
+        error = failed(capsys, *trained(home, half, tmp_path / "no", "--fsdp", *more))
+        assert "is not saved from a sharded model" in error
