@@ -38,7 +38,7 @@ def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
     model = tiny_llama(dtype=dtype)
     config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
     model = get_lors_model(model, method.configure(config, model, batches()))
-    return model, method.start(model, steps=20, seed=seed)
+    return model.train(), method.start(model, steps=20, seed=seed)
 
 
 def train(model, run, steps, first=0, optimizer=None, accumulate=1):

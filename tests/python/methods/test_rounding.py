@@ -139,10 +139,17 @@ def test_a_resumed_run_draws_what_it_would_have(tmp_path, name):
     train(model, run, 5, optimizer=optimizer)
     save_adapter(model, tmp_path)
     state = copy.deepcopy(optimizer.state_dict())
+    drawn = [
+        (layer.step_seed, None if layer.noise is None else layer.noise[1]) for _, layer in named_lors_layers(model)
+    ]
     rest = train(model, run, 5, first=5, optimizer=optimizer)
     other, second = made(name, **fields)
     load_adapter(other, tmp_path)
     assert second.step == 5
+    again = [
+        (layer.step_seed, None if layer.noise is None else layer.noise[1]) for _, layer in named_lors_layers(other)
+    ]
+    assert again == drawn
     resumed = second.optimizer(lr=1e-2)
     resumed.load_state_dict(state)
     assert train(other, second, 5, first=5, optimizer=resumed) == rest
@@ -190,6 +197,28 @@ def test_flat_lora_perturbs_training_alone_by_its_share_of_each_row():
         assert 0.9 * 0.2 < float(share) < 1.1 * 0.2
     run.finish()
     assert torch.equal(logits(model.train()), before)
+
+
+def test_noise_alone_rounds_to_nearest():
+    model = model_of(rounding="nearest")
+    before = logits(model)
+    run = FlatLoRA(sigma=0.2).start(model)
+    assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model.eval()), before)
+    run.finish()
+
+
+def test_a_cache_knows_whose_draws_it_keeps():
+    """Evaluation between the micro-batches of a step, inside one merge_cache."""
+    model = model_of()
+    run = Method().start(model)
+    stepping, evaluated = logits(model), logits(model.eval())
+    assert not torch.equal(stepping, evaluated)
+    with merge_cache(model):
+        for _ in range(2):
+            assert torch.equal(logits(model.train()), stepping)
+            assert torch.equal(logits(model.eval()), evaluated)
+    run.finish()
 
 
 def test_flat_lora_grows_and_refreshes():
