@@ -9,6 +9,7 @@
 #include <lors/sparse24.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -131,6 +132,27 @@ struct AdaptedWeight {
   void merge(Tensor& out, ScalarType rounded, Layout merged_layout = Layout::dense) const {
     MergeArgs args;
     describe(args);
+    merge(args, out, rounded, merged_layout);
+  }
+
+  // Rows [begin, begin + out.size(0)) of the same, dense.
+  void merge_rows(Tensor& out, ScalarType rounded, int64_t begin) const {
+    MergeArgs args;
+    describe(args);
+    const auto skip = [](const void* p, int64_t elements, DType dtype) {
+      return static_cast<const char*>(p) + elements * dtype_size(dtype);
+    };
+    args.out_features = out.size(0);
+    args.lora_B = skip(args.lora_B, begin * args.r, args.lora_B_dtype);
+    if (args.mask) args.mask += begin * mask_words(K);
+    if (args.metadata) args.metadata += begin * sparse24_metadata_bytes(K);
+    if (args.row_offsets) args.row_offsets += begin;
+    if (layout != Layout::bitmap)
+      args.weight = skip(args.weight, begin * (layout == Layout::sparse24 ? K / 2 : K), args.weight_dtype);
+    merge(args, out, rounded, Layout::dense);
+  }
+
+  void merge(MergeArgs& args, Tensor& out, ScalarType rounded, Layout merged_layout) const {
     args.merged_layout = merged_layout;
     args.draws = draws;
     args.merged = out.mutable_data_ptr();
@@ -165,10 +187,30 @@ struct AdaptedWeight {
       Tensor out = empty(activation, {T, columns}, compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);
-      std::optional<Scratch<Backend>> scratch;
-      if (!shared && !own) merge(scratch.emplace(weight, N, K, compute).tensor, dtype);
-      const Tensor& merged = shared ? *shared : own ? weight : scratch->tensor;
-      Backend::matmul(out, to(activation, compute), input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
+      const Tensor tokens = to(activation, compute);
+      const auto multiply_by = [&](const Tensor& merged) {
+        Backend::matmul(out, tokens, input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
+      };
+      // Rows of the weight give columns of the output; of the input gradient every row of the weight is a part.
+      const int64_t panel_rows = input_gradient ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
+      if (shared || own) {
+        multiply_by(shared ? *shared : weight);
+      } else if (panel_rows >= N) {
+        Scratch<Backend> scratch(weight, N, K, compute);
+        merge(scratch.tensor, dtype);
+        multiply_by(scratch.tensor);
+      } else {
+        Scratch<Backend> scratch(weight, panel_rows, K, compute);
+        for (int64_t begin = 0; begin < N; begin += panel_rows) {
+          const int64_t rows = std::min(panel_rows, N - begin);
+          Tensor panel = torch::stable::narrow(scratch.tensor, 0, 0, rows),
+                 columns = torch::stable::narrow(out, 1, begin, rows);
+          merge_rows(panel, dtype, begin);
+          std::optional<Tensor> part;
+          if (addend) part = torch::stable::narrow(*addend, 0, begin, rows);
+          Backend::matmul(columns, tokens, torch::stable::transpose(panel, 0, 1), part);
+        }
+      }
       return to(out, dtype);
     }
     Tensor out = empty(activation, {T, columns}, Backend::fused_output_dtype(dtype));

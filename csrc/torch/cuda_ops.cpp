@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
+#include <limits>
 
 #include "cuda/paths.h"
 #include "operators.h"
@@ -66,6 +67,8 @@ class Cuda {
   static constexpr auto release = release_to_torch;
 
   static ScalarType matmul_dtype(ScalarType activation) { return activation; }
+
+  static int64_t merged_rows(int64_t, ScalarType) { return std::numeric_limits<int64_t>::max(); }
 
   static void matmul(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
     if (bias) {

@@ -3,6 +3,7 @@
 //   Backend(tensor)                      made after the checks, for the device `tensor` is on; lives through the call
 //   host()                               what functions of the core take
 //   matmul_dtype(activation)             the type a matmul runs in, and so the type its scratch is stored in
+//   merged_rows(in_features, dtype)      how many rows of a weight to merge before they are multiplied
 //   matmul(out, a, b, bias)              out = a b (+ bias broadcast over rows), all in one type: torch's own
 //   prefers_fused_linear(activation, adapted, input_gradient, is_plain)   whether the core's matmul with the merge inside is
 //   used

@@ -27,8 +27,9 @@ inline std::string unsupported(const KernelTable* table) {
   if (table == &table_avx2 && !__builtin_cpu_supports("avx2")) return "this processor has no AVX2";
   if (table == &table_avx512 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")))
     return "this processor has no AVX-512; the table `wide` runs the same code in baseline instructions";
-  if (table == &table_avx512_bf16 && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2")))
-    return "this processor has no AVX512_BF16 or no AVX512_VBMI2";
+  if (table == &table_avx512_bf16 &&
+      !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")))
+    return "this processor has no AVX512_BF16, VBMI or VBMI2";
 #endif
   (void)table;
   return "";

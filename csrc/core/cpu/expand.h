@@ -42,10 +42,36 @@ template <>
 inline Vector<double> where_bits<double>(uint32_t bits, Vector<double> v) {
   return _mm512_maskz_mov_pd(__mmask8(bits), v);
 }
-inline Vector<float> expand(Vector<float> packed, uint32_t bits) { return _mm512_maskz_expand_ps(__mmask16(bits), packed); }
-inline Vector<double> expand(Vector<double> packed, uint32_t bits) { return _mm512_maskz_expand_pd(__mmask8(bits), packed); }
-inline Vector<float> compress(Vector<float> v, uint32_t bits) { return _mm512_maskz_compress_ps(__mmask16(bits), v); }
-inline Vector<double> compress(Vector<double> v, uint32_t bits) { return _mm512_maskz_compress_pd(__mmask8(bits), v); }
+// The instructions could write the zeros themselves. But on AMD's Zen 4 they then wait for what their register held before, and
+// from memory they are slow: so they are given zeros, and a register, in a way that the compiler does not undo.
+template <typename V>
+inline V zeros_for(V& operand) {
+  V zeros{};
+  asm("" : "+v"(zeros), "+v"(operand));
+  return zeros;
+}
+inline Vector<float> expand(Vector<float> v, uint32_t bits) {
+  __m512 packed = v, zeros = zeros_for(packed);
+  return _mm512_mask_expand_ps(zeros, __mmask16(bits), packed);
+}
+inline Vector<double> expand(Vector<double> v, uint32_t bits) {
+  __m512d packed = v, zeros = zeros_for(packed);
+  return _mm512_mask_expand_pd(zeros, __mmask8(bits), packed);
+}
+#if defined(__AVX512VBMI2__)
+inline __m512i expand_words(__m512i packed, uint32_t bits) {
+  const __m512i zeros = zeros_for(packed);
+  return _mm512_mask_expand_epi16(zeros, bits, packed);
+}
+#endif
+inline Vector<float> compress(Vector<float> v, uint32_t bits) {
+  __m512 kept = v, zeros = zeros_for(kept);
+  return _mm512_mask_compress_ps(zeros, __mmask16(bits), kept);
+}
+inline Vector<double> compress(Vector<double> v, uint32_t bits) {
+  __m512d kept = v, zeros = zeros_for(kept);
+  return _mm512_mask_compress_pd(zeros, __mmask8(bits), kept);
+}
 inline Vector<float> join_halves(Vector<float> low, Vector<float> high) {
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
 }

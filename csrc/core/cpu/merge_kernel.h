@@ -7,13 +7,14 @@
 
 #include "bfloat16_pairs.h"
 #include "merge_source.h"
+#include "stored_row.h"
 
 namespace {
 
 // All of a panel group's A should stay in the second-level cache while the rows pass by.
 constexpr int64_t kMergeGroupBytes = 128 * 1024;
 
-// A thread's share of the result from which on it leaves the caches by itself.
+// A thread's share of the result beyond which it leaves the caches by itself.
 constexpr int64_t kStreamingBytes = 2 << 20;
 
 // One tile of Rows x Vectors; lora_A is a packed panel [r, Vectors * lanes], lora_B its first row of [N, r].
@@ -132,7 +133,7 @@ void merge_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   const int64_t K = job.in_features, stride = K / Sink::kColumns;
   auto* merged = static_cast<typename Sink::Element*>(job.merged);
   // Large and aligned enough to be stored past the caches. In place, a tile has its lines in a cache already.
-  const bool streaming = merged != job.weight && (end - begin) * stride * int64_t(sizeof(*merged)) >= kStreamingBytes &&
+  const bool streaming = merged != job.weight && (end - begin) * stride * int64_t(sizeof(*merged)) > kStreamingBytes &&
                          stride % kLanes<Acc> == 0 && reinterpret_cast<uintptr_t>(merged) % kVectorBytes == 0;
   for_each_tile<Acc>(job, begin, end, [&](auto tile_rows, int64_t n, int64_t k, const Acc* a, const Acc* b) {
     merge_at<Acc, decltype(tile_rows)::value, kMergeVectors, Source, W>(
@@ -175,7 +176,46 @@ void merge_from(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   }
 }
 
+#if defined(__AVX2__)
+// Without an adapter 16-bit values that keep their type are only moved to their columns.
+template <typename W, template <typename> typename RowOf>
+void expand_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  using Row = RowOf<W>;
+  const int64_t K = job.in_features, units = K / Row::kUnit;
+  for (int64_t n = begin; n < end; ++n) {
+    Row row(job, n);
+    W* out = static_cast<W*>(job.merged) + n * K;
+    for (int64_t u = 0; u < units;) {
+      const int64_t last = u + kChunk < units ? u + kChunk : units;
+      row.begin(u);
+      if (row.readable())
+        for (; u < last; ++u) store_words(out + u * Row::kUnit, row.unit(u));
+      else
+        for (; u < last; ++u) store_words(out + u * Row::kUnit, row.part(u, Row::kUnit));
+    }
+    if (const int64_t columns = K % Row::kUnit) {
+      W unit[Row::kUnit];
+      store_words(unit, row.part(units, columns));
+      std::memcpy(out + units * Row::kUnit, unit, size_t(columns) * sizeof(W));
+    }
+  }
+}
+
+template <typename W>
+void expand_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  job.weight_layout == lors::Layout::sparse24 ? expand_rows<W, Sparse24Row>(job, begin, end)
+                                              : expand_rows<W, BitmapRow>(job, begin, end);
+}
+#endif
+
 void merge(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+#if defined(__AVX2__)
+  if (job.r == 0 && job.weight_layout != lors::Layout::dense && job.merged_layout == lors::Layout::dense &&
+      job.merged_dtype == job.weight_dtype) {
+    if (job.weight_dtype == lors::DType::bfloat16) return expand_rows<bfloat16>(job, begin, end);
+    if (job.weight_dtype == lors::DType::float16) return expand_rows<float16>(job, begin, end);
+  }
+#endif
   switch (job.weight_dtype) {
     case lors::DType::float64: return merge_from<double, double>(job, begin, end);
     case lors::DType::float32: return merge_from<float, float>(job, begin, end);

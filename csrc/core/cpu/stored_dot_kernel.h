@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // out[t, n] = sum_k activation[t, k] weight[n, k] + bias[n] for a few tokens, without an adapter: the stored values are
-// multiplied as they are. One or two rows at a time, with a sum for each row and token in registers; every layout adds in the
-// same order, so the same bits come out.
+// multiplied as they are. One or two rows at a time, with a sum for each row and token in registers. Zeros are put where
+// nothing is kept, so that every layout adds in the same order and the same bits come out; but one or two bfloat16 tokens are
+// chosen for the slots of a 2:4 weight where the processor can (MultiplySlots), which adds in an order of its own.
 //
 // With AVX512_BF16 bfloat16 values are multiplied in pairs by vdpbf16ps, which takes subnormal numbers as zero and writes zero
 // for subnormal sums. A term loses less than 2^-126 |activation| by the first, and a sum less than 2^-126 by the second. So if
 //   |out| >= limit = 2^25 K 2^-126 (1 + max |activation|)
-// all of it together is below 2^-25 |out|, less than float32 rounds by. Rows with a smaller result, and tokens with subnormal
-// activations, are computed in float32 arithmetic.
+// all of it together is below 2^-25 |out|, less than float32 rounds by. Rows with a smaller result are computed in float32
+// arithmetic, with a number for each column, and so are tokens that have a subnormal activation, or an infinite one or NaN: its
+// products with the zeros are NaN.
 #pragma once
 
 #include "stored_row.h"
@@ -37,7 +39,18 @@ struct MultiplyPairs {
   }
 };
 
-// The same in float32 arithmetic: even columns, then odd ones.
+// The activations of the slots' columns: one permutation where zeros would take two expansions and another product.
+struct MultiplySlots {
+  using X = bfloat16;
+  using Sum = Vector<float>;
+  static constexpr int kVectors = 1;
+  static Sum add(Sum sum, const Slots& w, const bfloat16* x, int) {
+    const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + 32);
+    return _mm512_dpbf16_ps(sum, (__m512bh)w.values, (__m512bh)_mm512_permutex2var_epi16(first, w.columns, second));
+  }
+};
+
+// MultiplyPairs in float32 arithmetic: even columns, then odd ones.
 struct MultiplyWidened {
   using X = bfloat16;
   using Sum = Vector<float>;
@@ -94,7 +107,7 @@ inline float sum_of_lanes(Sum sum) {
 }
 
 // out[i][t] for rows n to n + Rows - 1.
-template <typename W, typename Row, typename By, int Rows, int Tokens, int... I>
+template <typename Row, typename By, int Rows, int Tokens, int... I>
 inline void stored_dot(const lors::cpu::DotJob& job, int64_t n, float (&out)[Rows][Tokens], std::integer_sequence<int, I...>) {
   using Sum = typename By::Sum;
   // Sums that do not wait for each other: a multiply-add takes four cycles.
@@ -108,44 +121,36 @@ inline void stored_dot(const lors::cpu::DotJob& job, int64_t n, float (&out)[Row
     for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) sum[i][t][c] = Sum{};
-  const auto multiply = [&](int64_t u, int offset, const Unit<W>(&unit)[Rows]) {
-    const auto* x = activation + u * kUnit;
+  // Unit u as `read` gives it, into the sums from `chain` on.
+  const auto step = [&](auto read, int64_t u, int chain) __attribute__((always_inline)) {
+    const decltype(read(rows[0], u)) unit[Rows] = {read(rows[I], u)...};
+    const auto* x = activation + u * Row::kUnit;
 #pragma GCC unroll 4
     for (int v = 0; v < By::kVectors; ++v)
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
         for (int i = 0; i < Rows; ++i) {
-          Sum& s = sum[i][t][(offset + v) % kChains];
+          Sum& s = sum[i][t][(chain + v) % kChains];
           s = By::add(s, unit[i], x + t * job.stride, v);
         }
   };
-  const auto copied = [&](Row& row, int64_t u, int64_t columns) {
-    W buffer[kUnit] = {};
-    row.copy(u, columns, buffer);
-    return load_unit(buffer);
+  const auto steps = [&](auto read, int64_t u, int64_t last) __attribute__((always_inline)) {
+    for (; u + 4 <= last; u += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) step(read, u + i, i * By::kVectors);
+    for (; u < last; ++u) step(read, u, 0);
   };
-  const auto step = [&](int64_t u, int offset) {
-    Unit<W> unit[Rows];
-#pragma GCC unroll 2
-    for (int i = 0; i < Rows; ++i) unit[i] = rows[i].readable() ? rows[i].unit(u) : copied(rows[i], u, kUnit);
-    multiply(u, offset, unit);
-  };
-  const int64_t K = job.weight.in_features, units = K / kUnit;
+  const int64_t K = job.weight.in_features, units = K / Row::kUnit;
   for (int64_t first = 0; first < units; first += kChunk) {
     const int64_t last = first + kChunk < units ? first + kChunk : units;
     for (int i = 0; i < Rows; ++i) rows[i].begin(first);
-    int64_t u = first;
-    for (; u + 4 <= last; u += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) step(u + i, i * By::kVectors);
-    for (; u < last; ++u) step(u, 0);
+    if ((rows[I].readable() && ...))
+      steps([](Row& row, int64_t u) { return row.unit(u); }, first, last);
+    else
+      steps([](Row& row, int64_t u) { return row.part(u, Row::kUnit); }, first, last);
   }
-  if (K % kUnit) {
-    Unit<W> unit[Rows];
-    for (int i = 0; i < Rows; ++i) unit[i] = copied(rows[i], units, K % kUnit);
-    multiply(units, 0, unit);
-  }
+  if (K % Row::kUnit) step([K](Row& row, int64_t u) { return row.part(u, K % Row::kUnit); }, units, 0);
 #pragma GCC unroll 2
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
@@ -158,31 +163,37 @@ inline void stored_dot(const lors::cpu::DotJob& job, int64_t n, float (&out)[Row
 
 #if defined(__AVX512VBMI2__)
 // Replaces what vdpbf16ps may have lost too much of.
-template <typename W, typename Row, int Tokens>
+template <typename Row, int Tokens>
 [[gnu::noinline]] void correct_small(const lors::cpu::DotJob& job, int64_t n, float (&out)[Tokens]) {
   bool is_small = false;
   for (int t = 0; t < Tokens; ++t) is_small |= !(__builtin_fabsf(out[t]) >= job.limits[t]);  // NaN is
   if (!is_small) return;
   float again[1][Tokens];
-  stored_dot<W, Row, MultiplyWidened>(job, n, again, std::integer_sequence<int, 0>{});
+  stored_dot<Row, MultiplyWidened>(job, n, again, std::integer_sequence<int, 0>{});
   for (int t = 0; t < Tokens; ++t)
     if (!(__builtin_fabsf(out[t]) >= job.limits[t])) out[t] = again[0][t];
 }
 #endif
 
-template <typename W, template <typename> typename Row, int Tokens>
+template <typename W, typename Row, int Tokens>
 void stored_dot_rows(const lors::cpu::DotJob& job, int64_t begin, int64_t end) {
-  using By = Multiply<W>;
   const auto rows_of = [&](auto rows, int64_t n) {
     constexpr int Rows = decltype(rows)::value;
+    constexpr auto kRowIndices = std::make_integer_sequence<int, Rows>{};
     float out[Rows][Tokens];
-    stored_dot<W, Row<W>, By>(job, n, out, std::make_integer_sequence<int, Rows>{});
-    for (int i = 0; i < Rows; ++i) {
 #if defined(__AVX512VBMI2__)
-      if constexpr (std::is_same_v<W, bfloat16>) correct_small<W, Row<W>>(job, n + i, out[i]);
+    // More tokens share the expansions.
+    if constexpr (std::is_same_v<Row, Sparse24Row<bfloat16>> && Tokens <= 2)
+      stored_dot<Sparse24Slots, MultiplySlots>(job, n, out, kRowIndices);
+    else
+      stored_dot<Row, Multiply<W>>(job, n, out, kRowIndices);
+    if constexpr (std::is_same_v<W, bfloat16>)
+      for (int i = 0; i < Rows; ++i) correct_small<Row>(job, n + i, out[i]);
+#else
+    stored_dot<Row, Multiply<W>>(job, n, out, kRowIndices);
 #endif
+    for (int i = 0; i < Rows; ++i)
       for (int t = 0; t < Tokens; ++t) job.out[t * job.out_features + n + i] = (job.bias ? job.bias[n + i] : 0.0f) + out[i][t];
-    }
     return n + Rows;
   };
   // Two rows share the loads of the activations, but one is read faster.
@@ -196,7 +207,7 @@ using StoredDot = void (*)(const lors::cpu::DotJob& job, int64_t begin, int64_t 
 
 template <typename W, template <typename> typename Row, int... Tokens>
 inline StoredDot stored_dot_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
-  constexpr StoredDot kOf[] = {stored_dot_rows<W, Row, Tokens + 1>...};
+  constexpr StoredDot kOf[] = {stored_dot_rows<W, Row<W>, Tokens + 1>...};
   return kOf[tokens - 1];
 }
 
@@ -229,20 +240,21 @@ inline StoredDot stored_dot_of(const lors::cpu::DotJob& job) {
 }
 
 #if defined(__AVX512VBMI2__)
-// bfloat16 activations as they are, and their limit (see above): infinite with subnormal ones.
+// bfloat16 activations as they are, and their limit (see above): NaN, which no result reaches, with subnormal ones and with
+// infinite ones and NaN.
 inline void pack_stored_dot(const lors::cpu::DotJob& job, int64_t begin, int64_t end) {
   const int64_t K = job.weight.in_features;
   for (int64_t t = begin; t < end; ++t) {
     auto* dst = static_cast<bfloat16*>(job.activation) + t * job.stride;
     std::memcpy(dst, static_cast<const bfloat16*>(job.src) + t * K, size_t(K) * 2);
     std::memset(dst + K, 0, size_t(job.stride - K) * 2);
-    uint16_t largest = 0, subnormal = 0;
+    uint16_t largest = 0, is_unusual = 0;
     for (int64_t k = 0; k < K; ++k) {
       const uint16_t magnitude = dst[k].bits & 0x7fff;
       largest = magnitude > largest ? magnitude : largest;
-      subnormal |= uint16_t(uint16_t(magnitude - 1) < 0x7f);
+      is_unusual |= uint16_t(uint16_t(magnitude - 1) < 0x7f) | uint16_t(magnitude >= 0x7f80);
     }
-    job.limits[t] = subnormal ? __builtin_inff() : float(K) * 0x1p-101f * (1.0f + to_float(bfloat16{largest}));
+    job.limits[t] = is_unusual ? __builtin_nanf("") : float(K) * 0x1p-101f * (1.0f + to_float(bfloat16{largest}));
   }
 }
 #else

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of a stored weight as the matmul of a few tokens without an adapter (stored_dot_kernel.h) reads it: a unit of 32
-// columns after the other, +0 where nothing is kept. A Row<W> offers
+// A row of a stored weight as the matmul of a few tokens without an adapter (stored_dot_kernel.h) and the expansion to dense
+// (merge_kernel.h) read it: one unit of kUnit columns after the other. A Row offers
 //   Row(job, n)            row n of the weight
-//   begin(u)               before unit u and the 15 behind it; u is a multiple of 16
-//   readable()             whether `unit` may read the next unit in whole vectors
-//   unit(u)                all 32 columns of unit u
-//   copy(u, columns, out)  its first columns, one by one: where the row ends, or where it is not readable
-// Units are read once each, in ascending order.
+//   begin(u)               before unit u and the others of its chunk of kChunk units
+//   readable()             whether `unit` may read the units of a chunk in whole vectors
+//   unit(u)                unit u, whole
+//   part(u, columns)       its first columns, one by one: where the row ends, or where it is not readable
+// Units are read once each, in ascending order. But for Sparse24Slots a unit has a number for each column, +0 where nothing is
+// kept.
 #pragma once
 
 #include "expand.h"
@@ -15,9 +16,17 @@
 #if defined(__AVX2__)
 namespace {
 
-constexpr int kUnit = 32;
-static_assert(lors::cpu::kDotColumns % kUnit == 0);
-constexpr int kChunk = 16;  // units
+constexpr int kExpanded = 32;  // columns of a unit that has a number for each
+constexpr int kChunk = 16;     // units
+
+// Called for every page of values. The hardware prefetcher stops at the end of a page and starts slowly on the next one, and it
+// takes little notice of the thin stream that says where the values belong.
+constexpr int64_t kPage = 4096;
+inline void fetch_ahead(const void* values, const void* places) {
+  const char *next_page = static_cast<const char*>(values) + kPage, *next_places = static_cast<const char*>(places) + kPage / 4;
+  for (int line = 0; line < 4; ++line) _mm_prefetch(next_page + 64 * line, _MM_HINT_T0);
+  for (int line = 0; line < 8; ++line) _mm_prefetch(next_places + 64 * line, _MM_HINT_T0);
+}
 
 #if defined(__AVX512VBMI2__)
 // 32 elements of 16 bits.
@@ -25,6 +34,7 @@ struct Words {
   __m512i all;
 };
 inline Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(void* p, Words words) { _mm512_storeu_si512(p, words.all); }
 inline Words where_words(uint32_t bits, Words words) { return {_mm512_maskz_mov_epi16(bits, words.all)}; }
 #else
 struct Words {
@@ -33,6 +43,9 @@ struct Words {
 inline Words load_words(const void* p) {
   const auto* from = static_cast<const __m256i*>(p);
   return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
+}
+inline void store_words(void* p, Words words) {
+  for (int i = 0; i < 2; ++i) _mm256_storeu_si256(static_cast<__m256i*>(p) + i, words.half[i]);
 }
 inline Words where_words(uint32_t bits, Words words) {
   const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
@@ -70,7 +83,7 @@ inline __m128i word_control(const uint8_t* control) { return _mm_load_si128(rein
 
 // 32 columns as float32.
 struct Floats {
-  static constexpr int kVectors = kUnit / kLanes<float>;
+  static constexpr int kVectors = kExpanded / kLanes<float>;
   Vector<float> vector[kVectors];
 };
 
@@ -102,6 +115,7 @@ constexpr uint32_t vector_bits(uint32_t bits, int i) { return bits >> (i * kLane
 
 template <typename W>
 struct DenseRow {
+  static constexpr int kUnit = kExpanded;
   const W* weight;
   const uint32_t* mask;  // null: all is kept
 
@@ -121,9 +135,11 @@ struct DenseRow {
       return where_words(mask[u], out);
     }
   }
-  void copy(int64_t u, int64_t columns, W* out) const {
+  Unit<W> part(int64_t u, int64_t columns) const {
+    W out[kUnit] = {};
     for (int64_t j = 0; j < columns; ++j)
       if (!mask || mask[u] >> j & 1) out[j] = weight[u * kUnit + j];
+    return load_unit(out);
   }
 };
 
@@ -139,6 +155,7 @@ constexpr PlacedOfCode kPlacedOfCode;
 
 template <typename W>
 struct Sparse24Row {
+  static constexpr int kUnit = kExpanded;
   const W* slots;
   const uint8_t* metadata;
   int64_t bytes;
@@ -151,6 +168,7 @@ struct Sparse24Row {
         metadata(job.metadata + n * lors::sparse24_metadata_bytes(job.in_features)),
         bytes(lors::sparse24_metadata_bytes(job.in_features)) {}
   void begin(int64_t u) {
+    if (u * kUnit / 2 * int64_t(sizeof(W)) % kPage == 0) fetch_ahead(slots + u * (kUnit / 2), metadata + u * (kUnit / 8));
 #if defined(__AVX512F__)
     const int64_t first = u * (kUnit / 8), left = bytes - first;
     const __mmask64 inside = left < 64 ? (__mmask64(1) << left) - 1 : ~__mmask64(0);
@@ -160,8 +178,6 @@ struct Sparse24Row {
     const __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibble));
     const __m512i odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
     _mm512_store_si512(placed, _mm512_or_si512(even, _mm512_slli_epi16(odd, 4)));
-#else
-    (void)u;
 #endif
   }
   bool readable() const { return true; }
@@ -182,7 +198,7 @@ struct Sparse24Row {
     } else {
 #if defined(__AVX512VBMI2__)
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      return {_mm512_maskz_expand_epi16(placed[u % kChunk], _mm512_castsi256_si512(packed))};
+      return {expand_words(_mm512_castsi256_si512(packed), placed[u % kChunk])};
 #else
       Words out;
       const uint8_t* codes = metadata + u * (kUnit / 8);
@@ -199,17 +215,75 @@ struct Sparse24Row {
 #endif
     }
   }
-  void copy(int64_t u, int64_t columns, W* out) const {
+  Unit<W> part(int64_t u, int64_t columns) const {
+    W out[kUnit] = {};
     for (int64_t j = 0; j < columns; j += 4) {
       const int64_t group = u * (kUnit / 4) + j / 4;
       const Sparse24Code& code = kSparse24Codes.of_code[metadata[group / 2] >> (group % 2 * 4) & 15];
       for (int s = 0; s < 2; ++s) out[j + code.slot[s]] = slots[2 * group + s];
     }
+    return load_unit(out);
   }
 };
 
+#if defined(__AVX512VBMI2__)
+// 32 slots of bfloat16 as they are stored, and which of the unit's 64 columns each belongs to.
+struct Slots {
+  __m512i values, columns;
+};
+// By slot: the bit of a unit's codes at which its position starts, and the first column of its group.
+struct BitsAndGroups {
+  alignas(64) uint8_t bit[64] = {};
+  alignas(64) uint16_t group[32] = {};
+  constexpr BitsAndGroups() {
+    for (int i = 0; i < 32; ++i) {
+      bit[2 * i] = uint8_t(2 * i);
+      group[i] = uint16_t(i / 2 * 4);
+    }
+  }
+};
+constexpr BitsAndGroups kOfSlot;
+
+struct Sparse24Slots {
+  static constexpr int kUnit = 64;
+  const bfloat16* slots;
+  const uint8_t* metadata;
+  int64_t bytes;
+
+  Sparse24Slots(const lors::cpu::MergeJob& job, int64_t n)
+      : slots(static_cast<const bfloat16*>(job.weight) + n * (job.in_features / 2)),
+        metadata(job.metadata + n * lors::sparse24_metadata_bytes(job.in_features)),
+        bytes(lors::sparse24_metadata_bytes(job.in_features)) {}
+  void begin(int64_t u) const {
+    if (u * kUnit % kPage == 0) fetch_ahead(slots + u * (kUnit / 2), metadata + u * (kUnit / 8));
+  }
+  bool readable() const { return true; }
+  Slots unit(int64_t u) const {
+    uint64_t codes;
+    std::memcpy(&codes, metadata + u * (kUnit / 8), 8);
+    return {_mm512_loadu_si512(slots + u * (kUnit / 2)), columns_of(codes)};
+  }
+  Slots part(int64_t u, int64_t columns) const {
+    const int64_t first = u * (kUnit / 8);
+    uint64_t codes = 0;
+    std::memcpy(&codes, metadata + first, size_t(bytes - first));
+    const __mmask32 inside = (1u << (columns / 2)) - 1;
+    return {_mm512_maskz_loadu_epi16(inside, slots + u * (kUnit / 2)), columns_of(codes)};
+  }
+
+ private:
+  // For each slot, in sixteen bits: the first column of its group + the position in two bits of the codes.
+  static __m512i columns_of(uint64_t codes) {
+    const __m512i position = _mm512_multishift_epi64_epi8(_mm512_load_si512(kOfSlot.bit), _mm512_set1_epi64(int64_t(codes)));
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    return _mm512_ternarylogic_epi32(position, _mm512_set1_epi16(3), _mm512_load_si512(kOfSlot.group), kAndOr);
+  }
+};
+#endif
+
 template <typename W>
 struct BitmapRow {
+  static constexpr int kUnit = kExpanded;
   const W *values, *end;  // the next unit's first; beyond those of all rows
   const uint32_t* mask;
 
@@ -217,8 +291,10 @@ struct BitmapRow {
       : values(static_cast<const W*>(job.weight) + job.cursors[n]),
         end(static_cast<const W*>(job.weight) + job.value_count),
         mask(job.mask + n * lors::mask_words(job.in_features)) {}
-  void begin(int64_t) {}
-  bool readable() const { return end - values >= kUnit; }
+  void begin(int64_t u) const {
+    if (u * kUnit / 2 * int64_t(sizeof(W)) % kPage == 0) fetch_ahead(values, mask + u);  // as if half were kept
+  }
+  bool readable() const { return end - values >= kChunk * kUnit; }
   Unit<W> unit(int64_t u) {
     const uint32_t bits = mask[u];
     if constexpr (std::is_same_v<W, float>) {
@@ -231,7 +307,7 @@ struct BitmapRow {
       return out;
     } else {
 #if defined(__AVX512VBMI2__)
-      const Words out = {_mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values))};
+      const Words out = {expand_words(_mm512_loadu_si512(values), bits)};
       values += __builtin_popcount(bits);
       return out;
 #else
@@ -247,9 +323,11 @@ struct BitmapRow {
 #endif
     }
   }
-  void copy(int64_t u, int64_t columns, W* out) {
+  Unit<W> part(int64_t u, int64_t columns) {
+    W out[kUnit] = {};
     for (int64_t j = 0; j < columns; ++j)
       if (mask[u] >> j & 1) out[j] = *values++;
+    return load_unit(out);
   }
 };
 

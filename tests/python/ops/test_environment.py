@@ -57,7 +57,7 @@ CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 def processor_has(capability: str) -> bool:
     if capability == "avx512_bf16":
         flags = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-        return processor_has("avx512") and {"avx512_bf16", "avx512_vbmi2"} <= set(flags)
+        return processor_has("avx512") and {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"} <= set(flags)
     best = torch.backends.cpu.get_cpu_capability()
     return capability in {"AVX512": ("baseline", "avx2", "avx512"), "AVX2": ("baseline", "avx2")}.get(
         best, ("baseline",)

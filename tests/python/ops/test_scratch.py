@@ -55,11 +55,23 @@ def test_releasing_frees_what_the_largest_call_needed() -> None:
     release_scratch()
     layer = LoRSLinear.from_linear(torch.nn.Linear(K, N), r=4, layout="bitmap")
     for _ in range(3):
-        layer(torch.ones(MANY, K))
+        layer(torch.ones(MANY, K, requires_grad=True)).sum().backward()
     assert N * K * 4 <= release_scratch() < 1.5 * N * K * 4
     assert release_scratch() == 0
     layer(torch.ones(MANY, K))  # allocates again
     assert release_scratch() > 0
+
+
+def test_a_forward_needs_a_panel_of_the_weight_for_each_thread() -> None:
+    release_scratch()
+    layer = LoRSLinear.from_linear(torch.nn.Linear(K, N), r=4, layout="bitmap")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        layer(torch.ones(MANY, K))
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < release_scratch() < N * K * 4 / 4
 
 
 def test_a_smaller_call_uses_the_block_of_a_larger_one() -> None:
