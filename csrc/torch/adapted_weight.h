@@ -192,7 +192,9 @@ struct AdaptedWeight {
         Backend::matmul(out, tokens, input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
       };
       // Rows of the weight give columns of the output; of the input gradient every row of the weight is a part.
-      const int64_t panel_rows = input_gradient ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
+      // What is drawn belongs to a row's number in the whole weight.
+      const bool is_whole = input_gradient || has_draws();
+      const int64_t panel_rows = is_whole ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
       if (shared || own) {
         multiply_by(shared ? *shared : weight);
       } else if (panel_rows >= N) {

@@ -231,6 +231,16 @@ def test_the_public_functions(device, seed, layout):
     assert same_bits(lors_linear(X, weight, *adapters), lors_linear(X, weight, *adapters, rounding="nearest"))
 
 
+def test_a_weight_that_is_merged_by_panels_is_drawn_whole(device):
+    case = make_case(0, 40, 9000, 264, 3, torch.bfloat16, device=device)
+    operand = lors.merged_operand(*case.adapted, case.scaling, torch.bfloat16, 40, SEED)
+    forward = (case.input, *case.adapted, None, case.scaling, "lors")
+    rms = (case.input.double().square() @ operand.double().square().T).sqrt()
+    expected = case.input.double() @ operand.double().T
+    output = lors.linear(*forward, None, SEED)
+    assert_close(output, expected, rms=rms, length=264, dtype=torch.bfloat16, what="matmul")
+
+
 def test_refusals(device):
     case = case_of(0, (4, 8), torch.bfloat16, "dense", device)
     args = (case.weight, case.lora_A, case.lora_B, 1.0)
