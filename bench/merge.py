@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ BASELINE = "official"
 NOTES = {
     "official": "three passes in eager torch: compare, addmm, multiply",
     "lors_cuda": "lors_cuda.merge",
+    "lors_cuda_stochastic": "lors_cuda.merge, rounding='stochastic'; as lors_cuda where nothing is rounded",
     "lors_cuda_24": "lors_cuda.merge from a 2:4 weight to a dense one",
     "lors_cuda_24_values": "SparseWeight.merge, 2:4 to 2:4",
     "lors_cuda_bitmap": "lors_cuda.merge from a bitmap weight to a dense one",
@@ -56,6 +58,7 @@ def _merges(weight: Tensor, sparse24: bool) -> dict[str, Merge]:
             return lambda weight: lors_cuda.SparseWeight.from_dense(weight, name)
 
         merges["lors_cuda"] = Merge(lors_cuda.merge)
+        merges["lors_cuda_stochastic"] = Merge(functools.partial(lors_cuda.merge, rounding="stochastic", seed=1))
         if sparse24:
             merges["lors_cuda_24"] = Merge(lors_cuda.merge, layout("2:4"))
             merges["lors_cuda_24_values"] = Merge(

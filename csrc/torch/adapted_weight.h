@@ -71,7 +71,7 @@ class Scratch {
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
-                double scaling)
+                double scaling, const DrawArguments& draws = {})
       : backend(backend),
         layout(stored.layout),
         N(stored.out_features),
@@ -81,7 +81,12 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
-        scaling(scaling) {
+        scaling(scaling),
+        noise(row_major(draws.noise)) {
+    this->draws.rounds = draws.rounding_seed.has_value();
+    this->draws.rounding_seed = static_cast<uint64_t>(draws.rounding_seed.value_or(0));
+    this->draws.noise_seed = static_cast<uint64_t>(draws.noise_seed);
+    if (noise) this->draws.noise = static_cast<const float*>(noise->const_data_ptr());
     if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
   }
 
@@ -94,11 +99,14 @@ struct AdaptedWeight {
     weight = merged;
     lora_A = torch::stable::narrow(lora_A, 0, 0, 0);
     lora_B = torch::stable::narrow(lora_B, 1, 0, 0);
+    draws = {};
   }
 
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
   int64_t r() const { return lora_A.size(0); }
+  // Only the merge draws random numbers; fused_linear does not.
+  bool has_draws() const { return draws.rounds || draws.noise; }
 
   // Fills in what MergeArgs and FusedLinearArgs have in common.
   template <typename Args>
@@ -146,6 +154,7 @@ struct AdaptedWeight {
 
   void merge(MergeArgs& args, Tensor& out, ScalarType rounded, Layout merged_layout) const {
     args.merged_layout = merged_layout;
+    args.draws = draws;
     args.merged = out.mutable_data_ptr();
     args.merged_dtype = dtype_of(out);
     args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
@@ -172,8 +181,9 @@ struct AdaptedWeight {
     if (shared && shared->scalar_type() == dtype)
       return AdaptedWeight(*this, *shared).multiply(activation, bias, input_gradient, std::nullopt);
     // Without an adapter a dense weight is its own merge.
-    const bool own = r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype;
-    if (shared || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
+    const bool own =
+        r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype && !has_draws();
+    if (shared || has_draws() || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
       Tensor out = empty(activation, {T, columns}, compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);
@@ -182,7 +192,9 @@ struct AdaptedWeight {
         Backend::matmul(out, tokens, input_gradient ? merged : torch::stable::transpose(merged, 0, 1), addend);
       };
       // Rows of the weight give columns of the output; of the input gradient every row of the weight is a part.
-      const int64_t panel_rows = input_gradient ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
+      // What is drawn belongs to a row's number in the whole weight.
+      const bool is_whole = input_gradient || has_draws();
+      const int64_t panel_rows = is_whole ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
       if (shared || own) {
         multiply_by(shared ? *shared : weight);
       } else if (panel_rows >= N) {
@@ -298,6 +310,8 @@ struct AdaptedWeight {
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
   double scaling;
+  std::optional<Tensor> noise;
+  Draws draws;
 };
 
 }  // namespace lors::binding

@@ -3,6 +3,7 @@
 // needed.
 #pragma once
 
+#include <lors/random.h>
 #include <lors/types.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -206,6 +207,25 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check((t.scalar_type() == ScalarType::Double) == (weight.values.scalar_type() == ScalarType::Double), "lors::", op, ": ",
         name, " and weight must both be float64, or neither.");
   check_same_device(op, name, t, weight.values);
+}
+
+// What the merge is to draw: the operators' last three arguments.
+struct DrawArguments {
+  std::optional<int64_t> rounding_seed;
+  std::optional<Tensor> noise;
+  int64_t noise_seed = 0;
+};
+
+inline DrawArguments check_draws(const char* op, const StoredWeight& weight, std::optional<int64_t> rounding_seed,
+                                 const std::optional<Tensor>& noise, int64_t noise_seed) {
+  if (noise) {
+    check(noise->scalar_type() == ScalarType::Float && noise->dim() == 1 && noise->size(0) == weight.out_features, "lors::", op,
+          ": noise has shape ", shape(*noise), "; it must be float32 [", weight.out_features, "] for a weight of shape ",
+          weight.shape(), ".");
+    check_same_device(op, "noise", *noise, weight.values);
+    check_storage(op, "noise", *noise);
+  }
+  return {rounding_seed, noise, noise_seed};
 }
 
 // Whether matmuls with activations of this dtype read merged values in the weight's compressed layout: on the CPU.

@@ -7,11 +7,16 @@
 //   2:4     weight [N, K/2], mask None, index: uint8 metadata [N, ceil(K/8)]           (csrc/core/include/lors/sparse24.h)
 //   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/types.h)
 // lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact".
+// What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None
+// for rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is
+// added to each row's kept entries.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lors, m) {
   // merged [N, K] = weight + scaling * mask o (lora_B lora_A), in the weight's dtype.
-  m.def("merge(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
+  m.def(
+      "merge(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling,"
+      " SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0) -> Tensor");
   m.def(
       "merge_backward(Tensor grad_merged, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float "
       "scaling)"
@@ -22,14 +27,14 @@ STABLE_TORCH_LIBRARY(lors, m) {
   // linear_backward take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
   m.def(
       "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
-      "dtype, int tokens)"
+      "dtype, int tokens, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient, Tensor? merged=None)"
+      " str gradient, Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
@@ -37,7 +42,7 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
       " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
-      " Tensor? merged=None)"
+      " Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");

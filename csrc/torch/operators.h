@@ -32,10 +32,12 @@ struct Operators {
   using Adapted = AdaptedWeight<Backend>;
 
   static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
-                      const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+                      const Tensor& lora_A, const Tensor& lora_B, double scaling, std::optional<int64_t> rounding_seed,
+                      const std::optional<Tensor>& noise, int64_t noise_seed) {
     const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, true);
+    const DrawArguments draws = check_draws("merge", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
-    return Adapted("merge", backend, stored, lora_A, lora_B, scaling).merged(weight.scalar_type(), weight.scalar_type());
+    return Adapted("merge", backend, stored, lora_A, lora_B, scaling, draws).merged(weight.scalar_type(), weight.scalar_type());
   }
 
   static Tensor sparse24_merge(const Tensor& values, const Tensor& metadata, const Tensor& lora_A, const Tensor& lora_B,
@@ -48,14 +50,16 @@ struct Operators {
   }
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
-                               const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype, int64_t tokens) {
+                               const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype, int64_t tokens,
+                               std::optional<int64_t> rounding_seed, const std::optional<Tensor>& noise, int64_t noise_seed) {
     const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
+    const DrawArguments draws = check_draws("merged_operand", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
-    const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling);
+    const Adapted adapted("merged_operand", backend, stored, lora_A, lora_B, scaling, draws);
     const ScalarType compute = Backend::matmul_dtype(dtype);
-    if (keeps_stored_layout(stored, dtype) && (compute == ScalarType::Float || tokens <= kFewTokens))
+    if (!adapted.has_draws() && keeps_stored_layout(stored, dtype) && (compute == ScalarType::Float || tokens <= kFewTokens))
       return adapted.merged(dtype, dtype, stored.layout);
     return adapted.merged(compute, dtype);
   }
@@ -63,16 +67,18 @@ struct Operators {
   static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                        const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
-                       const std::optional<Tensor>& merged) {
+                       const std::optional<Tensor>& merged, std::optional<int64_t> rounding_seed,
+                       const std::optional<Tensor>& noise, int64_t noise_seed) {
     const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
     const ScalarType dtype = input.scalar_type(), compute = Backend::matmul_dtype(dtype);
     if (merged) check_merged("linear", *merged, stored, dtype, compute);
+    const DrawArguments draws = check_draws("linear", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
     if (input.size(0) == 0) return empty(input, {0, stored.out_features}, dtype);
-    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling);
+    const Adapted adapted("linear", backend, stored, lora_A, lora_B, scaling, draws);
     if constexpr (Backend::kSparseMatmul)
       if (const std::optional<Tensor> output = sparse_matmul(adapted, input, bias, merged)) return *output;
     return adapted.multiply(input, bias, false, merged);
@@ -82,7 +88,8 @@ struct Operators {
       const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& weight, const std::optional<Tensor>& mask,
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
       double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
-      const std::optional<Tensor>& merged) {
+      const std::optional<Tensor>& merged, std::optional<int64_t> rounding_seed, const std::optional<Tensor>& noise,
+      int64_t noise_seed) {
     const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B, true);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
@@ -96,9 +103,10 @@ struct Operators {
     if (bias) check_bias("linear_backward", *bias, stored);
     const ScalarType dtype = grad_output.scalar_type(), compute = Backend::matmul_dtype(dtype);
     if (merged) check_merged("linear_backward", *merged, stored, dtype, compute);
+    const DrawArguments draws = check_draws("linear_backward", stored, rounding_seed, noise, noise_seed);
 
     const Backend backend(weight);
-    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling);
+    const Adapted adapted("linear_backward", backend, stored, lora_A, lora_B, scaling, draws);
     const int64_t T = grad_output.size(0), N = stored.out_features, K = stored.in_features;
 
     const Tensor grad_input = needs_input_grad && T > 0 ? adapted.multiply(grad_output, std::nullopt, true, merged)

@@ -65,6 +65,8 @@ class Differentiable:
                 return jvp(*args)
 
         self.compute = compute
+        schema = getattr(lors, op).default._schema
+        self.defaults = tuple(argument.default_value for argument in schema.arguments)
         formulas = {"backward": staticmethod(backward), "jvp": staticmethod(nested_jvp)}
         # Three classes of the same formulas. torch.func needs a forward without ctx, which costs every call 20 us more
         # (torch binds the arguments to its signature), so that plain eager calls have one with it. And where the
@@ -93,6 +95,7 @@ class Differentiable:
 
     def kernel(self, *args: Any) -> Any:
         """The operator's kernel for autograd, which the dispatcher calls; under torch.func for one of its levels."""
+        args = (*args, *self.defaults[len(args) :])  # the dispatcher leaves out defaults
         if not torch._C._are_functorch_transforms_active():
             return self.eager.apply(*args)
         with enable_single_level_autograd_function():
@@ -184,7 +187,7 @@ def _adapter_tangents(
 
 # ---- linear: input [..., K] to [..., N] -----------------------------------------------------------------------------
 
-_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS = 0, 1, 4, 5, 6  # positions among the arguments
+_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED = 0, 1, 4, 5, 6, 9  # positions among the arguments
 
 
 def _linear(input: Tensor, *args: Any) -> Tensor:
@@ -198,7 +201,7 @@ def _linear(input: Tensor, *args: Any) -> Tensor:
 
 
 def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged = args
+    input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -217,7 +220,7 @@ def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
 
 def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 10
+        return (None,) * 13
     input, weight, mask, index, lora_A, lora_B, bias, merged = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = needs[_INPUT], needs[_LORA_A], needs[_LORA_B]
@@ -241,6 +244,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | Non
         needs_lora_A_grad,
         needs_lora_B_grad,
         merged,
+        *ctx.draws,
     )
     if leading is not None and needs_input_grad:
         grad_input = grad_input.view(*leading, grad_input.shape[1])
@@ -252,21 +256,23 @@ def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | Non
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
-        *(None,) * 3,
+        *(None,) * 6,
     )
 
 
 def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
     """``dY = dX W~^T + X (s M o (dB A + B dA))^T + dbias``: the derivative of the forward, whatever ``gradient`` says.
 
+    Rounding is taken for the identity, by chance as to nearest.
+
     It is itself differentiable, with the exact gradients.
     """
     input, weight, mask, index, lora_A, lora_B, _, merged = _primals(ctx)
-    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[-1])
+    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED])
     parts = []
     if tangents[_INPUT] is not None:
         adapted = (weight, mask, index, lora_A, lora_B)
-        parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged))
+        parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws))
     for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
         parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None))
     if tangents[_BIAS] is not None:
@@ -285,7 +291,7 @@ class _Linear(Differentiable):
         if not isinstance(input, Tensor) or input.dim() != 2:
             with torch._C._AutoDispatchBelowAutograd():
                 return lors.linear(input, *args)  # which refuses it in a sentence
-        return super().kernel(input, *args, *(None,) * (9 - len(args)))  # the dispatcher leaves out a default
+        return super().kernel(input, *args)
 
 
 linear = _Linear("linear", _linear, _save_linear, _linear_backward, _linear_jvp, _linear_vmap)
@@ -295,7 +301,7 @@ linear = _Linear("linear", _linear, _save_linear, _linear_backward, _linear_jvp,
 
 
 def _save_merge(ctx: Any, args: tuple[Any, ...]) -> None:
-    *tensors, ctx.scaling = args
+    *tensors, ctx.scaling, _, _, _ = args
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
@@ -303,13 +309,13 @@ def _save_merge(ctx: Any, args: tuple[Any, ...]) -> None:
 
 def _merge_backward(ctx: Any, grad_merged: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_merged is None:
-        return (None,) * 6
+        return (None,) * 9
     grads = merge_backward(grad_merged, *ctx.saved_tensors, ctx.scaling)
-    return None, None, None, *grads, None
+    return None, None, None, *grads, *(None,) * 4
 
 
 def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
-    weight_tangent, _, _, *adapter_tangents, _ = tangents
+    weight_tangent, _, _, *adapter_tangents = tangents[:5]
     _refuse_tangents(weight=weight_tangent)
     parts = [lors.merge(*adapter, ctx.scaling) for adapter in _adapter_tangents(*_primals(ctx), *adapter_tangents)]
     return sum(parts[1:], parts[0])

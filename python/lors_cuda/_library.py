@@ -144,7 +144,15 @@ def check_device(device: torch.device) -> None:
 
 @torch.library.register_fake("lors::merge")
 def _(
-    weight: Tensor, mask: Tensor | None, index: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rounding_seed: int | None = None,
+    noise: Tensor | None = None,
+    noise_seed: int = 0,
 ) -> Tensor:
     return weight.new_empty((lora_B.shape[0], lora_A.shape[1]))
 
@@ -172,13 +180,18 @@ def _(
     scaling: float,
     dtype: torch.dtype,
     tokens: int,
+    rounding_seed: int | None = None,
+    noise: Tensor | None = None,
+    noise_seed: int = 0,
 ) -> Tensor:
     computed = dtype
     if weight.device.type == "cpu":
         if dtype in (torch.bfloat16, torch.float16) and BUILD[f"cpu_product_{str(dtype)[6:]}"] == "float32":
             computed = torch.float32
         is_few = computed == torch.float32 or tokens <= FEW_TOKENS
-        if index is not None and dtype == weight.dtype and is_few and dtype != torch.float64:
+        has_draws = rounding_seed is not None or noise is not None
+        is_kept = index is not None and dtype == weight.dtype and is_few and not has_draws
+        if is_kept and dtype != torch.float64:
             return weight.new_empty(weight.shape)  # values in the same layout
     return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=computed)
 
@@ -195,6 +208,9 @@ def _(
     scaling: float,
     gradient: str,
     merged: Tensor | None = None,
+    rounding_seed: int | None = None,
+    noise: Tensor | None = None,
+    noise_seed: int = 0,
 ) -> Tensor:
     return input.new_empty((input.shape[0], lora_B.shape[0]))
 
@@ -223,6 +239,9 @@ def _(
     needs_lora_A_grad: bool,
     needs_lora_B_grad: bool,
     merged: Tensor | None = None,
+    rounding_seed: int | None = None,
+    noise: Tensor | None = None,
+    noise_seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))

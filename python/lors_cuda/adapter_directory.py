@@ -79,9 +79,9 @@ def read_adapter(directory: Path) -> SavedAdapter:
     own = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
            "modules_to_save")  # fmt: skip
     values = {name: fields[name] for name in own if name in fields}
-    # save_adapter writes these two into "lors", lors_cuda.peft beside it.
+    # save_adapter writes these into "lors", lors_cuda.peft beside it.
     held = {} if lors is None else {**fields, **lors}
-    values.update({name: held[name] for name in ("gradient", "layout") if name in held})
+    values.update({name: held[name] for name in ("gradient", "layout", "rounding", "rounding_seed") if name in held})
     try:
         config = LoRSConfig.from_dict(values)
     except (ValueError, TypeError) as error:

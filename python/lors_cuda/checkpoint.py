@@ -173,7 +173,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRSLinear]) -> LoRSConfig:
         raise ValueError("Some layers use use_rslora and others do not; PEFT's format has one value for all of them.")
     first = next(iter(layers.values()))
     config = LoRSConfig.from_dict(base.to_dict()) if base is not None else LoRSConfig(gradient=first.gradient)
-    config.use_rslora, config.gradient = first.use_rslora, first.gradient
+    config.use_rslora, config.gradient, config.rounding = first.use_rslora, first.gradient, first.rounding
     if base is None or any(
         config.rank_of(name) != layer.r or config.alpha_of(name) != layer.lora_alpha for name, layer in layers.items()
     ):
@@ -224,6 +224,8 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
             "format_version": FORMAT_VERSION,
             "gradient": config.gradient,
             "layout": config.layout,
+            "rounding": config.rounding,
+            "rounding_seed": config.rounding_seed,
             **to_fields({name: fingerprint(layer.whole_weight()) for name, layer in layers.items()}),
         },
     }

@@ -22,6 +22,7 @@ from ._checks import (
     pattern_dict,
     rank_number,
 )
+from ._draws import ROUNDINGS, seed_number
 
 ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value")
@@ -42,6 +43,10 @@ class LoRSConfig:
         layout: how the frozen weight is stored: "auto", "dense", "2:4" or "bitmap".
         gradient: "lors" (the paper's rearranged adapter gradients) or "exact" (true gradient of the
             forward, which needs one [out_features, in_features] matrix per layer).
+        rounding: how a merged weight of 16 bits is rounded: "nearest", or "stochastic", up or down by chance, the
+            likelier the nearer, so that updates below half a step are not lost; see docs/howto/rounding.md.
+        rounding_seed: of "stochastic", 0 to 2^63 - 1; each layer derives its own, in merging and evaluation. In
+            training a run of lors_cuda.methods draws anew at each step; without one, this seed serves there too.
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
         rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,
@@ -60,6 +65,8 @@ class LoRSConfig:
     exclude_modules: str | list[str] | None = None
     layout: str = "auto"
     gradient: str = "lors"
+    rounding: str = "nearest"
+    rounding_seed: int = 0
     use_rslora: bool = False
     init_lora_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -79,6 +86,8 @@ class LoRSConfig:
         self.lora_alpha = alpha_number("lora_alpha", self.lora_alpha)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        self.rounding_seed = seed_number("rounding_seed", self.rounding_seed)
         check_flag("use_rslora", self.use_rslora)
         hint = " (for a gradient-based start, call init_from_gradients)"
         check_flag("init_lora_weights", self.init_lora_weights, hint)

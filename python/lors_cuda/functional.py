@@ -20,6 +20,7 @@ from ._checks import (
     check_weight,
     check_whole,
 )
+from ._draws import NO_DRAWS, Draws, rounding_draws
 from ._library import FEW_TOKENS, lors
 from .formats import pack_mask
 from .weight import SparseWeight
@@ -36,6 +37,8 @@ def lors_linear(
     mask: Tensor | None = None,
     gradient: str = "lors",
     cache: MergedWeight | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
 ) -> Tensor:
     """A linear layer with a masked low-rank adapter: ``Y = X (W + s M o (B A))^T + bias`` (arXiv 2501.08582, eq. 3).
 
@@ -56,13 +59,18 @@ def lors_linear(
             ``"exact"`` (the true gradient of this function). The gradient of ``input`` is exact in both, and so is
             forward mode, which gives the derivative of this function whatever ``gradient`` says.
         cache: keeps the merged weight for the next call with the same tensors, see :func:`lors_cuda.merge_cache`.
+        rounding: ``"nearest"``, or ``"stochastic"``: where the merged weight is of 16 bits, each value becomes one of
+            its two neighbours, the likelier the nearer, so that the mean over seeds is the unrounded value and updates
+            below half a step are not lost. What is representable stays as it is, zeros too. Backward draws the same.
+        seed: of ``"stochastic"``, 0 to 2^63 - 1; the same seed gives the same bits.
 
     Returns:
         [..., N] in the dtype of ``input`` (autocast's under autocast).
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``weight`` requires grad, or ``gradient`` or ``rounding`` is
+            unknown, or ``seed`` does not go with it.
         RuntimeError: no kernel of this build supports the device; or, in a second backward, that it is not supported.
 
     torch.func and forward mode: ``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ``jacfwd`` and ``linearize`` give
@@ -74,7 +82,7 @@ def lors_linear(
     check_adapters(stored, lora_A, lora_B)
     check_choice("gradient", gradient, GRADIENTS)
     scaling = _as_float(scaling)
-    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache, rounding_draws(rounding, seed))
 
 
 def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
@@ -94,12 +102,13 @@ def layer_linear(
     bias: Tensor | None,
     gradient: str,
     cache: MergedWeight | None,
+    draws: Draws,
 ) -> Tensor:
     """:func:`lors_linear` for a layer, which was checked when it was made: here Python checks what only it can see."""
     stored = _stored(weight, None)
     check_whole("lora_A", lora_A)
     check_whole("lora_B", lora_B)
-    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache, draws)
 
 
 def _linear(
@@ -111,6 +120,7 @@ def _linear(
     bias: Tensor | None,
     gradient: str = "lors",
     cache: MergedWeight | None = None,
+    draws: Draws = NO_DRAWS,
 ) -> Tensor:
     check_tensor("input", input)
     device_type = stored.device.type
@@ -142,7 +152,7 @@ def _linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input)
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, draws)
     output: Tensor = _autograd.linear(
         input,
         stored.values,
@@ -154,6 +164,7 @@ def _linear(
         scaling,
         gradient,
         merged,
+        *draws,
     )
     return output
 
@@ -165,6 +176,8 @@ def merge(
     scaling: float,
     *,
     mask: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
 ) -> Tensor:
     """The merged weight ``W~ = W + s M o (B A)`` as a dense tensor, exactly +0 off the mask.
 
@@ -177,7 +190,12 @@ def merge(
     """
     stored = _stored(weight, mask)
     check_adapters(stored, lora_A, lora_B)
-    merged: Tensor = _autograd.merge(stored.values, stored.mask_bits, stored.index, lora_A, lora_B, _as_float(scaling))
+    return stored_merge(stored, lora_A, lora_B, _as_float(scaling), rounding_draws(rounding, seed))
+
+
+def stored_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws) -> Tensor:
+    """:func:`merge` for a layer."""
+    merged: Tensor = _autograd.merge(weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, *draws)
     return merged
 
 
@@ -258,7 +276,13 @@ class MergedWeight:
         return 0 if self._operand is None else self._operand.nbytes
 
     def operand(
-        self, weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, input: Tensor
+        self,
+        weight: SparseWeight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        input: Tensor,
+        draws: Draws = NO_DRAWS,
     ) -> Tensor | None:
         """The merged weight for activations like ``input``, as lors::linear takes it; None where it may not be kept.
 
@@ -277,28 +301,28 @@ class MergedWeight:
             if torch.cuda.is_current_stream_capturing():
                 return None
             stream = torch.cuda.current_stream(device).cuda_stream  # another stream would have to wait for this one
-        tensors = [t for t in (weight.values, weight.mask_bits, weight.index) if t is not None]
+        tensors = [t for t in (weight.values, weight.mask_bits, weight.index, draws.noise) if t is not None]
         self.check_countable([*tensors, *(f for f in (lora_A, lora_B) if isinstance(f, nn.Parameter))])
         tokens = input.numel() // weight.shape[1]
-        key = (scaling, input.dtype, stream, *map(_counted, tensors))
+        key = (scaling, input.dtype, stream, draws.rounding_seed, draws.noise_seed, *map(_counted, tensors))
         known = self._operand is not None and key == self._key
         known = known and all(f.is_still(t) for f, t in zip(self._factors, (lora_A, lora_B), strict=True))
-        if not known or (tokens <= FEW_TOKENS and self._could_be_stored(weight)):
+        if not known or (tokens <= FEW_TOKENS and self._could_be_stored(weight, draws)):
             self.clear()  # before the next one is made: never two at a time
             # An evaluation under inference_mode may make what training uses next: it must be an ordinary tensor.
             with torch.inference_mode(False), torch.no_grad():
                 self._operand = lors.merged_operand(
-                    weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, input.dtype, tokens
+                    weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, input.dtype, tokens, *draws
                 )
                 # Keeps the sources alive, so that their addresses in the key cannot be reused.
                 self._key, self._sources = key, tuple(t.detach() for t in tensors)
                 self._factors = (_Factor(lora_A), _Factor(lora_B))
         return self._operand
 
-    def _could_be_stored(self, weight: SparseWeight) -> bool:
+    def _could_be_stored(self, weight: SparseWeight, draws: Draws) -> bool:
         operand = self._operand
         assert operand is not None
-        is_dense = operand.shape == weight.shape and weight.layout != "dense"
+        is_dense = operand.shape == weight.shape and weight.layout != "dense" and not draws.any
         return is_dense and operand.device.type == "cpu" and self._key[1] == weight.dtype != torch.float64
 
     @staticmethod

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import GRADIENTS, alpha_number, check_choice, check_merge, check_rank, check_stored, check_whole
+from ._draws import ROUNDINGS, Draws, seed_number
 from ._linears import is_conv1d, make_linear
 from ._weight_reads import reads_past
-from .functional import layer_linear, merge
+from .functional import layer_linear, stored_merge
 from .sparse_linear import SparseLayer, SparseLinear, check_linear, stored_form
 from .weight import SparseWeight
 
@@ -48,15 +49,19 @@ class LoRSLinear(SparseLinear):
         gradient: str = "lors",
         use_rslora: bool = False,
         init_lora_weights: bool = True,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         check_rank(r, *sparse_weight.shape)
         check_choice("gradient", gradient, GRADIENTS)
+        check_choice("rounding", rounding, ROUNDINGS)
         alpha_number("lora_alpha", lora_alpha)
         super().__init__(sparse_weight, bias)
         self.r = r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
         self.gradient = gradient
+        self.rounding, self.rounding_seed = rounding, seed_number("rounding_seed", rounding_seed)
         self.adapter_enabled = True
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
@@ -77,6 +82,8 @@ class LoRSLinear(SparseLinear):
         gradient: str = "lors",
         use_rslora: bool = False,
         init_lora_weights: bool = True,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> LoRSLinear:
         """Wrap a linear layer whose weight has zeros. The layer's tensors are referenced, not copied, where possible.
 
@@ -89,6 +96,7 @@ class LoRSLinear(SparseLinear):
             gradient: "lors" or "exact", see :func:`lors_cuda.lors_linear`.
             use_rslora: rank-stabilised scaling.
             init_lora_weights: False makes lora_B random too (for tests; the layer then starts elsewhere).
+            rounding, rounding_seed: of the merged weight, see :class:`lors_cuda.LoRSConfig`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind or does not fit; nothing was changed.
@@ -102,6 +110,8 @@ class LoRSLinear(SparseLinear):
             gradient=gradient,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            rounding=rounding,
+            rounding_seed=rounding_seed,
         )
         layer.conv1d = is_conv1d(linear)
         return layer.train(linear.training)
@@ -149,16 +159,21 @@ class LoRSLinear(SparseLinear):
             self.bias,
             self.gradient,
             self.merged_weight,
+            self.draws(self.training),
         )
 
     @property
     def weight(self) -> Tensor:
         if self.adapter_enabled and reads_past(self):
-            return self.merged_dense().t() if self.conv1d else self.merged_dense()
+            merged = self._merged(self.draws(self.training))
+            return merged.t() if self.conv1d else merged
         return SparseLinear.weight.__get__(self)
 
     def merged_dense(self) -> Tensor:
-        return merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling)
+        return self._merged(self.draws(training=False))
+
+    def _merged(self, draws: Draws) -> Tensor:
+        return stored_merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling, draws)
 
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it.
@@ -177,4 +192,6 @@ class LoRSLinear(SparseLinear):
         return make_linear(merged, self.bias, self.conv1d).train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"
+        rounding = "" if self.rounding == "nearest" else f", rounding={self.rounding!r}"
+        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"
+        return text + rounding

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
+from ._draws import derived_seed, rounding_draws
 from ._saving import guard_saving, unguard_saving
 from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
@@ -82,6 +83,8 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
                 gradient=config.gradient,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                rounding=config.rounding,
+                rounding_seed=derived_seed(config.rounding_seed, "rounding", target.names[0]),
             )
             bias_trained = linear.bias is not None and linear.bias.requires_grad
             done.append((target.names, layer, linear.weight.requires_grad, bias_trained))
@@ -105,33 +108,53 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int | None = None) -> nn.Module:
     """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
 
-    The merged weight is W + s * mask * (B A), rounded once, with exact zeros off the mask (arXiv 2501.08582, eq. 3).
-    All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
+    The merged weight is W + s * mask * (B A), rounded once, as the configuration's `rounding` and `rounding_seed` say,
+    with exact zeros off the mask (arXiv 2501.08582, eq. 3).
+    In evaluation the adapted model has computed with the same bits. All layers are merged once to check the result, one
+    at a time, before the first is replaced. As after PEFT's
     merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
+
+    Args:
+        model: with LoRS layers.
+        rounding: "nearest" or "stochastic" instead of the configuration's.
+        seed: of "stochastic", instead of the configuration's `rounding_seed`.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: a weight or an adapter holds NaN or infinity, or a merged weight would (the module, the first place
-            and its value are named), the model has no LoRS layers, its parameters are sharded among processes, it
-            has a side network (lors_cuda.methods.SHERL), or a method of lors_cuda.methods trains it; nothing is
+        ValueError: `rounding` is unknown, or `seed` does not go with it; a weight or an adapter holds NaN or infinity,
+            or a merged weight would (the module, the first place and its value are named), the model has no LoRS
+            layers, its parameters are sharded among processes, it has a side network (lors_cuda.methods.SHERL), or a
+            method of lors_cuda.methods trains it; nothing is
             changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)
     check_no_method(model, "merged")
     check_mergeable(model)
-    for names, layer in layers:
-        if "" in names:
-            raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
-        try:
-            layer.merge()
-        except ValueError as error:
-            raise ValueError(f"Layer '{names[0]}': {error} Nothing was merged.") from error
+    before = [(layer, layer.rounding, layer.rounding_seed) for _, layer in layers]
+    try:
+        for names, layer in layers:
+            if "" in names:
+                raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
+            layer.rounding = layer.rounding if rounding is None else rounding
+            if rounding is not None or seed is not None:
+                own = layer.rounding_seed if layer.rounding == "stochastic" else None
+                rounding_draws(layer.rounding, own if seed is None else seed)
+            if seed is not None:
+                layer.rounding_seed = derived_seed(seed, "rounding", names[0])
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"Layer '{names[0]}': {error} Nothing was merged.") from error
+    except BaseException:
+        for layer, its_rounding, its_seed in before:
+            layer.rounding, layer.rounding_seed = its_rounding, its_seed
+        raise
     layers.reverse()
     while layers:
         names, layer = layers.pop()

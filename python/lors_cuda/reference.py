@@ -8,6 +8,8 @@ Source: Hu et al., "LoRS", arXiv 2501.08582.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,68 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: 
     """W~ = W + s M o (B A), and exactly +0 where M is 0. Float64 [N, K]."""
     merged = weight.double() + scaling * (lora_B.double() @ lora_A.double())
     return torch.where(kept(weight, mask), merged, 0.0)
+
+
+# ---- the merge's random numbers: csrc/core/include/lors/random.h has the formulas -----------------------------------
+
+_GOLDEN, _WORD, _LONG = 0x9E3779B97F4A7C15, (1 << 32) - 1, (1 << 64) - 1
+NORMAL_UNIT = 1 / math.sqrt(8 * (256**2 - 1) / 12)
+
+
+def _mix64(z: int) -> int:
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _LONG
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _LONG
+    return z ^ z >> 31
+
+
+def random_words(seed: int, shape: tuple[int, int]) -> Tensor:
+    """32 bits for each entry of a weight [N, K], a hash of the seed, its row and its column. Int64 [N, K]."""
+    start = _mix64(seed + _GOLDEN & _LONG)
+    keys = [_mix64(start + n * _GOLDEN & _LONG) for n in range(shape[0])]
+    low, high = (torch.tensor([key >> by & _WORD for key in keys]).unsqueeze(1) for by in (0, 32))
+    return _mix32(torch.arange(shape[1]) ^ low, high)
+
+
+def _mix32(h: Tensor, middle: Tensor | int = 0) -> Tensor:
+    h = (h ^ h >> 16) * 0x7FEB352D & _WORD ^ middle
+    h = (h ^ h >> 15) * 0x846CA68B & _WORD
+    return h ^ h >> 16
+
+
+def random_normal(seed: int, shape: tuple[int, int]) -> Tensor:
+    """Numbers near the standard normal distribution: eight random bytes, summed and standardised. Float64 [N, K]."""
+    first = random_words(seed, shape)
+    words = torch.stack([first, _mix32(first + 0x9E3779B9 & _WORD)])
+    total = torch.stack([words >> by & 255 for by in (0, 8, 16, 24)]).sum((0, 1))
+    return (total - 1020) * NORMAL_UNIT
+
+
+def noise(deviation: Tensor, seed: int, kept: Tensor) -> Tensor:
+    """What Flat-LoRA adds: ``M o (deviation[n] normal(n, k))`` for row deviations [N] (arXiv 2409.14396). Float64.
+
+    The factor of the whole numbers that :func:`random_normal` counts has 14 significant bits, so that float32 products
+    are exact.
+    """
+    factor = deviation.float() * torch.tensor(NORMAL_UNIT, dtype=torch.float32)
+    factor = (factor.view(torch.int32) & ~0x3FF).view(torch.float32).double().unsqueeze(1)
+    return torch.where(kept, factor * (random_normal(seed, (kept.shape[0], kept.shape[1])) / NORMAL_UNIT).round(), 0.0)
+
+
+def round_by_chance(x: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """``x`` [N, K] rounded to one of its two neighbours in a 16-bit type, each the likelier the nearer: the mean over
+    seeds is x. Up, away from zero, if the fraction of the step that is dropped exceeds 32 random bits.
+
+    Rounded to nearest where there is no other finite neighbour: beyond the type's largest number, infinities, NaN.
+    """
+    value = x.float().double()
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(value).exponent - 1
+    lowest = round(math.log2(limits.smallest_normal))
+    step = torch.ldexp(torch.full_like(value, limits.eps), exponent.clamp_min(lowest))
+    below = (value.abs() / step).floor()
+    up = torch.floor((value.abs() / step - below) * 2.0**32) > random_words(seed, (x.shape[0], x.shape[1]))
+    chosen = torch.copysign((below + up) * step, value)
+    return torch.where(value.abs() > limits.max, value, torch.where(value.isfinite(), chosen, value)).to(dtype)
 
 
 def linear(

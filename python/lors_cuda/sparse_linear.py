@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import DTYPES
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
+from ._draws import NO_DRAWS, Draws
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
 from .functional import MergedWeight, sparse_linear
@@ -36,6 +37,10 @@ class SparseLayer:
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+        rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see `lors_cuda.LoRSConfig`.
+        rounding_seed: of "stochastic", where no run of lors_cuda.methods trains the layer: in evaluation and merging.
+        step_seed: of "stochastic" in training, which a run sets anew at each optimizer step; None without one.
+        noise: (float32 [N], seed), what a run adds to the kept weights in training: standard deviations; None: nothing.
         past_reader: the code that was found to read the weight instead of calling the layer; "" if none.
     """
 
@@ -43,6 +48,10 @@ class SparseLayer:
     out_features: int
     has_adapters = False
     merged_weight: MergedWeight | None = None
+    rounding = "nearest"
+    rounding_seed = 0
+    step_seed: int | None = None
+    noise: tuple[Tensor, int] | None = None
     past_reader = ""
 
     @property
@@ -52,6 +61,21 @@ class SparseLayer:
     @property
     def storage(self) -> Any:
         raise NotImplementedError
+
+    def draws(self, training: bool) -> Draws:
+        """What the merge draws: in training the step's numbers, otherwise those that the merged weight will have."""
+        if self.rounding == "nearest" and (self.noise is None or not training):
+            return NO_DRAWS
+        seed = None
+        if training:
+            if self.rounding != "nearest":
+                seed = self.rounding_seed if self.step_seed is None else self.step_seed
+            if self.noise is None:
+                return Draws(seed)
+            deviation, noise_seed = self.noise
+            return Draws(seed, deviation.to(self.sparse_weight.device), noise_seed)  # the model may have moved since
+        # A float32 weight is merged in float32: autocast rounds it to nearest afterwards, merged or not.
+        return Draws(self.rounding_seed) if self.sparse_weight.values.itemsize == 2 else NO_DRAWS
 
     def merged_dense(self) -> Tensor:
         """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""

@@ -21,6 +21,7 @@ from ._checks import (
     check_weight,
     check_whole,
 )
+from ._draws import Draws, rounding_draws
 from ._library import check_device, lors
 from .dense_view import DenseView
 from .formats import (
@@ -242,7 +243,15 @@ class SparseWeight:
             bits = pack_mask(self.values != 0)
         return self._with(values, bits, self.index)
 
-    def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
+    def merge(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        *,
+        rounding: str = "nearest",
+        seed: int | None = None,
+    ) -> SparseWeight:
         """The merged weight in the same layout, ``W + s M o (B A)`` (arXiv 2501.08582, eq. 3); the mask stays.
 
         Accumulated in float32 (float64 for float64), rounded once to the weight's dtype; not differentiable. A merged
@@ -252,25 +261,30 @@ class SparseWeight:
             lora_A: [r, K], float32, bfloat16, float16 or float64.
             lora_B: [N, r], likewise.
             scaling: s, e.g. ``lora_alpha / r``.
+            rounding, seed: as in :func:`lors_cuda.lors_linear`.
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
-                beyond the range of the weight's dtype (the first place is named).
+            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; shapes, dtypes or devices do not fit;
+                a NaN or an infinity in what is merged, or a merged value beyond the range of the weight's dtype (the
+                first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
         with torch.no_grad():
-            merged = self._merged(lora_A, lora_B, float(scaling))
+            merged = self._merged(lora_A, lora_B, float(scaling), rounding_draws(rounding, seed))
             if merged.device.type != "meta":
                 check_merge(self, lora_A, lora_B, float(scaling), merged)
         return merged
 
-    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> SparseWeight:
-        if self.layout == "2:4":
+    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws) -> SparseWeight:
+        if self.layout == "2:4" and not draws.any:
             return self._with(lors.sparse24_merge(self.values, self.index, lora_A, lora_B, scaling), None, self.index)
-        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling)
+        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling, *draws)
         bits = self.mask_bits
+        if self.layout == "2:4":  # only a dense result is drawn
+            assert self.index is not None
+            return self._with(compress_sparse24(merged, self.packed_mask(), self.index), None, self.index)
         if self.layout == "bitmap":
             assert bits is not None
             return self._with(kept_values(merged, bits), bits, self.index)

@@ -5,6 +5,7 @@
 #include <lors/cpu.h>
 #include <lors/fused_linear.h>
 #include <lors/merge.h>
+#include <lors/random.h>
 
 #include <random>
 #include <vector>
@@ -64,6 +65,30 @@ TEST(Core, ResultsDoNotDependOnTheThreads) {
   EXPECT_EQ(dA[0], dA[1]);
   EXPECT_EQ(dB[0], dB[1]);
   EXPECT_EQ(Y[0], Y[1]);
+}
+
+// reference.py has the same, and tests it.
+TEST(Random, KnownAnswers) {
+  EXPECT_EQ(mix64(0x9e3779b97f4a7c15), 0xe220a8397b1dcdaf);  // the first number of splitmix64 from 0
+  const RandomRow first = random_row(0, 0);
+  EXPECT_EQ(first.low, 0xff3cd4bfu);
+  EXPECT_EQ(first.high, 0x48218226u);
+  EXPECT_EQ(random_word(first, 0u), 0x9beac78fu);
+  EXPECT_EQ(int32_t(random_normal(first, 0u)), 342);
+  const RandomRow other = random_row(0x0123456789abcdef, 70000);
+  EXPECT_EQ(random_word(other, 4095u), 0xa4cdae78u);
+  EXPECT_EQ(int32_t(random_normal(other, 4095u)), -132);
+  // 1 + 2^-9 in bfloat16, whose step is 2^-7: up if a quarter of 2^32 exceeds the word.
+  EXPECT_EQ(round_by_chance(0x3f804000u, 0x3fffffffu, false), 0x3f810000u);
+  EXPECT_EQ(round_by_chance(0x3f804000u, 0x40000000u, false), 0x3f800000u);
+  // -(2^-24 + 2^-26) in float16, whose step is 2^-24 there, and 2^-27, of which an eighth goes up.
+  EXPECT_EQ(round_by_chance(0xb3a00000u, 0x3fffffffu, true), 0xb4000000u);
+  EXPECT_EQ(round_by_chance(0xb3a00000u, 0x40000000u, true), 0xb3800000u);
+  EXPECT_EQ(round_by_chance(0x32000000u, 0x1fffffffu, true), 0x33800000u);
+  EXPECT_EQ(round_by_chance(0x32000000u, 0x20000000u, true), 0u);
+  // What has no finite neighbour above it comes back: beyond 65504, infinity, NaN; and what is representable.
+  for (const uint32_t bits : {0x477fe001u, 0x7f800000u, 0x7fc00001u, 0x477fe000u, 0x80000000u, 0x33800000u})
+    EXPECT_EQ(round_by_chance(bits, 0u, true), bits);
 }
 
 TEST(Core, RefusesWhatItCannotDo) {

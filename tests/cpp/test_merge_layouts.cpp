@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The merge from and into the compressed layouts, and fused_linear from them, bit for bit against the dense weight with the
 // same mask, by every table of kernels. What the dense merge computes is test_kernels.cpp's business.
+#include <lors/random.h>
 #include <lors/sparse24.h>
 
 #include <cmath>
@@ -83,6 +84,13 @@ struct Operands {
   std::vector<int64_t> row_offsets;
   Elements lora_A, lora_B;
 };
+
+std::vector<unsigned char> signless_zeros(DType dtype, std::vector<unsigned char> bytes) {
+  Elements values(dtype, 0);
+  values.bytes = std::move(bytes);
+  for (int64_t i = 0; i < values.size(); ++i) values.set(i, values.stored(i));
+  return values.bytes;
+}
 
 class MergeLayouts : public testing::TestWithParam<const cpu::KernelTable*> {
  protected:
@@ -286,6 +294,86 @@ TEST_P(MergeLayouts, NoAdapterDecompresses) {
       ASSERT_TRUE(merge_with(*GetParam(), args, nullptr).ok());
       EXPECT_EQ(zeros.bytes, Elements(dtype, 9 * K).bytes);
     }
+}
+
+// The float32 merge, drawn by the scalar formulas of random.h: what every table, layout and division of the work must give.
+std::vector<float> drawn(const Problem& p, const Operands& o, const Draws& draws, std::vector<float> merged) {
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t k = 0; k < p.K; ++k) {
+      float& x = merged[size_t(n * p.K + k)];
+      if (draws.noise && o.mask.kept[size_t(n * p.K + k)]) {
+        float factor = draws.noise[n] * kNormalUnit;
+        uint32_t bits;
+        std::memcpy(&bits, &factor, 4);
+        bits = short_factor(bits);
+        std::memcpy(&factor, &bits, 4);
+        x += factor * float(int32_t(random_normal(random_row(draws.noise_seed, n), uint32_t(k))));
+      }
+      if (draws.rounds && p.round_to != DType::float32) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        bits =
+            round_by_chance(bits, random_word(random_row(draws.rounding_seed, n), uint32_t(k)), p.round_to == DType::float16);
+        std::memcpy(&x, &bits, 4);
+      }
+    }
+  return merged;
+}
+
+TEST_P(MergeLayouts, Draws) {
+  std::mt19937_64 rng(6);
+  for (const auto& [N, K] : {std::pair<int64_t, int64_t>{1, 4}, {7, 36}, {51, 264}, {26, 1028}, {5, 101}})
+    for (const Problem& p : problems(N, K, 3)) {
+      if (p.dtype == DType::float64) continue;
+      SCOPED_TRACE(testing::Message() << N << "x" << K << " " << int(p.dtype) << " to " << int(p.merged_dtype) << " rounded to "
+                                      << int(p.round_to));
+      const Operands o(p, K % 4 ? random_mask(N, K, 50, rng) : random_groups(N, K, 2, rng), rng);
+      std::vector<float> deviation(static_cast<size_t>(N));
+      for (float& x : deviation) x = float(rng() % 100) / 1000;
+      std::vector<float> unrounded(size_t(N * K));
+      MergeArgs args = o.merge_args(p, Layout::dense, unrounded.data());
+      args.merged_dtype = args.round_to = DType::float32;
+      ASSERT_TRUE(merge_with(*GetParam(), args, nullptr).ok());
+      for (const bool rounds : {false, true})
+        for (const float* noise : {static_cast<const float*>(nullptr), static_cast<const float*>(deviation.data())}) {
+          const Draws draws{rounds, rng(), noise, rng()};
+          std::vector<float> values = drawn(p, o, draws, unrounded);
+          // To nearest, which leaves what was drawn: all kept, without an adapter.
+          const std::vector<uint32_t> all(size_t(N * mask_words(K)), ~0u);
+          GuardedBytes want(N * K * dtype_size(p.merged_dtype));
+          MergeArgs plain;
+          plain.out_features = N;
+          plain.in_features = K;
+          plain.weight = values.data();
+          plain.mask = all.data();
+          plain.merged = want.data();
+          plain.merged_dtype = p.merged_dtype;
+          plain.round_to = p.round_to;
+          ASSERT_TRUE(merge_with(*GetParam(), plain, nullptr).ok());
+          for (const Layout layout : {Layout::dense, Layout::sparse24, Layout::bitmap})
+            for (const CpuHost* host : {static_cast<const CpuHost*>(nullptr), &kPieces}) {
+              if (layout == Layout::sparse24 && K % 4) continue;
+              GuardedBytes got(N * K * dtype_size(p.merged_dtype), layout == Layout::bitmap ? dtype_size(p.merged_dtype) : 0);
+              MergeArgs drawing = o.merge_args(p, layout, got.data());
+              drawing.draws = draws;
+              ASSERT_TRUE(merge_with(*GetParam(), drawing, host).ok());
+              EXPECT_TRUE(got.intact());
+              EXPECT_EQ(signless_zeros(p.merged_dtype, got.values()), signless_zeros(p.merged_dtype, want.values()));
+            }
+        }
+      if (HasFailure()) return;
+    }
+}
+
+TEST_P(MergeLayouts, DrawsForADenseResultOnly) {
+  std::mt19937_64 rng(7);
+  const Problem p{4, 8, 1, DType::bfloat16, DType::bfloat16, DType::bfloat16};
+  const Operands o(p, random_groups(4, 8, 2, rng), rng);
+  Elements values = o.slots;
+  MergeArgs args = o.merge_args(p, Layout::sparse24, values.bytes.data());
+  args.merged_layout = Layout::sparse24;
+  args.draws.rounds = true;
+  EXPECT_NE(merge_with(*GetParam(), args, nullptr).message().find("for a dense result only"), std::string::npos);
 }
 
 // Slots never hold -0.0, also where the dense merge rounds to it.

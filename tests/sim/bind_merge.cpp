@@ -23,6 +23,13 @@ LORS_SIM_BINDING(merge) {
     given.read("merged", args.merged);
     given.read("merged_dtype", args.merged_dtype);
     given.read("round_to", args.round_to);
+    int64_t rounding_seed = -1, noise_seed = 0;
+    given.read("rounding_seed", rounding_seed);
+    given.read("noise_seed", noise_seed);
+    given.read("noise", args.draws.noise);
+    args.draws.rounds = rounding_seed >= 0;
+    args.draws.rounding_seed = static_cast<uint64_t>(rounding_seed);
+    args.draws.noise_seed = static_cast<uint64_t>(noise_seed);
     given.finish();
     sim::call(device, [&](const CudaHost& host) { return merge(args, host); });
   });

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,13 @@ from torch import Tensor
 from formats import compress, masked, pack_bitmap, sparse_weight
 from numerics import DTYPES, download, empty, pack, random, upload
 from tolerance import assert_close, assert_zero_off_mask, truncations
+
+# By its file: the simulator's tests run without the package.
+_SPEC = importlib.util.spec_from_file_location(
+    "reference", Path(__file__).resolve().parents[2] / "python" / "lors_cuda" / "reference.py"
+)
+reference = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(reference)
 
 SCALING = 0.75
 COMPRESSED = ("2:4", "bitmap", "2:4 values")  # the last: from 2:4 to 2:4
@@ -31,22 +40,27 @@ def merge(
     explicit: bool = True,
     misalign: int = 0,
     in_place: bool = False,
+    noise: Tensor | None = None,
+    **seeds: int,
 ) -> Tensor:
-    """`misalign`: elements that every pointer lies past an aligned address; `explicit`: a dense weight has a mask."""
+    """`misalign`: elements that every pointer lies past an aligned address; `explicit`: a dense weight has a mask;
+    `noise` [N] and `seeds`: what is drawn."""
     weight, kept = given["weight"], given["kept"]
     (N, K), r = weight.shape, given["lora_A"].shape[0]
     shift = lambda dtype: misalign * DTYPES[dtype].itemsize  # noqa: E731
-    stored: dict[str, Any] = {}
+    stored: dict[str, Any] = dict(seeds)
+    if noise is not None:
+        stored["noise"] = device.upload("noise", noise.numpy())
     if path == "dense":
         values = weight
         if explicit:
             stored["mask"] = device.upload("mask", pack(kept))
     elif path == "bitmap":
         values, bits, offsets = pack_bitmap(weight, kept)
-        stored = {"mask": device.upload("mask", bits), "row_offsets": device.upload("row_offsets", offsets)}
+        stored |= {"mask": device.upload("mask", bits), "row_offsets": device.upload("row_offsets", offsets)}
     else:
         values, metadata = compress(weight, kept)
-        stored = {"metadata": device.upload("metadata", metadata, misalign)}
+        stored |= {"metadata": device.upload("metadata", metadata, misalign)}
     if r > 0:
         for name, dtype in (("lora_A", dtypes[1]), ("lora_B", dtypes[2])):
             stored |= {name: upload(device, name, given[name], shift(dtype)), f"{name}_dtype": dtype}
@@ -217,6 +231,36 @@ def test_values_may_be_merged_in_place(sim: Any, dtype: str) -> None:
     assert torch.equal(apart.view(torch.uint8), in_place.view(torch.uint8))
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("path", ["dense", "2:4", "bitmap"])
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("weight", DTYPES)
+def test_draws_are_those_of_the_reference(sim: Any, weight: str, out: str, path: str, explicit: bool) -> None:
+    """Of the merge in float32, bit for bit: noise where a weight is kept, and one of two neighbours."""
+    shape, r, seed = (40, 264), 20, 2**62 + 12345
+    dtypes = (weight, "bfloat16", "float32", out)
+    unrounded, given = run(sim, sim.Device(), path, shape, r, (*dtypes[:3], "float32"), explicit=explicit)
+    kept, deviation = given["kept"], torch.linspace(0, 0.3, shape[0])
+    noisy = (unrounded.double() + reference.noise(deviation, 77, kept)).float()
+
+    def drawn(**more: Any) -> Tensor:
+        return merge(sim, sim.Device(), path, given, dtypes, explicit=explicit, **more)
+
+    def chosen(values: Tensor) -> Tensor:
+        dtype = DTYPES[out]
+        return values if dtype.itemsize == 4 else reference.round_by_chance(values, seed, dtype)
+
+    for merged, expected in (
+        (drawn(rounding_seed=seed), chosen(unrounded)),
+        (drawn(noise=deviation, noise_seed=77), noisy.to(DTYPES[out])),
+        (drawn(rounding_seed=seed, noise=deviation, noise_seed=77), chosen(noisy)),
+    ):
+        assert torch.equal(merged.view(torch.uint8), expected.view(torch.uint8))
+        assert_zero_off_mask(merged, kept)
+    if out != "float32":
+        assert not torch.equal(drawn(rounding_seed=seed + 1), drawn(rounding_seed=seed))
+
+
 def test_what_it_does_not_take_is_refused_with_a_sentence(sim: Any) -> None:
     with pytest.raises(sim.StatusError, match=r"\[8, 8\].*1024 bytes of shared memory"):
         run(sim, sim.Device(shared_bytes=1024), "dense", (8, 8), 4, ("bfloat16",) * 4)
@@ -231,6 +275,8 @@ def test_what_it_does_not_take_is_refused_with_a_sentence(sim: Any) -> None:
     offsets = device.upload("row_offsets", torch.zeros(9, dtype=torch.int64).numpy())
     with pytest.raises(sim.StatusError, match="dense weight or 2:4 values, and was asked for a bitmap's"):
         sim.merge(device, **sizes, row_offsets=offsets, to_bitmap=True)
+    with pytest.raises(sim.StatusError, match="draws random numbers for a dense result only"):
+        sim.merge(device, **sizes, metadata=offsets, to_sparse24=True, rounding_seed=1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,6 +7,7 @@
 #include "bfloat16_pairs.h"
 #include "contract_kernel.h"
 #include "dot_kernel.h"
+#include "draw_kernel.h"
 #include "fused_linear_kernel.h"
 #include "merge_kernel.h"
 #include "pack_kernel.h"
@@ -38,6 +39,7 @@ const KernelTable LORS_JOIN(table_, LORS_CPU_TABLE) = {
     dot,
     kPairsAreExact,
     multiply,
+    draw,
     kDotsStored,
 };
 

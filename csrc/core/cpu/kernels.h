@@ -6,6 +6,7 @@
 #pragma once
 
 #include <lors/cpu.h>
+#include <lors/random.h>
 
 namespace lors::cpu {
 
@@ -42,6 +43,18 @@ struct MergeJob {
   void* merged = nullptr;             // as in MergeArgs
   DType merged_dtype = DType::float32, round_to = DType::float32;
   bool is_double = false;
+};
+
+// The merge's random numbers, over rows that `merge` has left in Acc, unrounded.
+struct DrawJob {
+  int64_t first_row = 0, rows = 0, in_features = 0;
+  Draws draws;
+  const uint32_t* kept = nullptr;    // bits [rows, ceil(K/32)] of these rows: where noise is added
+  const void* kept_where = nullptr;  // where `kept` is null: [rows, K], kept where nonzero
+  int64_t kept_where_size = 0;       // bytes of one element of kept_where
+  const void* src = nullptr;         // Acc [rows, K]
+  void* dst = nullptr;               // [rows, K], or src itself where Acc is its type
+  DType dst_dtype = DType::float32, round_to = DType::float32;
 };
 
 // A matrix S [rows, columns], optionally masked, times a thin one of `width` columns:
@@ -130,6 +143,7 @@ struct KernelTable {
   bool (*pairs_are_exact)(const void* elements, int64_t count);
   // merged = sum_r B[n, r] A[r, k] in float32, without a weight.
   void (*multiply)(const MergeJob&, int64_t row_begin, int64_t row_end);
+  void (*draw)(const DrawJob&);
   bool dots_stored;  // whether `dot` multiplies values as they are stored, a dense weight's too, where there is no adapter
 };
 

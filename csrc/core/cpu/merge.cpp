@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // merged = weight + scaling * mask o (lora_B lora_A) on the CPU, from every layout to dense and from 2:4 values to 2:4 values:
 // pack the adapters once, then one pass over the weight.
+#include <lors/sparse24.h>
+
 #include <algorithm>
 
 #include "pack_adapters.h"
@@ -9,6 +11,49 @@
 
 namespace lors {
 namespace cpu {
+namespace {
+
+// Rows that are merged, drawn and rounded before the next: a multiple of every table's tile.
+constexpr int64_t kDrawRows = 24;
+
+// A few rows at a time: merged unrounded, then drawn while they are in a cache.
+void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob job, const CpuHost* host, int64_t begin,
+                    int64_t end) {
+  const int64_t K = args.in_features, size = dtype_size(args.merged_dtype);
+  const bool in_place = args.merged_dtype == DType::float64 || args.merged_dtype == DType::float32;
+  const bool from_codes = args.draws.noise && args.weight_layout == Layout::sparse24;
+  const Workspace rows(host, in_place ? 0 : kDrawRows * K * 4), bits(host, from_codes ? kDrawRows * mask_words(K) * 4 : 0);
+  DrawJob draw;
+  draw.in_features = K;
+  draw.draws = args.draws;
+  draw.dst_dtype = args.merged_dtype;
+  draw.round_to = args.round_to;
+  draw.kept_where_size = dtype_size(args.weight_dtype);
+  if (!in_place) job.merged_dtype = DType::float32;
+  job.round_to = job.merged_dtype;
+  for (int64_t n = begin; n < end; n += kDrawRows) {
+    draw.first_row = n;
+    draw.rows = std::min(kDrawRows, end - n);
+    if (from_codes) {
+      const uint8_t* metadata = args.metadata + n * sparse24_metadata_bytes(K);
+      uint32_t* mask = static_cast<uint32_t*>(bits.data());
+      (void)sparse24_mask({draw.rows, K, metadata, mask}, static_cast<const CpuHost*>(nullptr));  // it refuses nothing
+      draw.kept = mask;
+    } else if (args.mask) {
+      draw.kept = args.mask + n * mask_words(K);
+    } else {
+      draw.kept_where = static_cast<const char*>(args.weight) + n * K * draw.kept_where_size;
+    }
+    draw.dst = static_cast<char*>(args.merged) + n * K * size;
+    draw.src = in_place ? draw.dst : rows.data();
+    // The kernel counts rows from the result's first.
+    if (!in_place) job.merged = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(rows.data()) - uintptr_t(n * K * 4));
+    table.merge(job, n, n + draw.rows);
+    table.draw(draw);
+  }
+}
+
+}  // namespace
 
 Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost* host) {
   const int64_t N = args.out_features, K = args.in_features;
@@ -30,7 +75,10 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
   job.merged_dtype = args.merged_dtype;
   job.is_double = is_double;
   // Below some ten microseconds of work a second thread does not pay.
-  parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) { table.merge(job, begin, end); });
+  const bool draws = args.draws.noise || (args.draws.rounds && dtype_size(args.round_to) == 2);
+  parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) {
+    draws ? merge_and_draw(table, args, job, host, begin, end) : table.merge(job, begin, end);
+  });
   return {};
 }
 

@@ -83,6 +83,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   p.tile_at = config.tile_at;
   p.tile_pitch = merge_tile_pitch(config.columns);
   p.column_blocks = config.column_blocks;
+  p.draws = args.draws;
 
   const Scratch before(host, args.weight_layout == Layout::bitmap ? N * config.column_blocks : 0);
   if (args.weight_layout == Layout::bitmap) {

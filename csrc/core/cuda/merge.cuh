@@ -6,7 +6,7 @@
 #pragma once
 
 #include "merge_adapters.cuh"
-#include "merge_source.cuh"
+#include "merge_draws.cuh"
 
 namespace lors::cuda {
 
@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
         const uint32_t kept = source.expand(p, at, h, c, values);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = kept >> i & 1 ? fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i]) : 0.f;
+        if (p.draws.rounds || p.draws.noise != nullptr) draw<W, Out>(p, at, h, c, kept, values);
         Sink<W, Out>::store(p, at, source, h, c, values);
       }
     }

@@ -27,11 +27,12 @@ constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, i
   return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
 }
 
-// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
+// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks. It draws no random
+// numbers.
 inline bool merge_fast_takes(const MergeArgs& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return a.weight_dtype == a.merged_dtype && dtype_size(a.weight_dtype) == 2 && a.r > 0 && a.r <= kMergeFastRanks &&
-         a.in_features % 8 == 0 && aligned(a.weight) && aligned(a.merged);
+         !a.draws.rounds && !a.draws.noise && a.in_features % 8 == 0 && aligned(a.weight) && aligned(a.merged);
 }
 
 // columns = 0: the general kernel serves. It adds the same products in the same order, so the bits do not depend on this.

@@ -2,6 +2,8 @@
 // What every kernel of the merge is given, and the index of a compressed weight in shared memory.
 #pragma once
 
+#include <lors/random.h>
+
 #include "merge_config.h"
 #include "operands.cuh"
 
@@ -22,6 +24,7 @@ struct MergeProblem {
   bool weight_vectors, merged_vectors, index_vectors;  // every row allows vector accesses (has_vectors)
   int rows, panel_rows, chunk, tile_at, tile_pitch;    // merge_config.h
   int64_t column_blocks;
+  Draws draws;
 };
 
 // The panel's part of `index` in shared memory: a word of bits, or of codes, for each 32 columns.

@@ -18,7 +18,7 @@ _DESTINATIONS = {
     **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora")},
     "lora_alpha": "alpha",
 }
-_PLAIN = ("layout", "gradient", "method", "format")
+_PLAIN = ("layout", "gradient", "rounding", "method", "format")
 _VALUE = r"""\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|True|False|None|[\d.]+"""
 _ARGUMENT = re.compile(
     rf"(?<![\w.-])(?:(?P<name>{'|'.join(_DESTINATIONS)})(?:=(?P<value>{_VALUE}))?"

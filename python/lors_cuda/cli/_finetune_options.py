@@ -15,6 +15,7 @@ import torch
 
 from .._checks import GRADIENTS, LAYOUTS
 from .._distributed import launched
+from .._draws import ROUNDINGS
 from ..adapter_directory import read_adapter
 from ..config import LoRSConfig
 from ..methods import METHODS, Method, get_method
@@ -35,7 +36,14 @@ from ._common import (
 _REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 # What an adapter brings that training starts from, and what it is without one. Where "left out" and "the default, asked
 # for" differ, argparse has no default.
-_OF_ADAPTER = {"rank": 16, "alpha": 16.0, "use_rslora": False, "gradient": "lors", "layout": "auto"}
+_OF_ADAPTER = {
+    "rank": 16,
+    "alpha": 16.0,
+    "use_rslora": False,
+    "gradient": "lors",
+    "layout": "auto",
+    "rounding": "nearest",
+}
 _NOT_BESIDE_ADAPTER = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
 
 
@@ -60,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="name suffixes of what is trained whole")
     parser.add_argument("--gradient", choices=GRADIENTS, help="how adapter gradients are computed; lors if left out")
     parser.add_argument("--layout", choices=LAYOUTS, help="how the sparse weights are stored; auto if left out")
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS,
+        help="of 16-bit merged weights, in training and when the adapter is merged; nearest if left out",
+    )  # fmt: skip
     parser.add_argument(
         "--method", default="lors", metavar="NAME",
         help=f"how the adapters are trained: {', '.join(METHODS)}; NAME+NAME combines them",
@@ -187,6 +199,8 @@ def configuration(args: argparse.Namespace) -> LoRSConfig:
         lora_alpha=args.alpha,
         layout=args.layout,
         gradient=args.gradient,
+        rounding=args.rounding,
+        rounding_seed=args.seed,
         use_rslora=args.use_rslora,
         rank_pattern=dict(args.rank_pattern or ()),
         alpha_pattern=dict(args.alpha_pattern or ()),
@@ -202,6 +216,11 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(
             f"--device is '{args.device}', but the Trainer takes the first GPU it sees; start the command with "
             f"CUDA_VISIBLE_DEVICES={device.index} and --device cuda."
+        )
+    if args.fsdp and (chosen_method(args).places() or args.rounding != "nearest"):
+        raise ValueError(
+            "--fsdp was given with --method or --rounding stochastic, and the state of such a run is not saved from a "
+            "sharded model. Leave --fsdp out: under torchrun the processes then train by DistributedDataParallel."
         )
     for name in ("fp16", "fsdp", "deepspeed"):
         if getattr(args, name) and device.type != "cuda":

@@ -109,7 +109,8 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
     if args.resume and checkpoint is None:
         say(args, "There is no complete checkpoint yet; training starts from the beginning.")
     gradients = _convert(args, model, config, targets, data, checkpoint is not None)
-    method_run = method.start(model, steps=args.steps, seed=args.seed, gradients=gradients) if method.places() else None
+    has_run = bool(method.places()) or config.rounding != "nearest"
+    method_run = method.start(model, steps=args.steps, seed=args.seed, gradients=gradients) if has_run else None
     identity = _identity(args, model, config, data)
     trained = 0
     with together():

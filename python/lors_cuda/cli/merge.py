@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._draws import ROUNDINGS
 from .._files import new_directory
 from .._linears import weight_of
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
+from ..config import LoRSConfig
 from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..sparsity import measure_sparsity
@@ -23,6 +25,7 @@ from ._common import (
     add_targets,
     load_model,
     say,
+    seed_number,
     sparsity_table,
     target_config,
 )
@@ -36,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_force(parser)
     add_targets(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS,
+        help="of 16-bit weights, with the seed that the adapter was saved with; left out: as it was trained",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=seed_number, help="another seed for stochastic rounding")
     parser.add_argument(
         "--format",
         choices=SAVE_FORMATS,
@@ -53,7 +61,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
     # One bit per weight: a copy of the weights would be as large as the model.
     masks = {name: layer.sparse_weight.packed_mask() for name, layer in named_lors_layers(model)}
-    merge_and_unload(model)
+    config: LoRSConfig = vars(model)["lors_config"]
+    rounding = args.rounding or config.rounding
+    seed = None if rounding == "nearest" else config.rounding_seed if args.seed is None else args.seed
+    merge_and_unload(model, rounding=args.rounding, seed=args.seed)
     rounded = _verify(model, masks)
     after = measure_sparsity(model, target_config(args))
     with new_directory(args.output, replace=args.overwrite) as directory:
@@ -75,6 +86,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model_sparsity_before": before.model_sparsity,
         **after.to_dict(),
         "kept_rounded_to_zero": rounded,
+        "rounding": rounding,
+        "rounding_seed": seed,
     }
 
 

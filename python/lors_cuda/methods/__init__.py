@@ -13,6 +13,7 @@ from typing import Any
 from .._checks import alternatives
 from ._method import Combined, Method, Run
 from ._pair import Pair
+from .flat_lora import FlatLoRA
 from .gelora import GeLoRA, intrinsic_dimensions
 from .geolora import GeoLoRA
 from .lora_mini import LoRAMini
@@ -26,7 +27,9 @@ from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, SHERL)
+    for method in (
+        *(Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, FlatLoRA, SHERL),
+    )
 }
 
 
@@ -62,6 +65,7 @@ __all__ = [
     "METHODS",
     "SHERL",
     "Combined",
+    "FlatLoRA",
     "GeLoRA",
     "GeoLoRA",
     "LoRAMini",

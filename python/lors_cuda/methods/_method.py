@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# A Method fills one or two of four places: the ranks before conversion (configure), what lora_A and lora_B are made of
-# (parametrise, folded), how they move (optimizer), and what happens around a step (before_step, after_step). A Run
+# A Method fills one or two of five places: the ranks before conversion (configure), what lora_A and lora_B are made of
+# (parametrise, folded), how they move (optimizer), what happens around a step (before_step, after_step), and what is
+# drawn for the next (begin_step). A Run
 # carries it through one training. Neither ever writes a stored weight, and both leave plain LoRS layers.
 """Adapter methods around LoRS: what they share."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import weakref
@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._checks import joined, listed
 from .._distributed import is_sharded
+from .._draws import derived_seed
 from .._files import replace_files
 from ..adapter_directory import read_weights, require_safetensors
 from ..config import LoRSConfig
@@ -34,6 +35,7 @@ _PLACES = {  # what a method fills, by the functions that it defines
     "parametrisation": ("parametrise", "folded"),
     "optimizer": ("optimizer",),
     "step controller": ("before_step", "after_step"),
+    "noise": ("begin_step",),
 }
 
 
@@ -94,6 +96,9 @@ class Method:
         if added:
             groups.append({"params": added, "weight_decay": 0.0})
         return AdamW(groups, lr=lr, **options)
+
+    def begin_step(self, run: Run) -> None:
+        """Called before the first forward and after every optimizer step, also of a resumed run, without gradients."""
 
     def before_step(self, run: Run) -> None:
         """Called once per optimizer step, without gradients: they are complete, and nothing has moved."""
@@ -194,6 +199,10 @@ class Combined(Method):
         own = next((part for part in self._parts if "optimizer" in part.places()), None)
         return super().optimizer(run, lr, **options) if own is None else own.optimizer(run, lr, **options)
 
+    def begin_step(self, run: Run) -> None:
+        for part in self._parts:
+            part.begin_step(run)
+
     def before_step(self, run: Run) -> None:
         for part in self._parts:
             part.before_step(run)
@@ -253,14 +262,14 @@ class Run:
             for pair in self.pairs:
                 method.parametrise(pair, self)
         self._gradients = None
+        self._begin_step()
         vars(model)["lors_run"] = self
         if {"optimizer", "step controller"} & set(method.places()):
             self._handles.append(register_optimizer_step_pre_hook(_refuses_others(weakref.ref(self))))
 
     def generator(self, name: str, step: int = 0) -> torch.Generator:
         """A generator on the CPU that depends on the seed, a name and a step alone: the same in every process."""
-        digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.Generator().manual_seed(derived_seed(self.seed, step, name))
 
     def gradient(self, pair: Pair) -> Tensor:
         """The gradient [N, K] of an adapter's weight that :meth:`Method.start` was given, in float32.
@@ -330,6 +339,15 @@ class Run:
     def _after(self, *_: Any) -> None:
         self.method.after_step(self)
         self.step += 1
+        self._begin_step()
+
+    @torch.no_grad()
+    def _begin_step(self) -> None:
+        """What the layers draw until the next step of the optimizer, in every forward and its backward."""
+        for pair in self.pairs:
+            if pair.layer.rounding == "stochastic":
+                pair.layer.step_seed = derived_seed(self.seed, self.step, f"{pair.name}.rounding")
+        self.method.begin_step(self)
 
     def rate(self, parameter: nn.Parameter) -> float:
         """The learning rate of a parameter's group, as a share of the one that the schedule began from."""
@@ -387,6 +405,7 @@ class Run:
             for pair in self.pairs:
                 pair.fold()
                 self.method.folded(pair)
+                pair.layer.step_seed = pair.layer.noise = None
         del vars(self.model)["lors_run"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -437,6 +456,7 @@ class Run:
             name.removeprefix("run."): tensor.clone() for name, tensor in tensors.items() if name.startswith("run.")
         }
         self.step = int(state["step"])
+        self._begin_step()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write method.safetensors and method.json into ``directory``, beside the adapter.

@@ -29,6 +29,7 @@ from .._checks import (
     pattern_dict,
     rank_number,
 )
+from .._draws import ROUNDINGS, seed_number
 from ..adapter_directory import FORMAT_VERSION, PEFT_TYPE
 from ..fingerprints import Fingerprint, from_fields, mask_problem, to_fields, value_problem
 
@@ -78,6 +79,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         layout: how the frozen weight of an nn.Linear is stored: "auto", "dense", "2:4" or "bitmap". A base that is
             already compressed (`lors_cuda.SparseLinear`) keeps its layout.
         gradient: "lors" (the paper's adapter gradients) or "exact", see :func:`lors_cuda.lors_linear`.
+        rounding, rounding_seed: of the merged weight, as in :class:`lors_cuda.LoRSConfig`. Adapters of one layer must
+            agree; "stochastic" cannot be trained with dropout, which needs the adapter apart from the weight.
         lors: what `save_pretrained` writes, the version of the format and the fingerprints of the base; not for use.
 
     Raises:
@@ -89,6 +92,11 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
     gradient: str = field(
         default="lors", metadata={"help": "The adapters' gradients: 'lors' or 'exact'.", "is_lora_variant": True}
     )
+    rounding: str = field(
+        default="nearest",
+        metadata={"help": "How 16-bit merged weights are rounded: 'nearest' or 'stochastic'.", "is_lora_variant": True},
+    )
+    rounding_seed: int = field(default=0, metadata={"help": "The seed of rounding='stochastic'."})
     lors: dict[str, Any] | None = field(default=None, metadata={"help": "Filled by save_pretrained."})
 
     def __post_init__(self) -> None:
@@ -124,6 +132,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         # `lors_cuda.save_adapter` writes them here.
         self.layout = saved.get("layout", self.layout)
         self.gradient = saved.get("gradient", self.gradient)
+        self.rounding = saved.get("rounding", self.rounding)
+        self.rounding_seed = saved.get("rounding_seed", self.rounding_seed)
 
     def validate(self) -> None:
         """Refuse what cannot work; called again when the configuration is used, because fields may be reassigned.
@@ -133,6 +143,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         """
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        self.rounding_seed = seed_number("rounding_seed", self.rounding_seed)
         start = self.init_lora_weights
         if not isinstance(start, bool) and not (isinstance(start, str) and start in _STARTS):
             raise ValueError(

@@ -16,10 +16,11 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .._checks import check_stored
+from .._checks import check_adapters, check_stored
+from .._draws import Draws
 from .._weight_reads import reads_past
 from ..fingerprints import Fingerprint
-from ..functional import lors_linear, merge
+from ..functional import layer_linear, lors_linear, merge, stored_merge
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
 from .config import LoRSLoraConfig
@@ -37,6 +38,12 @@ class MaskedVariant(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: LoRSLoraLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if module.draws(module.training).any:
+            raise ValueError(
+                "The layer's merged weight is rounded by chance or has noise (rounding='stochastic', Flat-LoRA), and "
+                "here no weight is merged: dropout, adapters with different gradients or adapter_names keep adapters "
+                "apart from it. Set lora_dropout=0 and use one kind of gradient, or rounding='nearest'."
+            )
         zeros = module.zero_weight()
         lora_A, lora_B, scaling = module.stacked([active_adapter])
         x = module.lora_dropout[active_adapter](x.to(zeros.dtype))  # PEFT hands it over in the adapter's dtype
@@ -67,6 +74,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     base_was_linear = False
     mask_was_implicit = False
     fingerprint: Fingerprint | None = None
+    _rounding = ("nearest", 0)  # of its adapters' configurations
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -84,6 +92,14 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
                 "use lors_cuda.peft.LoRSLoraConfig, or add the adapter to a model of its own."
             )
         self.__dict__.setdefault("gradient", {})
+        wanted = (config.rounding, config.rounding_seed)
+        if self.gradient and wanted != self._rounding:
+            raise ValueError(
+                f"The adapter '{adapter_name}' has rounding {wanted[0]!r} with seed {wanted[1]}, and the layer's "
+                f"others {self._rounding[0]!r} with seed {self._rounding[1]}; they are merged into one weight, which "
+                "is rounded once. Give all the same."
+            )
+        self._rounding, self.rounding = wanted, config.rounding
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         self.gradient[adapter_name] = config.gradient
 
@@ -146,11 +162,17 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         base: Any = self.base_layer
         if self.disable_adapters or self.merged or not reads_past(self):
             return base.weight
-        return self.merged_dense().t() if getattr(base, "conv1d", False) else self.merged_dense()
+        merged = self._merged(self.draws(self.training))
+        return merged.t() if getattr(base, "conv1d", False) else merged
 
     def merged_dense(self) -> Tensor:
+        return self._merged(self.draws(training=False))
+
+    def _merged(self, draws: Draws) -> Tensor:
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        return merge(self.sparse_weight, *self.stacked(names)) if names else self.sparse_weight.to_dense()
+        if not names:
+            return self.sparse_weight.to_dense()
+        return stored_merge(self.sparse_weight, *self.stacked(names), draws)
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
         """A weight of zeros with the base's mask; its values are one stored number, also where autograd keeps them."""
@@ -202,9 +224,10 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         base = self.base_layer
         # Every call stacks new tensors, which a cached merge could not recognise.
         kept = self.merged_weight if len(names) == 1 and not isinstance(self.scaling[names[0]], Tensor) else None
-        return lors_linear(
-            x, base.check_mask(), *self.stacked(names), base.bias, gradient=self.gradient[names[0]], cache=kept
-        )
+        weight, (lora_A, lora_B, scaling) = base.check_mask(), self.stacked(names)
+        check_adapters(weight, lora_A, lora_B)
+        gradient, draws = self.gradient[names[0]], self.draws(self.training)
+        return layer_linear(x, weight, lora_A, lora_B, scaling, base.bias, gradient, kept, draws)
 
     def _is_one_matmul(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
@@ -242,7 +265,9 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     def merged_values(self, names: Sequence[str]) -> Tensor:
         """The base's stored values with these adapters merged in; a new tensor. Refused as :meth:`merge` says."""
         self.base_layer.check_mask(always=True)
-        return self.sparse_weight.merge(*self.stacked(names)).values
+        seed = self.draws(training=False).rounding_seed
+        rounding = "nearest" if seed is None else "stochastic"
+        return self.sparse_weight.merge(*self.stacked(names), rounding=rounding, seed=seed).values
 
     def unmerge(self) -> None:
         """Put the base's values back as they were before :meth:`merge`, bit for bit."""

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from .._checks import all_finite, check_has_values, check_whole, joined
 from .._distributed import check_gathered
+from .._draws import derived_seed
 from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
@@ -83,6 +84,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         for name, value in found.items():
             layer: Any = model.get_submodule(name)
             layer.fingerprint = value
+            layer.rounding_seed = derived_seed(config.rounding_seed, "rounding", name)
             layer.base_was_linear |= name in unconverted
             config.adapted[name] = (layer.r, layer.scaling, adapter_name)
         config.fingerprints, config.trained_on = found, None

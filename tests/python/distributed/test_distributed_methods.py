@@ -24,6 +24,7 @@ METHODS = {
     "xgblora": {"steps_per_booster": 2, "layers": 0.5},
     "geolora": {"cycle": 1, "max_rank": 4},
     "sherl": {"late": 1},
+    "flat-lora": {"sigma": 0.3},
 }
 RATE = 2e-2
 
@@ -75,7 +76,7 @@ def test_ddp_trains_as_one_process(pair, name):
     pair.run(train_two, name, False)
 
 
-@pytest.mark.parametrize("name", ["sora", "lora-mini", "mora"])
+@pytest.mark.parametrize("name", ["sora", "lora-mini", "mora", "flat-lora"])
 def test_fully_shard_trains_as_one_process(pair, name):
     pair.run(train_two, name, True)
 

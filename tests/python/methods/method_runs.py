@@ -20,6 +20,7 @@ OPTIONS = {
     "gelora": {"points": 100},
     "xgblora": {"steps_per_booster": 3},
     "geolora": {"cycle": 3, "tolerance": 0.3},
+    "flat-lora": {"sigma": 0.3, "refresh": 2},
 }
 
 
@@ -46,7 +47,7 @@ def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
     config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
     gradients = estimate_gradients(model, batches(2), config=config) if method.needs_gradients else None
     model = get_lors_model(model, method.configure(config, model, batches()))
-    return model, method.start(model, steps=20, seed=seed, gradients=gradients)
+    return model.train(), method.start(model, steps=20, seed=seed, gradients=gradients)
 
 
 def fresh(name, dtype=torch.float32):

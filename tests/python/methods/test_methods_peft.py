@@ -36,7 +36,7 @@ def test_trains_saves_folds_and_merges(tmp_path, name, layout):
     plain = logits(tiny_llama())
     assert torch.equal(logits(model), plain)
     train(model, run, 6)
-    running = logits(model)
+    running = logits(model.eval())  # in training flat-lora adds noise
     model.save_pretrained(tmp_path / "running")
     assert torch.equal(logits(lors_peft.from_pretrained(fresh(name), tmp_path / "running")), running)
     run.finish()

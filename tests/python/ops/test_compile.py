@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from cases import Case, make_case
-from lors_cuda import LoRSLinear, SparseWeight, lors_linear, merge
+from lors_cuda import LoRSConfig, LoRSLinear, SparseWeight, get_lors_model, lors_linear, merge
+from lors_cuda.methods import FlatLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
 
@@ -214,3 +215,26 @@ def test_training_compiled_follows_training_eagerly(device, seed):
     eager = losses(model, model)
     assert eager[-1] < eager[0]
     assert losses(twin, torch.compile(twin, fullgraph=True, backend="aot_eager")) == pytest.approx(eager, rel=1e-4)
+
+
+def test_one_graph_serves_the_seeds_of_all_steps():
+    """With torch's setting for integers of modules; without it the results are right too, in a graph for each seed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[:, ::2] = 0
+    config = LoRSConfig(r=4, rounding="stochastic", init_lora_weights=False)
+    run = FlatLoRA(sigma=0.1).start(get_lors_model(model, config).train())
+    optimizer = run.optimizer(lr=1e-2)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(16, 32, dtype=torch.bfloat16)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for _ in range(12):
+            output = compiled(x)
+            assert torch.equal(output, model(x))
+            output.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert backend.frame_count <= 2

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // merged[n, k] = kept[n, k] ? weight[n, k] + scaling * sum_r lora_B[n, r] * lora_A[r, k] : +0     (arXiv 2501.08582, eq. 3)
-// fp32 accumulation (float64 for a float64 weight), one rounding.
+// fp32 accumulation (float64 for a float64 weight), one rounding, to nearest or by chance; and noise on what is kept, if asked
+// for.
 #pragma once
 
+#include <lors/random.h>
 #include <lors/status.h>
 #include <lors/types.h>
 
@@ -32,9 +34,12 @@ struct MergeArgs {
   // The type each value is rounded to, once. It is merged_dtype, or a 16-bit type held in a float32 `merged`: a
   // float32 matmul then sees exactly the values that a 16-bit merged weight has.
   DType round_to = DType::float32;
+  Draws draws;  // into a dense result only
 };
 
 inline Status check_merged_layout(const MergeArgs& args) {
+  if (args.merged_layout != Layout::dense && (args.draws.rounds || args.draws.noise))
+    return Status::error("merge draws random numbers for a dense result only; merge to dense, and compress that.");
   if (args.merged_layout == Layout::dense || (args.merged_layout == args.weight_layout &&
                                               args.merged_dtype == args.weight_dtype && args.round_to == args.weight_dtype))
     return {};
