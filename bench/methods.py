@@ -226,6 +226,8 @@ def claims(rows: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, float, b
     def perplexity(name: str) -> float:
         return statistics.fmean(rows[name]["perplexity"])
 
+    if BASELINE not in rows:
+        return
     lors = perplexity(BASELINE)
     sparse = rows[BASELINE]["sparse_perplexity"]
     repaired = {name: (sparse - perplexity(name)) / (sparse - lors) for name in rows}
