@@ -41,7 +41,11 @@ BASELINE = "LoRS, r = 16"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row: what is trained, and how. ``lr`` is the best of three on one seed, found by --search."""
+    """One row: what is trained, and how.
+
+    ``lr`` of GeoLoRA, SHERL, XGBLoRA and LoRA-Mini is the best of three on one seed (--search); the others are chosen
+    near LoRS's and were not searched.
+    """
 
     name: str
     lr: float

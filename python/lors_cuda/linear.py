@@ -96,7 +96,8 @@ class LoRSLinear(SparseLinear):
             gradient: "lors" or "exact", see :func:`lors_cuda.lors_linear`.
             use_rslora: rank-stabilised scaling.
             init_lora_weights: False makes lora_B random too (for tests; the layer then starts elsewhere).
-            rounding, rounding_seed: of the merged weight, see :class:`lors_cuda.LoRSConfig`.
+            rounding: of the merged weight, see :class:`lors_cuda.LoRSConfig`.
+            rounding_seed: of "stochastic", likewise.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind or does not fit; nothing was changed.

@@ -261,7 +261,8 @@ class SparseWeight:
             lora_A: [r, K], float32, bfloat16, float16 or float64.
             lora_B: [N, r], likewise.
             scaling: s, e.g. ``lora_alpha / r``.
-            rounding, seed: as in :func:`lors_cuda.lors_linear`.
+            rounding: as in :func:`lors_cuda.lors_linear`.
+            seed: of "stochastic", likewise.
 
         Raises:
             TypeError: an adapter is no tensor.

@@ -79,8 +79,9 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         layout: how the frozen weight of an nn.Linear is stored: "auto", "dense", "2:4" or "bitmap". A base that is
             already compressed (`lors_cuda.SparseLinear`) keeps its layout.
         gradient: "lors" (the paper's adapter gradients) or "exact", see :func:`lors_cuda.lors_linear`.
-        rounding, rounding_seed: of the merged weight, as in :class:`lors_cuda.LoRSConfig`. Adapters of one layer must
-            agree; "stochastic" cannot be trained with dropout, which needs the adapter apart from the weight.
+        rounding: of the merged weight, as in :class:`lors_cuda.LoRSConfig`. Adapters of one layer must agree;
+            "stochastic" cannot be trained with dropout, which needs the adapter apart from the weight.
+        rounding_seed: of "stochastic", likewise.
         lors: what `save_pretrained` writes, the version of the format and the fingerprints of the base; not for use.
 
     Raises:
