@@ -274,7 +274,8 @@ struct Sparse24Slots {
  private:
   // For each slot, in sixteen bits: the first column of its group + the position in two bits of the codes.
   static __m512i columns_of(uint64_t codes) {
-    const __m512i position = _mm512_multishift_epi64_epi8(_mm512_load_si512(kOfSlot.bit), _mm512_set1_epi64(int64_t(codes)));
+    const __m512i repeated = _mm512_set1_epi64(int64_t(codes));
+    const __m512i position = _mm512_maskz_multishift_epi64_epi8(~__mmask64(0), _mm512_load_si512(kOfSlot.bit), repeated);
     constexpr int kAndOr = 0xea;  // (a & b) | c
     return _mm512_ternarylogic_epi32(position, _mm512_set1_epi16(3), _mm512_load_si512(kOfSlot.group), kAndOr);
   }
