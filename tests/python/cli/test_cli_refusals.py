@@ -167,12 +167,14 @@ def test_what_cannot_work_here(home, tmp_path, capsys, monkeypatch):
 def test_options_of_gpus_are_refused_with_the_way_out(tmp_path, monkeypatch):
     def check(device, **options):
         given = {"warmup_steps": None, "steps": 1, "device": device, "report_to": [], "deepspeed": None}
-        given |= {"fp16": False, "fsdp": False, **options}
+        given |= {"fp16": False, "fsdp": False, "method": "lors", "method_option": [], "rounding": "nearest", **options}
         check_options(argparse.Namespace(**given), torch.device(device))
 
     check("cuda:0", fp16=True)
     refused(ValueError, lambda: check("cuda:1"), "CUDA_VISIBLE_DEVICES=1 and --device cuda")
     refused(ValueError, lambda: check("cuda:0", fsdp=True), "start the command by torchrun")
+    refused(ValueError, lambda: check("cuda:0", fsdp=True, method="sora"), "Leave --fsdp out")
+    refused(ValueError, lambda: check("cuda:0", fsdp=True, rounding="stochastic"), "Leave --fsdp out")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(ImportError, lambda: check("cuda", deepspeed=tmp_path), "needs the package deepspeed")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
