@@ -34,7 +34,11 @@ struct Words {
   __m512i all;
 };
 inline Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
-inline void store_words(void* p, Words words) { _mm512_storeu_si512(p, words.all); }
+// Zeros without a sign, as an addition would leave them.
+inline void store_words(void* p, Words words) {
+  const __mmask32 nonzero = _mm512_test_epi16_mask(words.all, _mm512_set1_epi16(0x7fff));
+  _mm512_storeu_si512(p, _mm512_maskz_mov_epi16(nonzero, words.all));
+}
 inline Words where_words(uint32_t bits, Words words) { return {_mm512_maskz_mov_epi16(bits, words.all)}; }
 #else
 struct Words {
@@ -44,8 +48,12 @@ inline Words load_words(const void* p) {
   const auto* from = static_cast<const __m256i*>(p);
   return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
 }
+// Zeros without a sign, as an addition would leave them.
 inline void store_words(void* p, Words words) {
-  for (int i = 0; i < 2; ++i) _mm256_storeu_si256(static_cast<__m256i*>(p) + i, words.half[i]);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i is_zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(words.half[i], 1), _mm256_setzero_si256());
+    _mm256_storeu_si256(static_cast<__m256i*>(p) + i, _mm256_andnot_si256(is_zero, words.half[i]));
+  }
 }
 inline Words where_words(uint32_t bits, Words words) {
   const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);

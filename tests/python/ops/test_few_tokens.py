@@ -114,3 +114,17 @@ def test_a_cache_is_good_for_many_tokens_and_for_few(seed, dtype, layout):
     expected = lors_linear(case.input, *adapted)
     lors_linear(case.input, *adapted, cache=cache)
     check(expected, case.input, merged.to_dense())
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["2:4", "bitmap"])
+def test_expanded_zeros_have_no_sign(seed, dtype, layout):
+    case = make_case(seed, 1, 5, 1060, 1, dtype, layout=layout)
+    weight = SparseWeight.from_dense(case.weight, layout)
+    values = torch.where(
+        torch.rand(weight.values.shape) < 0.5, -0.0, weight.values.detach()
+    )  # as other writers have them
+    none = values.new_zeros(0, 1060), values.new_zeros(5, 0)
+    dense = torch.ops.lors.merge(values, weight.mask_bits, weight.index, *none, 1.0)
+    assert bool((dense[weight.mask()] == 0).any())
+    assert not bool(dense[dense == 0].signbit().any())
