@@ -112,9 +112,8 @@ def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int
     """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
 
     The merged weight is W + s * mask * (B A), rounded once, as the configuration's `rounding` and `rounding_seed` say,
-    with exact zeros off the mask (arXiv 2501.08582, eq. 3).
-    In evaluation the adapted model has computed with the same bits. All layers are merged once to check the result, one
-    at a time, before the first is replaced. As after PEFT's
+    with exact zeros off the mask (arXiv 2501.08582, eq. 3). In evaluation the adapted model has computed with the same
+    bits. All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
     merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
 
     Args:
@@ -129,8 +128,7 @@ def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int
         ValueError: `rounding` is unknown, or `seed` does not go with it; a weight or an adapter holds NaN or infinity,
             or a merged weight would (the module, the first place and its value are named), the model has no LoRS
             layers, its parameters are sharded among processes, it has a side network (lors_cuda.methods.SHERL), or a
-            method of lors_cuda.methods trains it; nothing is
-            changed then.
+            method of lors_cuda.methods trains it; nothing is changed then.
     """
     layers = _lors_layers_with_names(model)
     check_gathered(model)

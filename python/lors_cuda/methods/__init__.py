@@ -11,8 +11,9 @@ import dataclasses
 from typing import Any
 
 from .._checks import alternatives
-from ._method import Combined, Method, Run
+from ._method import Combined, Method
 from ._pair import Pair
+from ._run import Run
 from .flat_lora import FlatLoRA
 from .gelora import GeLoRA, intrinsic_dimensions
 from .geolora import GeoLoRA
@@ -28,7 +29,18 @@ from .xgblora import XGBLoRA
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Method, SPLoRA, GeLoRA, SoRA, RMLoRA, LoRAMini, MoRA, LoRARITE, XGBLoRA, GeoLoRA, FlatLoRA, SHERL),
+        Method,
+        SPLoRA,
+        GeLoRA,
+        SoRA,
+        RMLoRA,
+        LoRAMini,
+        MoRA,
+        LoRARITE,
+        XGBLoRA,
+        GeoLoRA,
+        FlatLoRA,
+        SHERL,
     )
 }
 

@@ -11,12 +11,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .._checks import check_count, check_number
 from .._distributed import whole
 from .._draws import derived_seed
 from ..functional import merge
 from ..weight import SparseWeight
-from ._method import Method, Run
+from ._method import Method
 from ._pair import Pair
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,8 @@ class FlatLoRA(Method):
     name: ClassVar[str] = "flat-lora"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma is {self.sigma!r}; it must be 0 or more.")
-        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
-            raise ValueError(f"refresh is {self.refresh!r}; it must be a whole number of at least 1.")
+        check_number("sigma", self.sigma, "0 or more", lambda x: 0 <= x < math.inf)
+        check_count("refresh", self.refresh)
 
     def begin_step(self, run: Run) -> None:
         if run.step % self.refresh == 0:

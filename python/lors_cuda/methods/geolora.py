@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._checks import check_count, check_number
-from ._method import Method, Run
+from ._method import Method
 from ._pair import FACTORS, Pair
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)

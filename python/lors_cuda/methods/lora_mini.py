@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count
 from ..gradient_init import leading_right_singular_vectors
-from ._method import Method, Run
+from ._method import Method
 from ._pair import Pair
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_flag, check_number, listed
-from ._method import Method, Run
+from ._method import Method
 from ._pair import FACTORS
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_number
-from ._method import Method, Run
+from ._method import Method
 from ._pair import Pair
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)

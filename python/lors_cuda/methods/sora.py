@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softshrink
 
 from .._checks import check_choice, check_count, check_number
-from ._method import Method, Run
+from ._method import Method
 from ._pair import Pair
+from ._run import Run
 
 _STARTS = ("normal", "ones")
 

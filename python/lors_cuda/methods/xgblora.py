@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .._checks import check_count, check_number
 from ..config import LoRSConfig
-from ._method import Method, Run
+from ._method import Method
 from ._pair import FACTORS, Pair
+from ._run import Run
 
 
 @dataclasses.dataclass(frozen=True)
