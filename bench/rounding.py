@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import report
 from lors_cuda import LoRSConfig, get_lors_model, merge_and_unload, named_lors_layers
 from lors_cuda.cli._demo_text import language_reference, split_topics
 from lors_cuda.gradient_init import estimate_gradients, init_from_gradients
@@ -61,40 +61,54 @@ def trained(sparse: nn.Module, rounding: str, rate: float, rows: Tensor, args: a
     return model
 
 
-def results(model: nn.Module, rows: Tensor, seeds: int) -> dict[str, Any]:
-    """Perplexity of each way to merge, and how many kept weights have other bits than before."""
+def results(model: nn.Module, rows: Tensor, seeds: int) -> dict[str, dict[str, float]]:
+    """Perplexity of each way to merge, and the share of the kept weights that get other bits by it."""
     before = {name: layer.sparse_weight.to_dense() for name, layer in named_lors_layers(model)}
-    found: dict[str, Any] = {}
-    for way in ("nearest", *range(seeds)):
-        merged = copy.deepcopy(model)
-        merged = (
-            merge_and_unload(merged, rounding="nearest")
-            if way == "nearest"
-            else merge_and_unload(merged, rounding="stochastic", seed=way)
-        )
-        kept = sum(int((w != 0).sum()) for w in before.values())
+    kept = sum(int((w != 0).sum()) for w in before.values())
+    ways: dict[str, dict[str, Any]] = {"nearest": {"rounding": "nearest"}}
+    ways |= {f"seed {seed}": {"rounding": "stochastic", "seed": seed} for seed in range(seeds)}
+    found: dict[str, dict[str, float]] = {"perplexity": {}, "changed": {}}
+    for way, options in ways.items():
+        merged = merge_and_unload(copy.deepcopy(model), **options)
         moved = sum(int((merged.get_submodule(name).weight != w).sum()) for name, w in before.items())
-        found[f"merged {way}"] = perplexity(merged, rows)
-        found[f"changed {way}"] = moved / kept
+        found["perplexity"][way] = perplexity(merged, rows)
+        found["changed"][way] = moved / kept
     wide = copy.deepcopy(model).float()
-    found["merged without rounding"] = perplexity(merge_and_unload(wide, rounding="nearest"), rows)
+    found["perplexity"]["not rounded"] = perplexity(merge_and_unload(wide, rounding="nearest"), rows)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--held-out", type=int, default=16, help="sequences")
+def cells(row: dict[str, Any]) -> list[str]:
+    found, changed = row["perplexity"], row["changed"]
+    chances = [way for way in found if way.startswith("seed")]
+    return [
+        f"{row['lr']:g}",
+        row["trained"],
+        f"{found['nearest']:.2f}",
+        ", ".join(f"{found[way]:.2f}" for way in chances),
+        f"{found['not rounded']:.2f}",
+        f"{changed['nearest']:.1%}, {changed[chances[0]]:.1%}",
+    ]
+
+
+HEADER = ("lr", "trained", "merged to nearest", "by chance", "not rounded", "other bits: to nearest, by chance")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="bench/rounding.py")
+    parser.add_argument("--model", type=Path, required=True, help="its folder's name stands in the record")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--rank", type=report.positive, default=16)
+    parser.add_argument("--steps", type=report.positive, default=12)
+    parser.add_argument("--tokens", type=report.positive, default=256, help="of a sequence")
+    parser.add_argument("--held-out", type=report.positive, default=16, help="sequences")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 1e-3])
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--seeds", type=report.positive, default=3, help="of the final merge")
+    args = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    begun = time.monotonic()
+    where = report.environment()
+    print(report.describe(where), flush=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = split_topics(language_reference(), 8 * args.tokens * args.held_out)
     train, held_out = (
@@ -102,19 +116,33 @@ def main() -> None:
         for part, count in ((text.train, 4 * args.steps), (text.held_out, args.held_out))
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    record: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
-    record["dense"] = perplexity(model, held_out)
+    dense = perplexity(model, held_out)
     prune(model, "2:4", method="wanda", batches=[{"input_ids": row} for row in train.split(4)])
     sparse = model.to(torch.bfloat16)
-    record["sparse"] = perplexity(sparse, held_out)
+    common = {
+        "benchmark": "rounding",
+        "model": args.model.resolve().name,
+        "dtype": "bfloat16",
+        "pattern": "2:4",
+        "rank": args.rank,
+        "dense_perplexity": dense,
+        "sparse_perplexity": perplexity(sparse, held_out),
+        "failed": None,
+    }
+    protocol = {name: getattr(args, name) for name in ("steps", "tokens", "held_out", "seeds")}
+    rows: list[dict[str, Any]] = []
     for rate in args.rates:
         for rounding in ("nearest", "stochastic", "fixed"):
             adapted = trained(sparse, rounding, rate, train, args)
-            row = results(adapted, held_out, args.seeds)
-            record[f"rate {rate}, trained {rounding}"] = row
-            print(f"{time.monotonic() - begun:5.0f} s  rate {rate}  trained {rounding}: {row}", flush=True)
-            args.output.write_text(json.dumps(record, indent=2, default=str) + "\n")
+            found = results(adapted, held_out, args.seeds)
+            rows.append({**common, "peer": f"lr {rate:g}, {rounding}", "lr": rate, "trained": rounding, **found})
+            print("; ".join(f"{name}: {cell}" for name, cell in zip(HEADER, cells(rows[-1]), strict=True)), flush=True)
+            if args.output:
+                report.write_json(args.output, rows, where, protocol)
+    print(f"Dense {dense:.2f}, sparse {common['sparse_perplexity']:.2f}.")
+    print(report.table(HEADER, [cells(row) for row in rows]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -263,7 +263,8 @@ struct Sparse24Slots {
         metadata(job.metadata + n * lors::sparse24_metadata_bytes(job.in_features)),
         bytes(lors::sparse24_metadata_bytes(job.in_features)) {}
   void begin(int64_t u) const {
-    if (u * kUnit % kPage == 0) fetch_ahead(slots + u * (kUnit / 2), metadata + u * (kUnit / 8));
+    if (u * kUnit / 2 * int64_t(sizeof(bfloat16)) % kPage == 0)
+      fetch_ahead(slots + u * (kUnit / 2), metadata + u * (kUnit / 8));
   }
   bool readable() const { return true; }
   Slots unit(int64_t u) const {
