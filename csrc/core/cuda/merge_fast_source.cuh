@@ -2,9 +2,8 @@
 // How merge_fast.cuh reads each layout and writes the result. A lane owns eight columns in each of the two times 32 columns of
 // its warp (c = 0, 1) of the rows n and n + 8 (h = 0, 1), and moves down by `step` rows. A Source<T> offers
 //   Source(p, columns, row, column, step)       row, column: the lane's first
-//   load(number, limit, h, c)                   where number > limit, starts the loads of the next eight weights down from the
-//   last,
-//                                               c = 0 before c = 1
+//   load(number, limit, h, c)                   where number > limit, starts the loads of the next eight weights below those
+//                                               loaded last; c = 0 before c = 1
 //   stage(p, row, column, rows)                 by the whole block, for the panel of rows from `row` on, of which `rows` exist
 //   start(row, column, rows)                    after a barrier: the lane's first row of the panel of `rows`, the warp's column
 //   step(p, at, rows)                           by the whole block, before the step at row `at` of the panel, of `rows`
@@ -84,8 +83,7 @@ struct FastIndex : IndexTile {
   const uint32_t* lane_words;  // of the warp's 64 columns in the lane's first row
   uint2 rows[2];               // of row n + 8 h
   int rotate;                  // brings the lane's byte of a word to bit 3
-
-  int step_words;  // from step to step
+  int step_words;              // from step to step
 
   __device__ __forceinline__ FastIndex(const MergeProblem& p, int step) : IndexTile(p), step_words(step * p.tile_pitch) {
     tables = ptx::dynamic_shared() + p.tile_at;

@@ -4,9 +4,8 @@
 //   key(seed, n)       = mix64(mix64(seed + g) + n g)    g = 0x9e3779b97f4a7c15; once per row
 //   word(key, k)       = a 32-bit mix of k, into which the two halves of the key enter at its start and in its middle
 //   normal(key, k)     = (the eight bytes of word and mix32(word + 0x9e3779b9), summed, - 1020) / 209.02
-//   round(x, key, k)   = of the two neighbours of x in a 16-bit type the one away from zero, if the bits that the type drops,
-//   as a
-//                        fraction of its step, exceed word / 2^32: the mean of many draws is x
+//   round(x, key, k)   = of the two neighbours of x in a 16-bit type the one away from zero, if the bits that the type drops
+//                        are more than word / 2^32 of its step: the mean of many draws is x
 // mix64 is the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014), mix32 is
 // Wellons' "lowbias32". All of it is integer arithmetic, but for one exact product: lors_cuda/reference.py has the same bits.
 #pragma once
