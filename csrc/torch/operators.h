@@ -5,9 +5,8 @@
 //   matmul_dtype(activation)             the type a matmul runs in, and so the type its scratch is stored in
 //   merged_rows(in_features, dtype)      how many rows of a weight to merge before they are multiplied
 //   matmul(out, a, b, bias)              out = a b (+ bias broadcast over rows), all in one type: torch's own
-//   prefers_fused_linear(activation, adapted, input_gradient, is_plain)   whether the core's matmul with the merge inside is
-//   used
-//                                        instead; is_plain: the weight is dense and needs no merge
+//   prefers_fused_linear(activation, adapted, input_gradient, is_plain)   whether to take the core's matmul, with the merge
+//                                        inside, instead; is_plain: the weight is dense and needs no merge
 //   fused_output_dtype(activation's), fused_bias_dtype(bias)    and which types that has
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kSparseMatmul, prefers_sparse_matmul(activation, adapted)   torch has sparse matmuls there; "auto" takes one
