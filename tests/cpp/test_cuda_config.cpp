@@ -11,6 +11,7 @@
 #include "cuda/adapter_grad_exact_config.h"
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
+#include "cuda/fused_linear_fast_config.h"
 #include "cuda/merge_config.h"
 #include "cuda/merge_fast_config.h"
 #include "cuda/paths.h"
@@ -145,6 +146,70 @@ TEST(MergeFastConfig, LeavesTheRestToTheGeneralKernel) {
   EXPECT_FALSE(served(other));
   other = good;
   other.merged = reinterpret_cast<void*>(uintptr_t{8});
+  EXPECT_FALSE(served(other));
+}
+
+FusedLinearArgs fast_fused(int64_t tokens, int64_t N, int64_t K, int64_t r, bool gradient) {
+  FusedLinearArgs args;
+  args.tokens = tokens;
+  args.out_features = N;
+  args.in_features = K;
+  args.r = r;
+  args.input_gradient = gradient;
+  args.weight_dtype = args.activation_dtype = args.round_to = args.output_dtype = DType::bfloat16;
+  return args;
+}
+
+TEST(FusedFastConfig, CoversTheWeightAndFitsTheDevice) {
+  for (const DeviceLimits limits : {kHopper, kAmpere})
+    for (const int64_t N : {1, 17, 1000, 14336})
+      for (const int64_t K : {8, 256, 264, 4096, 14336})
+        for (const int64_t r : {1, 16, 64})
+          for (const bool gradient : {false, true})
+            for (const Layout layout : kLayouts) {
+              FusedLinearArgs args = fast_fused(16, N, K, r, gradient);
+              args.weight_layout = layout;
+              const MergeConfig c = fused_fast_config(args, 1, 1, limits);
+              if (layout == Layout::bitmap && r == 64 && c.columns == 0) continue;  // its values leave too little memory
+              ASSERT_TRUE(c.columns == 256 || c.columns == 512);
+              ASSERT_LE(c.shared_bytes, limits.shared_bytes);
+              const int behind = c.tile_at + merge_fast_tile_bytes(layout, false, c.columns, c.panel_rows, kFusedFastThreads);
+              const int activation = 2 * kFusedFastTokens * (c.panel_rows + kFusedFastPad);
+              const int sums = 4 * kFusedFastTokens * (kFusedFastWarps / (c.columns / 64)) * (c.columns + kFusedFastSumsPad);
+              ASSERT_GE(c.shared_bytes, behind + (gradient ? activation : kFusedFastSumsBytes + kFusedFastActivationBytes));
+              ASSERT_TRUE(!gradient || c.shared_bytes >= sums);
+              ASSERT_EQ(c.panel_rows % merge_fast_step(c.columns, kFusedFastThreads), 0);
+              ASSERT_EQ(c.rows % c.panel_rows, 0);
+              ASSERT_GE(c.column_blocks * c.columns, K);
+              ASSERT_LT((c.column_blocks - 1) * c.columns, K);
+              ASSERT_GE(c.blocks / c.column_blocks * c.rows, N);
+            }
+}
+
+TEST(FusedFastConfig, OneWaveOfOneBlockPerMultiprocessor) {
+  for (const bool gradient : {false, true}) {
+    const MergeConfig c = fused_fast_config(fast_fused(16, 4096, 4096, 16, gradient), 1, 1, kHopper);
+    EXPECT_LE(c.blocks, kHopper.multiprocessors);
+    EXPECT_GE(c.blocks * 10, kHopper.multiprocessors * 9);
+  }
+}
+
+TEST(FusedFastConfig, LeavesTheRestToTheGeneralKernel) {
+  const auto served = [](const FusedLinearArgs& args) { return fused_fast_config(args, 1, 1, kHopper).columns != 0; };
+  const FusedLinearArgs good = fast_fused(16, 64, 64, 16, false);
+  ASSERT_TRUE(served(good));
+  EXPECT_FALSE(served(fast_fused(17, 64, 64, 16, false)));
+  EXPECT_FALSE(served(fast_fused(0, 64, 64, 16, false)));
+  for (const int64_t r : {0, 65}) EXPECT_FALSE(served(fast_fused(16, 64, 64, r, false)));
+  EXPECT_FALSE(served(fast_fused(16, 64, 68, 16, false)));
+  FusedLinearArgs other = good;
+  other.activation_dtype = DType::float16;
+  EXPECT_FALSE(served(other));
+  other = good;
+  other.weight_dtype = other.activation_dtype = DType::float32;
+  EXPECT_FALSE(served(other));
+  other = good;
+  other.weight = reinterpret_cast<const void*>(uintptr_t{8});
   EXPECT_FALSE(served(other));
 }
 

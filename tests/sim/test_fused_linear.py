@@ -298,7 +298,7 @@ def test_what_the_fast_path_does_not_take_falls_back(sim: Any, gradient: bool) -
 @BOTH
 @pytest.mark.parametrize(("layout", "limit"), [("dense", 1.06), ("mask", 1.06), ("2:4", 1.10), ("bitmap", 1.25)])
 def test_traffic_of_the_fast_path(sim: Any, layout: str, limit: float, gradient: bool) -> None:
-    """Operands and result against the floor; a bitmap's bits are read twice. The parts of the sum move once each way."""
+    """Operands and result against the floor; a bitmap's bits are read twice. Parts of the sum move once each way."""
     N = K = 1024
     device = sim.Device(multiprocessors=2)
     p = Problem(16, N, K, 16, gradient, explicit=layout == "mask", layout="dense" if layout == "mask" else layout)

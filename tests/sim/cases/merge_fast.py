@@ -21,18 +21,26 @@ PATHS = ("dense", "mask", "2:4", "2:4 values", "bitmap")
 
 PLANTED = [
     ("merge_fast.cuh", "a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]", "a[i / 2][i % 2 * 2 + 1], a[i / 2][i % 2 * 2]"),
-    ("merge_fast.cuh", "from_B += 2 * step * (16 + kMergePad);", "from_B += 2 * (16 + kMergePad);"),
-    ("merge_fast.cuh", "source.store(below[c], 8 * h, h,", "source.store(below[c], 7 * h, h,"),
-    ("merge_fast.cuh", "source.load(below[c], step + 8 * h, h, c);", "source.load(below[c], 8 * h, h, c);"),
-    ("merge_fast.cuh", "column + 32 < p.in_features ? left : 0", "column < p.in_features ? left : 0"),
+    ("merge_fast.cuh", "from_B += 2 * block.step * (16 + kMergePad);", "from_B += 2 * (16 + kMergePad);"),
+    (
+        "merge_fast.cuh",
+        "result.write(block.below[c], 8 * h, h, c, make_uint4",
+        "result.write(block.below[c], 7 * h, h, c, make_uint4",
+    ),
+    (
+        "merge_fast.cuh",
+        "source.load(block.below[c], block.step + 8 * h, h, c);",
+        "source.load(block.below[c], 8 * h, h, c);",
+    ),
+    ("merge_fast_source.cuh", "column + (Lanes::kTransposed ? 0 : 32 * c) < p.in_features", "column < p.in_features"),
     ("merge_fast_source.cuh", "__hneu2_mask(two, Two(0.f, 0.f))", "0xffffffffu"),
     ("merge_fast_source.cuh", "halves(bits >> 2)", "halves(bits >> 1)"),
     ("merge_fast_source.cuh", "lane_words += step_words;", "lane_words += pitch;"),
     ("merge_fast_source.cuh", "code & 64 ? (code & 32 ? sum[3] : sum[2])", "code & 64 ? (code & 32 ? sum[2] : sum[3])"),
-    ("merge_fast_source.cuh", "make_uint2(low & at.x, high & at_high.x)", "make_uint2(low, high)"),
+    ("merge_fast_source.cuh", "make_uint2(slots & at.x, 0)", "make_uint2(slots, 0)"),
     ("merge_fast_source.cuh", "position[1] == i ? 0x32u : 0x44u", "position[1] == i ? 0x32u : 0x10u"),
     ("merge_fast_source.cuh", "first % kSector);", "0);"),
-    ("merge_fast_source.cuh", "first + __popc(mask & 0x78)", "first + 4"),
+    ("merge_fast_source.cuh", "first += __popc(mask & 0x78)", "first += 4"),
     ("merge_fast_source.cuh", "shift = 16 * first", "shift = 0 * first"),
     ("merge_fast_source.cuh", "left - e < 8 ?", "left - e < 0 ?"),
 ]
