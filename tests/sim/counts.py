@@ -93,14 +93,19 @@ def merge_compressed(sparse24: bool, to_sparse24: bool = False) -> Callable[[Any
     return call
 
 
-def fused_linear(tokens: int, input_gradient: bool) -> Callable[[Any], None]:
+def fused_linear(tokens: int, input_gradient: bool, sparse24: bool | None = None) -> Callable[[Any], None]:
+    """`sparse24`: from 2:4, or from a bitmap; None: dense."""
+
     def call(device: Any) -> None:
         inputs, outputs = (N, K) if input_gradient else (K, N)
+        stored = weight(device) if sparse24 is None else compressed(device, sparse24)
+        if sparse24 is not None:
+            stored |= {"weight": stored.pop("values"), "weight_dtype": DTYPE}
         sim.fused_linear(
             device,
             **ADAPTED,
             **adapters(device),
-            **weight(device),
+            **stored,
             tokens=tokens,
             input_gradient=input_gradient,
             activation=upload(device, "activation", random(4, tokens, inputs, dtype=DTYPE)),
@@ -170,6 +175,19 @@ def cases() -> list[Case]:
             f"fused_linear, dX, T = {16}",
             fused_linear(16, True),
             {"weight": 2 * N * K, "activation": 2 * 16 * N, "output": 2 * 16 * K, **adapter_bytes},
+        ),
+        *(
+            Case(
+                f"fused_linear, {'dX' if gradient else 'Y'}, T = 16, {'2:4' if sparse24 else 'bitmap'}",
+                fused_linear(16, gradient, sparse24),
+                {
+                    **({"values": N * K} if sparse24 else {"values": 2 * KEPT, "row_offsets": 8 * N}),
+                    "metadata" if sparse24 else "mask": N * K // 8,
+                    **{"activation": 2 * 16 * K, "output": 2 * 16 * N, **adapter_bytes},
+                },
+            )
+            for sparse24 in (True, False)
+            for gradient in (False, True)
         ),
         Case(
             f"adapter_grad_lors, T = {T} (X twice)",

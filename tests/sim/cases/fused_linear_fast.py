@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small calls of the fast path of fused_linear, in every layout, forward and backward, for the mutants: see merge.py."""
+"""Small calls of the fast path of fused_linear, every layout, forward and backward, for the mutants: see merge.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from bits import SIZE, loaded, stored
 
 from merge import held, patterns
 
-# (tokens, out_features, in_features, r), dtypes of weight and adapters. The second has several panels of rows; the last ends
-# inside a warp's rows.
+# (tokens, out_features, in_features, r), dtypes of weight and adapters. The second has several panels of rows; the last
+# ends inside a warp's rows.
 CALLS = [
     ((16, 64, 136, 16), "bfloat16", "bfloat16"),
     ((3, 300, 520, 5), "float16", "bfloat16"),
