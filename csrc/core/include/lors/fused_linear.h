@@ -3,7 +3,8 @@
 //   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
 //   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
 // merged as in merge.h, each value rounded once to `round_to`; the matmuls accumulate in float32. CUDA reads compressed
-// weights for up to 16 tokens of their own 16-bit dtype and up to 64 ranks, and refuses others. On the CPU bias and output are float32; on CUDA output_dtype and round_to are the activation's dtype.
+// weights for up to 16 tokens of their own 16-bit dtype and up to 64 ranks, and refuses others. On the CPU bias and output are
+// float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
 #include <lors/status.h>
