@@ -171,9 +171,11 @@ class Prefetched:
     ) -> _Call | None:
         """The call, in the place of its merged weight; None where it merges for itself: on other devices than CUDA, in
         a graph, under torch.func, and where an adapter is computed for the call alone."""
-        device = _cuda_device(weight.values)
         adapter = (lora_A, lora_B)
-        if device is None or not may_be_kept(weight) or not all(isinstance(factor, nn.Parameter) for factor in adapter):
+        if not may_be_kept(weight) or not all(isinstance(factor, nn.Parameter) for factor in adapter):
+            return None
+        device = _cuda_device(weight.values)
+        if device is None:
             return None
         MergedWeight.check_countable([t for t in (*adapter, weight.values, weight.mask_bits, weight.index, draws.noise)
                                       if t is not None])  # fmt: skip
