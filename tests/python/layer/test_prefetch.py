@@ -251,13 +251,17 @@ def test_autocast_in_turn_with_plain_calls(world, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_random_rounding_draws_what_the_step_asks_for(world, order):
+@pytest.mark.parametrize("drawn", ["rounding", "deviation", "noise"])
+def test_a_step_draws_its_own_random_numbers(world, order, drawn):
+    deviations = {width: [torch.full((width,), 0.1 + 0.1 * step) for step in range(3)] for width in WIDTHS}
+
     def what(model: nn.Module) -> list[Tensor]:
         seen = []
         for step in range(3):
             for layer in model.layers:
-                layer.step_seed = step
-                layer.noise = (torch.full((layer.out_features,), 0.1 * step), step)
+                layer.step_seed = step if drawn == "rounding" else 7
+                deviation = deviations[layer.out_features][step if drawn == "deviation" else 0]
+                layer.noise = (deviation, step if drawn == "noise" else 7)
             for _ in range(2):
                 x = X.bfloat16().requires_grad_()
                 output = model(x)
