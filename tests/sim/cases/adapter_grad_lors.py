@@ -12,21 +12,24 @@ CALLS = [
     ((160, 128, 192, 16), "bfloat16"),
     ((100, 72, 40, 5), "bfloat16"),
     ((96, 64, 128, 40), "float32"),
+    ((2000, 72, 40, 16), "bfloat16"),  # ranges, and several slices of their partial sums
 ]
 PLANTED = [
     (
         "adapter_grad_lors.cu",
-        "grad_A.scale = grad_B.scale = static_cast<float>(args.scaling);",
-        "grad_A.scale = grad_B.scale = 1.f;",
+        "sums[0].scale = sums[1].scale = static_cast<float>(args.scaling);",
+        "sums[0].scale = sums[1].scale = 1.f;",
     ),
-    ("adapter_grad_lors.cuh", "a[m][i], b[2], b[3]);", "a[m][i], b[3], b[2]);"),
-    ("adapter_grad_lors.cuh", "i * kRowsPerLoad < left;", "i * kRowsPerLoad <= left;"),
+    ("adapter_grad_lors.cuh", "a[i], b[j][2], b[j][3]);", "a[i], b[j][3], b[j][2]);"),
+    ("adapter_grad_lors.cuh", "row < left_rows &&", "row <= left_rows &&"),
+    ("adapter_grad_lors.cu", "of_side[1 - i],", "of_side[i],"),
+    ("adapter_grad_lors.cu", "                        terms[1 - i],", "                        2,"),
 ]
 
 
 def check(sim: Any) -> None:
     for seed, ((T, N, K, r), dtype) in enumerate(CALLS):
-        o = Operands(sim.Device(seed=seed, multiprocessors=2), seed, dtype)
+        o = Operands(sim.Device(seed=seed, multiprocessors=40 if T > 1000 else 2), seed, dtype)
         o.add("grad_output", T, N)
         o.add("input", T, K)
         o.add("lora_A", r, K)
