@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = scale * sum_i partials[i] (+ out): adds up the partial sums [count, rows, width] that the blocks of another kernel
-// wrote. The order of the additions depends on the counts alone, so results are bit-reproducible. Used by both adapter gradients.
+// out = scale * (bias + sum_i partials[i]) (+ out): adds up the partial sums [count, rows, width] that the blocks of another
+// kernel wrote. The order of the additions depends on the counts alone, so results are bit-reproducible. For every family.
 #pragma once
 
 #include <initializer_list>
@@ -18,6 +18,7 @@ struct PartialSums {
   int64_t width = 0;    // a multiple of 4
   int64_t columns = 0;  // how many of `width` go to `out`
   float scale = 1.f;
+  Matrix bias;            // [1, columns]; data null: none
   void* out = nullptr;    // [rows, columns], or [columns, rows] where `transpose`
   int64_t out_pitch = 0;  // elements of `out` from row to row
   DType dtype = DType::float32;
@@ -86,6 +87,12 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_ke
 
   float sum[4] = {};
   if (first_row + tile_row < p.rows && first_column + tile_column < p.width) {
+    if (slice == 0 && p.bias.data != nullptr) {
+      float eight[8];
+      load_eight(eight, p.bias, 0, first_column + tile_column / 8 * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = tile_column % 8 ? eight[4 + i] : eight[i];
+    }
     const int64_t size = p.rows * p.width;
     const float* from = p.partials + slice * size + (first_row + tile_row) * p.width + first_column + tile_column;
 #pragma unroll 4
