@@ -172,9 +172,9 @@ def cases() -> list[Case]:
             {"weight": 2 * N * K, "activation": 2 * 16 * N, "output": 2 * 16 * K, **adapter_bytes},
         ),
         Case(
-            f"adapter_grad_lors, T = {T} (X twice)",
+            f"adapter_grad_lors, T = {T} (dY and X twice)",
             gradients(sim.adapter_grad_lors, T),
-            {"grad_output": 2 * T * N, "input": 4 * T * K, **adapter_bytes, **results},
+            {"grad_output": 4 * T * N, "input": 4 * T * K, **adapter_bytes, **results},
         ),
         Case(
             f"adapter_grad_exact, T = {T}",

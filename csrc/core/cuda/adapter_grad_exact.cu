@@ -43,8 +43,8 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
   if (r == 0) return {};
   if (shape.tokens == 0 || N == 0 || K == 0) {  // empty sums: zeros
     grad_B.rows = N;
-    Status status = shape.want_A && !grad_A.add ? reduce_partials(grad_A, host) : Status();
-    return status.ok() && shape.want_B ? reduce_partials(grad_B, host) : status;
+    Status status = shape.want_A && !grad_A.add ? reduce_partials({grad_A}, host) : Status();
+    return status.ok() && shape.want_B ? reduce_partials({grad_B}, host) : status;
   }
   if (!shape.want_A && !shape.want_B) return {};
 
@@ -82,18 +82,18 @@ Status run_panels(const char* name, ExactProblem problem, const ExactShape& shap
       grad_B.count = c.partials_B();
       grad_B.rows = problem.rows - row;
       grad_B.out = out_B + row * r * dtype_size(grad_B.dtype);
-      if (Status status = reduce_partials(grad_B, host); !status.ok()) return status;
+      if (Status status = reduce_partials({grad_B}, host); !status.ok()) return status;
     }
     if (shape.want_A) {
       PartialSums sums = sum_panels ? panel_sums(grad_A, sum_A.data(), row == 0) : grad_A;
       sums.count = c.splits * problem.row_tiles;
-      if (Status status = reduce_partials(sums, host); !status.ok()) return status;
+      if (Status status = reduce_partials({sums}, host); !status.ok()) return status;
     }
   }
   if (!sum_panels) return {};
   grad_A.partials = sum_A.data();
   grad_A.count = 1;
-  return reduce_partials(grad_A, host);
+  return reduce_partials({grad_A}, host);
 }
 
 template <typename Args>

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = scale * sum_i partials[i] (+ out): adds up the partial sums [count, rows, width] that the blocks of another kernel
-// wrote. The order of the additions depends on `count` alone, so results are bit-reproducible. Used by both adapter gradients.
+// out = scale * (bias + sum_i partials[i]) (+ out): adds up the partial sums [count, rows, width] that the blocks of another
+// kernel wrote. The order of the additions depends on the counts alone, so results are bit-reproducible. For every family.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 
 #include "launch.h"
@@ -17,12 +18,18 @@ struct PartialSums {
   int64_t width = 0;    // a multiple of 4
   int64_t columns = 0;  // how many of `width` go to `out`
   float scale = 1.f;
+  Matrix bias;            // [1, columns]; data null: none
   void* out = nullptr;    // [rows, columns], or [columns, rows] where `transpose`
   int64_t out_pitch = 0;  // elements of `out` from row to row
   DType dtype = DType::float32;
   bool transpose = false;
   bool add = false;      // out += instead of out =; float32 only
   bool vectors = false;  // set by reduce_partials
+};
+
+struct PartialSumsPair {
+  PartialSums sums[2];
+  unsigned blocks = 0;  // of the first
 };
 
 constexpr int kReduceRows = 32, kReduceColumns = 16;
@@ -49,18 +56,43 @@ __device__ __forceinline__ void store_sums(const PartialSums& p, int64_t at, int
     if (i < count) ptx::store_global(out + i, from_float<T>(sum[i]));
 }
 
+// Elements [column, column + 4) of a row of the result, as far as it has them, from sums that are not scaled yet.
+__device__ __forceinline__ void store_result(const PartialSums& p, int64_t row, int64_t column, float (&sum)[4]) {
+  const int64_t at = row * p.out_pitch + column, left = (p.transpose ? p.rows : p.columns) - column;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[i] *= p.scale;
+    if (p.add && i < left) sum[i] += ptx::load_global(static_cast<const float*>(p.out) + at + i);
+  }
+  if (p.dtype == DType::bfloat16)
+    store_sums<bfloat16>(p, at, left, sum);
+  else if (p.dtype == DType::float16)
+    store_sums<float16>(p, at, left, sum);
+  else
+    store_sums<float>(p, at, left, sum);
+}
+
 // One block: a tile of 32 rows and 16 columns. blockDim.x = kReduceThreads * slices.
 template <bool kTranspose>
-__global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_kernel(const PartialSums p) {
+__global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_kernel(const __grid_constant__ PartialSumsPair pair) {
+  const bool second = blockIdx.x >= pair.blocks;
+  const PartialSums& p = pair.sums[second];
+  const int64_t block = blockIdx.x - (second ? pair.blocks : 0);
   float* const tiles = reinterpret_cast<float*>(ptx::dynamic_shared());
   const int slices = blockDim.x / kReduceThreads, slice = threadIdx.x / kReduceThreads, thread = threadIdx.x % kReduceThreads;
   const int64_t column_tiles = (p.columns + kReduceColumns - 1) / kReduceColumns;
-  const int64_t first_row = blockIdx.x / column_tiles * kReduceRows;
-  const int64_t first_column = blockIdx.x % column_tiles * kReduceColumns;
+  const int64_t first_row = block / column_tiles * kReduceRows;
+  const int64_t first_column = block % column_tiles * kReduceColumns;
   const int tile_row = thread / 4, tile_column = thread % 4 * 4;
 
   float sum[4] = {};
   if (first_row + tile_row < p.rows && first_column + tile_column < p.width) {
+    if (slice == 0 && p.bias.data != nullptr) {
+      float eight[8];
+      load_eight(eight, p.bias, 0, first_column + tile_column / 8 * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = tile_column % 8 ? eight[4 + i] : eight[i];
+    }
     const int64_t size = p.rows * p.width;
     const float* from = p.partials + slice * size + (first_row + tile_row) * p.width + first_column + tile_column;
 #pragma unroll 4
@@ -105,20 +137,7 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1) reduce_ke
   }
   const int64_t row = (kTranspose ? first_column : first_row) + out_row;
   const int64_t column = (kTranspose ? first_row : first_column) + out_column;
-  const int64_t rows = kTranspose ? p.columns : p.rows, left = (kTranspose ? p.rows : p.columns) - column;
-  if (row >= rows || left <= 0) return;
-  const int64_t at = row * p.out_pitch + column;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum[i] *= p.scale;
-    if (p.add && i < left) sum[i] += ptx::load_global(static_cast<const float*>(p.out) + at + i);
-  }
-  if (p.dtype == DType::bfloat16)
-    store_sums<bfloat16>(p, at, left, sum);
-  else if (p.dtype == DType::float16)
-    store_sums<float16>(p, at, left, sum);
-  else
-    store_sums<float>(p, at, left, sum);
+  if (row < (kTranspose ? p.columns : p.rows) && column < (kTranspose ? p.rows : p.columns)) store_result(p, row, column, sum);
 }
 
 // The sum of one of several panels: float32 [rows, width] in `total`, overwritten by the first panel and added to by the
@@ -133,20 +152,35 @@ inline PartialSums panel_sums(PartialSums sums, float* total, bool first) {
   return sums;
 }
 
-inline Status reduce_partials(PartialSums sums, const CudaHost& host) {
-  if (sums.rows == 0 || sums.columns == 0) return {};
-  if (sums.add && sums.dtype != DType::float32)
-    return Status::error("A sum of partial results is added to float32 only, and was asked to add to a 16-bit dtype.");
-  sums.vectors = sums.out_pitch % 4 == 0 && reinterpret_cast<uintptr_t>(sums.out) % (4 * dtype_size(sums.dtype)) == 0;
+// Whether the elements of `sums.out` can be written four at a time.
+inline bool has_fours(const PartialSums& sums) {
+  return sums.out_pitch % 4 == 0 && reinterpret_cast<uintptr_t>(sums.out) % (4 * dtype_size(sums.dtype)) == 0;
+}
+
+// One launch for one or two sums; the second is of the same `transpose`.
+inline Status reduce_partials(std::initializer_list<PartialSums> all, const CudaHost& host) {
+  PartialSumsPair pair;
+  int64_t blocks[2] = {}, count = 0;
+  int used = 0;
+  for (PartialSums sums : all) {
+    if (sums.rows == 0 || sums.columns == 0) continue;
+    if (sums.add && sums.dtype != DType::float32)
+      return Status::error("A sum of partial results is added to float32 only, and was asked to add to a 16-bit dtype.");
+    sums.vectors = has_fours(sums);
+    blocks[used] = (sums.rows + kReduceRows - 1) / kReduceRows * ((sums.columns + kReduceColumns - 1) / kReduceColumns);
+    if (blocks[0] + blocks[1] > 0x7fffffff)
+      return Status::error("A sum of [" + std::to_string(sums.rows) + ", " + std::to_string(sums.columns) +
+                           "] takes more blocks than CUDA launches; split the call.");
+    if (sums.count > count) count = sums.count;
+    pair.sums[used++] = sums;
+  }
+  if (used == 0) return {};
+  pair.blocks = static_cast<unsigned>(blocks[0]);
   int slices = 1;
-  while (slices < kReduceMaxSlices && sums.count > 4 * slices) slices *= 2;
-  const int64_t blocks = (sums.rows + kReduceRows - 1) / kReduceRows * ((sums.columns + kReduceColumns - 1) / kReduceColumns);
-  if (blocks > 0x7fffffff)
-    return Status::error("A sum of [" + std::to_string(sums.rows) + ", " + std::to_string(sums.columns) +
-                         "] takes more blocks than CUDA launches; split the call.");
-  return launch("the sum of partial results", sums.transpose ? reduce_kernel<true> : reduce_kernel<false>,
-                dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(kReduceThreads * slices)),
-                static_cast<int>(sizeof(float)) * kReduceTile * slices, host, sums);
+  while (slices < kReduceMaxSlices && count > 4 * slices) slices *= 2;
+  return launch("the sum of partial results", pair.sums[0].transpose ? reduce_kernel<true> : reduce_kernel<false>,
+                dim3(static_cast<unsigned>(blocks[0] + blocks[1])), dim3(static_cast<unsigned>(kReduceThreads * slices)),
+                static_cast<int>(sizeof(float)) * kReduceTile * slices, host, pair);
 }
 
 }  // namespace lors::cuda
