@@ -245,7 +245,7 @@ class Run:
         problems = [
             f"Its {what} is {_shown(state.get(what))}, and this run's {_shown(own[what])}."
             for what in ("method", "seed")
-            if json.loads(json.dumps(own[what])) != state.get(what)
+            if _plain(own[what]) != _plain(state.get(what))
         ]
         tensors: Mapping[str, Tensor] = state["tensors"]
         names = {name for name in own["tensors"] if not name.startswith("run.")}
@@ -339,6 +339,11 @@ def _trained_pairs(model: nn.Module) -> Iterator[Pair]:
                 )
             if pair["lora_A"].requires_grad:
                 yield pair
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file gives it back: a tuple is a list there."""
+    return json.loads(json.dumps(value))
 
 
 def _shown(value: Any) -> str:
