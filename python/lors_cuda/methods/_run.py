@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import weakref
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._checks import joined, listed
-from .._distributed import is_sharded
+from .._distributed import process_rank, reshard, together
 from .._draws import derived_seed
 from .._files import replace_files
 from ..adapter_directory import read_weights, require_safetensors
@@ -58,7 +59,7 @@ class Run:
                 "The model has no adapters that are trained. Convert it first, with lors_cuda.get_lors_model or "
                 "lors_cuda.peft, and start the method then."
             )
-        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+        if any(pair.is_sharded for pair in self.pairs):
             raise ValueError("The model is sharded; start the method before fully_shard.")
         self.method, self.model, self.steps, self.seed = method, model, steps, seed
         self.step = 0
@@ -140,6 +141,13 @@ class Run:
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
         assert self._optimizer is not None
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        replaced = [pair.name for pair in self.pairs if not held.issuperset(map(id, pair.trained()))]
+        if replaced:
+            raise ValueError(
+                f"The adapters of {listed(replaced)} have other parameters than the optimizer was made with, as after "
+                "fully_shard, and would not move. Make it afterwards, with a run that was started before."
+            )
         counts = [int(state["step"]) for state in self._optimizer.state.values() if "step" in state]
         if counts and max(counts) > self.step:
             raise ValueError(
@@ -184,7 +192,7 @@ class Run:
         Raises:
             ValueError: a factor is sharded.
         """
-        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+        if any(pair.is_sharded for pair in self.pairs):
             raise ValueError(
                 f"{who} needs whole factors, and fully_shard has cut them. Train it in one process or under "
                 "DistributedDataParallel."
@@ -210,9 +218,19 @@ class Run:
         """Leave plain LoRS layers, whose lora_A and lora_B are what the method has computed; then save or merge.
 
         The optimizer and its schedule are of no use afterwards. A second call does nothing.
+
+        Raises:
+            ValueError: factors are computed from what fully_shard has cut; the run goes on.
         """
         if vars(self.model).get("lors_run") is not self:
             return
+        cut = [pair.name for pair in self.pairs if pair.is_sharded and any(map(pair.is_parametrised, FACTORS))]
+        if cut:
+            raise ValueError(
+                f"The factors of {listed(cut)} are computed by the method '{self.method.name}' from parameters that "
+                "fully_shard has cut and holds on to, so they cannot become plain ones here. Write them as they are by "
+                "lors_cuda.save_adapter, in all processes; load that into a model that is not sharded."
+            )
         for handle in self._handles:
             handle.remove()
         with torch.no_grad():
@@ -223,7 +241,10 @@ class Run:
         del vars(self.model)["lors_run"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors"."""
+        """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors".
+
+        Under fully_shard the tensors are gathered: call it in all processes.
+        """
         tensors = {f"run.{name}": tensor for name, tensor in self.tensors.items()}
         for pair in self.pairs:
             tensors |= pair.state()
@@ -275,14 +296,20 @@ class Run:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write method.safetensors and method.json into ``directory``, beside the adapter.
 
+        With several processes, call it in one; under fully_shard in all of them, and the first one writes.
+
         Raises:
             OSError: with the system's reason; what was there is unchanged.
         """
+        sharded = reshard(self.model)
         state = self.state_dict()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
-        written = require_safetensors().save(tensors)
-        text = json.dumps(state, indent=2).encode()
-        replace_files(Path(directory), {TENSORS_NAME: written, STATE_NAME: text})
+        with together() if sharded else contextlib.nullcontext():
+            if sharded and process_rank():
+                return
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
+            written = require_safetensors().save(tensors)
+            text = json.dumps(state, indent=2).encode()
+            replace_files(Path(directory), {TENSORS_NAME: written, STATE_NAME: text})
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint that :meth:`save` has written.
@@ -291,6 +318,7 @@ class Run:
             FileNotFoundError: the directory holds no method's state.
             ValueError: a file is damaged, or as :meth:`load_state_dict`; nothing is changed.
         """
+        reshard(self.model)
         path = Path(directory) / STATE_NAME
         if not path.is_file():
             raise FileNotFoundError(
