@@ -11,6 +11,7 @@ import pytest
 import torch
 from method_runs import net, step
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lors_cuda import LoRSConfig, get_lors_model
 from lors_cuda.methods import LoRARITE, get_method, reference
@@ -64,7 +65,9 @@ def test_lora_rite_refuses_what_its_library_would_pair_wrongly(monkeypatch):
     pytest.importorskip("pytorch_optimizer")
     model = get_lors_model(tiny_llama(), LoRSConfig(r=4, modules_to_save=["norm"]))
     refused(ValueError, lambda: get_method("lora-rite").start(model).optimizer(1e-3), "adapters alone", "norm")
-    run = get_method("lora-rite+lora-mini").start(net())
+    refused(ValueError, lambda: get_method("lora-rite+lora-mini"), "pass by what 'lora-mini' does", "leave one")
+    run = get_method("lora-rite").start(net())
+    parametrize.register_parametrization(run.pairs[0].layer, "lora_A", nn.Tanh())
     refused(ValueError, lambda: run.optimizer(1e-3), "plain factors", "another method")
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     run = get_method("lora-rite").start(net())
