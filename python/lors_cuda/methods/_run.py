@@ -48,7 +48,10 @@ class Run:
         seed: int,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
-        running = vars(model).get("lors_run")
+        # PEFT's model is merged by the tuner inside, which must know of the run too.
+        tuner = vars(model).get("_modules", {}).get("base_model")
+        self._known_to = [model] if tuner is None else [model, tuner]
+        running = next((vars(each)["lors_run"] for each in self._known_to if "lors_run" in vars(each)), None)
         if running is not None:
             raise ValueError(
                 f"The model trains with the method '{running.method.name}' already; call finish() of that run first."
@@ -78,7 +81,8 @@ class Run:
                 method.parametrise(pair, self)
         self._gradients = None
         self._begin_step()
-        vars(model)["lors_run"] = self
+        for each in self._known_to:
+            vars(each)["lors_run"] = self
         if {"optimizer", "step controller"} & set(method.places()):
             self._handles.append(register_optimizer_step_pre_hook(_refuses_others(weakref.ref(self))))
 
@@ -238,7 +242,8 @@ class Run:
                 pair.fold()
                 self.method.folded(pair)
                 pair.layer.step_seed = pair.layer.noise = None
-        del vars(self.model)["lors_run"]
+        for each in self._known_to:
+            del vars(each)["lors_run"]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors".
