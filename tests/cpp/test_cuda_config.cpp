@@ -8,10 +8,10 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/adapter_grad_exact_config.h"
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
 #include "cuda/fused_linear_fast_config.h"
+#include "cuda/masked_contract_config.h"
 #include "cuda/merge_config.h"
 #include "cuda/merge_fast_config.h"
 #include "cuda/paths.h"
@@ -213,49 +213,122 @@ TEST(FusedFastConfig, LeavesTheRestToTheGeneralKernel) {
   EXPECT_FALSE(served(other));
 }
 
-TEST(TokenConfig, CoversTokensAndFeaturesAndFitsTheDevice) {
+TEST(LorsConfig, CoversTokensAndFeaturesAndFitsTheDevice) {
   for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
     for (const int64_t tokens : {1, 17, 512, 8192, 1 << 20})
       for (const int64_t features : {1, 129, 4096, 128256})
-        for (const int width : {4, 16, 20, 64})
-          for (const int terms : {1, 2, 3})
-            for (const int passes : {1, 2, 3}) {
-              const TokenTile tile = token_tile(tile_ranks(width), terms);
-              const TokenProblem problem{tokens, features, width, (passes & 1) != 0, (passes & 2) != 0, 1};
-              const TokenConfig c = token_config(problem, tile, limits);
-              ASSERT_GE(c.warps, tile.min_warps);
-              ASSERT_LE(c.shared.total, limits.shared_bytes);
-              ASSERT_EQ(c.features, tile.features(c.warps));
-              ASSERT_GE(c.tiles * c.features, features);
-              ASSERT_LT((c.tiles - 1) * c.features, features);
-              ASSERT_GE(c.ranges * c.range_tokens, c.panel_tokens);
-              ASSERT_LT((c.ranges - 1) * c.range_tokens, c.panel_tokens);
+        for (const int width : {16, 32, 64, 128})
+          for (const int size : {2, 4})
+            for (const int wanted : {1, 2, 3}) {
+              LorsShape shape;
+              shape.tokens = tokens;
+              shape.features[0] = wanted & 1 ? features : 0;
+              shape.features[1] = wanted & 2 ? 4096 : 0;
+              shape.size = shape.factor_size[0] = shape.factor_size[1] = size;
+              shape.terms = size == 4 ? 3 : 2;
+              shape.width = width;
+              const ProjectConfig p = project_config(shape, limits);
+              const GradientConfig g = gradient_config(shape, limits);
+              if (width == 16 || (size == 2 && width <= 32)) {
+                ASSERT_TRUE(p.token_tiles && g.feature_groups);
+              }
+              ASSERT_LE(p.shared_bytes, limits.shared_bytes);
+              ASSERT_LE(g.shared_bytes, limits.shared_bytes);
+              if (p.token_tiles) {
+                ASSERT_GE(p.blocks * 16 * p.token_tiles, tokens);
+                ASSERT_LT((p.blocks - 1) * 16 * p.token_tiles, tokens);
+              }
+              if (!g.feature_groups) continue;
+              ASSERT_LE(g.warps(width), kLorsWarps);
+              ASSERT_EQ(g.step_tokens % (16 * g.token_groups), 0);
+              ASSERT_EQ(g.range_tokens % g.step_tokens, 0);
+              ASSERT_GE(g.ranges * g.range_tokens, tokens);
+              ASSERT_LT((g.ranges - 1) * g.range_tokens, tokens);
+              for (const int side : {0, 1}) {
+                ASSERT_GE(g.tiles[side] * 64 * g.feature_groups, shape.features[side]);
+                // Partial sums are at most an eighth of what a block reads.
+                if (g.ranges > 1) {
+                  ASSERT_GE(g.range_tokens, 16 * width);
+                }
+              }
             }
 }
 
-TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
-  for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
+TEST(LorsConfig, RangesOfAClusterAreFewAndLeaveRoomForMBarriers) {
+  for (const DeviceLimits limits : {kHopper, DeviceLimits{1000, 227 * 1024}})
+    for (const int64_t tokens : {1, 512, 8192, 1 << 20})
+      for (const int width : {16, 32, 64}) {
+        LorsShape shape;
+        shape.tokens = tokens;
+        shape.features[0] = shape.features[1] = 512;
+        shape.width = width;
+        const GradientConfig base = gradient_config(shape, limits);
+        shape.clusters = true;
+        const GradientConfig g = gradient_config(shape, limits);
+        ASSERT_LE(g.ranges, kMostRanges);
+        ASSERT_LE(g.shared_bytes, limits.shared_bytes);
+        ASSERT_GE(g.shared_bytes, g.mbarriers_at + 8 * lors_stages(shape.size));
+        ASSERT_GE(g.mbarriers_at, lors_stages(shape.size) * g.stage);
+        ASSERT_EQ(g.mbarriers_at % 8, 0);
+        ASSERT_EQ(g.stage % 16, 0);
+        ASSERT_EQ(g.terms_at % 16, 0);
+        if (base.ranges <= kMostRanges) {
+          ASSERT_EQ(g.ranges, base.ranges);
+        }
+      }
+}
+
+TEST(LorsConfig, ClustersAreForBfloat16OnHopperAndDataCentreBlackwell) {
+  using enum DType;
+  for (const int architecture : {90, 100, 103}) EXPECT_TRUE(gradients_in_clusters(architecture, bfloat16, true));
+  for (const int architecture : {0, 80, 86, 89, 120}) EXPECT_FALSE(gradients_in_clusters(architecture, bfloat16, true));
+  EXPECT_FALSE(gradients_in_clusters(90, bfloat16, false));
+  EXPECT_FALSE(gradients_in_clusters(90, float16, true));
+  EXPECT_FALSE(gradients_in_clusters(90, float32, true));
+}
+
+TEST(LorsConfig, SixtyFourRanksInOnePassOfOneRange) {
+  LorsShape shape;
+  shape.tokens = 2048;
+  shape.features[0] = shape.features[1] = 4096;
+  shape.terms = token_terms(1, 2048, 4096);
+  EXPECT_EQ(shape.terms, 2);
+  for (const int64_t r : {16, 64}) {
+    shape.width = lors_width(r);
+    for (const DeviceLimits limits : {kHopper, kAmpere}) {
+      EXPECT_GT(project_config(shape, limits).token_tiles, 0);
+      EXPECT_EQ(gradient_config(shape, limits).ranges, 1);
+    }
+  }
+}
+
+TEST(ContractConfig, CoversTheGradientAndFitsTheDevice) {
+  for (const DeviceLimits limits : {kHopper, kAmpere, kAda}) {
+    for (const int terms_A : {1, 2, 3})
+      for (const int terms_B : {1, 2, 3}) ASSERT_LE(contract_shared(terms_A, terms_B).total, limits.shared_bytes);
     for (const int64_t rows : {1, 129, 4096})
       for (const int64_t columns : {1, 257, 14336})
-        for (const int64_t r : {1, 16, 64, 256})
-          for (const int terms : {0, 1, 3})
-            for (const int adapter : {1, 2, 3}) {
-              ExactShape shape;
-              shape.tokens = 2048;
-              shape.rows = rows;
-              shape.columns = columns;
-              shape.r = r;
-              shape.terms = terms;
-              shape.terms_A = shape.terms_B = adapter;
-              const ExactConfig c = exact_config(shape, limits);
-              ASSERT_GT(c.columns, 0);
-              ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-              ASSERT_GE(c.row_tiles * kExactRows, rows);
-              ASSERT_GE(c.column_tiles * c.columns, columns);
-              ASSERT_LT((c.column_tiles - 1) * c.columns, columns);
-              ASSERT_GE(c.width, r);
-              ASSERT_GE(c.panel_tiles, 1);
-            }
+        for (const int64_t r : {1, 16, 64, 256}) {
+          const ContractConfig c = contract_config(rows, columns, r, true, true, limits);
+          ASSERT_GE(c.row_tiles * kContractRows, rows);
+          ASSERT_GE(c.column_tiles * kContractColumns, columns);
+          ASSERT_GE(c.width, r);
+          ASSERT_TRUE(c.panel_tiles >= 1 && c.panel_tiles <= c.row_tiles);
+        }
+  }
+}
+
+TEST(GradientPanels, StayInHalfOfTheCache) {
+  for (const int64_t l2 : {4096, 6 << 20, 40 << 20, 50 << 20})
+    for (const int64_t N : {1, 100, 4096, 14336})
+      for (const int64_t K : {1, 4096, 14336, 128256}) {
+        const int64_t rows = gradient_panel_rows(N, K, l2);
+        ASSERT_TRUE(rows >= 1 && rows <= N);
+        if (rows > 1) {
+          ASSERT_LE(rows * K * 4, l2 / 2);
+        }
+      }
+  EXPECT_EQ(gradient_panel_rows(4096, 4096, 50 << 20), 1408);  // three panels on an H100
 }
 
 TEST(Paths, OnlyWhatIsOnRecordIsTaken) {

@@ -13,7 +13,8 @@ from torch import Tensor
 from numerics import DTYPES, assert_gradient_close, download, empty, random, upload
 
 SCALING = 0.75
-KERNEL = "the adapter gradients"
+PROJECTIONS, GRADIENTS = "the projections of the adapter gradients", "the adapter gradients"
+SUMS = "the sum of partial results"
 Shape = tuple[int, int, int]  # tokens, out_features, in_features
 Dtypes = tuple[str, str, str, str]  # of grad_output, input, lora_A and lora_B
 BF16: Dtypes = ("bfloat16",) * 4
@@ -66,43 +67,48 @@ def check(result: tuple[Tensor | None, Tensor | None], given: dict[str, Tensor])
         assert_gradient_close(got_B, expected, rms, tokens + A.shape[1], got_B.dtype, "lora_B_grad")
 
 
-@pytest.mark.parametrize("input", DTYPES)
-@pytest.mark.parametrize("grad_output", DTYPES)
-def test_every_dtype(sim: Any, grad_output: str, input: str) -> None:
-    for seed, (lora_A, lora_B) in enumerate(zip(DTYPES, [*DTYPES][1:] + [*DTYPES][:1], strict=True)):
-        given = operands((40, 136, 72), 24 if seed % 2 else 8, (grad_output, input, lora_A, lora_B), seed=10 * seed)
+@pytest.mark.parametrize("lora_B", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(sim: Any, dtype: str, lora_B: str) -> None:
+    for seed, lora_A in enumerate(DTYPES):
+        given = operands((40, 136, 72), 24 if seed % 2 else 8, (dtype, dtype, lora_A, lora_B), seed=10 * seed)
         check(run(sim, sim.Device(seed=seed), given), given)
 
 
-@pytest.mark.parametrize("r", [1, 3, 16, 17, 33, 64, 80])
+@pytest.mark.parametrize("r", [1, 3, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 129, 17), (129, 1, 257), (33, 17, 40)])
 def test_awkward_shapes(sim: Any, shape: Shape, r: int) -> None:
-    for seed, dtypes in enumerate((BF16, ("float16", "float32", "float32", "bfloat16"))):
+    for seed, dtypes in enumerate((BF16, ("float16", "float16", "float32", "bfloat16"), ("float32", "float32", "bfloat16", "float16"))):
         given = operands(shape, r, dtypes, seed)
-        check(run(sim, sim.Device(seed=seed, cp=("early", "late")[seed]), given), given)
+        check(run(sim, sim.Device(seed=seed, cp=("early", "late", "random")[seed]), given), given)
+
+
+def launches(device: Any) -> dict[str, int]:
+    return {name: of["launches"] for name, of in device.stats().items()}
+
+
+@pytest.mark.parametrize("r", [16, 64, 128])
+def test_two_launches_and_one_for_partial_sums(sim: Any, r: int) -> None:
+    given = operands((2200, 72, 40), r, BF16)
+    for multiprocessors in (2, 40):
+        device = sim.Device(multiprocessors=multiprocessors)
+        check(run(sim, device, given), given)
+        ranges = multiprocessors == 40 and r < 128
+        assert launches(device) == {PROJECTIONS: 1, GRADIENTS: 1, **({SUMS: 1} if ranges else {})}
 
 
 def test_large_ranks_are_taken_in_turns(sim: Any) -> None:
-    given = operands((20, 40, 72), 256, ("bfloat16", "bfloat16", "float32", "bfloat16"))
+    given = operands((20, 40, 72), 200, ("bfloat16", "bfloat16", "float32", "bfloat16"))
     device = sim.Device()
     check(run(sim, device, given), given)
-    assert device.stats()[KERNEL]["launches"] == 3 * 256 // 64
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens_are_taken_in_panels(sim: Any, dtype: str) -> None:
-    """The partial sums of one multiprocessor are bounded, so here a launch cannot take all tokens."""
-    given = operands((700, 520, 24), 64, (dtype, dtype, "bfloat16", "bfloat16"))
-    device = sim.Device(multiprocessors=1)
-    check(run(sim, device, given), given)
-    assert device.stats()[KERNEL]["launches"] > 3
+    assert launches(device)[GRADIENTS] == -(-200 // 64)  # 128 ranks of a float32 adapter do not fit
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 40])
 @pytest.mark.parametrize("r", [16, 32, 64])
 def test_every_cut_into_blocks(sim: Any, multiprocessors: int, r: int) -> None:
     for dtype in ("bfloat16", "float32"):
-        given = operands((200, 330, 72), r, (dtype, "bfloat16", "bfloat16", "bfloat16"))
+        given = operands((600, 330, 72), r, (dtype, dtype, "bfloat16", "bfloat16"))
         check(run(sim, sim.Device(multiprocessors=multiprocessors), given), given)
 
 
@@ -111,11 +117,13 @@ def test_what_is_not_wanted_is_not_computed(sim: Any, want: str) -> None:
     given = operands((40, 136, 72), 16, BF16)
     device = sim.Device()
     check(run(sim, device, given, want=want), given)
-    reads = {name: of["bytes_read"] for name, of in device.stats()[KERNEL]["buffers"].items()}
-    assert reads["grad_output"] == 2 * 40 * 136
-    assert reads["input"] == 2 * 40 * 72 * len(want)
-    assert ("lora_A" in reads) == ("B" in want)
-    assert ("lora_B" in reads) == ("A" in want)
+    projections, gradients = (device.stats()[name]["buffers"] for name in (PROJECTIONS, GRADIENTS))
+    sizes = {"grad_output": 2 * 40 * 136, "input": 2 * 40 * 72}
+    for buffers, names in ((projections, {"A": "grad_output", "B": "input"}), (gradients, {"A": "input", "B": "grad_output"})):
+        read = {name: of["bytes_read"] for name, of in buffers.items() if name in sizes}
+        assert read == {names[letter]: sizes[names[letter]] for letter in want}
+    assert ("lora_A" in projections) == ("B" in want)
+    assert ("lora_B" in projections) == ("A" in want)
 
 
 @pytest.mark.parametrize("shape", [(0, 24, 40), (8, 0, 40), (8, 24, 0)])
@@ -144,6 +152,8 @@ def test_refusals_are_sentences(sim: Any) -> None:
     with pytest.raises(sim.StatusError, match="1024 bytes of shared memory per block"):
         run(sim, sim.Device(shared_bytes=1024), operands((8, 8, 8), 4, BF16))
     given = operands((8, 8, 8), 4, BF16)
+    with pytest.raises(sim.StatusError, match="was given bfloat16 and float16; convert one"):
+        run(sim, sim.Device(), {**given, "input": given["input"].half()})
     fields = {name: upload(sim.Device(), name, tensor) for name, tensor in given.items()}
     with pytest.raises(sim.StatusError, match="takes float32, bfloat16 and float16, and was given float64"):
         sim.adapter_grad_lors(
@@ -204,31 +214,42 @@ def test_beyond_31_bits_of_elements(sim: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(512, 1024, 2048), (1024, 512, 512)])
 def test_traffic_is_the_floor(sim: Any, shape: Shape, dtype: str) -> None:
-    """dY is read once, X twice: for P and for lora_A_grad. Partial sums, which stay in cache, are counted apart."""
+    """dY and X are read once by each launch. P, Q and partial sums, which stay in cache, are counted apart."""
     T, N, K = shape
     device = sim.Device(multiprocessors=8)
     run(sim, device, operands(shape, 16, (dtype, dtype, "bfloat16", "bfloat16")))
-    buffers = device.stats()[KERNEL]["buffers"]
-    for name, elements, times in (("grad_output", T * N, 1), ("input", T * K, 2)):
-        floor = times * elements * DTYPES[dtype].itemsize // 32
-        assert buffers[name]["sectors_read"] <= 1.05 * floor, (name, buffers[name], floor)
-    moved = T * (N + 2 * K) * DTYPES[dtype].itemsize // 32
-    partial = sum(
-        of["sectors_read"] + of["sectors_written"]
-        for launch in device.stats().values()
-        for name, of in launch["buffers"].items()
-        if name.startswith("scratch")
-    )
-    assert partial <= 0.4 * moved, f"{partial} sectors of partial sums, {partial / moved:.2f} of dY and X"
+    assert SUMS not in device.stats()
+    for kernel in (PROJECTIONS, GRADIENTS):
+        buffers = device.stats()[kernel]["buffers"]
+        for name, elements in (("grad_output", T * N), ("input", T * K)):
+            floor = elements * DTYPES[dtype].itemsize // 32
+            assert buffers[name]["sectors_read"] <= 1.05 * floor, (name, buffers[name], floor)
+        scratch = sum(
+            of["sectors_read"] + of["sectors_written"] for name, of in buffers.items() if name.startswith("scratch")
+        )
+        moved = T * (N + K) * DTYPES[dtype].itemsize // 32
+        assert scratch <= 0.52 * moved, f"{kernel}: {scratch} sectors of P and Q, {scratch / moved:.2f} of dY and X"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", [16, 32, 64])
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
 def test_accesses_are_wide_and_meet_no_bank_twice(sim: Any, dtype: str, r: int) -> None:
-    device = sim.Device(multiprocessors=8)
-    run(sim, device, operands((256, 512, 520), r, (dtype, dtype, "bfloat16", "float32")))
-    counted = device.stats()[KERNEL]
-    loads = counted["loads_by_width"]
-    assert loads[16] >= 0.95 * sum(loads.values()), loads
-    for stats in device.stats().values():
-        assert not any(stats[kind] for kind in stats if kind.endswith("_conflicts")), stats
+    for adapters in (("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float16")):
+        device = sim.Device(multiprocessors=16)
+        run(sim, device, operands((512, 512, 520), r, (dtype, dtype, *adapters)))
+        for stats in device.stats().values():
+            loads = stats["loads_by_width"]
+            assert loads[16] >= 0.95 * sum(loads.values()), loads
+            assert not any(stats[kind] for kind in stats if kind.endswith("_conflicts")), stats
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_split_terms_of_long_sums(sim: Any, dtype: str) -> None:
+    """From 1,536 terms on, P and Q of 16-bit dY and X are stored as two terms, which the tolerance does not notice; of
+    shorter sums, and of float32, as three."""
+    for features, terms in ((1472, 2), (1464, 3)):
+        given = operands((64, features, features), 16, (dtype, dtype, "float32", "float32"), seed=features)
+        device = sim.Device()
+        check(run(sim, device, given), given)
+        written = device.stats()[PROJECTIONS]["global_bytes_written"]
+        assert written == 2 * 64 * 16 * 2 * (3 if dtype == "float32" else terms)

@@ -1,110 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the "lors" adapter gradients: P = X A^T from one pass over X, Q = dY B and lora_B_grad from one pass over dY,
-// lora_A_grad from one more over X. More than 64 ranks are taken in chunks; P and Q stay in float32.
-#include "adapter_grad_lors.cuh"
-
+// Launches the "lors" adapter gradients: one launch for P = X A^T and Q = dY B, one for lora_B_grad and lora_A_grad, and one
+// more for the sum of partial sums where there are any. More than 128 ranks, or fewer on a device with little shared memory,
+// are taken in chunks.
 #include <lors/adapter_grad.h>
 
-#include "launch.h"
-#include "reduce.cuh"
+#include "adapter_grad_lors_cluster.cuh"
 
 namespace lors {
 namespace {
 
 using namespace cuda;
 
-template <typename Z, int kRanks>
-Status launch_pass(const TokenFeatures& pass, bool project, bool reduce, const TokenConfig& config, int64_t blocks,
-                   const CudaHost& host) {
-  const auto kernel = !reduce    ? token_features_kernel<Z, kRanks, true, false>
-                      : !project ? token_features_kernel<Z, kRanks, false, true>
-                                 : token_features_kernel<Z, kRanks, true, true>;
-  return launch("the adapter gradients", kernel, dim3(static_cast<unsigned>(blocks)),
-                dim3(static_cast<unsigned>(kWarp * config.warps * config.warp_groups)), config.shared.total, host, pass);
+template <typename Z>
+Status launch_projections(const ProjectProblem& problem, int64_t blocks, int shared_bytes, const CudaHost& host) {
+  return launch("the projections of the adapter gradients", project_kernel<Z>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kLorsWarps * kWarp), shared_bytes, host, problem);
 }
 
 template <typename Z>
-Status launch_pass(int ranks, const TokenFeatures& pass, bool project, bool reduce, const TokenConfig& config, int64_t blocks,
-                   const CudaHost& host) {
-  if (ranks == 16) return launch_pass<Z, 16>(pass, project, reduce, config, blocks, host);
-  if (ranks == 32) return launch_pass<Z, 32>(pass, project, reduce, config, blocks, host);
-  return launch_pass<Z, 64>(pass, project, reduce, config, blocks, host);
+Status launch_gradients(const GradientProblem& problem, int64_t blocks, const GradientConfig& config, bool clusters,
+                        const CudaHost& host) {
+  const char* const name = "the adapter gradients";
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(config.warps(problem.width) * kWarp));
+  if (clusters)
+    return launch(name, cluster_gradient_kernel, {grid, static_cast<unsigned>(config.ranges)}, block, config.shared_bytes, host,
+                  problem, config.mbarriers_at);
+  return launch(name, gradient_kernel<Z>, grid, block, config.shared_bytes, host, problem);
 }
 
-Status launch_pass(DType z, int ranks, const TokenFeatures& pass, bool project, bool reduce, const TokenConfig& config,
-                   int64_t blocks, const CudaHost& host) {
-  if (z == DType::bfloat16) return launch_pass<bfloat16>(ranks, pass, project, reduce, config, blocks, host);
-  if (z == DType::float16) return launch_pass<float16>(ranks, pass, project, reduce, config, blocks, host);
-  return launch_pass<float>(ranks, pass, project, reduce, config, blocks, host);
-}
-
-TokenConfig config_of(const TokenFeatures& pass, const TokenTile& tile, bool project, bool reduce, DeviceLimits limits) {
-  TokenProblem problem;
-  problem.tokens = pass.tokens;
-  problem.features = pass.features;
-  problem.width = pass.width;
-  problem.project = project;
-  problem.reduce = reduce;
-  problem.factor_terms = split_terms(pass.factor.dtype);
-  return token_config(problem, tile, limits);
-}
-
-// One pass over Z; `pass` describes Z, the factor and the ranks. Unless null, `projected` [tokens, width] is written, and
-// Z^T token_factor [features, width] goes to `gradient` (out, dtype, scale and pitch are set).
-Status run_pass(TokenFeatures pass, DType z_dtype, int ranks, float* projected, const float* token_factor, PartialSums gradient,
-                DeviceLimits limits, const CudaHost& host) {
-  const TokenTile tile = token_tile(tile_ranks(ranks), split_terms(z_dtype));
-  const bool project = projected != nullptr, reduce = token_factor != nullptr;
-  const TokenConfig c = config_of(pass, tile, project, reduce, limits);
-  if (c.tiles * c.ranges > 0x7fffffff)
-    return Status::error("The adapter gradients found no tiling of " + std::to_string(pass.features) +
-                         " features with as few blocks as CUDA can launch; use fewer features.");
-
-  const int64_t tokens = pass.tokens;
-  const bool panels = c.panel_tokens < tokens, parts = project && c.tiles > 1;
-  const Scratch projected_parts(host, parts ? c.tiles * c.panel_tokens * pass.width : 0);
-  const Scratch reduced_parts(host, reduce ? c.ranges * pass.features * pass.width : 0);
-  const Scratch reduced_sum(host, reduce && panels ? pass.features * pass.width : 0);
-  gradient.rows = pass.features;
-  gradient.width = pass.width;
-  gradient.columns = ranks;
-  const char* const z = static_cast<const char*>(pass.z);
-  for (int64_t token = 0; token < tokens; token += c.panel_tokens) {
-    pass.tokens = tokens - token < c.panel_tokens ? tokens - token : c.panel_tokens;
-    pass.z = z + token * pass.features * dtype_size(z_dtype);
-    pass.token_factor = token_factor ? token_factor + token * pass.width : nullptr;
-    pass.projected = parts ? projected_parts.data() : projected ? projected + token * pass.width : nullptr;
-    pass.reduced = reduced_parts.data();
-    pass.tiles = c.tiles;
-    pass.range_tokens = c.range_tokens;
-    pass.warp_groups = c.warp_groups;
-    pass.group_warps = c.warps;
-    pass.tile_features = c.features;
-    pass.feature_groups = tile.feature_groups(c.warps);
-    pass.shared = c.shared;
-    const int64_t ranges = (pass.tokens + c.range_tokens - 1) / c.range_tokens;
-    Status status = launch_pass(z_dtype, tile.ranks, pass, project, reduce, c, c.tiles * ranges, host);
-    if (status.ok() && parts) {
-      PartialSums sums;
-      sums.partials = pass.projected;
-      sums.count = c.tiles;
-      sums.rows = pass.tokens;
-      sums.width = sums.columns = sums.out_pitch = pass.width;
-      sums.out = projected + token * pass.width;
-      status = reduce_partials(sums, host);
-    }
-    if (status.ok() && reduce) {
-      PartialSums sums = panels ? panel_sums(gradient, reduced_sum.data(), token == 0) : gradient;
-      sums.partials = pass.reduced;
-      sums.count = ranges;
-      status = reduce_partials(sums, host);
-    }
-    if (!status.ok()) return status;
+// One pass: the ranks [rank, rank + shape.width). Side 0 is X with lora_A, side 1 dY with lora_B; sums[i] is the gradient that
+// side i of the second launch writes, of lora_A and of lora_B, without an `out` if it is not wanted.
+template <typename Z>
+Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, const PartialSums (&sums)[2], DeviceLimits limits,
+                const CudaHost& host) {
+  const int64_t T = args.tokens, features[2] = {args.in_features, args.out_features};
+  const void* const z[2] = {args.input, args.grad_output};
+  const Matrix factors[2] = {matrix(args.lora_A, args.lora_A_dtype, args.r, args.in_features),
+                             matrix(args.lora_B, args.lora_B_dtype, args.out_features, args.r)};
+  const bool wanted[2] = {sums[0].out != nullptr, sums[1].out != nullptr};
+  // The gradient of one side's features takes the projection of the other side.
+  LorsShape project_shape = shape;
+  for (int i = 0; i < 2; ++i) {
+    project_shape.features[i] = wanted[1 - i] ? features[i] : 0;
+    shape.features[i] = wanted[i] ? features[i] : 0;
   }
-  if (!reduce || !panels) return {};
-  gradient.partials = reduced_sum.data();
-  gradient.count = 1;
-  return reduce_partials(gradient, host);
+  const ProjectConfig pc = project_config(project_shape, limits);
+  const GradientConfig gc = gradient_config(shape, limits);
+  const bool in_parts = gc.ranges > 1 && !shape.clusters;
+  int terms[2];  // of each side's projection
+  int64_t blocks[2][2], partials_at[2] = {}, partial_floats = 0;
+  for (int i = 0; i < 2; ++i) {
+    terms[i] = token_terms(split_terms(dtype_of<Z>()), T, features[i]);
+    blocks[0][i] = wanted[1 - i] ? pc.blocks : 0;
+    blocks[1][i] = gc.tiles[i] * gc.ranges;
+    partials_at[i] = partial_floats;
+    if (wanted[i] && in_parts) partial_floats += gc.ranges * sums[i].rows * sums[i].width;
+  }
+  if (blocks[0][0] + blocks[0][1] > 0x7fffffff || blocks[1][0] + blocks[1][1] > 0x7fffffff)
+    return Status::error("The adapter gradients found no tiling of " + std::to_string(T) + " tokens and " +
+                         std::to_string(args.out_features) + " and " + std::to_string(args.in_features) +
+                         " features with as few blocks as CUDA can launch; use fewer.");
+
+  const int64_t size = T * shape.width;  // of a projection's term, in 16-bit elements
+  const Scratch projected(host, size * ((wanted[1] ? terms[0] : 0) + (wanted[0] ? terms[1] : 0)) / 2);
+  const Scratch partials(host, partial_floats);
+  uint16_t* const of_side[2] = {reinterpret_cast<uint16_t*>(projected.data()),
+                                reinterpret_cast<uint16_t*>(projected.data()) + (wanted[1] ? size * terms[0] : 0)};
+  ProjectProblem project{};
+  GradientProblem gradient{};
+  for (int i = 0; i < 2; ++i) {
+    const bool vectors = has_vectors(z[i], features[i]);
+    const int factor_pitch = lors_pitch(shape.width, shape.factor_size[i], true);
+    project.side[i] = {z[i], features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
+    gradient.side[i] = {
+        z[i],    features[i],  gc.tiles[i], of_side[1 - i], in_parts ? partials.data() + partials_at[i] : nullptr,
+        sums[i], terms[1 - i], vectors,     i == 0};
+    gradient.side[i].sums.vectors = has_fours(sums[i]);
+    gradient.side[i].sums.partials = gradient.side[i].partials;
+    gradient.side[i].sums.count = gc.ranges;
+  }
+  project.tokens = gradient.tokens = T;
+  project.rank = rank;
+  project.width = gradient.width = shape.width;
+  project.token_tiles = pc.token_tiles;
+  project.factor_at = pc.factor_at;
+  project.stage = pc.stage;
+  project.blocks = static_cast<unsigned>(blocks[0][0]);
+  gradient.range_tokens = gc.range_tokens;
+  gradient.feature_groups = gc.feature_groups;
+  gradient.token_groups = gc.token_groups;
+  gradient.step_tokens = gc.step_tokens;
+  gradient.terms_at = gc.terms_at;
+  gradient.stage = gc.stage;
+  gradient.pitch = lors_pitch(64 * gc.feature_groups, shape.size, true);
+  gradient.terms_pitch = lors_pitch(shape.width, 2, true);
+  gradient.blocks = static_cast<unsigned>(blocks[1][0]);
+  if (Status status = launch_projections<Z>(project, blocks[0][0] + blocks[0][1], pc.shared_bytes, host); !status.ok())
+    return status;
+  if (Status status = launch_gradients<Z>(gradient, blocks[1][0] + blocks[1][1], gc, shape.clusters, host);
+      !status.ok() || !in_parts)
+    return status;
+  PartialSums parts[2];
+  for (int i = 0; i < 2; ++i)
+    if (wanted[i]) parts[i] = gradient.side[i].sums;
+  return reduce_partials({parts[0], parts[1]}, host);
 }
 
 }  // namespace
@@ -115,68 +114,55 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
                                        {args.grad_output_dtype, args.input_dtype, args.lora_A_dtype, args.lora_B_dtype});
       !status.ok())
     return status;
-  PartialSums grad_A, grad_B;  // [r, K] and [N, r]
-  grad_A.out = args.lora_A_grad;
-  grad_A.out_pitch = K;
-  grad_A.dtype = args.lora_A_dtype;
-  grad_A.transpose = true;
-  grad_B.out = args.lora_B_grad;
-  grad_B.out_pitch = r;
-  grad_B.dtype = args.lora_B_dtype;
-  grad_A.scale = grad_B.scale = static_cast<float>(args.scaling);
+  if (args.grad_output_dtype != args.input_dtype)
+    return Status::error(std::string("adapter_grad_lors multiplies grad_output and input in one dtype, and was given ") +
+                         dtype_name(args.grad_output_dtype) + " and " + dtype_name(args.input_dtype) +
+                         "; convert one of them.");
+  if (r == 0 || (!args.lora_A_grad && !args.lora_B_grad)) return {};
+  PartialSums sums[2];  // of lora_A [r, K] and of lora_B [N, r]
+  sums[0].out = args.lora_A_grad;
+  sums[0].rows = args.lora_A_grad ? r : 0;
+  sums[0].columns = sums[0].out_pitch = K;
+  sums[0].width = (K + 3) / 4 * 4;
+  sums[0].dtype = args.lora_A_dtype;
+  sums[1].out = args.lora_B_grad;
+  sums[1].rows = args.lora_B_grad ? N : 0;
+  sums[1].columns = sums[1].out_pitch = r;
+  sums[1].dtype = args.lora_B_dtype;
+  sums[0].scale = sums[1].scale = static_cast<float>(args.scaling);
+  if (T == 0 || N == 0 || K == 0) return reduce_partials({sums[0], sums[1]}, host);  // empty sums: zeros
 
-  if (T == 0 || N == 0 || K == 0) {  // empty sums: zeros
-    grad_A.rows = K;
-    grad_B.rows = N;
-    grad_A.columns = grad_B.columns = r;
-    if (args.lora_A_grad)
-      if (Status status = reduce_partials(grad_A, host); !status.ok()) return status;
-    return args.lora_B_grad ? reduce_partials(grad_B, host) : Status();
-  }
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
-
-  TokenFeatures over_X, over_dY;
-  over_X.z = args.input;
-  over_X.z_vectors = has_vectors(args.input, K);
-  over_X.features = K;
-  over_X.factor = matrix(args.lora_A, args.lora_A_dtype, r, K);
-  over_X.factor_by_rank = true;
-  over_dY.z = args.grad_output;
-  over_dY.z_vectors = has_vectors(args.grad_output, N);
-  over_dY.features = N;
-  over_dY.factor = matrix(args.lora_B, args.lora_B_dtype, N, r);
-  over_X.tokens = over_dY.tokens = T;
-
-  // The largest chunk of ranks for which every pass fits the device's shared memory.
-  int chunk = tile_ranks(r);
-  for (;; chunk /= 2) {
-    over_X.width = over_dY.width = chunk;
-    const TokenTile tile_X = token_tile(chunk, split_terms(args.input_dtype));
-    const TokenTile tile_dY = token_tile(chunk, split_terms(args.grad_output_dtype));
-    const bool fits = config_of(over_X, tile_X, true, false, limits).warps > 0 &&
-                      config_of(over_X, tile_X, false, true, limits).warps > 0 &&
-                      config_of(over_dY, tile_dY, true, true, limits).warps > 0;
-    if (fits) break;
-    if (chunk == 16)
+  LorsShape shape;
+  shape.tokens = T;
+  shape.features[0] = K;
+  shape.features[1] = N;
+  shape.size = static_cast<int>(dtype_size(args.input_dtype));
+  shape.factor_size[0] = static_cast<int>(dtype_size(args.lora_A_dtype));
+  shape.factor_size[1] = static_cast<int>(dtype_size(args.lora_B_dtype));
+  shape.terms = token_terms(split_terms(args.input_dtype), T, N < K ? N : K);
+  shape.clusters = gradients_in_clusters(
+      limits.architecture, args.input_dtype,
+      (!args.lora_A_grad || has_vectors(args.input, K)) && (!args.lora_B_grad || has_vectors(args.grad_output, N)));
+  // As many ranks as fit the device's shared memory.
+  for (shape.width = lors_width(r);; shape.width /= 2) {
+    if (project_config(shape, limits).token_tiles > 0 && gradient_config(shape, limits).feature_groups > 0) break;
+    if (shape.width == 16)
       return Status::error("The adapter gradients do not fit a device with " + std::to_string(limits.shared_bytes) +
                            " bytes of shared memory per block; use a GPU of architecture 80 or later.");
   }
-  const int64_t width = r < chunk ? (r + 3) / 4 * 4 : chunk;
-  const Scratch P(host, args.lora_B_grad ? T * width : 0), Q(host, args.lora_A_grad ? T * width : 0);
-  for (int64_t rank = 0; rank < r; rank += chunk) {
-    const int ranks = static_cast<int>(r - rank < chunk ? r - rank : chunk);
-    over_X.rank = over_dY.rank = rank;
-    over_X.width = over_dY.width = (ranks + 3) / 4 * 4;
-    if (args.lora_A_grad) grad_A.out = static_cast<char*>(args.lora_A_grad) + rank * K * dtype_size(args.lora_A_dtype);
-    if (args.lora_B_grad) grad_B.out = static_cast<char*>(args.lora_B_grad) + rank * dtype_size(args.lora_B_dtype);
-
-    Status status;
-    if (args.lora_B_grad) status = run_pass(over_X, args.input_dtype, ranks, P.data(), nullptr, {}, limits, host);
-    if (status.ok()) status = run_pass(over_dY, args.grad_output_dtype, ranks, Q.data(), P.data(), grad_B, limits, host);
-    if (status.ok() && args.lora_A_grad)
-      status = run_pass(over_X, args.input_dtype, ranks, nullptr, Q.data(), grad_A, limits, host);
-    if (!status.ok()) return status;
+  const auto run = args.input_dtype == DType::bfloat16  ? run_pass<bfloat16>
+                   : args.input_dtype == DType::float16 ? run_pass<float16>
+                                                        : run_pass<float>;
+  for (int64_t rank = 0; rank < r; rank += shape.width) {
+    const int64_t ranks = r - rank < shape.width ? r - rank : shape.width;
+    if (sums[0].out) sums[0].out = static_cast<char*>(args.lora_A_grad) + rank * K * dtype_size(args.lora_A_dtype);
+    if (sums[1].out) sums[1].out = static_cast<char*>(args.lora_B_grad) + rank * dtype_size(args.lora_B_dtype);
+    if (sums[0].out) sums[0].rows = ranks;
+    sums[1].columns = ranks;
+    sums[1].width = shape.width;
+    if (Status status = run(args, rank, shape, sums, limits, host); !status.ok()) return status;
   }
   return {};
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiling of a pass over Z (dY or X, [tokens, features]), a pure function of the problem and the device. A block has a tile
-// of features and iterates over a range of tokens; its warp groups take the steps in round-robin order. It writes fp32 partial
-// sums: of projected [tokens, ranks] one per tile of features, of reduced [features, ranks] one per range of tokens.
+// The tilings of the two launches of the "lors" gradients, pure functions of the problem and the device. A block of the first
+// has some tokens and all features; a block of the second some features and all tokens or, where there are few blocks, a range
+// of them. In both, warps share a step's depth between them and add up what they have at the end.
 #pragma once
 
 #include <lors/cuda_device.h>
@@ -9,150 +9,137 @@
 
 namespace lors::cuda {
 
-constexpr int kMaxTileRanks = 64;     // per pass
-constexpr int kMaxTokenWarps = 8;     // per warp group, and per block
-constexpr int kTokenFeaturePad = 8;   // 16 bytes after each row in shared memory, against bank conflicts of ldmatrix
-constexpr int kTokenFactorTerms = 3;  // of P or Q, which are fp32
-// Bound on the partial sums of one launch, of each kind, per multiprocessor, so that they are still in the L2 cache when
-// reduce_kernel reads them. With more, the tokens are taken in panels.
-constexpr int64_t kPartialBytes = 256 * 1024;
+constexpr int kLorsWarps = 8;                // most in a block
+constexpr int kLorsRanks = 16 * kLorsWarps;  // in one pass: a warp takes 16
+constexpr int kLorsPad = 16;                 // bytes after each row in shared memory, against bank conflicts
+constexpr int kProjectFeatures = 128;        // of a step of the first launch
+constexpr int kMostRanges = 8;               // of tokens in a cluster, whose blocks they are: what every device takes
+constexpr int kMBarriersBytes = 32;          // of a block with bulk copies, one mbarrier for each stage
+constexpr int kProjectTiles = 4;             // of 16 tokens, most in a block of it
 
-// What one warp does, from the number of ranks and of Z's split terms: the kernel's template parameters.
-struct TokenTile {
-  int ranks = 0;         // 16, 32 or 64
-  int terms = 0;         // of Z: 1, 2 or 3
-  int tokens = 0;        // in a step
-  int stages = 0;        // steps of Z in shared memory
-  int reduce_ranks = 0;  // reduce: a warp takes 64 features of so many ranks
-  int rank_groups = 0;   // reduce: warps that share 64 features
-  int token_groups = 0;  // project: a warp takes tokens / token_groups tokens of 16 ranks,
-  int feature_span = 0;  // and so many features
-  int min_warps = 0;     // warps of a warp group: this, twice this, ... up to kMaxTokenWarps
+// Steps in shared memory, of which all but one are on their way. size: bytes of an element of dY and X.
+constexpr int lors_stages(int size) { return size == 4 ? 3 : 4; }
 
-  constexpr int features(int warps) const { return 64 * warps / rank_groups; }
-  constexpr int feature_groups(int warps) const { return features(warps) / feature_span; }
-};
-
-constexpr TokenTile token_tile(int ranks, int terms) {
-  TokenTile t;
-  t.ranks = ranks;
-  t.terms = terms;
-  t.tokens = terms == 3 ? 16 : 32;
-  t.stages = terms == 1 ? 2 : 1;
-  t.reduce_ranks = ranks == 16 || (ranks == 32 && terms == 2) ? 16 : 32;  // float16: 32 do not fit the registers
-  t.rank_groups = ranks / t.reduce_ranks;
-  t.token_groups = ranks == 16 && t.tokens == 32 ? 2 : 1;
-  t.feature_span = 64 * t.token_groups * (ranks / 16) / t.rank_groups;
-  t.min_warps = ranks == 64 ? 4 : 2;
-  return t;
+// Elements from row to row of a tile of `columns`. transposed: as its fragments are read (TermsOf in adapter_grad_lors.cuh).
+constexpr int lors_pitch(int columns, int size, bool transposed) {
+  return columns + (size == 4 && !transposed ? 2 : 1) * kLorsPad / size;
 }
 
-// The smallest tile that holds so many ranks (at most kMaxTileRanks).
-constexpr int tile_ranks(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64; }
-
-// Shared memory of a block in bytes: z, token_factor and projected for each warp group, then the factor. At the end the same
-// memory holds the fp32 totals of all warp groups but the first.
-struct TokenShared {
-  int z = 0;             // [stages, terms, tokens, features + pad] 16-bit
-  int token_factor = 0;  // [2, kTokenFactorTerms, tokens, ranks] 16-bit; reduce only
-  int projected = 0;     // [2, feature groups, tokens, ranks] fp32; project only
-  int factor = 0;        // [terms, features, ranks] or [terms, ranks, features + pad] 16-bit; project only
-  int warp_group = 0;    // the first three
-  int total = 0;
-};
-
-constexpr TokenShared token_shared(const TokenTile& t, int warps, int warp_groups, bool project, bool reduce,
-                                   int factor_terms) {
-  const int features = t.features(warps);
-  TokenShared s;
-  s.z = 2 * t.stages * t.terms * t.tokens * (features + kTokenFeaturePad);
-  if (reduce) s.token_factor = 2 * 2 * kTokenFactorTerms * t.tokens * t.ranks;
-  if (project) {
-    s.projected = 4 * 2 * t.feature_groups(warps) * t.tokens * t.ranks;
-    s.factor = 2 * factor_terms * t.ranks * (features + kTokenFeaturePad);
-  }
-  s.warp_group = s.z + s.token_factor + s.projected;
-  s.total = warp_groups * s.warp_group + s.factor;
-  const int totals = reduce ? 4 * (warp_groups - 1) * features * t.ranks : 0;
-  if (s.total < totals) s.total = totals;
-  return s;
+// P and Q are stored as their first bfloat16 split terms. A term more changes a value by less than 2^-17, in the root mean
+// square by 2^-18.7. A sum of n terms in float32 is off by sqrt(n) 2^-24 even where every addition rounds to nearest, which is
+// more from n = 1535 on: there the third term would be lost in the sum's own error. n is tokens and features together, those of
+// the sum for P or Q and of the sum with it.
+constexpr int64_t kTwoTermsFrom = 1536;
+constexpr int token_terms(int terms, int64_t tokens, int64_t features) {
+  return terms < 3 && tokens + features >= kTwoTermsFrom ? 2 : 3;
 }
 
-struct TokenConfig {
-  int warps = 0;             // per warp group. 0: nothing fits the device
-  int warp_groups = 0;       // per block
-  int features = 0;          // per warp group, and so per block
-  int64_t tiles = 0;         // of features
-  int64_t panel_tokens = 0;  // tokens of one launch: all, or what keeps the partial sums small
-  int64_t range_tokens = 0;  // tokens of one block: whole steps of all warp groups
-  int64_t ranges = 0;        // of a panel
-  TokenShared shared;
-};
+// Ranks of a pass: 16, 32, 64 or 128.
+constexpr int lors_width(int64_t ranks) {
+  int width = 16;
+  while (width < ranks && width < kLorsRanks) width *= 2;
+  return width;
+}
 
-struct TokenProblem {
+constexpr int64_t lors_parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Whether the second launch takes clusters and bulk copies. vectors: the rows of dY and X are aligned.
+constexpr bool gradients_in_clusters(int architecture, DType dtype, bool vectors) {
+  return has_clusters(architecture) && dtype == DType::bfloat16 && vectors;
+}
+
+// Of one of the launches. features: of X and dY; 0 where the launch has nothing to do with it.
+struct LorsShape {
   int64_t tokens = 0;
-  int64_t features = 0;
-  int64_t width = 0;     // ranks that are kept, 1 to tile.ranks
-  bool project = false;  // Z factor [tokens, width] is wanted
-  bool reduce = false;   // Z^T token_factor [features, width] is wanted
-  int factor_terms = 1;  // of the factor's dtype
+  int64_t features[2] = {};
+  int size = 2;                 // bytes of an element of dY and X
+  int factor_size[2] = {2, 2};  // of lora_A and lora_B
+  int terms = 3;                // of P and Q
+  bool clusters = false;        // gradients_in_clusters
+  int width = 16;
 };
 
-// Cost model: bytes read by the busiest SM times the number of SMs, more where less than 32 KiB are in flight per SM, plus the
-// bytes of partial sums, plus half the bytes of the token factor (the L2 cache has them). Constants are guesses, not measured.
-constexpr TokenConfig token_config(const TokenProblem& p, const TokenTile& tile, DeviceLimits limits) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t bytes = tile.terms == 3 ? 4 : 2, processors = limits.multiprocessors > 0 ? limits.multiprocessors : 1;
-  TokenConfig best;
-  int64_t best_cost = 0;
-  for (int warps = kMaxTokenWarps; warps >= tile.min_warps; warps /= 2) {
-    for (int warp_groups = 1; warp_groups * warps <= kMaxTokenWarps; warp_groups *= 2) {
-      TokenConfig c;
-      c.warps = warps;
-      c.warp_groups = warp_groups;
-      c.features = tile.features(warps);
-      c.tiles = ceil_div(p.features, c.features);
-      c.shared = token_shared(tile, warps, warp_groups, p.project, p.reduce, p.factor_terms);
-      if (c.shared.total > limits.shared_bytes) continue;
-      const int64_t step_tokens = warp_groups * tile.tokens, steps = ceil_div(p.tokens, step_tokens);
-      int64_t panel_steps = steps;
-      if (p.project) {
-        const int64_t fit = processors * kPartialBytes / (4 * c.tiles * p.width * step_tokens), least = 256 / step_tokens;
-        const int64_t panels = ceil_div(steps, fit > least ? fit : least);
-        panel_steps = ceil_div(steps, panels);  // panels of one size
-      }
-      c.panel_tokens = panel_steps * step_tokens;
-      const int64_t panels = ceil_div(steps, panel_steps);
-      int64_t resident = limits.shared_bytes / c.shared.total;  // blocks of a multiprocessor
-      const int register_warps = tile.terms == 1 && (tile.ranks == 16 || !p.reduce) ? 16 : 8;
-      if (resident > register_warps / (warps * warp_groups)) resident = register_warps / (warps * warp_groups);
-      // Blocks for an eighth of the multiprocessors, a fourth, a half, and for all of them once, twice, ... eight times.
-      int64_t last = 0;
-      for (int eighths = 1; eighths <= 64; eighths += eighths < 8 ? eighths : 8) {
-        int64_t wanted = processors * eighths / (8 * c.tiles);
-        if (wanted > panel_steps) wanted = panel_steps;
-        if (wanted < 1) wanted = 1;
-        if (wanted == last) continue;
-        last = wanted;
-        const int64_t range_steps = ceil_div(panel_steps, wanted);
-        c.range_tokens = range_steps * step_tokens;
-        c.ranges = ceil_div(panel_steps, range_steps);
-        const int64_t reduced_bytes = p.reduce ? 4 * p.width * p.features * c.ranges : 0;
-        const int64_t projected_bytes = p.project ? 4 * p.width * c.panel_tokens * c.tiles : 0;
-        const int64_t token_factor_bytes = p.reduce ? 4 * p.width * c.panel_tokens * c.tiles : 0;
-        if (c.ranges > 1 && reduced_bytes > processors * kPartialBytes) break;
-        const int64_t each = ceil_div(c.tiles * c.ranges, processors);  // blocks of the busiest multiprocessor
-        const int64_t step_bytes = step_tokens * c.features * bytes, enough = 32 * 1024;
-        const int64_t in_flight = (each < resident ? each : resident) * step_bytes;
-        int64_t cost = processors * each * range_steps * step_bytes;
-        if (in_flight < enough) cost = cost / in_flight * enough;
-        cost = panels * (cost + reduced_bytes + projected_bytes + token_factor_bytes / 2);
-        if (best.warps == 0 || cost < best_cost) {
-          best = c;
-          best_cost = cost;
-        }
-      }
+struct ProjectConfig {
+  int token_tiles = 0;  // of 16 tokens in a block. 0: nothing fits the device
+  int factor_at = 0;    // bytes from a stage's tile of dY or X to that of the factor
+  int stage = 0;        // bytes
+  int shared_bytes = 0;
+  int64_t blocks = 0;  // of X and of dY each
+};
+
+// Many tokens in a block, because each reads the whole factor, while there are blocks for every multiprocessor.
+constexpr ProjectConfig project_config(const LorsShape& s, DeviceLimits limits) {
+  const int sides = (s.features[0] > 0) + (s.features[1] > 0);
+  const int by_rank = s.width * lors_pitch(kProjectFeatures, s.factor_size[0], false) * s.factor_size[0];
+  const int by_feature = kProjectFeatures * lors_pitch(s.width, s.factor_size[1], true) * s.factor_size[1];
+  ProjectConfig best;
+  for (int tiles = 1; tiles <= kProjectTiles; tiles *= 2) {
+    ProjectConfig c;
+    c.token_tiles = tiles;
+    c.factor_at = 16 * tiles * lors_pitch(kProjectFeatures, s.size, false) * s.size;
+    c.stage = c.factor_at + (by_rank > by_feature ? by_rank : by_feature);
+    const int sums = kLorsWarps * 16 * tiles * 16 * 4;
+    c.shared_bytes = lors_stages(s.size) * c.stage;
+    if (c.shared_bytes < sums) c.shared_bytes = sums;
+    c.blocks = lors_parts(s.tokens, 16 * tiles);
+    if (c.shared_bytes > limits.shared_bytes || (tiles > 1 && sides * c.blocks < limits.multiprocessors)) break;
+    best = c;
+  }
+  return best;
+}
+
+struct GradientConfig {
+  int feature_groups = 0;  // of 64 features in a block. 0: nothing fits the device
+  int token_groups = 0;    // warps that share the features and 16 ranks
+  int step_tokens = 0;
+  int terms_at = 0;  // bytes from a stage's tile of dY or X to that of P or Q
+  int stage = 0;     // bytes
+  int mbarriers_at = 0;
+  int shared_bytes = 0;
+  int64_t tiles[2] = {};     // of features
+  int64_t range_tokens = 0;  // of a block: whole steps
+  int64_t ranges = 0;
+
+  constexpr int warps(int width) const { return feature_groups * token_groups * width / 16; }
+};
+
+// Floats that a warp's sums, [64, 16] or transposed, take in shared memory.
+constexpr int kLorsTransposedPitch = 68;
+constexpr int kLorsWarpSums = 16 * kLorsTransposedPitch;
+
+// Wide blocks for many ranks, because each reads all of P or Q, while there are blocks for every multiprocessor. Ranges only
+// where there are fewer, and as long as partial sums are at most an eighth of what is read.
+constexpr GradientConfig gradient_config(const LorsShape& s, DeviceLimits limits) {
+  const int rank_groups = s.width / 16;
+  GradientConfig best;
+  for (int groups = 1; groups <= 2 && groups * rank_groups <= kLorsWarps; groups *= 2) {
+    if (groups == 2 && rank_groups == 1) break;
+    GradientConfig c;
+    c.feature_groups = groups;
+    for (c.token_groups = kLorsWarps / (groups * rank_groups); c.token_groups > 0; c.token_groups /= 2) {
+      c.step_tokens = 16 * (c.token_groups < 4 ? 4 : c.token_groups);
+      c.terms_at = c.step_tokens * lors_pitch(64 * groups, s.size, true) * s.size;
+      c.stage = c.terms_at + 2 * s.terms * c.step_tokens * lors_pitch(s.width, 2, true);
+      const int sums = c.warps(s.width) * kLorsWarpSums * 4;
+      c.shared_bytes = lors_stages(s.size) * c.stage;
+      if (c.shared_bytes < sums) c.shared_bytes = sums;
+      c.mbarriers_at = c.shared_bytes;
+      if (s.clusters) c.shared_bytes += kMBarriersBytes;
+      if (c.shared_bytes <= limits.shared_bytes) break;
     }
+    if (c.token_groups == 0) break;
+    for (int side = 0; side < 2; ++side) c.tiles[side] = lors_parts(s.features[side], 64 * groups);
+    const int64_t tiles = c.tiles[0] + c.tiles[1], steps = lors_parts(s.tokens, c.step_tokens);
+    const int64_t least = lors_parts(16 * s.width, c.step_tokens);
+    int64_t wanted = limits.multiprocessors / (tiles > 0 ? tiles : 1);
+    if (wanted > steps / least) wanted = steps / least;
+    if (s.clusters && wanted > kMostRanges) wanted = kMostRanges;
+    if (wanted < 1) wanted = 1;
+    const int64_t range_steps = lors_parts(steps, wanted);
+    c.range_tokens = range_steps * c.step_tokens;
+    c.ranges = lors_parts(steps, range_steps);
+    if (groups > 1 && tiles * c.ranges < limits.multiprocessors) break;
+    best = c;
   }
   return best;
 }
