@@ -162,10 +162,10 @@ __device__ __forceinline__ uint32_t cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
   return size;
 }
-// The barrier of the cluster, in two halves, each of whole warps: what a thread did before it arrives is seen by every thread
-// of the cluster that has waited.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
+// The barrier of the cluster, in two halves; kernels call each with whole warps, as the simulator demands. What a thread did
+// before it arrives is seen by every thread of the cluster that has waited.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory"); }
 
 // The address of the same place in the shared memory of block `rank` of the cluster, for load_cluster and store_cluster. That
 // block must have started, and may not end before the access: a barrier of the cluster before and after.
