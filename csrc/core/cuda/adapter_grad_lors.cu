@@ -66,15 +66,9 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
     const bool vectors = has_vectors(z[i], features[i]);
     const int factor_pitch = lors_pitch(shape.width, shape.factor_size[i], true);
     project.side[i] = {z[i], features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
-    gradient.side[i] = {z[i],
-                        features[i],
-                        gc.tiles[i],
-                        of_side[1 - i],
-                        gc.ranges > 1 ? partials.data() + partials_at[i] : nullptr,
-                        sums[i],
-                        terms[1 - i],
-                        vectors,
-                        i == 0};
+    gradient.side[i] = {
+        z[i],    features[i],  gc.tiles[i], of_side[1 - i], gc.ranges > 1 ? partials.data() + partials_at[i] : nullptr,
+        sums[i], terms[1 - i], vectors,     i == 0};
     gradient.side[i].sums.vectors = has_fours(sums[i]);
     gradient.side[i].sums.partials = gradient.side[i].partials;
     gradient.side[i].sums.count = gc.ranges;
@@ -97,8 +91,7 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   gradient.blocks = static_cast<unsigned>(blocks[1][0]);
   if (Status status = launch_projections<Z>(project, blocks[0][0] + blocks[0][1], pc.shared_bytes, host); !status.ok())
     return status;
-  if (Status status =
-          launch_gradients<Z>(gradient, blocks[1][0] + blocks[1][1], gc.warps(shape.width), gc.shared_bytes, host);
+  if (Status status = launch_gradients<Z>(gradient, blocks[1][0] + blocks[1][1], gc.warps(shape.width), gc.shared_bytes, host);
       !status.ok() || gc.ranges == 1)
     return status;
   PartialSums parts[2];

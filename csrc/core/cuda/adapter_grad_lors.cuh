@@ -12,10 +12,10 @@
 namespace lors::cuda {
 
 struct ProjectSide {
-  const void* z;          // [tokens, features] row-major, of the kernel's type Z
+  const void* z;  // [tokens, features] row-major, of the kernel's type Z
   int64_t features;
-  Matrix factor;          // lora_A [r, features] where by_rank, or lora_B [features, r]
-  uint16_t* projected;    // [terms, tokens, width] bfloat16
+  Matrix factor;            // lora_A [r, features] where by_rank, or lora_B [features, r]
+  uint16_t* projected;      // [terms, tokens, width] bfloat16
   int terms, factor_pitch;  // of a tile of the factor in shared memory, where not by_rank
   bool z_vectors, by_rank;
 };
@@ -27,7 +27,7 @@ struct ProjectProblem {
 };
 
 struct GradientSide {
-  const void* z;              // as above
+  const void* z;  // as above
   int64_t features, tiles;
   const uint16_t* projected;  // of the other side: [terms, tokens, width] bfloat16
   float* partials;            // [ranges, sums.rows, sums.width]; null: one range, and the sums go to sums.out
@@ -40,7 +40,7 @@ struct GradientProblem {
   int64_t tokens, range_tokens;
   int width, feature_groups, token_groups, step_tokens, terms_at, stage;
   int pitch, terms_pitch;  // of the tiles in shared memory
-  unsigned blocks;  // of the first side
+  unsigned blocks;         // of the first side
 };
 
 // Starts copying a tile of a matrix to shared memory as it lies there, zeros outside of the matrix: `rows` of 1 << shift
@@ -79,8 +79,7 @@ __device__ __forceinline__ void load_terms(uint32_t (&terms)[3][4], const T* til
   const int lane = threadIdx.x % kWarp;
   const auto block = [](int i, bool of_columns) { return (of_columns == kColumnsFirst ? i % 2 : i / 2) * 8; };
   if constexpr (sizeof(T) == 2) {
-    const uint32_t from =
-        ptx::shared_address(tile + (lane % 8 + block(lane / 8, false)) * pitch + block(lane / 8, true));
+    const uint32_t from = ptx::shared_address(tile + (lane % 8 + block(lane / 8, false)) * pitch + block(lane / 8, true));
     if constexpr (kTranspose)
       ptx::ldmatrix_x4_trans(terms[0], from);
     else
@@ -158,12 +157,11 @@ struct ProjectBlock {
     const int64_t feature = int64_t{step} * kProjectFeatures;
     const F* const data = static_cast<const F*>(m.data);
     if (side.by_rank)
-      copy_tile<false>(to, kProjectPitch<F>, p.width, kShift, data + p.rank * m.columns + feature,
-                       m.rows - p.rank, left, m.columns, m.vectors);
+      copy_tile<false>(to, kProjectPitch<F>, p.width, kShift, data + p.rank * m.columns + feature, m.rows - p.rank, left,
+                       m.columns, m.vectors);
     else
-      copy_tile<true>(to, side.factor_pitch, kProjectFeatures,
-                      __ffs(p.width / kVectorElements<F>) - 1, data + feature * m.columns + p.rank, left, m.columns - p.rank,
-                      m.columns, m.vectors);
+      copy_tile<true>(to, side.factor_pitch, kProjectFeatures, __ffs(p.width / kVectorElements<F>) - 1,
+                      data + feature * m.columns + p.rank, left, m.columns - p.rank, m.columns, m.vectors);
   }
   __device__ __forceinline__ void copy(int step) const {
     const int64_t feature = int64_t{step} * kProjectFeatures, left = side.features - feature;
@@ -322,8 +320,7 @@ struct GradientBlock {
 #pragma unroll 1
     for (int token = 16 * token_group; token < p.step_tokens; token += 16 * p.token_groups) {
       const Z* const z = reinterpret_cast<const Z*>(stage(step)) + token * p.pitch + features;
-      const bfloat16* const terms =
-          reinterpret_cast<const bfloat16*>(stage(step) + p.terms_at) + token * p.terms_pitch + ranks;
+      const bfloat16* const terms = reinterpret_cast<const bfloat16*>(stage(step) + p.terms_at) + token * p.terms_pitch + ranks;
       uint32_t b[kTokenTerms][3][4];
 #pragma unroll
       for (int j = 0; j < kTokenTerms; ++j)
@@ -386,12 +383,13 @@ struct GradientBlock {
           sums + group * kLorsWarpSums + (side.transposed ? row * kLorsTransposedPitch + column : sum_place(row, column));
       const int ranks = group % rank_groups * 16, features = group / rank_groups * 64;
       const int64_t feature = first_feature + features;
-      const int64_t out_row = row + (side.transposed ? ranks : feature), out_column = column + (side.transposed ? feature : ranks);
+      const int64_t out_row = row + (side.transposed ? ranks : feature),
+                    out_column = column + (side.transposed ? feature : ranks);
       if (out_row >= side.sums.rows || out_column >= side.sums.columns) continue;
       const float4 value = add_warps(from, p.token_groups, groups * kLorsWarpSums);
       if (side.partials) {
-        ptx::store_global(
-            reinterpret_cast<float4*>(side.partials + range * size + out_row * side.sums.width + out_column), value);
+        ptx::store_global(reinterpret_cast<float4*>(side.partials + range * size + out_row * side.sums.width + out_column),
+                          value);
       } else {
         float four[4] = {value.x, value.y, value.z, value.w};
         store_result(side.sums, out_row, out_column, four);

@@ -9,7 +9,7 @@
 
 namespace lors::cuda {
 
-constexpr int kLorsWarps = 8;  // most in a block
+constexpr int kLorsWarps = 8;                // most in a block
 constexpr int kLorsRanks = 16 * kLorsWarps;  // in one pass: a warp takes 16
 constexpr int kLorsPad = 16;                 // bytes after each row in shared memory, against bank conflicts
 constexpr int kProjectFeatures = 128;        // of a step of the first launch

@@ -23,7 +23,7 @@ PLANTED = [
     ("adapter_grad_lors.cuh", "a[i], b[j][2], b[j][3]);", "a[i], b[j][3], b[j][2]);"),
     ("adapter_grad_lors.cuh", "row < left_rows &&", "row <= left_rows &&"),
     ("adapter_grad_lors.cu", "of_side[1 - i],", "of_side[i],"),
-    ("adapter_grad_lors.cu", "                        terms[1 - i],", "                        2,"),
+    ("adapter_grad_lors.cu", "terms[1 - i], vectors", "1, vectors"),
 ]
 
 
