@@ -211,7 +211,13 @@ def cases() -> list[Case]:
         Case(
             "masked_contract",
             masked_contract,
-            {"grad_weight": 4 * N * K, "weight": 2 * N * K, **adapter_bytes, "lora_A_sum": 8 * R * K, "lora_B_grad": 2 * N * R},
+            {
+                "grad_weight": 4 * N * K,
+                "weight": 2 * N * K,
+                **adapter_bytes,
+                "lora_A_sum": 8 * R * K,
+                "lora_B_grad": 2 * N * R,
+            },
         ),
     ]
 

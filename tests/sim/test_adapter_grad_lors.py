@@ -78,7 +78,9 @@ def test_every_dtype(sim: Any, dtype: str, lora_B: str) -> None:
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 129, 17), (129, 1, 257), (33, 17, 40)])
 def test_awkward_shapes(sim: Any, shape: Shape, r: int) -> None:
-    for seed, dtypes in enumerate((BF16, ("float16", "float16", "float32", "bfloat16"), ("float32", "float32", "bfloat16", "float16"))):
+    for seed, dtypes in enumerate(
+        (BF16, ("float16", "float16", "float32", "bfloat16"), ("float32", "float32", "bfloat16", "float16"))
+    ):
         given = operands(shape, r, dtypes, seed)
         check(run(sim, sim.Device(seed=seed, cp=("early", "late", "random")[seed]), given), given)
 
@@ -119,7 +121,10 @@ def test_what_is_not_wanted_is_not_computed(sim: Any, want: str) -> None:
     check(run(sim, device, given, want=want), given)
     projections, gradients = (device.stats()[name]["buffers"] for name in (PROJECTIONS, GRADIENTS))
     sizes = {"grad_output": 2 * 40 * 136, "input": 2 * 40 * 72}
-    for buffers, names in ((projections, {"A": "grad_output", "B": "input"}), (gradients, {"A": "input", "B": "grad_output"})):
+    for buffers, names in (
+        (projections, {"A": "grad_output", "B": "input"}),
+        (gradients, {"A": "input", "B": "grad_output"}),
+    ):
         read = {name: of["bytes_read"] for name, of in buffers.items() if name in sizes}
         assert read == {names[letter]: sizes[names[letter]] for letter in want}
     assert ("lora_A" in projections) == ("B" in want)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""masked_contract on CUDA, run on the simulator, against float64; and what it moves, alone and in the exact gradients."""
+"""masked_contract on CUDA, run on the simulator, against float64; and what it moves."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_beyond_31_bits_of_elements(sim: Any) -> None:
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_traffic_is_the_floor(sim: Any, dtype: str, explicit: bool) -> None:
-    """G and the weight or its mask are read once, nothing of their size is written, and no access meets a bank twice."""
+    """G and the weight or its mask are read once, nothing of their size is written, and no bank is met twice."""
     N, K, r = 512, 1024, 16
     device = sim.Device(multiprocessors=16)
     run(sim, device, panel(N, K, r, (dtype, "bfloat16", "bfloat16", "bfloat16")), explicit=explicit)

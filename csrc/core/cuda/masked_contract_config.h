@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tiling of masked_contract, a pure function of the problem and the device. A block has a tile of G, 128 x 128. It writes
-// fp32 partial sums: of lora_B_grad one per column tile, of lora_A_sum one per row tile. And the panels of G that a caller makes.
+// fp32 partial sums: of lora_B_grad one per column tile, of lora_A_sum one per row tile. And the panels of G that a caller
+// makes.
 #pragma once
 
 #include <lors/cuda_device.h>
@@ -11,7 +12,7 @@ namespace lors::cuda {
 constexpr int kContractRows = 128, kContractColumns = 128;  // of G, per block
 constexpr int kContractThreads = 256;                       // 2 warps down the rows, 4 across the columns
 constexpr int kContractRanks = 16;                          // in a chunk
-constexpr int kContractPad = 8;           // 16 bytes after each row in shared memory, against bank conflicts of ldmatrix
+constexpr int kContractPad = 8;            // 16 bytes after each row in shared memory, against bank conflicts of ldmatrix
 constexpr int kContractGradientTerms = 3;  // of the masked G, which is fp32
 // Bound on the partial sums of one launch, per multiprocessor (132 MiB on an H100), exceeded only by a single row of tiles.
 constexpr int64_t kContractPartialBytes = int64_t{1} << 20;

@@ -57,8 +57,8 @@ __device__ __forceinline__ uint32_t nonzero_bits(const uint4& vector) {
   return bits;
 }
 
-// A warp has 64 rows and kWarpColumns columns of the tile as accumulators of mma, sum[m][j]: rows from 16 m, positions from 8 j.
-// Each lane q of a quad loads 16-byte vectors of G, so within 32 columns position 8 j + 2 q + e is column 8 q + 2 j + e, or
+// A warp has 64 rows and kWarpColumns columns of the tile as accumulators of mma, sum[m][j]: rows from 16 m, positions from 8
+// j. Each lane q of a quad loads 16-byte vectors of G, so within 32 columns position 8 j + 2 q + e is column 8 q + 2 j + e, or
 // 16 (j / 2) + 4 q + 2 (j % 2) + e for a float32 G.
 template <typename T>
 struct ContractTile {

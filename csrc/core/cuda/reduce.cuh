@@ -32,7 +32,7 @@ struct PartialSumsPair {
 };
 
 constexpr int kReduceThreads = 128;  // of one slice: four columns each
-constexpr int kReduceMaxSlices = 8;   // slice s adds partials s, s + slices, ...
+constexpr int kReduceMaxSlices = 8;  // slice s adds partials s, s + slices, ...
 
 // `count` elements (1 to 4) at element `at` of the result.
 template <typename T>
@@ -131,7 +131,8 @@ inline Status reduce_partials(std::initializer_list<PartialSums> all, const Cuda
   pair.blocks = static_cast<unsigned>(blocks[0]);
   int slices = 1;
   while (slices < kReduceMaxSlices && count > 4 * slices) slices *= 2;
-  return launch("the sum of partial results", reduce_kernel, dim3(static_cast<unsigned>(blocks[0] + blocks[1])), dim3(static_cast<unsigned>(kReduceThreads * slices)),
+  return launch("the sum of partial results", reduce_kernel, dim3(static_cast<unsigned>(blocks[0] + blocks[1])),
+                dim3(static_cast<unsigned>(kReduceThreads * slices)),
                 static_cast<int>(sizeof(float4)) * kReduceThreads * (slices - 1), host, pair);
 }
 

@@ -144,6 +144,23 @@ def test_a_merge_that_was_made_ahead_gives_the_same_bits(ops, seed, dtype, layou
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_gradients_of_16_bits_are_as_close_as_float32_matmuls(ops, seed, dtype):
+    """In panels of a few rows, which torch is asked to leave in float32."""
+    case = make_case(seed, 300, 62, 70, 4, dtype, adapter_dtypes=(torch.float32, torch.float32))
+    X, dY, A, B = (t.double() for t in (case.input, case.grad_output, case.lora_A, case.lora_B))
+    G = (dY.T @ X) * (case.weight != 0)
+    plain = (case.grad_output.float().T @ case.input.float()) * (case.weight != 0)
+    _, grad_lora_A, grad_lora_B, _ = case.linear_backward("exact")
+    for got, torchs, exact in (
+        (grad_lora_A, case.lora_B.T @ plain, B.T @ G),
+        (grad_lora_B, plain @ case.lora_A.T, G @ A.T),
+    ):
+        exact = case.scaling * exact
+        error, limit = ((t.double() - exact).norm() for t in (got, case.scaling * torchs))
+        assert error <= 1.1 * limit
+
+
 def test_no_tokens(ops, seed):
     case = make_case(seed, 0, 12, 33, 3, torch.bfloat16, bias=True)
     assert case.linear().shape == (0, 12)

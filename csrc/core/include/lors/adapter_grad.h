@@ -32,8 +32,8 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
 // The "exact" gradients in one call, bit-reproducible: only by a CPU's bfloat16 matmul instructions, which multiply exactly and
-// add in float32; `done` is false, and nothing was computed, where these do not apply to dY and X. There, and on CUDA, the caller
-// forms panels of G and calls masked_contract.
+// add in float32; `done` is false, and nothing was computed, where these do not apply to dY and X. There, and on CUDA, the
+// caller forms panels of G and calls masked_contract.
 struct AdapterGradExactArgs : AdapterGradArgs {
   const void* weight = nullptr;  // [N, K]; read only where `mask` is null
   DType weight_dtype = DType::float32;
