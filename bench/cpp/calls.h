@@ -207,25 +207,6 @@ Call<Host> adapter_grad_lors_call(const Problem& p) {
   return call;
 }
 
-// On CUDA alone: on the CPU the caller forms panels of dY^T X and calls masked_contract.
-inline Call<CudaHost> adapter_grad_exact_call(const Problem& p) {
-  const double T = static_cast<double>(p.tokens), N = static_cast<double>(p.out_features),
-               K = static_cast<double>(p.in_features);
-  Call<CudaHost> call;
-  call.name = "adapter_grad_exact";
-  call.operands = detail::adapter_grad_operands(p);
-  call.operands.push_back(detail::floats(p.out_features * p.in_features, p, Fill::sparse));
-  call.flop = 2 * T * N * K + 4 * N * K * static_cast<double>(p.r);
-  call.run = [p](void* const* o, CudaHost host) {
-    AdapterGradExactArgs args;
-    detail::describe(args, p, o);
-    args.weight = o[6];
-    args.weight_dtype = p.dtype;
-    return adapter_grad_exact(args, host);
-  };
-  return call;
-}
-
 template <typename Host>
 Call<Host> masked_contract_call(const Problem& p) {
   const int64_t N = p.out_features, K = p.in_features, r = p.r;
@@ -293,7 +274,6 @@ std::vector<Call<Host>> calls_of(const Problem& p, bool first_tokens) {
       calls.push_back(call(p));
   }
   calls.push_back(adapter_grad_lors_call<Host>(p));
-  if constexpr (std::is_same_v<Host, CudaHost>) calls.push_back(adapter_grad_exact_call(p));
   for (const bool input_gradient : {false, true}) calls.push_back(fused_linear_call<Host>(p, input_gradient));
   return calls;
 }

@@ -129,7 +129,7 @@ part() {
     ncu)
       command -v ncu >/dev/null || lacks 'Nsight Compute (ncu) is not installed.'
       needs_core
-      for kernel in merge merge_from_sparse24 merge_from_bitmap sparse24_merge adapter_grad_lors adapter_grad_exact masked_contract \
+      for kernel in merge merge_from_sparse24 merge_from_bitmap sparse24_merge adapter_grad_lors masked_contract \
         fused_linear fused_linear_input_gradient; do
         ncu --kernel-name regex:. --set basic --section MemoryWorkloadAnalysis --section SchedulerStats "$WORK/bench_cuda" --once $kernel \
           >"$OUT/ncu-$kernel.txt" || result=1

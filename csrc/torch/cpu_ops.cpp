@@ -98,34 +98,23 @@ struct Cpu {
   static constexpr bool kSparseMatmul = false;
   static constexpr bool kMixedActivations = true;
 
-  // The core's, or forms the weight's gradient by panels of rows; each is masked, contracted and overwritten by the next.
-  static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType>,
-                                 const AdaptedWeight<Cpu>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
-    std::optional<Scratch<Cpu>> scratch;
-    const std::optional<Tensor> kept = adapted.kept(scratch);
-    if (grad_output.scalar_type() == ScalarType::BFloat16 && input.scalar_type() == ScalarType::BFloat16) {
-      const Tensor dY = row_major(grad_output), X = row_major(input);
-      AdapterGradExactArgs args;
-      adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B, kept);
-      bool done = false;
-      check_status(lors::adapter_grad_exact(args, adapted.backend.host(), &done));
-      if (done) return;
-    }
-    // 4 MiB of float32 stay in the last-level cache between the matmul and the contraction.
+  static bool exact_at_once(const Tensor& grad_output, const Tensor& input, const AdaptedWeight<Cpu>& adapted,
+                            const std::optional<Tensor>& kept, Tensor* grad_lora_A, Tensor* grad_lora_B) {
+    if (grad_output.scalar_type() != ScalarType::BFloat16 || input.scalar_type() != ScalarType::BFloat16) return false;
+    const Tensor dY = row_major(grad_output), X = row_major(input);
+    AdapterGradExactArgs args;
+    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B, kept);
+    bool done = false;
+    check_status(lors::adapter_grad_exact(args, adapted.backend.host(), &done));
+    return done;
+  }
+
+  static ScalarType gradient_dtype(ScalarType, ScalarType accumulation) { return accumulation; }
+  static void gradient_matmul(Tensor& out, const Tensor& a, const Tensor& b) { matmul(out, a, b); }
+  // 4 MiB of float32 stay in the last-level cache between the matmul and the contraction.
+  static int64_t gradient_panel_rows(int64_t N, int64_t K, ScalarType) {
     constexpr int64_t kPanelElements = 1 << 20;
-    const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
-    const ScalarType acc = accumulation_dtype(adapted.weight);
-    const int64_t panel_rows = std::clamp<int64_t>(kPanelElements / K, 1, N);
-    const Tensor dY = to(grad_output, acc), X = to(input, acc);
-    Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
-    Scratch<Cpu> panel(X, panel_rows, K, acc);
-    for (int64_t begin = 0; begin < N; begin += panel_rows) {
-      const int64_t rows = std::min(panel_rows, N - begin);
-      Tensor grad_weight = torch::stable::narrow(panel.tensor, 0, 0, rows);
-      matmul(grad_weight, torch::stable::transpose(torch::stable::narrow(const_cast<Tensor&>(dY), 1, begin, rows), 0, 1), X);
-      adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
-    }
-    if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
+    return std::clamp<int64_t>(kPanelElements / K, 1, N);
   }
 
   static void check_offsets(const char* op, int64_t count, const Tensor& mask, const Tensor& row_offsets, int64_t K) {

@@ -7,9 +7,11 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
 #include <cstdlib>
 #include <limits>
 
+#include "cuda/masked_contract_config.h"
 #include "cuda/paths.h"
 #include "operators.h"
 
@@ -98,14 +100,28 @@ class Cuda {
   // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
   static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t) {}
 
-  static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
-                                 const AdaptedWeight<Cuda>& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
-    const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
-    std::optional<Scratch<Cuda>> scratch;
-    const std::optional<Tensor> kept = adapted.kept(scratch);
-    AdapterGradExactArgs args;
-    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B, kept);
-    check_status(lors::adapter_grad_exact(args, adapted.backend.host()));
+  static bool exact_at_once(const Tensor&, const Tensor&, const AdaptedWeight<Cuda>&, const std::optional<Tensor>&, Tensor*,
+                            Tensor*) {
+    return false;
+  }
+
+  static ScalarType gradient_dtype(ScalarType activation, ScalarType) { return activation; }
+
+  // Products of 16-bit values are added up and left in float32, whatever torch's setting for reduced precision: only partial
+  // sums in 16 bits would be concerned by it, and there are none. float32 follows torch's setting for TF32, as Y and dX do.
+  // Through the dispatcher, as torch 2.10 has no entry below it; autocast leaves operators with an out argument alone.
+  static void gradient_matmul(Tensor& out, const Tensor& a, const Tensor& b) {
+    using torch::stable::detail::from;
+    if (a.scalar_type() == out.scalar_type()) return matmul(out, a, b, std::nullopt);
+    std::array<StableIValue, 4> arguments{from(a), from(b), from(out.scalar_type()), from(out)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", arguments.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(arguments[0]);  // the result is `out` once more, and has to be taken
+  }
+
+  int64_t gradient_panel_rows(int64_t N, int64_t K, ScalarType) const {
+    int l2_bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device_));
+    return cuda::gradient_panel_rows(N, K, l2_bytes);
   }
 
   // torch's sum, which has no entry point below the dispatcher: the explicit dtype makes autocast leave it alone, and autograd

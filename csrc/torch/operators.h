@@ -11,7 +11,11 @@
 //   check_offsets(...)                   refuses row offsets that lead outside the values, where that can be seen
 //   kSparseMatmul, prefers_sparse_matmul(activation, adapted)   torch has sparse matmuls there; "auto" takes one
 //   kMixedActivations                    whether the core's adapter gradients take dY and X of two dtypes
-//   adapter_grad_exact(...), bias_grad(...)
+//   exact_at_once(...)                   the core's exact gradients in one call; false: it has none for these tensors
+//   gradient_dtype(activation, accumulation), gradient_matmul(out, a, b), gradient_panel_rows(N, K, accumulation)
+//                                        else, a panel of rows of G = dY^T X: the type of dY and X, torch's matmul that leaves
+//                                        the panel in the accumulation type, and how many rows stay in a cache
+//   bias_grad(...)
 #pragma once
 
 #include <lors/cpu.h>
@@ -167,7 +171,7 @@ struct Operators {
     std::optional<ScalarType> dtype;  // float32 holds every value of both
     if (!Backend::kMixedActivations && grad_output.scalar_type() != input.scalar_type()) dtype = ScalarType::Float;
     if (exact) {
-      Backend::adapter_grad_exact(grad_output, input, dtype, adapted, lora_A_grad, lora_B_grad);
+      adapter_grad_exact(grad_output, input, dtype, adapted, lora_A_grad, lora_B_grad);
       return {grad_lora_A, grad_lora_B};
     }
     const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
@@ -175,6 +179,30 @@ struct Operators {
     adapted.describe_gradients(args, dY, X, lora_A_grad, lora_B_grad);
     check_status(adapter_grad_lors(args, adapted.backend.host()));
     return {grad_lora_A, grad_lora_B};
+  }
+
+  // By panels of rows of G = dY^T X, the weight's gradient: each is masked, contracted and overwritten by the next. `dtype`: of
+  // dY and X, where it is not their own.
+  static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
+                                 const Adapted& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
+    std::optional<Scratch<Backend>> scratch;
+    const std::optional<Tensor> kept = adapted.kept(scratch);
+    if (Backend::exact_at_once(grad_output, input, adapted, kept, grad_lora_A, grad_lora_B)) return;
+    const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
+    const ScalarType acc = accumulation_dtype(adapted.weight);
+    const ScalarType multiplied = Backend::gradient_dtype(dtype.value_or(input.scalar_type()), acc);
+    Tensor dY = row_major(grad_output, multiplied);
+    const Tensor X = row_major(input, multiplied);
+    const int64_t panel_rows = adapted.backend.gradient_panel_rows(N, K, acc);
+    Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
+    Scratch<Backend> panel(X, panel_rows, K, acc);
+    for (int64_t begin = 0; begin < N; begin += panel_rows) {
+      const int64_t rows = std::min(panel_rows, N - begin);
+      Tensor grad_weight = torch::stable::narrow(panel.tensor, 0, 0, rows);
+      Backend::gradient_matmul(grad_weight, torch::stable::transpose(torch::stable::narrow(dY, 1, begin, rows), 0, 1), X);
+      adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
+    }
+    if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   }
 };
 

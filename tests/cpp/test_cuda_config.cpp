@@ -8,9 +8,9 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/adapter_grad_exact_config.h"
 #include "cuda/adapter_grad_lors_config.h"
 #include "cuda/fused_linear_config.h"
+#include "cuda/masked_contract_config.h"
 #include "cuda/merge_config.h"
 #include "cuda/merge_fast_config.h"
 #include "cuda/paths.h"
@@ -237,29 +237,33 @@ TEST(LorsConfig, SixtyFourRanksInOnePassOfOneRange) {
   }
 }
 
-TEST(ExactConfig, CoversTheGradientAndFitsTheDevice) {
-  for (const DeviceLimits limits : {kHopper, kAmpere, kAda})
+TEST(ContractConfig, CoversTheGradientAndFitsTheDevice) {
+  for (const DeviceLimits limits : {kHopper, kAmpere, kAda}) {
+    for (const int terms_A : {1, 2, 3})
+      for (const int terms_B : {1, 2, 3}) ASSERT_LE(contract_shared(terms_A, terms_B).total, limits.shared_bytes);
     for (const int64_t rows : {1, 129, 4096})
       for (const int64_t columns : {1, 257, 14336})
-        for (const int64_t r : {1, 16, 64, 256})
-          for (const int terms : {0, 1, 3})
-            for (const int adapter : {1, 2, 3}) {
-              ExactShape shape;
-              shape.tokens = 2048;
-              shape.rows = rows;
-              shape.columns = columns;
-              shape.r = r;
-              shape.terms = terms;
-              shape.terms_A = shape.terms_B = adapter;
-              const ExactConfig c = exact_config(shape, limits);
-              ASSERT_GT(c.columns, 0);
-              ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-              ASSERT_GE(c.row_tiles * kExactRows, rows);
-              ASSERT_GE(c.column_tiles * c.columns, columns);
-              ASSERT_LT((c.column_tiles - 1) * c.columns, columns);
-              ASSERT_GE(c.width, r);
-              ASSERT_GE(c.panel_tiles, 1);
-            }
+        for (const int64_t r : {1, 16, 64, 256}) {
+          const ContractConfig c = contract_config(rows, columns, r, true, true, limits);
+          ASSERT_GE(c.row_tiles * kContractRows, rows);
+          ASSERT_GE(c.column_tiles * kContractColumns, columns);
+          ASSERT_GE(c.width, r);
+          ASSERT_TRUE(c.panel_tiles >= 1 && c.panel_tiles <= c.row_tiles);
+        }
+  }
+}
+
+TEST(GradientPanels, StayInHalfOfTheCache) {
+  for (const int64_t l2 : {4096, 6 << 20, 40 << 20, 50 << 20})
+    for (const int64_t N : {1, 100, 4096, 14336})
+      for (const int64_t K : {1, 4096, 14336, 128256}) {
+        const int64_t rows = gradient_panel_rows(N, K, l2);
+        ASSERT_TRUE(rows >= 1 && rows <= N);
+        if (rows > 1) {
+          ASSERT_LE(rows * K * 4, l2 / 2);
+        }
+      }
+  EXPECT_EQ(gradient_panel_rows(4096, 4096, 50 << 20), 1408);  // three panels on an H100
 }
 
 TEST(Paths, OnlyWhatIsOnRecordIsTaken) {

@@ -72,7 +72,10 @@ def sixteen_bit_elements(words: np.ndarray, name: str) -> np.ndarray:
 
 
 def matrices_of(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A [16, 16], B [16, 8] and C [16, 8], which "zero" leaves out, of an mma probe's input (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
+    """A [16, 16], B [16, 8] and C [16, 8] of an mma probe's input (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+
+    Without effect of C where the probe is of "zero".
+    """
     a, b, c = sixteen_bit_elements(x[:, :4], name), sixteen_bit_elements(x[:, 4:6], name), as_floats(x[:, 8:12])
     c = c * ("zero" not in name)
     A, B, C = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))

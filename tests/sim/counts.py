@@ -113,6 +113,20 @@ def fused_linear(tokens: int, input_gradient: bool) -> Callable[[Any], None]:
     return call
 
 
+def masked_contract(device: Any) -> None:
+    sim.masked_contract(
+        device,
+        **{key: value for key, value in ADAPTED.items() if key != "out_features"},
+        **adapters(device),
+        **weight(device),
+        rows=N,
+        grad_weight=upload(device, "grad_weight", random(7, N, K, dtype="float32")),
+        grad_weight_dtype="float32",
+        lora_A_sum=upload(device, "lora_A_sum", random(8, K, R, dtype="float32")),
+        lora_B_grad=empty(device, "lora_B_grad", (N, R), DTYPE),
+    )
+
+
 def gradients(
     function: Callable[..., None], tokens: int, **more: Callable[[Any], dict[str, Any]]
 ) -> Callable[[Any], None]:
@@ -177,9 +191,9 @@ def cases() -> list[Case]:
             {"grad_output": 4 * T * N, "input": 4 * T * K, **adapter_bytes, **results},
         ),
         Case(
-            f"adapter_grad_exact, T = {T}",
-            gradients(sim.adapter_grad_exact, T, weight=weight),
-            {"grad_output": 2 * T * N, "input": 2 * T * K, "weight": 2 * N * K, **adapter_bytes, **results},
+            "masked_contract",
+            masked_contract,
+            {"grad_weight": 4 * N * K, "weight": 2 * N * K, **adapter_bytes, "lora_A_sum": 8 * R * K, "lora_B_grad": 2 * N * R},
         ),
     ]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapter_grad_lors import BF16, GRADIENTS, SUMS, Dtypes, Shape, check, operands, run
 from torch import Tensor
+
+from test_adapter_grad_lors import BF16, GRADIENTS, SUMS, Dtypes, Shape, check, operands, run
 
 Gradients = tuple[Tensor | None, Tensor | None]
 
@@ -51,7 +52,9 @@ def test_ranges_of_tokens_are_clusters(sim: Any, ranges: int, architecture: int)
     # Each gradient is read once from each block's shared memory.
     assert launch["cluster_bytes_read"] == ranges * 4 * (64 * 16 + 16 * 64)
     for name in ("input", "grad_output"):
-        assert launch["buffers"][name]["sectors_read"] == launch["buffers"][name]["unique_sectors_read"] == 2048 * 64 // 16
+        assert (
+            launch["buffers"][name]["sectors_read"] == launch["buffers"][name]["unique_sectors_read"] == 2048 * 64 // 16
+        )
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 6])

@@ -14,15 +14,42 @@ import pytest
 
 WORDS = np.arange(4096, dtype=np.uint32)
 LANDINGS = ("early", "late", "random")
-BULK = (
-    "right no_fence no_wait expect_more expect_less earlier_phase later_phase misaligned_source misaligned_target odd_size "
-    "no_barrier_after_init arrive_twice store_over_mbarrier copy_over_readers copy_over_stores past_shared past_global "
-    "no_init init_twice"
-).split()
-ACROSS = (
-    "added no_first_barrier no_last_barrier arrive_twice wait_without_arrive rank_too_large misaligned_read "
-    "written_after_arrive pushed pushed_at_once pushed_unordered ended_in_barrier divergent_arrive"
-).split()
+BULK = [
+    "right",
+    "no_fence",
+    "no_wait",
+    "expect_more",
+    "expect_less",
+    "earlier_phase",
+    "later_phase",
+    "misaligned_source",
+    "misaligned_target",
+    "odd_size",
+    "no_barrier_after_init",
+    "arrive_twice",
+    "store_over_mbarrier",
+    "copy_over_readers",
+    "copy_over_stores",
+    "past_shared",
+    "past_global",
+    "no_init",
+    "init_twice",
+]
+ACROSS = [
+    "added",
+    "no_first_barrier",
+    "no_last_barrier",
+    "arrive_twice",
+    "wait_without_arrive",
+    "rank_too_large",
+    "misaligned_read",
+    "written_after_arrive",
+    "pushed",
+    "pushed_at_once",
+    "pushed_unordered",
+    "ended_in_barrier",
+    "divergent_arrive",
+]
 
 
 def run(sim: Any, kernel: str, n: int, device: dict[str, Any] | None = None, **launch: Any) -> tuple[np.ndarray, dict]:
@@ -65,7 +92,10 @@ def test_bulk_copies(sim: Any, race_sim: Any, cp: str) -> None:
         ("no_wait", "nobody has waited for the mbarrier of this bulk copy"),
         ("expect_more", "deadlock(.|\n)*at byte 512: phase 0, 0 of 1 arrivals and 16 announced bytes missing"),
         ("expect_less", "expect_tx announced fewer bytes|256 bytes more than expect_tx announced"),
-        ("earlier_phase", "nobody has waited for the mbarrier of this bulk copy|deadlock(.|\n)*phase 1, 1 of 1 arrivals"),
+        (
+            "earlier_phase",
+            "nobody has waited for the mbarrier of this bulk copy|deadlock(.|\n)*phase 1, 1 of 1 arrivals",
+        ),
         ("later_phase", "deadlock(.|\n)*an mbarrier at selftest.cu:.* byte 512: phase 1, 1 of 1 arrivals"),
         ("misaligned_source", "a bulk copy in units of 16 bytes, misaligned: the address is a multiple of 8 only"),
         ("misaligned_target", "a bulk copy to shared memory of 16 bytes, misaligned"),
@@ -91,7 +121,10 @@ def test_mistakes_with_bulk_copies(sim: Any, race_sim: Any, what: str, sentence:
     ("what", "sentence"),
     [
         ("no_wait", "bulk copy at selftest.cu:.* writes, and its mbarrier has not been waited for|has not written"),
-        ("earlier_phase", "bulk copy at selftest.cu:.* writes, and its mbarrier has not been waited for|has not written"),
+        (
+            "earlier_phase",
+            "bulk copy at selftest.cu:.* writes, and its mbarrier has not been waited for|has not written",
+        ),
         ("no_barrier_after_init", "race: |has not written|holds no mbarrier"),
         ("copy_over_readers", "race: |needs a fence.proxy.async"),
         ("copy_over_stores", "needs a fence.proxy.async"),
@@ -132,9 +165,9 @@ def test_pipeline_of_bulk_copies(sim: Any, race_sim: Any, stages: int) -> None:
             assert (out[:64] == want).all()
             assert stats["bulk_copies"] == 10
     for seed, cp in enumerate(LANDINGS):
-        with pytest.raises(race_sim.SimError, match="race: |deadlock"):
+        with pytest.raises(race_sim.SimError, match=r"race: |deadlock"):
             run(race_sim, "bulk_pipeline", stages + 16, {"seed": seed, "cp": cp}, **shared)
-        with pytest.raises(race_sim.SimError, match="race: |deadlock|one more arrival|nobody has waited"):
+        with pytest.raises(race_sim.SimError, match=r"race: |deadlock|one more arrival|nobody has waited"):
             run(race_sim, "bulk_pipeline", stages + 32, {"seed": seed, "cp": cp}, **shared)
 
 
@@ -145,7 +178,9 @@ def test_pipeline_of_bulk_copies(sim: Any, race_sim: Any, stages: int) -> None:
 @pytest.mark.parametrize("what", ["added", "pushed"])
 def test_shared_memory_of_a_cluster(sim: Any, race_sim: Any, what: str, cluster: int) -> None:
     each = WORDS[: 256 * cluster].astype(np.float32).reshape(cluster, 256)
-    want = np.tile(each.sum(axis=0), (8, 1)) if what == "added" else np.tile(np.roll(each, 1, axis=0), (8 // cluster, 1))
+    want = (
+        np.tile(each.sum(axis=0), (8, 1)) if what == "added" else np.tile(np.roll(each, 1, axis=0), (8 // cluster, 1))
+    )
     for flavour in (sim, race_sim):
         for seed in range(4):
             assert (across(flavour, what, cluster, seed=seed) == want).all()
@@ -175,7 +210,7 @@ def test_mistakes_in_clusters(sim: Any, race_sim: Any, what: str, sentence: str)
 @pytest.mark.parametrize("what", ["written_after_arrive", "pushed_unordered"])
 def test_races_in_clusters(race_sim: Any, what: str) -> None:
     for seed in range(6):
-        with pytest.raises(race_sim.SimError, match="race: |has not written"):
+        with pytest.raises(race_sim.SimError, match=r"race: |has not written"):
             across(race_sim, what, seed=seed)
 
 
@@ -190,7 +225,9 @@ def test_what_cuda_refuses_of_clusters(sim: Any) -> None:
 
 # ---- the race detector against vector clocks ------------------------------------------------------------------------
 
-(READ, WRITE, READ_CLUSTER, WRITE_CLUSTER, READ_GLOBAL, WRITE_GLOBAL, ARRIVE, WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT) = range(1, 11)
+(READ, WRITE, READ_CLUSTER, WRITE_CLUSTER, READ_GLOBAL, WRITE_GLOBAL, ARRIVE, WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT) = (
+    range(1, 11)
+)
 BARRIER, SYNCWARP = 11, 12
 STEPS, BYTES = 12, 64
 
@@ -226,7 +263,9 @@ def program(seed: int, blocks: int, threads: int, accesses: int) -> np.ndarray:
         known = np.flatnonzero(((script[block] == ARRIVE) | (script[block] == WAIT)).any(axis=1))
         thread = random.choice(known) if len(known) and random.random() < 0.6 else random.integers(threads)
         if script[block, thread, step] == 0:
-            op = random.choice([READ, READ, WRITE, READ_CLUSTER, READ_CLUSTER, WRITE_CLUSTER, READ_GLOBAL, WRITE_GLOBAL])
+            op = random.choice(
+                [READ, READ, WRITE, READ_CLUSTER, READ_CLUSTER, WRITE_CLUSTER, READ_GLOBAL, WRITE_GLOBAL]
+            )
             width = 16 if op in (READ_CLUSTER, WRITE_CLUSTER) else 4
             offset = random.integers(BYTES // width) * width
             script[block, thread, step] = op | random.integers(blocks) << 4 | offset << 8

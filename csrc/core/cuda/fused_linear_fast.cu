@@ -11,7 +11,7 @@ template <template <typename, typename> typename Source, typename T, bool kGradi
 Status run(const MergeProblem& p, const FusedProblem& f, const MergeConfig& config, int extra_at, const CudaHost& host) {
   auto* kernel = fused_linear_fast_kernel<Source, T, kGradient, false>;
   // Adapters of one split term are bfloat16, and seldom beside a float16 weight.
-  if constexpr (std::is_same_v<T, bfloat16>)
+  if constexpr (std::is_same_v<T, bfloat16> && !kGradient)
     if (split_terms(p.lora_A.dtype) == 1 && split_terms(p.lora_B.dtype) == 1 && config.chunk == 16)
       kernel = fused_linear_fast_kernel<Source, T, kGradient, true>;
   return launch("fused_linear", kernel, dim3(static_cast<unsigned>(config.blocks)), dim3(kFusedFastThreads),

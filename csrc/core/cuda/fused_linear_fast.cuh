@@ -78,10 +78,12 @@ struct FusedSums {
   }
 };
 
-// SourceOf: merge_fast_source.cuh. T: of the weight and the activation. kOne: one split term of each adapter and 16 ranks.
+// SourceOf: merge_fast_source.cuh. T: of the weight and the activation. kOne: forward with one split term of each adapter and
+// 16 ranks.
 template <template <typename, typename> typename SourceOf, typename T, bool kGradient, bool kOne>
 __global__ void __launch_bounds__(kFusedFastThreads, 1)
     fused_linear_fast_kernel(const MergeProblem p, const FusedProblem f, const int columns, const int extra_at) {
+  static_assert(!kGradient || !kOne);  // of so few tokens it is seldom wanted
   using Lanes = FastLanes<kGradient, kFusedFastThreads>;
   const int lane = threadIdx.x % kWarp;
   const int terms_A = kOne ? 1 : split_terms(p.lora_A.dtype), terms_B = kOne ? 1 : split_terms(p.lora_B.dtype);
@@ -92,45 +94,44 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
   const T* const activation = static_cast<const T*>(f.activation);
 
   FastBlock<Lanes> block(p, columns);
+  const int64_t first_row = int64_t{block.row_block} * p.rows, first_column = int64_t{block.column_block} * columns;
   if constexpr (kGradient)
-    stage_fragments(reinterpret_cast<uint4*>(shared), p.lora_A, 0, block.first_column, chunk, columns);
+    stage_fragments(reinterpret_cast<uint4*>(shared), p.lora_A, 0, first_column, chunk, columns);
   else
-    stage_lora_A<false>(lora_A, p.lora_A, 0, block.first_column, chunk, columns);
+    stage_lora_A<false>(lora_A, p.lora_A, 0, first_column, chunk, columns);
   SourceOf<T, Lanes> source(p, columns, block.row, block.column, block.step);
 #pragma unroll
   for (int i = 0; i < 4; ++i) source.load(block.below[i % 2], Lanes::below(i / 2, i % 2), i / 2, i % 2);
   const uint4* fragments = reinterpret_cast<const uint4*>(shared) + block.warp_column / 64 * 4 * kWarp + lane;
 
-  // Forward: the activation of the lane's columns, [tokens of eight][c].
-  uint32_t x[2][2][4];
+  // Forward: the activation of the lane's columns, [tokens of eight][c], in slots of its own: the registers do not suffice.
+  uint4* const x = reinterpret_cast<uint4*>(shared + extra_at + kFusedFastSumsBytes) + threadIdx.x;
   if constexpr (!kGradient) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = i / 2 * 8 + lane / 4;
-      const uint4 v = load_eight<T>(activation + token * f.depth, block.column + i % 2 * 32, token < f.tokens ? f.depth : 0,
-                                    f.activation_vectors)
-                          .vector[0];
-      uint32_t (&to)[4] = x[i / 2][i % 2];
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      ptx::store_shared(x + i * kFusedFastThreads, load_eight<T>(activation + token * f.depth, block.column + i % 2 * 32,
+                                                                 token < f.tokens ? f.depth : 0, f.activation_vectors)
+                                                       .vector[0]);
     }
   }
   T* const panel_activation = reinterpret_cast<T*>(shared + extra_at);  // input gradient: [tokens][panel_rows + pad]
   const int activation_pitch = p.panel_rows + kFusedFastPad;
 
   const int across = columns / 64;
-  FusedSums sums(f, reinterpret_cast<float*>(shared + extra_at), across, blockIdx.x % p.column_blocks, block.first_row);
+  FusedSums sums(f, reinterpret_cast<float*>(shared + extra_at), across, block.column_block, first_row);
   float out[4][2][4] = {};  // input gradient: [i][tokens of eight][2 h + e], column 8 (lane / 4) + 2 i + h
   for (int panel = 0; panel < block.rows; panel += p.panel_rows) {
     if (panel > 0) __syncthreads();  // the last panel has been read
-    stage_lora_B(lora_B, p.lora_B, block.first_row + panel, 0, p.panel_rows, chunk);
-    source.stage(p, block.first_row + panel, block.first_column, block.rows - panel);
+    stage_lora_B(lora_B, p.lora_B, first_row + panel, 0, p.panel_rows, chunk);
+    source.stage(p, first_row + panel, first_column, block.rows - panel);
     if constexpr (kGradient) {
       const int eights = p.panel_rows / 8;
       for (int task = threadIdx.x; task < kFusedFastTokens * eights; task += kFusedFastThreads) {
         const int token = task / eights, n = task % eights * 8;
         ptx::store_shared(reinterpret_cast<uint4*>(panel_activation + token * activation_pitch + n),
-                          load_eight<T>(activation + token * f.depth, block.first_row + panel + n,
-                                        token < f.tokens ? f.depth : 0, f.activation_vectors)
+                          load_eight<T>(activation + token * f.depth, first_row + panel + n, token < f.tokens ? f.depth : 0,
+                                        f.activation_vectors)
                               .vector[0]);
       }
     }
@@ -143,26 +144,11 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
     source.start(block.warp_row + Lanes::row(), block.warp_column, end);
     for (int at = 0; at < end; at += block.step) {  // the same steps for all warps
       source.step(p, at, end);
-      uint32_t b[4];
-      if constexpr (kOne) ptx::ldmatrix_x4(b, from_B);
       if constexpr (kGradient) {
-        uint32_t y[4];
-        ptx::ldmatrix_x4(y, from_activation);
-        from_activation += 2 * block.step;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sum[2][2][4];
-          if constexpr (kOne) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const uint4 v = ptx::load_shared(fragments + (2 * half + i) * kWarp);
-              const uint32_t a[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-              for (int o = 0; o < 2; ++o) ptx::mma_m16n8k16_zero<bfloat16>(sum[i][o], a, b[o], b[2 + o]);
-            }
-          } else {
-            multiply_transposed(sum, fragments, from_B, terms_A, terms_B, chunk, across, p.panel_rows, half);
-          }
+          multiply_transposed(sum, fragments, from_B, terms_A, terms_B, chunk, across, p.panel_rows, half);
           uint2 merged[2][2];
 #pragma unroll
           for (int o = 0; o < 2; ++o)
@@ -171,6 +157,8 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
               const float four[4] = {sum[0][o][e], sum[0][o][2 + e], sum[1][o][e], sum[1][o][2 + e]};
               merged[o][e] = source.merged(o, e, half, four, p.scaling);
             }
+          uint32_t y[4];
+          ptx::ldmatrix_x4(y, from_activation);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             uint32_t w[4];
@@ -183,13 +171,17 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
             for (int o = 0; o < 2; ++o) ptx::mma_m16n8k16<T>(out[2 * half + i][o], w, y[2 * o], y[2 * o + 1]);
           }
         }
+        from_activation += 2 * block.step;
         // What is multiplied by the zeros beyond the last row must not be NaN.
         if (block.rows - panel - at < 2 * block.step) source.clear();
 #pragma unroll
         for (int i = 0; i < 4; ++i) source.load(block.below[0], block.step + Lanes::below(i / 2, i % 2), i / 2, i % 2);
       } else {
         float sum[2][4][4], acc[2][4] = {};
-        if constexpr (!kOne) {
+        uint32_t b[4];
+        if constexpr (kOne) {
+          ptx::ldmatrix_x4(b, from_B);
+        } else {
 #pragma unroll
           for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0.f;
           multiply_adapters(sum, lora_A, lora_B, terms_A, terms_B, chunk, columns, p.panel_rows, at + block.warp_row,
@@ -197,6 +189,7 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
         }
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
+          if (c == 1) __syncwarp();  // for the compiler: to have all in registers at once, they do not suffice
           if constexpr (kOne) {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
@@ -218,10 +211,13 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
             source.load(block.below[c], block.step + Lanes::below(h, c), h, c);
           }
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t w[4] = {merged[0][half].x, merged[1][half].x, merged[0][half].y, merged[1][half].y};
+          for (int o = 0; o < 2; ++o) {
+            const uint4 v = ptx::load_shared(x + (2 * o + c) * kFusedFastThreads);
 #pragma unroll
-            for (int o = 0; o < 2; ++o) ptx::mma_m16n8k16<T>(acc[o], w, x[o][c][2 * half], x[o][c][2 * half + 1]);
+            for (int half = 0; half < 2; ++half) {
+              const uint32_t w[4] = {merged[0][half].x, merged[1][half].x, merged[0][half].y, merged[1][half].y};
+              ptx::mma_m16n8k16<T>(acc[o], w, half ? v.z : v.x, half ? v.w : v.y);
+            }
           }
         }
         sums.add(acc, end - at, block.step, at / block.step % 2);
@@ -251,10 +247,10 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
       }
     __syncthreads();
     const int fours = columns / 4;
-    float* const to = f.partial + blockIdx.x / p.column_blocks * f.tokens * f.partial_pitch + block.first_column;
+    float* const to = f.partial + block.row_block * f.tokens * f.partial_pitch + first_column;
     for (int task = threadIdx.x; task < f.tokens * fours; task += kFusedFastThreads) {
       const int t = task / fours, k = task % fours * 4;
-      if (block.first_column + k >= f.columns) continue;
+      if (first_column + k >= f.columns) continue;
       float4 sum = ptx::load_shared(reinterpret_cast<const float4*>(parts + t * pitch + k));
       for (int i = 1; i < kFusedFastWarps / across; ++i) {
         const float4 more = ptx::load_shared(reinterpret_cast<const float4*>(parts + i * size + t * pitch + k));

@@ -15,6 +15,8 @@ constexpr int kFusedFastTokens = 16;
 constexpr int kFusedFastPad = 8, kFusedFastSumsPad = 4;
 // The warps' products of two steps, 16 rows x 16 tokens each.
 constexpr int kFusedFastSumsBytes = 2 * kFusedFastWarps * 16 * kFusedFastTokens * 4;
+// The activation of the lanes' columns, 16 tokens in four vectors each.
+constexpr int kFusedFastActivationBytes = 4 * 16 * kFusedFastThreads;
 
 // Up to 16 tokens, whose dtype is the weight's; from every layout.
 inline bool fused_fast_takes(const FusedLinearArgs& a) {
@@ -39,7 +41,7 @@ inline MergeConfig fused_fast_config(const FusedLinearArgs& a, int terms_A, int 
       of.least_shared =
           std::max(of.least_shared, 4 * kFusedFastTokens * (kFusedFastWarps / (columns / 64)) * (columns + kFusedFastSumsPad));
   } else {
-    of.shared = kFusedFastSumsBytes;
+    of.shared = kFusedFastSumsBytes + kFusedFastActivationBytes;
   }
   return fast_path_config(a, terms_A, terms_B, of, limits);
 }

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
   uint16_t* const lora_B = lora_A + terms_A * chunk * (columns + kMergePad);
 
   FastBlock<Lanes> block(p, columns);
-  stage_lora_A<false>(lora_A, p.lora_A, 0, block.first_column, chunk, columns);
+  const int64_t first_row = int64_t{block.row_block} * p.rows, first_column = int64_t{block.column_block} * columns;
+  stage_lora_A<false>(lora_A, p.lora_A, 0, first_column, chunk, columns);
   Source source(p, columns, block.row, block.column, block.step);
   FastResult<Merged> result(p, block.row, block.column, block.step);
 #pragma unroll
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
   }
   for (int panel = 0; panel < block.rows; panel += p.panel_rows) {
     if (panel > 0) __syncthreads();  // the last panel has been read
-    stage_lora_B(lora_B, p.lora_B, block.first_row + panel, 0, p.panel_rows, chunk);
-    source.stage(p, block.first_row + panel, block.first_column, block.rows - panel);
+    stage_lora_B(lora_B, p.lora_B, first_row + panel, 0, p.panel_rows, chunk);
+    source.stage(p, first_row + panel, first_column, block.rows - panel);
     __syncthreads();
     const int end = block.rows - panel < p.panel_rows ? block.rows - panel : p.panel_rows;
     uint32_t from_B =

@@ -32,12 +32,11 @@ struct FastLanes {
   static __device__ __forceinline__ int below(int h, int c) { return kTransposed ? 8 * h + c : 8 * h; }  // rows below the first
 };
 
-// A block of a fast path, and where its warp and its lane are: the weight's rows from first_row on, columns from first_column
-// on.
+// A block of a fast path, and where its warp and its lane are.
 template <typename Lanes>
 struct FastBlock {
   int warp_row, warp_column, step, rows;  // of the block
-  int64_t first_row, first_column;
+  unsigned row_block, column_block;
   int64_t row, column;  // the lane's first
   int below[2];         // rows from there on, where its eight c exist
 
@@ -46,8 +45,9 @@ struct FastBlock {
     warp_row = warp / across * 16;
     warp_column = warp % across * 64;
     step = 16 * (Lanes::kThreads / kWarp) / across;
-    first_row = blockIdx.x / p.column_blocks * p.rows;
-    first_column = blockIdx.x % p.column_blocks * columns;
+    row_block = blockIdx.x / static_cast<unsigned>(p.column_blocks);  // of 32 bits, as the number of blocks
+    column_block = blockIdx.x - row_block * static_cast<unsigned>(p.column_blocks);
+    const int64_t first_row = int64_t{row_block} * p.rows, first_column = int64_t{column_block} * columns;
     const int64_t rest = p.out_features - first_row;
     rows = rest < p.rows ? static_cast<int>(rest) : p.rows;
     row = first_row + warp_row + Lanes::row();

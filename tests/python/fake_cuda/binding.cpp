@@ -54,6 +54,7 @@ const char* cudaGetErrorString(cudaError_t) { return "the device was set outside
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrL2CacheSize: *value = 4096; break;  // panels of few rows
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     default: *value = 100 * 1024;  // little shared memory: 16-bit products of more than 64 tokens are then torch's
@@ -225,36 +226,23 @@ Status fused_linear(const FusedLinearArgs& a, const CudaHost& host) {
 
 namespace {
 
-// G = dY^T X, masked or not.
-template <typename Kept>
-std::vector<double> weight_gradient(const AdapterGradArgs& a, const Kept& is_kept) {
+// G = dY^T X.
+std::vector<double> weight_gradient(const AdapterGradArgs& a) {
   const int64_t N = a.out_features, K = a.in_features;
   std::vector<double> G(N * K, 0.0);
   for (int64_t n = 0; n < N; ++n)
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t t = 0; t < a.tokens && is_kept(n, k); ++t)
+      for (int64_t t = 0; t < a.tokens; ++t)
         G[n * K + k] += load(a.grad_output, a.grad_output_dtype, t * N + n) * load(a.input, a.input_dtype, t * K + k);
   return G;
-}
-
-Status promised_gradients(const AdapterGradArgs& a, const CudaHost& host) {
-  if (a.grad_output_dtype != a.input_dtype) return Status::error("the adapter gradients were given dY and X of two dtypes.");
-  return promised(host, {a.grad_output_dtype, a.input_dtype, a.lora_A_dtype, a.lora_B_dtype});
 }
 
 }  // namespace
 
 Status adapter_grad_lors(const AdapterGradArgs& a, const CudaHost& host) {
-  if (Status s = promised_gradients(a, host); !s.ok()) return s;
-  const auto all = [](int64_t, int64_t) { return true; };
-  contract(a, a.out_features, weight_gradient(a, all), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
-  return {};
-}
-
-Status adapter_grad_exact(const AdapterGradExactArgs& a, const CudaHost& host) {
-  if (Status s = promised_gradients(a, host); !s.ok()) return s;
-  const auto is_kept = [&](int64_t n, int64_t k) { return kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features); };
-  contract(a, a.out_features, weight_gradient(a, is_kept), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
+  if (a.grad_output_dtype != a.input_dtype) return Status::error("the adapter gradients were given dY and X of two dtypes.");
+  if (Status s = promised(host, {a.grad_output_dtype, a.input_dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
+  contract(a, a.out_features, weight_gradient(a), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
   return {};
 }
 
@@ -276,6 +264,21 @@ namespace {
 std::string fake_state() { return std::to_string(guards) + " " + std::to_string(scratch) + " " + std::to_string(launches); }
 }  // namespace
 
+namespace binding {
+
+// aten::mm.dtype_out, which torch has on a GPU alone: 16-bit factors, a float32 result.
+Tensor fake_mm_dtype_out(const Tensor& a, const Tensor& b, ScalarType dtype, Tensor out) {
+  check(a.scalar_type() == b.scalar_type() && a.scalar_type() != ScalarType::Float && dtype == ScalarType::Float &&
+            out.scalar_type() == dtype,
+        "mm.dtype_out was given other types than torch takes.");
+  const Tensor x = torch::stable::to(a, dtype), y = torch::stable::to(b, dtype);
+  TORCH_ERROR_CODE_CHECK(fake_cuda_mm_out(out.get(), x.get(), y.get()));
+  return out;
+}
+
+}  // namespace binding
+
+STABLE_TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("mm.dtype_out", TORCH_BOX(&binding::fake_mm_dtype_out)); }
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) { m.def("fake_state() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(lors, CompositeExplicitAutograd, m) { m.impl("fake_state", TORCH_BOX(&fake_state)); }
 

@@ -24,8 +24,8 @@ PLANTED = [
     ("adapter_grad_lors.cuh", "a[i], b[j][2], b[j][3]);", "a[i], b[j][3], b[j][2]);"),
     ("adapter_grad_lors.cuh", "row < left_rows &&", "row <= left_rows &&"),
     ("adapter_grad_lors.cu", "of_side[1 - i],", "of_side[i],"),
-    # The cluster's: sums of one block only, of a wrong range, too few bytes announced, the parity of another stage, rows
-    # beyond the last token, a tile of another cluster.
+    # The cluster's: sums of one block only, a wrong range, a wrong tile, too few bytes announced, the parity of another
+    # stage, a row beyond the last token.
     ("adapter_grad_lors_cluster.cuh", "ptx::shared_address(at.from), of)", "ptx::shared_address(at.from), 0)"),
     ("adapter_grad_lors_cluster.cuh", "set_place(ptx::cluster_rank(), ", "set_place(0, "),
     ("adapter_grad_lors_cluster.cuh", "block / ptx::cluster_size());", "block % ptx::cluster_size());"),

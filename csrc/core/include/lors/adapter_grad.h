@@ -31,9 +31,9 @@ struct AdapterGradArgs {
 Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host);
 Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host);
 
-// The "exact" gradients in one call, bit-reproducible. CUDA: each tile of G = dY^T X is masked and contracted in registers.
-// CPU: only by the processor's bfloat16 matmul instructions, which multiply exactly and add in float32; `done` is false, and
-// nothing was computed, where these do not apply to dY and X. Then the caller forms panels of G and calls masked_contract.
+// The "exact" gradients in one call, bit-reproducible: only by a CPU's bfloat16 matmul instructions, which multiply exactly and
+// add in float32; `done` is false, and nothing was computed, where these do not apply to dY and X. There, and on CUDA, the caller
+// forms panels of G and calls masked_contract.
 struct AdapterGradExactArgs : AdapterGradArgs {
   const void* weight = nullptr;  // [N, K]; read only where `mask` is null
   DType weight_dtype = DType::float32;
@@ -41,7 +41,6 @@ struct AdapterGradExactArgs : AdapterGradArgs {
 };
 
 Status adapter_grad_exact(const AdapterGradExactArgs& args, const CpuHost* host, bool* done);
-Status adapter_grad_exact(const AdapterGradExactArgs& args, const CudaHost& host);
 
 // Contracts a panel of rows of G, any gradient of the merged weight, with the adapters:
 //   lora_B_grad[n, :] = s sum_k kept[n, k] G[n, k] lora_A[:, k]

@@ -3,16 +3,8 @@
 
 #include "bind.h"
 
-LORS_SIM_BINDING(adapter_grad_exact) {
+LORS_SIM_BINDING(masked_contract) {
   using namespace lors;
-  m.def("adapter_grad_exact", [](sim::Device& device, const pybind11::kwargs& kwargs) {
-    sim::Arguments given(kwargs);
-    AdapterGradExactArgs args;
-    sim::read_adapter_grad(given, args);
-    sim::read_weight(given, args);
-    given.finish();
-    sim::call(device, [&](const CudaHost& host) { return adapter_grad_exact(args, host); });
-  });
   m.def("masked_contract", [](sim::Device& device, const pybind11::kwargs& kwargs) {
     sim::Arguments given(kwargs);
     MaskedContractArgs args;
