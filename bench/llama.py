@@ -7,6 +7,7 @@ a peer that is no library are peers.py's formulas in the place of each linear.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
@@ -170,7 +171,12 @@ METHODS = {
     ),
 }
 # Each by itself on top of a method, as a suffix of its name.
-VARIANTS = {"": "", "_gc": "gradient checkpointing of every decoder layer", "_compiled": "torch.compile of every layer"}
+VARIANTS = {
+    "": "",
+    "_gc": "gradient checkpointing of every decoder layer",
+    "_compiled": "torch.compile of every layer",
+    "_prefetch": "inside lors_cuda.prefetch",
+}
 
 
 def split(name: str) -> tuple[str, str]:
@@ -198,6 +204,9 @@ def make(name: str, base: nn.Module, rank: int) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the newest transformers has another name for it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if variant == "_prefetch":
+        vars(model)["prefetching"] = contextlib.ExitStack()  # for as long as the model lives
+        model.prefetching.enter_context(lors_cuda.prefetch(model))
     if variant == "_compiled":
         for layer in next(module for name, module in model.named_modules() if name.endswith("model.layers")):
             layer.compile()
@@ -219,7 +228,9 @@ class Trainer:
 
     def __init__(self, model: nn.Module, vocabulary: int, batch: int, length: int) -> None:
         self.model = model
-        self.tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2))
+        self.device = next(model.parameters()).device
+        tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2))
+        self.tokens = tokens.to(self.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
 

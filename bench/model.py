@@ -3,6 +3,7 @@
 """Whole models: a training step of a 2:4 Llama by each method; generation; the memory of larger ones, counted.
 
 python bench/model.py --output model.json          a step (forward, backward, AdamW): time, peak memory, page faults
+python bench/model.py --device cuda                the same on a GPU
 python bench/model.py --generate                   tokens per second of model.generate with a live adapter, and without
 python bench/model.py --memory                     the memory of Llama-3-8B and 70B from shapes alone: nothing is run
 """
@@ -26,10 +27,11 @@ import counted
 import generate
 import llama
 import report
-from protocol import AGAIN, measure, minor_faults, peak_bytes, resident_bytes
+from protocol import AGAIN, CPU, measure, minor_faults, peak_bytes, resident_bytes
 
 BASELINE = "peft_lora"  # what a user would run otherwise
 PLAIN = tuple(llama.METHODS)
+PREFETCHED = ("lors_cuda_prefetch", "lors_cuda_24_prefetch")  # on CUDA
 VARIED = ("official_gc", "peft_lora_gc", "lors_cuda_24_gc", "peft_lora_compiled", "lors_cuda_24_compiled")
 TIME_GOAL = 1.0  # at least the speed of PEFT's LoRA at 512 tokens and more
 MEMORY_GOAL = 0.7  # of the authors' formula's peak, with 2:4 storage
@@ -49,7 +51,7 @@ def memory(path: str, name: str, rank: int, batch: tuple[int, int], vocabulary: 
     faults = minor_faults(trainer.step)
     sizes: dict[str, Any] = {"model": llama.held_bytes(model), "optimizer": trainer.state_bytes()}
     held = resident_bytes(trim=True)
-    sizes |= peak_bytes(trainer.step)
+    sizes |= peak_bytes(trainer.step, trainer.device)
     sizes["total"] = sizes["model"] + sizes["optimizer"] + sizes["peak"]
     known = None not in (before, held, sizes["peak_resident"])
     sizes["total_resident"] = held - before + sizes["peak_resident"] if known else None
@@ -112,6 +114,7 @@ def bench_case(
         cases,
         report.protocol_from(arguments),
         baseline=BASELINE,
+        device=arguments.device,
         progress=lambda text: report.progress(prefix + text),
     )
     report.progress("")
@@ -168,16 +171,17 @@ def bench(arguments: argparse.Namespace, save: Any) -> None:
         report.progress(f"{model}: making and pruning")
         base = llama.pruned_llama(shape, arguments.seed)
         for dtype in arguments.dtype:
-            base = base.to(report.DTYPES[dtype])
+            base = base.to(arguments.device, report.DTYPES[dtype])
             for index, (batch, length) in enumerate(arguments.tokens):
-                wanted = arguments.methods or (PLAIN + VARIED if index == 0 else PLAIN)
+                varied = VARIED if arguments.device == CPU else VARIED + PREFETCHED
+                wanted = arguments.methods or (PLAIN + varied if index == 0 else PLAIN)
                 names = [name for name in dict.fromkeys((BASELINE, *wanted)) if dtype != "float32" or usable(name)]
                 common = {
                     "benchmark": "model",
                     "model": model,
                     "shape": dataclasses.asdict(shape),
                     "parameters": sum(parameter.numel() for parameter in base.parameters()),
-                    "device": "cpu",
+                    "device": arguments.device.type,
                     "dtype": dtype,
                     "batch": batch,
                     "length": length,
@@ -215,6 +219,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parts.add_argument("--generate", action="store_true", help="tokens per second of generation, instead of steps")
     parts.add_argument("--memory", action="store_true", help="count the memory of large models, instead of steps")
     report.add_run_arguments(parser, rounds=5, budget=6.0)
+    report.add_device_argument(parser)
     parser.add_argument("--models", nargs="+", choices=list(llama.SHAPES), default=list(llama.SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rank", type=report.positive, default=16)
@@ -224,6 +229,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", type=method, help=f"the baseline, {BASELINE}, always runs")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     arguments = parser.parse_args(argv)
+    if arguments.device != CPU and (arguments.generate or arguments.memory):
+        parser.error("--device cuda goes with training steps alone; leave out --generate and --memory, or --device")
     arguments.tokens = arguments.tokens or ([(1, 8), (2, 4)] if arguments.quick else [(1, 512), (4, 128)])
     if arguments.quick:
         arguments.rank = min(arguments.rank, 4)
@@ -234,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    where = report.environment()
+    where = report.environment(arguments.device)
     print(report.describe(where))
     before = report.rows_before(arguments)
     rows: list[dict[str, Any]] = []

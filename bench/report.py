@@ -198,6 +198,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs=2, type=positive, metavar=("N", "K"), help="out_features, in_features")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="float32 bfloat16; on a GPU bfloat16")
     parser.add_argument("--density", type=float, help="share of nonzero weights, at random places; default: 2:4")
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=usable_device, default=CPU, help="cpu (the default) or cuda")
 
 

@@ -85,8 +85,9 @@ part() {
       ;;
     host) bench linear.py --shape 64 64 --tokens 8 --rank 4 --budget 2 --append --output "$OUT/linear.json" ;;
     model)
-      "$PYTHON" bench/model.py --help 2>&1 | grep -q -- --device || lacks 'bench/model.py does not run on a GPU here.'
-      bench model.py --dtype bfloat16 --output "$OUT/model.json"
+      "$PYTHON" -c 'import peft, transformers' || lacks 'peft or transformers is not installed.'
+      local methods=(frozen official lors_cuda lors_cuda_24 lors_cuda_prefetch lors_cuda_24_prefetch)
+      bench model.py --dtype bfloat16 --tokens 1x512 --budget 1 --methods "${methods[@]}" --output "$OUT/model.json"
       ;;
     products)
       for fused in always never; do

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -19,6 +23,20 @@ def run(*arguments: object) -> str:
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def bench_model(monkeypatch):
+    """bench/model.py as a module."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("model")
+
+
+def refused(*arguments: str, monkeypatch) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as exit:
+        bench_model(monkeypatch).parse(list(arguments))
+    assert exit.value.code == 2
+    return said.getvalue()
 
 
 def rows_of(tmp_path: Path, *arguments: object) -> dict[str, dict]:
@@ -34,7 +52,16 @@ def rows_of(tmp_path: Path, *arguments: object) -> dict[str, dict]:
 
 
 def test_every_method_trains_the_same_model(tmp_path: Path) -> None:
-    names = ["frozen", "official", "sqft", "lors_cuda", "lors_cuda_bitmap", "lors_cuda_peft", "lors_cuda_24_gc"]
+    names = [
+        "frozen",
+        "official",
+        "sqft",
+        "lors_cuda",
+        "lors_cuda_bitmap",
+        "lors_cuda_peft",
+        "lors_cuda_24_gc",
+        "lors_cuda_prefetch",
+    ]
     rows = rows_of(tmp_path, "--tokens", "2x8", "--no-memory", "--methods", *names)
     assert rows.keys() == {*names, "peft_lora", "peft_lora_again"}
     first, second = rows["official"]["loss"]
@@ -104,6 +131,27 @@ def test_memory_of_large_models(tmp_path: Path) -> None:
     assert {row["how"] for row in rows.values()} == {"counted"}
     assert rows["Llama-3-8B", "official"]["bytes"]["weights"] == 2 * 8030261248  # the model's number of parameters
     assert rows["Llama-3-70B", "official"]["bytes"]["weights"] == 2 * 70553706496
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--device", "gpu"), "gpu is not a device to measure on; it must be cpu or cuda"),
+        (("--device", "cuda"), f"torch {torch.__version__} finds no CUDA device here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(given, sentence, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sentence in refused(*given, monkeypatch=monkeypatch)
+
+
+def test_the_device_is_for_training_steps_alone(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for part in ("--generate", "--memory"):
+        said = refused("--device", "cuda", part, monkeypatch=monkeypatch)
+        assert "--device cuda goes with training steps alone; leave out --generate and --memory, or --device" in said
+    assert bench_model(monkeypatch).parse(["--device", "cuda"]).device == torch.device("cuda", 0)
+    assert bench_model(monkeypatch).parse([]).device == torch.device("cpu")
 
 
 def test_a_method_that_does_not_exist_is_named() -> None:
