@@ -80,7 +80,7 @@ def test_exact_gradients_over_several_panels(device, seed, dtype, gradient):
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1040), (torch.bfloat16, 40), (torch.float16, 40)])
 @pytest.mark.parametrize("r", [0, 3])
 def test_forward_over_several_panels_of_the_weight(device, seed, layout, dtype, tokens, r):
-    # Of so many tokens the CPU merges 2 MiB of the weight's rows for each thread at a time, at least two parts of this one.
+    # Of so many tokens the CPU merges 2 MiB of the rows for each thread at a time, at least two parts of this weight.
     case = make_case(
         seed, tokens, 1200, 1028, r, dtype, device=device, layout=layout, explicit_mask=layout == "dense", bias=True
     )
