@@ -149,9 +149,7 @@ KINDS = {
 
 
 def _documents() -> dict[Path, dict[str, Any]]:
-    """The files of rows; that of bench/rounding.py stands in its own page."""
-    found = {result: json.loads(result.read_text()) for result in RESULTS.glob("*.json")}
-    return {result: document for result, document in found.items() if "rows" in document}
+    return {result: json.loads(result.read_text()) for result in RESULTS.glob("*.json")}
 
 
 def _kind(document: dict[str, Any]) -> str:

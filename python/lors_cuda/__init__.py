@@ -6,6 +6,7 @@ Needs torch alone; saving adapters also needs safetensors, model directories the
 """
 
 from ._library import BUILD, release_scratch
+from ._prefetch import prefetch
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRSConfig
 from .functional import lors_linear, merge
@@ -33,6 +34,7 @@ __all__ = [
     "merge_and_unload",
     "merge_cache",
     "named_lors_layers",
+    "prefetch",
     "release_scratch",
     "save_adapter",
     "save_sparse_checkpoint",

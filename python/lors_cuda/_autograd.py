@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ _registry = torch.library.Library("lors", "IMPL")  # what it registers lasts as 
 def is_transformed() -> bool:
     """Whether torch.func or forward mode may be at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_in_graph() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is making a graph of this code."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+class Prefetch(Protocol):
+    """In the place of a merged weight: one that is asked for when it is used, in forward and again in backward."""
+
+    def taken(self, in_backward: bool) -> AbstractContextManager[Tensor | None]:
+        """The merged weight, or None. What reads it is queued inside the block."""
 
 
 class Differentiable:
@@ -84,7 +97,7 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> Any:
         """The result; in a graph that torch.compile, torch.export or torch.jit.trace makes, the operator's own."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if is_in_graph():
             return self.compute(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformed.apply(*args)
@@ -190,7 +203,15 @@ def _adapter_tangents(
 _INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED = 0, 1, 4, 5, 6, 9  # positions among the arguments
 
 
+def _as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
+    return None if merged is None or isinstance(merged, Tensor) else merged
+
+
 def _linear(input: Tensor, *args: Any) -> Tensor:
+    prefetch = _as_prefetch(*args[_MERGED - 1 : _MERGED])
+    if prefetch is not None:
+        with prefetch.taken(False) as merged:
+            return _linear(input, *args[: _MERGED - 1], merged, *args[_MERGED:])
     if input.dim() == 2:
         output: Tensor = lors.linear(input, *args)
         return output
@@ -202,6 +223,9 @@ def _linear(input: Tensor, *args: Any) -> Tensor:
 
 def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
     input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args
+    ctx.prefetch = _as_prefetch(merged)
+    if ctx.prefetch is not None:
+        merged = None
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -229,23 +253,25 @@ def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | Non
         leading = grad_output.shape[:-1]
         grad_output = grad_output.reshape(-1, lora_B.shape[0])
         input = None if input is None else input.reshape(-1, lora_A.shape[1])
-    grad_input, grad_lora_A, grad_lora_B, grad_bias = linear_backward(
-        grad_output,
-        input,
-        weight,
-        mask,
-        index,
-        lora_A,
-        lora_B,
-        bias,
-        ctx.scaling,
-        ctx.gradient,
-        needs_input_grad,
-        needs_lora_A_grad,
-        needs_lora_B_grad,
-        merged,
-        *ctx.draws,
-    )
+    prefetch = ctx.prefetch if needs_input_grad else None  # without that there is no merge
+    with nullcontext(merged) if prefetch is None else prefetch.taken(True) as merged:
+        grad_input, grad_lora_A, grad_lora_B, grad_bias = linear_backward(
+            grad_output,
+            input,
+            weight,
+            mask,
+            index,
+            lora_A,
+            lora_B,
+            bias,
+            ctx.scaling,
+            ctx.gradient,
+            needs_input_grad,
+            needs_lora_A_grad,
+            needs_lora_B_grad,
+            merged,
+            *ctx.draws,
+        )
     if leading is not None and needs_input_grad:
         grad_input = grad_input.view(*leading, grad_input.shape[1])
     return (

@@ -197,6 +197,16 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
+def whole_attribute(module: nn.Module, name: str) -> Tensor:
+    """``whole`` of a module's tensor; one that is parametrised is computed from what it is made of, gathered first."""
+    if name not in getattr(module, "parametrizations", ()):
+        return whole(getattr(module, name))
+    chain: Any = module.parametrizations
+    stored = {key: whole(parameter) for key, parameter in chain[name].named_parameters()}
+    computed: Tensor = torch.func.functional_call(chain[name], stored, ())
+    return computed
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a sharded tensor."""
     sharded: Any = tensor
@@ -220,14 +230,29 @@ def check_gathered(model: nn.Module) -> None:
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copy a whole ``source`` into ``target``; where that is sharded, each process copies its part."""
     with torch.no_grad():
-        if is_sharded(target):
-            sharded: Any = target
-            from torch.distributed.tensor import distribute_tensor
+        target.copy_(sharded_like(target, source))
 
-            source = source.to(sharded.device, sharded.dtype)
-            # Every process has the source: nothing is sent.
-            source = distribute_tensor(source, sharded.device_mesh, sharded.placements, src_data_rank=None)
-        target.copy_(source)
+
+@contextlib.contextmanager
+def gathered(tensor: Tensor) -> Iterator[Tensor]:
+    """The whole of a tensor, to be changed in place: what is written into it is the tensor's at the end."""
+    full = whole(tensor.detach())
+    yield full
+    if is_sharded(tensor):
+        copy_whole(tensor.detach(), full)
+
+
+def sharded_like(target: Tensor, source: Tensor) -> Tensor:
+    """A whole ``source``, which every process has, as ``target`` is held: itself, or cut into the same parts."""
+    if not is_sharded(target):
+        return source
+    sharded: Any = target
+    from torch.distributed.tensor import distribute_tensor
+
+    source = source.to(sharded.device, sharded.dtype)
+    # Every process has the source: nothing is sent.
+    cut: Tensor = distribute_tensor(source, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return cut
 
 
 def reshard(model: nn.Module) -> bool:

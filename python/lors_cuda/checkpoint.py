@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import DTYPES, check_stored, joined, listed
-from ._distributed import check_gathered, copy_whole, original_class, process_rank, reshard, together, whole
+from ._distributed import (
+    check_gathered,
+    copy_whole,
+    original_class,
+    process_rank,
+    reshard,
+    together,
+    whole,
+    whole_attribute,
+)
 from .adapter_directory import (
     FORMAT_VERSION,
     PEFT_TYPE,
@@ -51,8 +60,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     the adapter as it is now is written, and beside it the method's state, with which :func:`load_adapter` goes on.
 
     Raises:
-        ValueError: the model has no LoRS layers, or layers with and without use_rslora; or a method trains it under
-            fully_shard.
+        ValueError: the model has no LoRS layers, or layers with and without use_rslora.
         OSError: the files could not be written (the system's reason is given).
         ImportError: safetensors is not installed.
         RuntimeError: under fully_shard, it failed in another process.
@@ -65,16 +73,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not layers:
         raise ValueError(f"The model has no LoRS layers, so there is no adapter to save. {conversion_advice(model)}")
     run = running_method(model)
-    if run is not None and sharded:
-        raise ValueError(
-            f"The model trains with the method '{run.method.name}' and is sharded; call run.finish() before it is "
-            "saved."
-        )
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole(layer.lora_A)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole(layer.lora_B)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole_attribute(layer, "lora_A")
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_attribute(layer, "lora_B")
     for name, tensor in _saved_tensors(model, config).items():
         tensors[PREFIX + name] = whole(tensor)
     fields = _config_fields(model, layers, config)
@@ -83,8 +86,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with together() if sharded else contextlib.nullcontext():
         if not sharded or process_rank() == 0:
             write_adapter(Path(directory), tensors, fields)
-            if run is not None:
-                run.save(directory)
+    if run is not None:
+        run.save(directory)
 
 
 def load_adapter(
@@ -270,7 +273,7 @@ def _fit_converted(
         for which, tensor in pair.items():
             if not running:
                 check_stored(f"{which} of '{name}'", getattr(layer, which), "loaded")
-            problems += _fit_dtype(f"{which} of '{name}'", tensor, getattr(layer, which))
+            problems += _fit_dtype(f"{which} of '{name}'", tensor, whole_attribute(layer, which))
     own = vars(model).get("lors_config")
     saving = own if isinstance(own, LoRSConfig) else LoRSConfig()
     problems += _fit_saved(_saved_tensors(model, saving), adapter)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def layer_linear(
     scaling: float,
     bias: Tensor | None,
     gradient: str,
-    cache: MergedWeight | None,
+    cache: GivesMergedWeight | None,
     draws: Draws,
 ) -> Tensor:
     """:func:`lors_linear` for a layer, which was checked when it was made: here Python checks what only it can see."""
@@ -119,7 +119,7 @@ def _linear(
     scaling: float,
     bias: Tensor | None,
     gradient: str = "lors",
-    cache: MergedWeight | None = None,
+    cache: GivesMergedWeight | None = None,
     draws: Draws = NO_DRAWS,
 ) -> Tensor:
     check_tensor("input", input)
@@ -230,9 +230,18 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
     return SparseWeight(weight, pack_mask(mask))
 
 
-def _counted(tensor: Tensor) -> tuple[Any, ...]:
+def counted(tensor: Tensor) -> tuple[Any, ...]:
     """What tells a tensor from another one, and from itself before a write that torch has counted."""
     return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
+
+
+def may_be_kept(weight: SparseWeight) -> bool:
+    """Whether a merged weight may outlive this call.
+
+    False: in a graph that torch.compile, torch.export or torch.jit.trace makes, which would hold one version as a
+    constant; on the meta device; under torch.func and in forward mode, whose tensors last no longer than the call.
+    """
+    return not (_autograd.is_in_graph() or weight.device.type == "meta" or _autograd.is_transformed())
 
 
 class _Factor:
@@ -244,14 +253,23 @@ class _Factor:
 
     def __init__(self, tensor: Tensor) -> None:
         self._source = tensor.detach()  # alive, so that its address cannot be reused
-        self._counted = None if tensor.is_inference() else _counted(tensor)
+        self._counted = None if tensor.is_inference() else counted(tensor)
         self._copy = None if isinstance(tensor, nn.Parameter) else self._source.clone()
 
     def is_still(self, tensor: Tensor) -> bool:
-        if self._counted is not None and not tensor.is_inference() and _counted(tensor) == self._counted:
+        if self._counted is not None and not tensor.is_inference() and counted(tensor) == self._counted:
             return True
         copy = self._copy
         return copy is not None and copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+
+
+class GivesMergedWeight(Protocol):
+    """What a call may be given its merged weight by."""
+
+    def operand(
+        self, weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, input: Tensor, draws: Draws
+    ) -> Tensor | _autograd.Prefetch | None:
+        """For activations like ``input``; None: the call merges for itself."""
 
 
 class MergedWeight:
@@ -289,14 +307,12 @@ class MergedWeight:
         A compressed weight's first calls of many tokens may keep it dense, the first of few tokens makes it compressed,
         and it stays so: then calls of many tokens decompress it.
 
-        None: in torch.compile, which would burn one version into the graph; while a CUDA graph is captured, because the
-        values exist only after a replay; on the meta device; and under torch.func or in forward mode, whose tensors
-        last no longer than the call.
+        None: where :func:`may_be_kept` says so, and while a CUDA graph is captured, because the values exist only after
+        a replay.
         """
-        device = weight.device
-        if torch.compiler.is_compiling() or device.type == "meta" or _autograd.is_transformed():
+        if not may_be_kept(weight):
             return None
-        stream = None
+        device, stream = weight.device, None
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return None
@@ -304,7 +320,7 @@ class MergedWeight:
         tensors = [t for t in (weight.values, weight.mask_bits, weight.index, draws.noise) if t is not None]
         self.check_countable([*tensors, *(f for f in (lora_A, lora_B) if isinstance(f, nn.Parameter))])
         tokens = input.numel() // weight.shape[1]
-        key = (scaling, input.dtype, stream, draws.rounding_seed, draws.noise_seed, *map(_counted, tensors))
+        key = (scaling, input.dtype, stream, draws.rounding_seed, draws.noise_seed, *map(counted, tensors))
         known = self._operand is not None and key == self._key
         known = known and all(f.is_still(t) for f, t in zip(self._factors, (lora_A, lora_B), strict=True))
         if not known or (tokens <= FEW_TOKENS and self._could_be_stored(weight, draws)):

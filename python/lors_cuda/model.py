@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
 from ._draws import derived_seed, rounding_draws
@@ -200,29 +200,52 @@ def merge_cache(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no LoRS layers, or is sharded, or its parameters were made under
             `torch.inference_mode`.
     """
-    layers = _caching_layers(model)
-    if is_partitioned(model):
-        # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
-        raise ValueError(
-            "The model is sharded by fully_shard or DeepSpeed's ZeRO-3, and merge_cache would hold every merged weight "
-            "whole in each process, without seeing when it changes. Use it on a model that one process holds."
-        )
-    for layer in layers:
-        MergedWeight.check_countable([*layer.parameters(), *layer.buffers()])
-    before = [layer.merged_weight for layer in layers]
-    caches = [MergedWeight() if cache is None else cache for cache in before]
+    caches: list[MergedWeight] = []
+
+    def cache_of(layer: SparseLayer) -> MergedWeight:
+        outer = layer.merged_weight
+        caches.append(outer if isinstance(outer, MergedWeight) else MergedWeight())
+        return caches[-1]
 
     def forget(*_: object) -> None:
         for cache in caches:
             cache.clear()
 
-    hook = register_optimizer_step_post_hook(forget)
-    try:
-        for layer, cache in zip(layers, caches, strict=True):
-            layer.merged_weight = cache
+    with keep_merged_weights(model, "merge_cache", cache_of, forget):
         yield
+
+
+@contextlib.contextmanager
+def keep_merged_weights(
+    model: nn.Module, by: str, keeper_of: Callable[[SparseLayer], Any], forget: Callable[..., None]
+) -> Iterator[list[Any]]:
+    """Give each layer with adapters what keeps its merged weight, inside a `with` block; yields the layers.
+
+    Args:
+        by: the function that does so, for messages.
+        forget: called before and after every step of an optimizer, whose writes torch may not count.
+
+    Raises:
+        ValueError: as `merge_cache`.
+    """
+    layers = _adapted_layers(model)
+    if is_partitioned(model):
+        # Gathering leaves the version counters as they were, so that a changed parameter would go unseen.
+        raise ValueError(
+            f"The model is sharded by fully_shard or DeepSpeed's ZeRO-3, and {by} would hold merged weights whole in "
+            "each process, without seeing when they change. Use it on a model that one process holds."
+        )
+    for layer in layers:
+        MergedWeight.check_countable([*layer.parameters(), *layer.buffers()])
+    before = [layer.merged_weight for layer in layers]
+    hooks = [register_optimizer_step_pre_hook(forget), register_optimizer_step_post_hook(forget)]
+    try:
+        for layer in layers:
+            layer.merged_weight = keeper_of(layer)
+        yield layers
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer, outer in zip(layers, before, strict=True):
             layer.merged_weight = outer
 
@@ -306,7 +329,7 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
     return [(names, layer) for layer, names in names_of.items()]
 
 
-def _caching_layers(model: nn.Module) -> list[Any]:
+def _adapted_layers(model: nn.Module) -> list[Any]:
     """The layers with adapters: LoRSLinear, and those of lors_cuda.peft, which is not imported here."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = [module for module in modules if isinstance(module, SparseLayer) and module.has_adapters]

@@ -14,7 +14,7 @@ from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
 from ._draws import NO_DRAWS, Draws
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
-from .functional import MergedWeight, sparse_linear
+from .functional import GivesMergedWeight, sparse_linear
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
@@ -36,7 +36,8 @@ class SparseLayer:
         sparse_weight: the frozen weight, without adapters, as a :class:`SparseWeight`.
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
-        merged_weight: keeps their merged weight while :func:`lors_cuda.merge_cache` is on; None otherwise.
+        merged_weight: what gives their merged weight while :func:`lors_cuda.merge_cache` or :func:`lors_cuda.prefetch`
+            is on; None otherwise.
         rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see `lors_cuda.LoRSConfig`.
         rounding_seed: of "stochastic", where no run of lors_cuda.methods trains the layer: in evaluation and merging.
         step_seed: of "stochastic" in training, which a run sets anew at each optimizer step; None without one.
@@ -46,8 +47,9 @@ class SparseLayer:
 
     in_features: int
     out_features: int
+    training: bool  # nn.Module's
     has_adapters = False
-    merged_weight: MergedWeight | None = None
+    merged_weight: GivesMergedWeight | None = None
     rounding = "nearest"
     rounding_seed = 0
     step_seed: int | None = None

@@ -230,11 +230,19 @@ def saved_modules(model: nn.Module, config: LoRSConfig) -> dict[str, nn.Module]:
     return found
 
 
+SIDE_NETWORK = "side_network"  # what lors_cuda.methods.SHERL puts into a model
+
+
 def no_saved_module(entry: str, model: nn.Module) -> str:
     """The sentence about an entry of modules_to_save that names nothing."""
+    advice = (
+        " It is SHERL's: put it into the sparse model first, by lors_cuda.methods.SHERL(...).attach(model) with the "
+        "options of the training."
+    )
     return (
         f"modules_to_save names '{entry}', but no module of {type(model).__name__} is called so or ends in "
         f"'.{entry}'. Its modules are {listed([name for name, _ in model.named_children()])}, and below."
+        + (advice if entry == SIDE_NETWORK else "")
     )
 
 

@@ -189,6 +189,39 @@ TEST(LorsConfig, CoversTokensAndFeaturesAndFitsTheDevice) {
             }
 }
 
+TEST(LorsConfig, RangesOfAClusterAreFewAndLeaveRoomForMBarriers) {
+  for (const DeviceLimits limits : {kHopper, DeviceLimits{1000, 227 * 1024}})
+    for (const int64_t tokens : {1, 512, 8192, 1 << 20})
+      for (const int width : {16, 32, 64}) {
+        LorsShape shape;
+        shape.tokens = tokens;
+        shape.features[0] = shape.features[1] = 512;
+        shape.width = width;
+        const GradientConfig base = gradient_config(shape, limits);
+        shape.clusters = true;
+        const GradientConfig g = gradient_config(shape, limits);
+        ASSERT_LE(g.ranges, kMostRanges);
+        ASSERT_LE(g.shared_bytes, limits.shared_bytes);
+        ASSERT_GE(g.shared_bytes, g.mbarriers_at + 8 * lors_stages(shape.size));
+        ASSERT_GE(g.mbarriers_at, lors_stages(shape.size) * g.stage);
+        ASSERT_EQ(g.mbarriers_at % 8, 0);
+        ASSERT_EQ(g.stage % 16, 0);
+        ASSERT_EQ(g.terms_at % 16, 0);
+        if (base.ranges <= kMostRanges) {
+          ASSERT_EQ(g.ranges, base.ranges);
+        }
+      }
+}
+
+TEST(LorsConfig, ClustersAreForBfloat16OnHopperAndDataCentreBlackwell) {
+  using enum DType;
+  for (const int architecture : {90, 100, 103}) EXPECT_TRUE(gradients_in_clusters(architecture, bfloat16, true));
+  for (const int architecture : {0, 80, 86, 89, 120}) EXPECT_FALSE(gradients_in_clusters(architecture, bfloat16, true));
+  EXPECT_FALSE(gradients_in_clusters(90, bfloat16, false));
+  EXPECT_FALSE(gradients_in_clusters(90, float16, true));
+  EXPECT_FALSE(gradients_in_clusters(90, float32, true));
+}
+
 TEST(LorsConfig, SixtyFourRanksInOnePassOfOneRange) {
   LorsShape shape;
   shape.tokens = 2048;

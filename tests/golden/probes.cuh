@@ -25,6 +25,12 @@ enum Probe {
   kShuffles,
   kVotes,
   kRoundings,
+  kMmaZero,
+  kPickBytes,
+  kLoadIf,
+  kStoreIf,
+  kBulkCopy,
+  kCluster,
   kProbes,
 };
 
@@ -36,9 +42,18 @@ constexpr const char* kNames[kProbes] = {"ldmatrix_x4",
                                          "load_global_once",
                                          "shuffles",
                                          "votes",
-                                         "roundings"};
+                                         "roundings",
+                                         "mma_m16n8k16_zero_bfloat16",
+                                         "pick_bytes",
+                                         "load_global_if",
+                                         "store_global_if",
+                                         "bulk_copy",
+                                         "cluster"};
 // Whether the order of additions is up to the hardware, so that outputs agree within rounding and not bit for bit.
-constexpr bool kSums[kProbes] = {false, false, true, true, false, false, false, false, false};
+constexpr bool kSums[kProbes] = {false, false, true,  true,  false, false, false, false,
+                                 false, true,  false, false, false, false, false};
+// Which devices have the instructions (has_clusters).
+constexpr bool needs_clusters(int probe) { return probe == kBulkCopy || probe == kCluster; }
 
 // in: [32 lanes][16]; out: [32 lanes][8]
 template <int kProbe>
@@ -71,6 +86,71 @@ __global__ void __launch_bounds__(kLanes) probe_kernel(const uint32_t* in, uint3
     ptx::mma_m16n8k16<T>(c, a, x[4], x[5]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] = __float_as_uint(c[i]);
+  } else if constexpr (kProbe == kMmaZero) {
+    const uint32_t a[4] = {x[0], x[1], x[2], x[3]};
+    float c[4] = {1.f, 2.f, 3.f, 4.f};  // without effect
+    ptx::mma_m16n8k16_zero<bfloat16>(c, a, x[4], x[5]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = __float_as_uint(c[i]);
+  } else if constexpr (kProbe == kPickBytes) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) y[i] = ptx::pick_bytes(x[i], x[(i + 1) % 8], x[(i + 2) % 8] & 0x7777u);
+  } else if constexpr (kProbe == kLoadIf) {
+    uint4 v = make_uint4(x[0], x[1], x[2], x[3]);
+    uint2 w = make_uint2(x[4], x[5]);
+    ptx::load_global_if(lane, 15, v, reinterpret_cast<const uint4*>(in + (kLanes - 1 - lane) * kInputs + 8));
+    ptx::load_global_if(lane % 5, 1, w, reinterpret_cast<const uint2*>(in + (kLanes - 1 - lane) * kInputs + 14));
+    y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w, y[4] = w.x, y[5] = w.y;
+  } else if constexpr (kProbe == kStoreIf) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) ptx::store_global(out + lane * kOutputs + i, x[8 + i]);
+    ptx::store_global_if(lane % 3, 0, reinterpret_cast<uint4*>(out + lane * kOutputs), make_uint4(x[0], x[1], x[2], x[3]));
+    ptx::store_global_if(lane % 5, 1, reinterpret_cast<uint2*>(out + lane * kOutputs + 4), make_uint2(x[4], x[5]));
+  } else if constexpr (kProbe == kBulkCopy && ptx::kClusters) {
+    // Phase 0: even lanes copy 32 bytes of the lane opposite; phase 1: odd lanes 16 bytes of their own.
+    uint32_t* const mine = shared + lane * 8;
+    const uint32_t mbarrier = ptx::shared_address(shared + kLanes * 8), even = lane / 2 * 2;
+    if (lane == 0) {
+      ptx::mbarrier_init(mbarrier, kLanes);
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    for (int phase = 0; phase < 2; ++phase) {
+      if (lane % 2 == phase) {
+        const uint32_t bytes = phase == 0 ? 32 : 16;
+        ptx::mbarrier_arrive_expect(mbarrier, bytes);
+        ptx::copy_bulk(ptx::shared_address(mine), phase == 0 ? in + (kLanes - 1 - lane) * kInputs : in + lane * kInputs + 8,
+                       bytes, mbarrier);
+      } else {
+        ptx::mbarrier_arrive(mbarrier);
+      }
+      ptx::mbarrier_wait(mbarrier, static_cast<uint32_t>(phase));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      y[i] = ptx::load_shared(shared + even * 8 + lane % 2 * 4 + i);
+      y[4 + i] = ptx::load_shared(shared + (even + 1) * 8 + i);
+    }
+  } else if constexpr (kProbe == kCluster && ptx::kClusters) {
+    // Two blocks: block 0 reads what block 1 has stored in its shared memory, and block 1 stores to block 0's.
+    float4* const mine = reinterpret_cast<float4*>(shared) + 2 * lane;
+    const uint32_t rank = ptx::cluster_rank(), opposite = ptx::shared_address(mine - 2 * lane + 2 * (kLanes - 1 - lane));
+    const auto values = [&](int i) {
+      return make_float4(__uint_as_float(x[i]), __uint_as_float(x[i + 1]), __uint_as_float(x[i + 2]),
+                         __uint_as_float(x[i + 3]));
+    };
+    ptx::store_shared(mine, values(rank == 0 ? 4 : 8));
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    const float4 read = ptx::load_cluster(ptx::map_shared(opposite, 1));
+    if (rank == 1) ptx::store_cluster(ptx::map_shared(opposite + 16, 0), values(12));
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    if (rank != 0) return;
+    const float4 stored = ptx::load_shared(mine + 1);
+    y[0] = __float_as_uint(read.x), y[1] = __float_as_uint(read.y), y[2] = __float_as_uint(read.z);
+    y[3] = __float_as_uint(read.w), y[4] = __float_as_uint(stored.x), y[5] = __float_as_uint(stored.y);
+    y[6] = __float_as_uint(stored.z), y[7] = ptx::cluster_size();
   } else if constexpr (kProbe == kCpAsync) {
     // Lane l copies l % 17 bytes of its own 16; the rest must become zero.
 #pragma unroll
@@ -110,8 +190,9 @@ __global__ void __launch_bounds__(kLanes) probe_kernel(const uint32_t* in, uint3
     const float a = __uint_as_float(x[8]), b = __uint_as_float(x[9]), c = __uint_as_float(x[10]);
     y[5] = __float_as_uint(fmaf(a, b, c));
   }
+  if constexpr (kProbe != kStoreIf)
 #pragma unroll
-  for (int i = 0; i < kOutputs; ++i) ptx::store_global(out + lane * kOutputs + i, y[i]);
+    for (int i = 0; i < kOutputs; ++i) ptx::store_global(out + lane * kOutputs + i, y[i]);
 }
 
 // Random bits; for the sums, pairs of 16-bit numbers and float32 numbers of moderate size.
@@ -138,10 +219,12 @@ inline void make_inputs(int probe, uint32_t seed, uint32_t* in) {
 
 inline Status run_probe(int probe, const uint32_t* in, uint32_t* out, const CudaHost& host) {
   void (*const kernels[kProbes])(const uint32_t*, uint32_t*) = {
-      probe_kernel<kLdmatrix>,   probe_kernel<kLdmatrixTrans>, probe_kernel<kMmaBfloat16>,
-      probe_kernel<kMmaFloat16>, probe_kernel<kCpAsync>,       probe_kernel<kLoadGlobalOnce>,
-      probe_kernel<kShuffles>,   probe_kernel<kVotes>,         probe_kernel<kRoundings>};
-  return cuda::launch(kNames[probe], kernels[probe], dim3(1), dim3(kLanes), kSharedBytes, host, in, out);
+      probe_kernel<kLdmatrix>,  probe_kernel<kLdmatrixTrans>,  probe_kernel<kMmaBfloat16>, probe_kernel<kMmaFloat16>,
+      probe_kernel<kCpAsync>,   probe_kernel<kLoadGlobalOnce>, probe_kernel<kShuffles>,    probe_kernel<kVotes>,
+      probe_kernel<kRoundings>, probe_kernel<kMmaZero>,        probe_kernel<kPickBytes>,   probe_kernel<kLoadIf>,
+      probe_kernel<kStoreIf>,   probe_kernel<kBulkCopy>,       probe_kernel<kCluster>};
+  const unsigned blocks = probe == kCluster ? 2 : 1;
+  return cuda::launch(kNames[probe], kernels[probe], {dim3(blocks), blocks}, dim3(kLanes), kSharedBytes, host, in, out);
 }
 
 }  // namespace lors::golden

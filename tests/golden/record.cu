@@ -35,7 +35,9 @@ int main() {
   std::printf("{\"device\": \"%s\", \"architecture\": \"sm_%d%d\", \"driver\": %d, \"runtime\": %d, \"date\": \"%s\",\n",
               device.name, device.major, device.minor, driver, runtime, date);
   std::printf(" \"probes\": {");
+  const bool clusters = lors::cuda::has_clusters(10 * device.major + device.minor);
   for (int probe = 0; probe < kProbes; ++probe) {
+    if (needs_clusters(probe) && !clusters) continue;
     std::printf("%s\n  \"%s\": {", probe ? "," : "", kNames[probe]);
     for (uint32_t seed = 1; seed <= kSeeds; ++seed) {
       make_inputs(probe, seed, in);

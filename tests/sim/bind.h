@@ -74,6 +74,14 @@ void read_weight(Arguments& given, Args& args) {
   given.read("mask", args.mask);
 }
 
+// A compressed weight is given by what only its layout has.
+template <typename Args>
+void read_layout(Arguments& given, Args& args) {
+  given.read("metadata", args.metadata);
+  given.read("row_offsets", args.row_offsets);
+  args.weight_layout = args.metadata ? Layout::sparse24 : args.row_offsets ? Layout::bitmap : Layout::dense;
+}
+
 template <typename Args>
 void read_adapter_grad(Arguments& given, Args& args) {
   given.read("tokens", args.tokens);

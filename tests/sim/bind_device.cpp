@@ -188,6 +188,7 @@ py::list launches(const Device& device) {
     of["name"] = launch.name;
     of["grid"] = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z);
     of["block"] = py::make_tuple(launch.block.x, launch.block.y, launch.block.z);
+    of["cluster"] = launch.cluster;
     of["shared_bytes"] = launch.shared_bytes;
     add_launch(device, launch, of);
     all.append(of);
@@ -210,7 +211,7 @@ LORS_SIM_BINDING(device) {
 
   py::class_<Device>(m, "Device")
       .def(py::init([](uint64_t seed, double preempt, const std::string& cp, const std::string& cores, bool race, bool count,
-                       int multiprocessors, int shared_bytes, int sample_blocks) {
+                       int multiprocessors, int shared_bytes, int architecture, int sample_blocks) {
              Options options;
              options.seed = seed;
              options.preempt = preempt;
@@ -220,12 +221,13 @@ LORS_SIM_BINDING(device) {
              options.count = count;
              options.multiprocessors = multiprocessors;
              options.shared_bytes = shared_bytes;
+             options.architecture = architecture;
              options.sample_blocks = sample_blocks;
              return std::make_unique<Device>(options);
            }),
            py::kw_only(), py::arg("seed") = 1, py::arg("preempt") = 0.0, py::arg("cp") = "random",
            py::arg("tensor_cores") = "hopper", py::arg("race") = false, py::arg("count") = true, py::arg("multiprocessors") = 4,
-           py::arg("shared_bytes") = 227 * 1024, py::arg("sample_blocks") = 0)
+           py::arg("shared_bytes") = 227 * 1024, py::arg("architecture") = 80, py::arg("sample_blocks") = 0)
       .def("upload", &upload, py::arg("name"), py::arg("array"), py::arg("misalign") = 0, py::keep_alive<0, 1>())
       .def(
           "empty",

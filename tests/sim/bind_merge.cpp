@@ -11,9 +11,7 @@ LORS_SIM_BINDING(merge) {
     given.read("out_features", args.out_features);
     sim::read_adapters(given, args);
     sim::read_weight(given, args);
-    given.read("metadata", args.metadata);
-    given.read("row_offsets", args.row_offsets);
-    args.weight_layout = args.metadata ? Layout::sparse24 : args.row_offsets ? Layout::bitmap : Layout::dense;
+    sim::read_layout(given, args);
     bool to_sparse24 = false;
     given.read("to_sparse24", to_sparse24);
     if (to_sparse24) args.merged_layout = Layout::sparse24;

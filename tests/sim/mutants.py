@@ -58,13 +58,16 @@ def without_comments(text: str) -> str:
 
 
 def removals(family: str) -> list[Mutant]:
-    """One mutant per barrier, __syncwarp and wait of the family: the first two removed, the last made too weak."""
+    """One mutant per barrier and wait of the family: removed, or made too weak in the case of cp_async_wait."""
     found = []
     for file in sources(family):
         text = (SOURCES / file).read_text()
         for kind, pattern, weaker in (
             ("__syncthreads", r"__syncthreads\(\);", "(void)0;"),
             ("__syncwarp", r"__syncwarp\([^;]*\);", "(void)0;"),
+            ("mbarrier_wait", r"mbarrier_wait\([^;]*\);", "cluster_rank();"),
+            ("fence_mbarrier_init", r"fence_mbarrier_init\(\);", "cluster_rank();"),
+            ("cluster barrier", r"cluster_arrive\(\);\s*ptx::cluster_wait\(\);", "cluster_rank();"),
             ("cp_async_wait", r"cp_async_wait<([^;]*)>\(\);", r"cp_async_wait<(\1) + 1>();"),
         ):
             for i, match in enumerate(re.finditer(pattern, without_comments(text))):

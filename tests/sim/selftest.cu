@@ -100,6 +100,148 @@ __global__ void copy_over_readers(Words in, Out out, int) {
   ptx::store_global(out + threadIdx.x, v);
 }
 
+// ---- mbarriers and bulk copies ----
+// Two rows of 64 words come by one bulk copy each, and 64 threads copy them to `out`. kRight, or which mistake.
+enum Bulk {
+  kRight,
+  kNoFence,
+  kNoWait,
+  kExpectMore,
+  kExpectLess,
+  kEarlierPhase,
+  kLaterPhase,
+  kMisalignedSource,
+  kMisalignedTarget,
+  kOddSize,
+  kNoBarrierAfterInit,
+  kArriveTwice,
+  kStoreOverMBarrier,
+  kCopyOverReaders,
+  kCopyOverStores,
+  kPastShared,
+  kPastGlobal,
+  kNoInit,
+  kInitTwice,
+};
+__global__ void bulk_copies(Words in, Out out, int n) {
+  uint32_t* const words = shared_words();
+  const uint32_t mbarrier = ptx::shared_address(words + 128), bytes = n == kOddSize ? 248 : 256;
+  if (n == kCopyOverReaders || n == kCopyOverStores) {
+    ptx::store_shared(words + threadIdx.x, 1u);
+    if (n == kCopyOverStores) __syncthreads();
+  }
+  if (threadIdx.x == 0 && n != kNoInit) {
+    ptx::mbarrier_init(mbarrier, 1);
+    if (n == kInitTwice) ptx::mbarrier_init(mbarrier, 1);
+    if (n != kNoFence) ptx::fence_mbarrier_init();
+  }
+  if (n != kNoBarrierAfterInit) __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(mbarrier, n == kExpectMore ? 528 : n == kExpectLess ? 256 : 2 * bytes);
+    if (n == kArriveTwice) ptx::mbarrier_arrive(mbarrier);
+    for (uint32_t row = 0; row < 2; ++row)
+      ptx::copy_bulk(ptx::shared_address(words + 64 * row) + (n == kMisalignedTarget ? 8
+                                                              : n == kPastShared     ? 272
+                                                                                     : 0),
+                     in + 64 * row +
+                         (n == kMisalignedSource ? 2
+                          : n == kPastGlobal     ? 4064
+                                                 : 0),
+                     bytes, mbarrier);
+  }
+  if (n == kStoreOverMBarrier) ptx::store_shared(words + 128, 1u);
+  if (n != kNoWait) ptx::mbarrier_wait(mbarrier, n == kEarlierPhase ? 1 : 0);
+  if (n == kLaterPhase) ptx::mbarrier_wait(mbarrier, 1);
+  for (uint32_t row = 0; row < 2; ++row)
+    ptx::store_global(out + 64 * row + threadIdx.x, ptx::load_shared(words + 64 * row + threadIdx.x));
+}
+// `n % 16` stages of 64 words, refilled by thread 0; out[thread] is a sum over 10 steps. n / 16 = 0: right; 1: refilled while
+// others may still be reading; 2: the parity never changes.
+__global__ void bulk_pipeline(Words in, Out out, int n) {
+  const int stages = n % 16, mistake = n / 16, steps = 10;
+  uint32_t* const words = shared_words();
+  const uint32_t mbarriers = ptx::shared_address(words + 64 * stages);
+  const auto fill = [&](int step) {
+    if (threadIdx.x != 0 || step >= steps) return;
+    const uint32_t mbarrier = mbarriers + 8 * static_cast<uint32_t>(step % stages);
+    ptx::mbarrier_arrive_expect(mbarrier, 256);
+    ptx::copy_bulk(ptx::shared_address(words + 64 * (step % stages)), in + 64 * step, 256, mbarrier);
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) ptx::mbarrier_init(mbarriers + 8 * static_cast<uint32_t>(i), 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  for (int i = 0; i < stages - 1; ++i) fill(i);
+  uint32_t sum = 0;
+  for (int step = 0; step < steps; ++step) {
+    ptx::mbarrier_wait(mbarriers + 8 * static_cast<uint32_t>(step % stages),
+                       mistake == 2 ? 0 : static_cast<uint32_t>(step / stages % 2));
+    if (mistake != 1) __syncthreads();
+    fill(step + stages - 1);
+    sum += ptx::load_shared(words + 64 * (step % stages) + (threadIdx.x + 1) % 64);
+  }
+  ptx::store_global(out + threadIdx.x, sum);
+}
+
+// ---- clusters ----
+// Four words per thread, added over the blocks of a cluster in the order of their ranks.
+enum Across {
+  kAdded,
+  kNoFirstBarrier,
+  kNoLastBarrier,
+  kClusterArriveTwice,
+  kWaitWithoutArrive,
+  kRankTooLarge,
+  kMisalignedRead,
+  kWrittenAfterArrive,
+  kPushed,  // each block stores to the next one's shared memory
+  kPushedAtOnce,
+  kPushedUnordered,
+  kEndedInBarrier,
+  kDivergentArrive,
+};
+__global__ void across_cluster(Words in, Out out, int n) {
+  const auto values = [&](uint32_t rank) {
+    const uint32_t* const from = in + 4 * (blockDim.x * rank + threadIdx.x);
+    return make_float4(float(ptx::load_global(from)), float(ptx::load_global(from + 1)), float(ptx::load_global(from + 2)),
+                       float(ptx::load_global(from + 3)));
+  };
+  auto* const mine = reinterpret_cast<float4*>(ptx::dynamic_shared()) + threadIdx.x;
+  const uint32_t size = ptx::cluster_size(), rank = ptx::cluster_rank();
+  const bool pushed = n == kPushed || n == kPushedAtOnce || n == kPushedUnordered;
+  float4 sum = make_float4(0, 0, 0, 0);
+  if (pushed && n != kPushedAtOnce) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+  if (pushed)
+    ptx::store_cluster(ptx::map_shared(ptx::shared_address(mine), (rank + 1) % size), values(rank));
+  else if (n != kWrittenAfterArrive)
+    ptx::store_shared(mine, values(rank));
+  if (n != kNoFirstBarrier && n != kPushedUnordered && n != kWaitWithoutArrive) {
+    if (n != kDivergentArrive || threadIdx.x % 2 == 0) ptx::cluster_arrive();
+    if (n == kClusterArriveTwice) ptx::cluster_arrive();
+    if (n == kEndedInBarrier) return;
+    if (n == kWrittenAfterArrive) ptx::store_shared(mine, values(rank));
+  }
+  if (n != kNoFirstBarrier && n != kPushedUnordered) ptx::cluster_wait();
+  if (pushed) {
+    sum = ptx::load_shared(mine);
+  } else {
+    for (uint32_t of = 0; of < size; ++of) {
+      const uint32_t at = ptx::map_shared(ptx::shared_address(mine), n == kRankTooLarge ? of + 1 : of);
+      const float4 part = ptx::load_cluster(n == kMisalignedRead ? at + 8 : at);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+  }
+  if (n != kNoLastBarrier) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+  ptx::store_global(reinterpret_cast<float4*>(out) + blockDim.x * blockIdx.x + threadIdx.x, sum);
+}
+
 // ---- global memory ----
 __global__ void read_at(Words in, Out out, int n) {
   ptx::store_global(out + threadIdx.x, ptx::load_global(in + static_cast<int>(threadIdx.x) + n));
@@ -214,6 +356,34 @@ __global__ void scripted(Words in, Out out, int n) {
     if (width == 4) scripted_access<uint32_t>(op, shared, global);
   }
 }
+// The same with mbarriers and clusters: op | rank << 4 | offset << 8. The mbarrier of a block takes as many arrivals as the
+// first word of the block's first script says.
+__global__ void scripted_cluster(Words in, Out out, int n) {
+  const uint32_t mbarrier = ptx::shared_address(shared_words() + 16);
+  for (uint32_t i = threadIdx.x; i < 16; i += blockDim.x) ptx::store_shared(shared_words() + i, 0u);
+  const uint32_t count = ptx::load_global(in + n * (global_index() - static_cast<int>(threadIdx.x)));
+  if (threadIdx.x == 0 && count > 0) ptx::mbarrier_init(mbarrier, count);
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  for (int i = 1; i < n; ++i) {
+    const uint32_t word = ptx::load_global(in + n * global_index() + i), op = word & 15, offset = word >> 8;
+    uint8_t* const shared = ptx::dynamic_shared() + offset;
+    if (op == 1) ptx::load_shared(reinterpret_cast<uint32_t*>(shared));
+    if (op == 2) ptx::store_shared(reinterpret_cast<uint32_t*>(shared), 1u);
+    if (op == 3) ptx::load_cluster(ptx::map_shared(ptx::shared_address(shared), word >> 4 & 15));
+    if (op == 4) ptx::store_cluster(ptx::map_shared(ptx::shared_address(shared), word >> 4 & 15), make_float4(0, 0, 0, 0));
+    if (op == 5) ptx::load_global(reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(out) + offset));
+    if (op == 6) ptx::store_global(reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(out) + offset), 1u);
+    if (op == 7) ptx::mbarrier_arrive(mbarrier);
+    if (op == 8) ptx::mbarrier_wait(mbarrier, 0);
+    if (op == 9) ptx::cluster_arrive();
+    if (op == 10) ptx::cluster_wait();
+    if (op == 11) __syncthreads();
+    if (op == 12) __syncwarp();
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
 
 struct Named {
   const char* name;
@@ -232,6 +402,9 @@ constexpr Named kKernels[] = {
     LORS_SIM_KERNEL(shared_at),
     LORS_SIM_KERNEL(copies),
     LORS_SIM_KERNEL(copy_over_readers),
+    LORS_SIM_KERNEL(bulk_copies),
+    LORS_SIM_KERNEL(bulk_pipeline),
+    LORS_SIM_KERNEL(across_cluster),
     LORS_SIM_KERNEL(read_at),
     LORS_SIM_KERNEL(write_at),
     LORS_SIM_KERNEL(read_vector_at),
@@ -253,6 +426,7 @@ constexpr Named kKernels[] = {
     LORS_SIM_KERNEL(matrix_rows),
     LORS_SIM_KERNEL(uneven_loop),
     LORS_SIM_KERNEL(scripted),
+    LORS_SIM_KERNEL(scripted_cluster),
 };
 
 }  // namespace
@@ -260,8 +434,8 @@ constexpr Named kKernels[] = {
 Status selftest(const SelfTest& test, const CudaHost& host) {
   for (const Named& known : kKernels)
     if (test.kernel == known.name)
-      return cuda::launch(known.name, known.kernel, dim3(test.blocks), dim3(test.threads), test.shared_bytes, host,
-                          static_cast<Words>(test.in), static_cast<Out>(test.out), test.n);
+      return cuda::launch(known.name, known.kernel, {dim3(test.blocks), test.cluster}, dim3(test.threads), test.shared_bytes,
+                          host, static_cast<Words>(test.in), static_cast<Out>(test.out), test.n);
   return Status::error("there is no self-test kernel '" + test.kernel + "'");
 }
 

@@ -14,7 +14,7 @@ struct SelfTest {
   const void* in = nullptr;
   void* out = nullptr;
   int n = 0;
-  unsigned blocks = 1, threads = 32;
+  unsigned blocks = 1, threads = 32, cluster = 1;
   int shared_bytes = 0;
 };
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many kernels of ours a forward and a backward launch (docs/cuda.md); torch's own matmuls and sums are not ours."""
+"""How many kernels of ours a forward and a backward launch (docs/cuda.md); torch's matmuls and sums are not ours."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 // Launches the "lors" adapter gradients: one launch for P = X A^T and Q = dY B, one for lora_B_grad and lora_A_grad, and one
 // more for the sum of partial sums where there are any. More than 128 ranks, or fewer on a device with little shared memory,
 // are taken in chunks.
-#include "adapter_grad_lors.cuh"
-
 #include <lors/adapter_grad.h>
+
+#include "adapter_grad_lors_cluster.cuh"
 
 namespace lors {
 namespace {
@@ -18,9 +18,14 @@ Status launch_projections(const ProjectProblem& problem, int64_t blocks, int sha
 }
 
 template <typename Z>
-Status launch_gradients(const GradientProblem& problem, int64_t blocks, int warps, int shared_bytes, const CudaHost& host) {
-  return launch("the adapter gradients", gradient_kernel<Z>, dim3(static_cast<unsigned>(blocks)),
-                dim3(static_cast<unsigned>(warps * kWarp)), shared_bytes, host, problem);
+Status launch_gradients(const GradientProblem& problem, int64_t blocks, const GradientConfig& config, bool clusters,
+                        const CudaHost& host) {
+  const char* const name = "the adapter gradients";
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(config.warps(problem.width) * kWarp));
+  if (clusters)
+    return launch(name, cluster_gradient_kernel, {grid, static_cast<unsigned>(config.ranges)}, block, config.shared_bytes, host,
+                  problem, config.mbarriers_at);
+  return launch(name, gradient_kernel<Z>, grid, block, config.shared_bytes, host, problem);
 }
 
 // One pass: the ranks [rank, rank + shape.width). Side 0 is X with lora_A, side 1 dY with lora_B; sums[i] is the gradient that
@@ -41,6 +46,7 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   }
   const ProjectConfig pc = project_config(project_shape, limits);
   const GradientConfig gc = gradient_config(shape, limits);
+  const bool in_parts = gc.ranges > 1 && !shape.clusters;
   int terms[2];  // of each side's projection
   int64_t blocks[2][2], partials_at[2] = {}, partial_floats = 0;
   for (int i = 0; i < 2; ++i) {
@@ -48,7 +54,7 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
     blocks[0][i] = wanted[1 - i] ? pc.blocks : 0;
     blocks[1][i] = gc.tiles[i] * gc.ranges;
     partials_at[i] = partial_floats;
-    if (wanted[i] && gc.ranges > 1) partial_floats += gc.ranges * sums[i].rows * sums[i].width;
+    if (wanted[i] && in_parts) partial_floats += gc.ranges * sums[i].rows * sums[i].width;
   }
   if (blocks[0][0] + blocks[0][1] > 0x7fffffff || blocks[1][0] + blocks[1][1] > 0x7fffffff)
     return Status::error("The adapter gradients found no tiling of " + std::to_string(T) + " tokens and " +
@@ -67,7 +73,7 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
     const int factor_pitch = lors_pitch(shape.width, shape.factor_size[i], true);
     project.side[i] = {z[i], features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
     gradient.side[i] = {
-        z[i],    features[i],  gc.tiles[i], of_side[1 - i], gc.ranges > 1 ? partials.data() + partials_at[i] : nullptr,
+        z[i],    features[i],  gc.tiles[i], of_side[1 - i], in_parts ? partials.data() + partials_at[i] : nullptr,
         sums[i], terms[1 - i], vectors,     i == 0};
     gradient.side[i].sums.vectors = has_fours(sums[i]);
     gradient.side[i].sums.partials = gradient.side[i].partials;
@@ -91,8 +97,8 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   gradient.blocks = static_cast<unsigned>(blocks[1][0]);
   if (Status status = launch_projections<Z>(project, blocks[0][0] + blocks[0][1], pc.shared_bytes, host); !status.ok())
     return status;
-  if (Status status = launch_gradients<Z>(gradient, blocks[1][0] + blocks[1][1], gc.warps(shape.width), gc.shared_bytes, host);
-      !status.ok() || gc.ranges == 1)
+  if (Status status = launch_gradients<Z>(gradient, blocks[1][0] + blocks[1][1], gc, shape.clusters, host);
+      !status.ok() || !in_parts)
     return status;
   PartialSums parts[2];
   for (int i = 0; i < 2; ++i)
@@ -136,6 +142,9 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
   shape.factor_size[0] = static_cast<int>(dtype_size(args.lora_A_dtype));
   shape.factor_size[1] = static_cast<int>(dtype_size(args.lora_B_dtype));
   shape.terms = token_terms(split_terms(args.input_dtype), T, N < K ? N : K);
+  shape.clusters = gradients_in_clusters(
+      limits.architecture, args.input_dtype,
+      (!args.lora_A_grad || has_vectors(args.input, K)) && (!args.lora_B_grad || has_vectors(args.grad_output, N)));
   // As many ranks as fit the device's shared memory.
   for (shape.width = lors_width(r);; shape.width /= 2) {
     if (project_config(shape, limits).token_tiles > 0 && gradient_config(shape, limits).feature_groups > 0) break;

@@ -283,13 +283,17 @@ struct GradientBlock {
       : p(problem), side(problem.side[blockIdx.x >= problem.blocks]) {
     const int64_t block = blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0);
     const int warp = threadIdx.x / kWarp, rank_groups = p.width / 16;
-    range = block / side.tiles;
-    first_token = range * p.range_tokens;
-    end_token = first_token + p.range_tokens < p.tokens ? first_token + p.range_tokens : p.tokens;
-    first_feature = block % side.tiles * (64 * p.feature_groups);
+    set_place(block / side.tiles, block % side.tiles);
     rank_group = warp % rank_groups;
     feature_group = warp / rank_groups % p.feature_groups;
     token_group = warp / rank_groups / p.feature_groups;
+  }
+
+  __device__ __forceinline__ void set_place(int64_t of_range, int64_t tile) {
+    range = of_range;
+    first_token = range * p.range_tokens;
+    end_token = first_token + p.range_tokens < p.tokens ? first_token + p.range_tokens : p.tokens;
+    first_feature = tile * (64 * p.feature_groups);
   }
 
   __device__ __forceinline__ int steps() const {
@@ -354,11 +358,10 @@ struct GradientBlock {
     }
   }
 
-  // The sum over the warps that have the same features and ranks, to the partial sums or to the result.
-  __device__ __forceinline__ void write(const Sum& total) const {
-    const int lane = threadIdx.x % kWarp, rank_groups = p.width / 16, groups = rank_groups * p.feature_groups;
-    float* const sums = reinterpret_cast<float*>(ptx::dynamic_shared());  // [token groups, feature groups, rank groups]
-    float* const to = sums + threadIdx.x / kWarp * kLorsWarpSums;
+  // The warps' sums to shared memory, [token groups, feature groups, rank groups].
+  __device__ __forceinline__ void put_sums(const Sum& total) const {
+    const int lane = threadIdx.x % kWarp;
+    float* const to = reinterpret_cast<float*>(ptx::dynamic_shared()) + threadIdx.x / kWarp * kLorsWarpSums;
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -374,25 +377,48 @@ struct GradientBlock {
                               make_float2(total[m][n][2 * h], total[m][n][2 * h + 1]));
           }
         }
+  }
+
+  // Four neighbours of the block's result: where the first token group has their sum, and where they go.
+  struct SumPlace {
+    float* from;
+    int64_t row, column;
+    bool inside;
+  };
+  __device__ __forceinline__ int sum_groups() const { return p.width / 16 * p.feature_groups; }
+  __device__ __forceinline__ int sum_tasks() const { return sum_groups() * 256; }
+  __device__ __forceinline__ SumPlace sum_place_of(int task) const {
+    const int group = task / 256, fours = side.transposed ? 16 : 4, rank_groups = p.width / 16;
+    const int row = task % 256 / fours, column = task % fours * 4;
+    const int ranks = group % rank_groups * 16;
+    const int64_t feature = first_feature + group / rank_groups * 64;
+    SumPlace at;
+    at.from = reinterpret_cast<float*>(ptx::dynamic_shared()) + group * kLorsWarpSums +
+              (side.transposed ? row * kLorsTransposedPitch + column : sum_place(row, column));
+    at.row = row + (side.transposed ? ranks : feature);
+    at.column = column + (side.transposed ? feature : ranks);
+    at.inside = at.row < side.sums.rows && at.column < side.sums.columns;
+    return at;
+  }
+  __device__ __forceinline__ float4 add_sums(const SumPlace& at) const {
+    return add_warps(at.from, p.token_groups, sum_groups() * kLorsWarpSums);
+  }
+
+  // The sum over the warps that have the same features and ranks, to the partial sums or to the result.
+  __device__ __forceinline__ void write(const Sum& total) const {
+    put_sums(total);
     __syncthreads();
     const int64_t size = side.sums.rows * side.sums.width;
-    for (int task = threadIdx.x; task < groups * 256; task += blockDim.x) {
-      const int group = task / 256, fours = side.transposed ? 16 : 4;
-      const int row = task % 256 / fours, column = task % fours * 4;
-      const float* const from =
-          sums + group * kLorsWarpSums + (side.transposed ? row * kLorsTransposedPitch + column : sum_place(row, column));
-      const int ranks = group % rank_groups * 16, features = group / rank_groups * 64;
-      const int64_t feature = first_feature + features;
-      const int64_t out_row = row + (side.transposed ? ranks : feature),
-                    out_column = column + (side.transposed ? feature : ranks);
-      if (out_row >= side.sums.rows || out_column >= side.sums.columns) continue;
-      const float4 value = add_warps(from, p.token_groups, groups * kLorsWarpSums);
+    for (int task = threadIdx.x; task < sum_tasks(); task += blockDim.x) {
+      const SumPlace at = sum_place_of(task);
+      if (!at.inside) continue;
+      const float4 value = add_sums(at);
       if (side.partials) {
-        ptx::store_global(reinterpret_cast<float4*>(side.partials + range * size + out_row * side.sums.width + out_column),
+        ptx::store_global(reinterpret_cast<float4*>(side.partials + range * size + at.row * side.sums.width + at.column),
                           value);
       } else {
         float four[4] = {value.x, value.y, value.z, value.w};
-        store_result(side.sums, out_row, out_column, four);
+        store_result(side.sums, at.row, at.column, four);
       }
     }
   }

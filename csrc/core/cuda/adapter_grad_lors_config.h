@@ -13,6 +13,8 @@ constexpr int kLorsWarps = 8;                // most in a block
 constexpr int kLorsRanks = 16 * kLorsWarps;  // in one pass: a warp takes 16
 constexpr int kLorsPad = 16;                 // bytes after each row in shared memory, against bank conflicts
 constexpr int kProjectFeatures = 128;        // of a step of the first launch
+constexpr int kMostRanges = 8;               // of tokens in a cluster, whose blocks they are: what every device takes
+constexpr int kMBarriersBytes = 32;          // of a block with bulk copies, one mbarrier for each stage
 constexpr int kProjectTiles = 4;             // of 16 tokens, most in a block of it
 
 // Steps in shared memory, of which all but one are on their way. size: bytes of an element of dY and X.
@@ -41,6 +43,11 @@ constexpr int lors_width(int64_t ranks) {
 
 constexpr int64_t lors_parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
+// Whether the second launch takes clusters and bulk copies. vectors: the rows of dY and X are aligned.
+constexpr bool gradients_in_clusters(int architecture, DType dtype, bool vectors) {
+  return has_clusters(architecture) && dtype == DType::bfloat16 && vectors;
+}
+
 // Of one of the launches. features: of X and dY; 0 where the launch has nothing to do with it.
 struct LorsShape {
   int64_t tokens = 0;
@@ -48,6 +55,7 @@ struct LorsShape {
   int size = 2;                 // bytes of an element of dY and X
   int factor_size[2] = {2, 2};  // of lora_A and lora_B
   int terms = 3;                // of P and Q
+  bool clusters = false;        // gradients_in_clusters
   int width = 16;
 };
 
@@ -86,6 +94,7 @@ struct GradientConfig {
   int step_tokens = 0;
   int terms_at = 0;  // bytes from a stage's tile of dY or X to that of P or Q
   int stage = 0;     // bytes
+  int mbarriers_at = 0;
   int shared_bytes = 0;
   int64_t tiles[2] = {};     // of features
   int64_t range_tokens = 0;  // of a block: whole steps
@@ -114,6 +123,8 @@ constexpr GradientConfig gradient_config(const LorsShape& s, DeviceLimits limits
       const int sums = c.warps(s.width) * kLorsWarpSums * 4;
       c.shared_bytes = lors_stages(s.size) * c.stage;
       if (c.shared_bytes < sums) c.shared_bytes = sums;
+      c.mbarriers_at = c.shared_bytes;
+      if (s.clusters) c.shared_bytes += kMBarriersBytes;
       if (c.shared_bytes <= limits.shared_bytes) break;
     }
     if (c.token_groups == 0) break;
@@ -122,6 +133,7 @@ constexpr GradientConfig gradient_config(const LorsShape& s, DeviceLimits limits
     const int64_t least = lors_parts(16 * s.width, c.step_tokens);
     int64_t wanted = limits.multiprocessors / (tiles > 0 ? tiles : 1);
     if (wanted > steps / least) wanted = steps / least;
+    if (s.clusters && wanted > kMostRanges) wanted = kMostRanges;
     if (wanted < 1) wanted = 1;
     const int64_t range_steps = lors_parts(steps, wanted);
     c.range_tokens = range_steps * c.step_tokens;

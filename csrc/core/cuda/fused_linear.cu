@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches fused_linear: checks dtypes, takes the tiling of fused_linear_config, picks the kernel by dtype, token tile and
-// direction, and adds up a split reduction with a second kernel.
+// Launches fused_linear: checks dtypes, takes the fast path where fused_linear_fast_config serves, else the tiling of
+// fused_linear_config and the kernel of dtype, token tile and direction, and adds up a split reduction by reduce.cuh.
 #include "fused_linear.cuh"
 
 #include <lors/fused_linear.h>
 
+#include "fused_linear_fast_config.h"
 #include "launch.h"
+#include "reduce.cuh"
 
 namespace lors {
 namespace {
@@ -20,8 +22,10 @@ Status launch_matmul(bool input_gradient, const FusedProblem& problem, const Cud
 }
 
 template <typename T>
-Status launch_both(bool input_gradient, const FusedProblem& problem, const CudaHost& host) {
+Status launch_both(const FusedLinearArgs& args, const FusedProblem& problem, const MergeConfig& fast, const CudaHost& host) {
+  const bool input_gradient = args.input_gradient;
   const auto matmul = [&] {
+    if (fast.columns) return fused_linear_fast(args, problem, fast, host);
     if (problem.config.token_tile == 16) return launch_matmul<T, 16>(input_gradient, problem, host);
     if constexpr (!std::is_same_v<T, float>) {
       if (problem.config.token_tile == 64) return launch_matmul<T, 64>(input_gradient, problem, host);
@@ -29,14 +33,19 @@ Status launch_both(bool input_gradient, const FusedProblem& problem, const CudaH
     return launch_matmul<T, std::is_same_v<T, float> ? 16 : kFusedWideTokens>(input_gradient, problem, host);
   };
   if (Status status = matmul(); !status.ok() || problem.partial == nullptr) return status;
-  const int64_t blocks = fused_parts(problem.tokens * problem.partial_pitch / 8, kFusedThreads);
-  return launch("fused_linear_sum", fused_linear_sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kFusedThreads), 0,
-                host, problem);
+  PartialSums sums;
+  sums.partials = problem.partial;
+  sums.count = problem.config.splits;
+  sums.rows = problem.tokens;
+  sums.width = problem.partial_pitch;
+  sums.columns = sums.out_pitch = problem.columns;
+  sums.bias = problem.bias;
+  sums.out = problem.output;
+  sums.dtype = dtype_of<T>();
+  return reduce_partials({sums}, host);
 }
 
 Status check_supported(const FusedLinearArgs& args) {
-  if (args.weight_layout != Layout::dense)
-    return Status::error("fused_linear on CUDA reads dense weights only; merge, then multiply.");
   if (Status status =
           check_no_float64("fused_linear", {args.activation_dtype, args.weight_dtype, args.lora_A_dtype, args.lora_B_dtype,
                                             args.bias != nullptr ? args.bias_dtype : args.activation_dtype});
@@ -71,11 +80,25 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
+  const MergeConfig fast = fused_fast_config(args, split_terms(args.lora_A_dtype), split_terms(args.lora_B_dtype), limits);
+  if (!fast.columns && args.weight_layout != Layout::dense)
+    return Status::error(
+        "fused_linear on CUDA reads a compressed weight for up to " + std::to_string(kFusedFastTokens) +
+        " tokens of the weight's own 16-bit dtype, 1 to " + std::to_string(kMergeFastRanks) +
+        " ranks, in_features a multiple of 8, an aligned weight, and as much shared memory as that takes; was given " +
+        std::to_string(args.tokens) + " tokens of " + dtype_name(args.activation_dtype) + ", a weight [" + std::to_string(N) +
+        ", " + std::to_string(K) + "] of " + dtype_name(args.weight_dtype) + " and " + std::to_string(args.r) +
+        " ranks on a device with " + std::to_string(limits.shared_bytes) +
+        " bytes of shared memory per block. Merge, then multiply.");
   FusedProblem problem{};
-  problem.config = fused_linear_config(shape, limits);
+  if (fast.columns)
+    problem.config.splits = gradient ? fast.blocks / fast.column_blocks : fast.column_blocks;
+  else
+    problem.config = fused_linear_config(shape, limits);
   const FusedConfig& config = problem.config;
-  if (config.token_tile == 0 || config.blocks > 0x7fffffff ||
-      config.split_steps * config.rank_chunks > 0x7fffffff - kFusedMaxStages)
+  if (fast.columns ? fast.blocks > 0x7fffffff
+                   : config.token_tile == 0 || config.blocks > 0x7fffffff ||
+                         config.split_steps * config.rank_chunks > 0x7fffffff - kFusedMaxStages)
     return Status::error("fused_linear found no tiling of " + std::to_string(args.tokens) + " tokens and a weight of [" +
                          std::to_string(N) + ", " + std::to_string(K) + "] with r = " + std::to_string(args.r) +
                          " for a device with " + std::to_string(limits.shared_bytes) +
@@ -101,11 +124,11 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   problem.output_vectors = has_vectors(args.output, shape.columns);
 
   problem.partial_pitch = fused_parts(shape.columns, 8) * 8;
-  const Scratch partial(host, config.splits > 1 ? config.splits * shape.tokens * problem.partial_pitch : 0);
+  const Scratch partial(host, fast.columns || config.splits > 1 ? config.splits * shape.tokens * problem.partial_pitch : 0);
   problem.partial = partial.data();
-  if (args.activation_dtype == DType::bfloat16) return launch_both<bfloat16>(gradient, problem, host);
-  if (args.activation_dtype == DType::float16) return launch_both<float16>(gradient, problem, host);
-  return launch_both<float>(gradient, problem, host);
+  if (args.activation_dtype == DType::bfloat16) return launch_both<bfloat16>(args, problem, fast, host);
+  if (args.activation_dtype == DType::float16) return launch_both<float16>(args, problem, fast, host);
+  return launch_both<float>(args, problem, fast, host);
 }
 
 }  // namespace lors

@@ -250,26 +250,4 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
   }
 }
 
-// output[t, c] = round(sum over splits of partial[split, t, c] + bias[c]), in the order of the splits. 8 columns per thread.
-template <typename T>
-__global__ void __launch_bounds__(kFusedThreads) fused_linear_sum_kernel(const FusedProblem p) {
-  const int64_t index = int64_t{blockIdx.x} * kFusedThreads + threadIdx.x, eights = p.partial_pitch / 8;
-  if (index >= p.tokens * eights) return;
-  const int64_t m = index / eights, at = index % eights * 8;
-  float sum[8] = {}, bias[8];
-  load_eight(bias, p.bias, 0, at);
-#pragma unroll 4
-  for (int64_t split = 0; split < p.config.splits; ++split) {
-    float values[8];
-    load_eight<float, true>(p.partial + (split * p.tokens + m) * p.partial_pitch, at, p.partial_pitch, true).get(values);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += values[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i] += bias[i];
-  Eight<T> out;
-  out.set(sum);
-  store_eight(static_cast<T*>(p.output) + m * p.columns, at, p.columns, p.output_vectors, out);
-}
-
 }  // namespace lors::cuda

@@ -102,35 +102,41 @@ __device__ __forceinline__ uint8_t* activation_vector(uint8_t* stage, int row, i
   return stage + ((row << depth_log2) * static_cast<int>(sizeof(T)) + 16 * swizzled);
 }
 
-// `own` as the first operand of the low-rank matmul, ranks [rank, rank + own_ranks), for this block's columns.
-// Forward: terms [columns][own_ranks + pad], column 8 g + 2 i + h of a group of 64 in row 16 i + 8 h + g.
-// Input gradient: terms [own_ranks / 16][columns / 16][lane], the four registers of each lane together.
-template <bool kGradient>
-__device__ __forceinline__ void stage_own(uint8_t* to, const FusedProblem& p, int64_t column, int64_t rank) {
-  const int columns = p.config.columns, ranks = p.config.own_ranks, count = split_terms(p.own.dtype);
-  if constexpr (kGradient) {
-    const int lane = threadIdx.x % kWarp, groups = columns / kFusedWarpColumns;
-    for (int task = threadIdx.x / kWarp; task < ranks / 16 * groups; task += blockDim.x / kWarp) {
-      const int slice = task / groups, group = task % groups;
-      float values[4][8];
+// A matrix [r, columns] transposed as the first operands of mma: ranks [rank, rank + ranks), `columns` columns from `column`
+// on, as terms [ranks / 16][columns / 16][lane], the four registers of each lane together. Columns as in FusedThread.
+__device__ __forceinline__ void stage_fragments(uint4* to, const Matrix& m, int64_t rank, int64_t column, int ranks,
+                                                int columns) {
+  const int lane = threadIdx.x % kWarp, groups = columns / kFusedWarpColumns, count = split_terms(m.dtype);
+  for (int task = threadIdx.x / kWarp; task < ranks / 16 * groups; task += blockDim.x / kWarp) {
+    const int slice = task / groups, group = task % groups;
+    float values[4][8];
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        load_eight(values[e], p.own, rank + 16 * slice + 2 * (lane % 4) + e % 2 + e / 2 * 8,
-                   column + 64 * group + lane / 4 * 8);
-      for (int term = 0; term < count; ++term) {
-        uint4* at = reinterpret_cast<uint4*>(to) + ((term * (ranks / 16) + slice) * groups + group) * 4 * kWarp + lane;
+    for (int e = 0; e < 4; ++e)
+      load_eight(values[e], m, rank + 16 * slice + 2 * (lane % 4) + e % 2 + e / 2 * 8, column + 64 * group + lane / 4 * 8);
+    for (int term = 0; term < count; ++term) {
+      uint4* at = to + ((term * (ranks / 16) + slice) * groups + group) * 4 * kWarp + lane;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t word[4];
+      for (int i = 0; i < 4; ++i) {
+        uint32_t word[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            word[j] = next_term_pair(values[j / 2 * 2][2 * i + j % 2], values[j / 2 * 2 + 1][2 * i + j % 2]);
-          ptx::store_shared(at + i * kWarp, make_vector(word));
-        }
+        for (int j = 0; j < 4; ++j)
+          word[j] = next_term_pair(values[j / 2 * 2][2 * i + j % 2], values[j / 2 * 2 + 1][2 * i + j % 2]);
+        ptx::store_shared(at + i * kWarp, make_vector(word));
       }
     }
+  }
+}
+
+// `own` as the first operand of the low-rank matmul, ranks [rank, rank + own_ranks), for this block's columns.
+// Forward: terms [columns][own_ranks + pad], column 8 g + 2 i + h of a group of 64 in row 16 i + 8 h + g.
+// Input gradient: see stage_fragments.
+template <bool kGradient>
+__device__ __forceinline__ void stage_own(uint8_t* to, const FusedProblem& p, int64_t column, int64_t rank) {
+  const int columns = p.config.columns, ranks = p.config.own_ranks;
+  if constexpr (kGradient) {
+    stage_fragments(reinterpret_cast<uint4*>(to), p.own, rank, column, ranks, columns);
   } else {
-    const int pitch = ranks + kFusedPad, eights = ranks / 8;
+    const int pitch = ranks + kFusedPad, eights = ranks / 8, count = split_terms(p.own.dtype);
     for (int task = threadIdx.x; task < columns * eights; task += blockDim.x) {
       const int row = task / (8 * eights) * 8 + task % 8, r8 = task / 8 % eights * 8;
       float values[8];

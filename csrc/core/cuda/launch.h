@@ -13,9 +13,26 @@
 #include <string>
 
 #ifdef LORS_SIM
-#include "launch_sim.h"
+#include <vector_types.h>
 #else
 #include <cuda_runtime.h>
+#endif
+
+namespace lors::cuda {
+
+// The blocks of a launch; with `cluster` > 1 so many neighbours along x form a cluster, on devices that have them
+// (has_clusters): they run at the same time and reach each other's shared memory.
+struct Grid {
+  Grid(dim3 all, unsigned per_cluster = 1) : blocks(all), cluster(per_cluster) {}
+  dim3 blocks;
+  unsigned cluster;
+};
+
+}  // namespace lors::cuda
+
+#ifdef LORS_SIM
+#include "launch_sim.h"
+#else
 
 #include "shared_limit.h"
 
@@ -28,6 +45,10 @@ inline Status device_limits(DeviceLimits& limits) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int major = 0, minor = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  limits.architecture = 10 * major + minor;
   if (error == cudaSuccess) return {};
   cudaGetLastError();  // clears it, so that the next launch does not report it
   return Status::error(std::string("CUDA did not describe its device: ") + cudaGetErrorString(error) + ".");
@@ -45,23 +66,29 @@ inline cudaError_t raise_shared_limit(const void* kernel) {
   });
 }
 
-// kernel<<<grid, block, shared_bytes, host.stream>>>(arguments...); `name` is for the error message.
+// kernel(arguments...) on host.stream; `name` is for the error message.
 template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, const CudaHost& host,
+Status launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, int shared_bytes, const CudaHost& host,
               Arguments... arguments) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) error = raise_shared_limit(reinterpret_cast<const void*>(kernel));
-  if (error == cudaSuccess) {
-    // clang-format off
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(host.stream)>>>(arguments...);
-    // clang-format on
-    error = cudaPeekAtLastError();
-  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(host.stream);
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;  // older devices refuse the attribute
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (error == cudaSuccess) return {};
   cudaGetLastError();
-  return Status::error(std::string("lors_cuda could not launch ") + name + " with " + std::to_string(grid.x) + " x " +
-                       std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " + std::to_string(block.x) +
-                       " threads and " + std::to_string(shared_bytes) +
+  return Status::error(std::string("lors_cuda could not launch ") + name + " with " + std::to_string(grid.blocks.x) + " x " +
+                       std::to_string(grid.blocks.y) + " x " + std::to_string(grid.blocks.z) + " blocks of " +
+                       std::to_string(block.x) + " threads and " + std::to_string(shared_bytes) +
                        " bytes of shared memory: " + cudaGetErrorString(error) + ".");
 }
 

@@ -37,6 +37,14 @@ Status run_to_dense(const MergeArgs& args, const MergeProblem& problem, const Me
 
 }  // namespace
 
+Status cuda::count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host) {
+  constexpr int64_t kRows = kBeforeThreads / kWarp;
+  uint32_t* const before = static_cast<uint32_t*>(scratch);
+  p.before = before;
+  return launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((p.out_features + kRows - 1) / kRows)),
+                dim3(kBeforeThreads), 0, host, p, before, columns);
+}
+
 Status merge(const MergeArgs& args, const CudaHost& host) {
   const int64_t N = args.out_features, K = args.in_features;
   const bool from_sparse24 = args.weight_layout == Layout::sparse24, to_sparse24 = args.merged_layout == Layout::sparse24;
@@ -63,37 +71,14 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
     return Status::error("merge found no tiling for a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
                          "] on a device with " + std::to_string(limits.shared_bytes) +
                          " bytes of shared memory per block; use a GPU of architecture 80 or later.");
-  MergeProblem p{};
-  p.weight = args.weight;
-  p.index = from_sparse24 ? args.metadata : reinterpret_cast<const uint8_t*>(args.mask);
-  p.index_pitch = from_sparse24 ? sparse24_metadata_bytes(K) : 4 * mask_words(K);
-  p.row_offsets = args.row_offsets;
-  p.lora_A = matrix(args.lora_A, args.lora_A_dtype, args.r, K);
-  p.lora_B = matrix(args.lora_B, args.lora_B_dtype, N, args.r);
+  MergeProblem p = merge_problem(args, config);
   p.merged = args.merged;
-  p.out_features = N;
-  p.in_features = K;
-  p.scaling = args.r > 0 ? static_cast<float>(args.scaling) : 0.f;  // no sign and no NaN of it where nothing is added
-  p.weight_vectors = has_vectors(args.weight, K);
   p.merged_vectors = has_vectors(args.merged, K);
-  p.index_vectors = p.index_pitch % 16 == 0 && reinterpret_cast<uintptr_t>(p.index) % 16 == 0;
-  p.rows = config.rows;
-  p.panel_rows = config.panel_rows;
-  p.chunk = config.chunk;
-  p.tile_at = config.tile_at;
-  p.tile_pitch = merge_tile_pitch(config.columns);
-  p.column_blocks = config.column_blocks;
   p.draws = args.draws;
 
   const Scratch before(host, args.weight_layout == Layout::bitmap ? N * config.column_blocks : 0);
-  if (args.weight_layout == Layout::bitmap) {
-    p.before = reinterpret_cast<uint32_t*>(before.data());
-    constexpr int64_t kRows = kBeforeThreads / kWarp;
-    if (Status status = launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((N + kRows - 1) / kRows)),
-                               dim3(kBeforeThreads), 0, host, p, const_cast<uint32_t*>(p.before), config.columns);
-        !status.ok())
-      return status;
-  }
+  if (before.data())
+    if (Status status = count_before(p, before.data(), config.columns, host); !status.ok()) return status;
   if (fast.columns) return merge_fast(args, p, config, host);
   if (to_sparse24)
     return with_type(args.weight_dtype,

@@ -13,17 +13,18 @@ constexpr int kBeforeThreads = 256;
 __global__ void __launch_bounds__(kBeforeThreads) bitmap_before_kernel(const MergeProblem p, uint32_t* before, int columns) {
   const int64_t n = (int64_t{blockIdx.x} * kBeforeThreads + threadIdx.x) / kWarp;
   if (n >= p.out_features) return;
-  const int lane = threadIdx.x % kWarp, words = columns / 32, row_words = static_cast<int>(p.index_pitch / 4);
+  // What the last block has is before nothing.
+  const int lane = threadIdx.x % kWarp, words = columns / 32, last = static_cast<int>(p.column_blocks - 1) * words;
   const uint32_t* const row = reinterpret_cast<const uint32_t*>(p.index + n * p.index_pitch);
   uint32_t carry = 0;
-  for (int first = 0; first < row_words; first += 4 * kWarp) {
+  for (int first = 0; first <= last; first += 4 * kWarp) {
     const int word = first + 4 * lane;
     uint32_t count = 0;
-    if (p.index_vectors && word < row_words) {
+    if (p.index_vectors && word < last) {
       const uint4 v = ptx::load_global(reinterpret_cast<const uint4*>(row + word));
       count = __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
     } else {
-      for (int i = word; i < word + 4 && i < row_words; ++i) count += __popc(ptx::load_global(row + i));
+      for (int i = word; i < word + 4 && i < last; ++i) count += __popc(ptx::load_global(row + i));
     }
     uint32_t sum = count;
 #pragma unroll
@@ -31,8 +32,7 @@ __global__ void __launch_bounds__(kBeforeThreads) bitmap_before_kernel(const Mer
       const uint32_t left = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += left;
     }
-    if (word < row_words && word % words == 0)
-      ptx::store_global(before + n * p.column_blocks + word / words, carry + sum - count);
+    if (word <= last && word % words == 0) ptx::store_global(before + n * p.column_blocks + word / words, carry + sum - count);
     carry += __shfl_sync(0xffffffffu, sum, kWarp - 1);
   }
 }

@@ -7,7 +7,7 @@
 namespace lors::cuda {
 namespace {
 
-template <template <typename> typename Source, typename T>
+template <template <typename, typename> typename Source, typename T>
 Status run(const MergeProblem& p, const MergeConfig& config, const CudaHost& host) {
   const bool one = split_terms(p.lora_A.dtype) == 1 && split_terms(p.lora_B.dtype) == 1 && config.chunk == 16;
   return launch("merge", one ? merge_fast_kernel<Source, T, true> : merge_fast_kernel<Source, T, false>,
@@ -15,7 +15,7 @@ Status run(const MergeProblem& p, const MergeConfig& config, const CudaHost& hos
                 config.columns);
 }
 
-template <template <typename> typename Source>
+template <template <typename, typename> typename Source>
 Status run(const MergeArgs& args, const MergeProblem& p, const MergeConfig& config, const CudaHost& host) {
   return args.weight_dtype == DType::bfloat16 ? run<Source, bfloat16>(p, config, host) : run<Source, float16>(p, config, host);
 }

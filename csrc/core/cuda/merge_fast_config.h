@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// When merge_fast.cuh serves a merge, and its tiling: a pure function of the problem and the device. Blocks of 256 threads, two
-// on a multiprocessor, which walk down their rows; their warps lie side by side, so that few blocks read each adapter.
+// When merge_fast.cuh serves a merge, and the tiling of the fast paths: pure functions of the problem and the device. Blocks
+// walk down their rows; their warps lie side by side, so that few blocks read each adapter. The merge's have 256 threads, two
+// on a multiprocessor.
 #pragma once
 
 #include <lors/merge.h>
@@ -9,9 +10,10 @@
 
 namespace lors::cuda {
 
-constexpr int kMergeFastThreads = 256, kMergeFastWarps = kMergeFastThreads / 32;
+constexpr int kMergeFastThreads = 256;
 constexpr int kMergeFastRanks = 64;
-constexpr int merge_fast_step(int columns) { return 16 * kMergeFastWarps / (columns / 64); }  // rows of a block at a time
+// Rows of a block at a time.
+constexpr int merge_fast_step(int columns, int threads = kMergeFastThreads) { return 16 * (threads / 32) / (columns / 64); }
 
 // Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind,
 // in whole 16 bytes; and eight rows begin in different banks.
@@ -20,31 +22,40 @@ constexpr int kMergeFastValuesPad = 40;
 // Beside the adapters: two tables of 16 x 8 bytes; the index of a panel (merge_config.h); for a bitmap also how many values are
 // before each word and where each row begins, and the values of two steps.
 constexpr int kMergeFastTables = 2 * 16 * 8;
-constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, int panel_rows) {
+constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, int panel_rows, int threads) {
   const int index = 4 * panel_rows * merge_tile_pitch(columns);
   if (layout == Layout::bitmap)
-    return kMergeFastTables + 2 * index + 8 * panel_rows + 4 * merge_fast_step(columns) * (columns + kMergeFastValuesPad);
+    return kMergeFastTables + 2 * index + 8 * panel_rows +
+           4 * merge_fast_step(columns, threads) * (columns + kMergeFastValuesPad);
   return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
 }
 
-// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks. It draws no random
-// numbers.
-inline bool merge_fast_takes(const MergeArgs& a) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return a.weight_dtype == a.merged_dtype && dtype_size(a.weight_dtype) == 2 && a.r > 0 && a.r <= kMergeFastRanks &&
-         !a.draws.rounds && !a.draws.noise && a.in_features % 8 == 0 && aligned(a.weight) && aligned(a.merged);
+// What the tiling of a fast path depends on beside the weight: `threads` and `blocks` per multiprocessor; the bytes that a
+// block moves for each of its weights, rows and columns; and its shared memory behind that of the weight and the adapters, in
+// all, for each row of a panel, and the least that a block has.
+struct FastBlocks {
+  int threads = kMergeFastThreads, per_multiprocessor = 2;
+  double weight_bytes = 0, row_bytes = 0, column_bytes = 0;
+  int shared = 0, panel_row_shared = 0, least_shared = 0;
+};
+
+// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
+template <typename Args>
+bool fast_path_takes(const Args& a, DType result) {
+  return a.weight_dtype == result && dtype_size(result) == 2 && a.r > 0 && a.r <= kMergeFastRanks && a.in_features % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
 }
 
-// columns = 0: the general kernel serves. It adds the same products in the same order, so the bits do not depend on this.
-inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_B, DeviceLimits limits) {
+// Of MergeArgs or FusedLinearArgs with a weight and an adapter; columns = 0 where nothing fits.
+template <typename Args>
+MergeConfig fast_path_config(const Args& a, int terms_A, int terms_B, const FastBlocks& of, DeviceLimits limits) {
   MergeConfig best;
-  if (!merge_fast_takes(a)) return best;
   const int64_t N = a.out_features, K = a.in_features;
-  const int chunk = static_cast<int>((a.r + 15) / 16 * 16), slots = 2 * limits.multiprocessors;
+  const int chunk = static_cast<int>((a.r + 15) / 16 * 16), slots = of.per_multiprocessor * limits.multiprocessors;
   double best_cost = 0;
   for (const int columns : {512, 256}) {
     if (columns == 512 && K <= 256) continue;
-    const int step = merge_fast_step(columns);
+    const int step = merge_fast_step(columns, of.threads);
     const int64_t column_blocks = (K + columns - 1) / columns;
     for (int64_t target = step; target <= kMergeMostRows && target < N + step; target += step) {
       // As few panels as shared memory allows, all of one size.
@@ -55,16 +66,19 @@ inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_
         c.rows = c.panel_rows * panels;
         c.chunk = chunk;
         c.tile_at = merge_shared_bytes(columns, c.panel_rows, chunk, terms_A, terms_B);
-        c.shared_bytes = c.tile_at + merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, c.panel_rows);
-        // Two blocks share a multiprocessor, and the system takes 1 KiB for each.
-        if (c.shared_bytes > (limits.shared_bytes - 1024) / 2) {
+        c.shared_bytes = c.tile_at +
+                         merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, c.panel_rows, of.threads) +
+                         of.shared + of.panel_row_shared * c.panel_rows;
+        if (c.shared_bytes < of.least_shared) c.shared_bytes = of.least_shared;
+        // The system takes 1 KiB for each block beyond the first.
+        if (c.shared_bytes > (limits.shared_bytes - 1024 * (of.per_multiprocessor - 1)) / of.per_multiprocessor) {
           if (c.panel_rows == step) break;
           continue;
         }
         c.column_blocks = column_blocks;
         c.blocks = column_blocks * ((N + c.rows - 1) / c.rows);
         const double rows = static_cast<double>(c.rows < N ? c.rows : N);
-        const double bytes = 4 * rows * columns + 2 * static_cast<double>(a.r) * (rows + columns) + 48 * 1024;
+        const double bytes = of.weight_bytes * rows * columns + of.row_bytes * rows + of.column_bytes * columns + 48 * 1024;
         const double cost = static_cast<double>((c.blocks + slots - 1) / slots) * bytes;
         if (best.columns == 0 || cost < best_cost) best = c, best_cost = cost;
         break;
@@ -74,6 +88,15 @@ inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_
     if (best.columns && a.weight_layout == Layout::bitmap) break;
   }
   return best;
+}
+
+// columns = 0: the general kernel serves. It adds the same products in the same order, so the bits do not depend on this. The
+// fast path draws no random numbers.
+inline MergeConfig merge_fast_config(const MergeArgs& a, int terms_A, int terms_B, DeviceLimits limits) {
+  if (!fast_path_takes(a, a.merged_dtype) || reinterpret_cast<uintptr_t>(a.merged) % 16 != 0 || a.draws.rounds || a.draws.noise)
+    return {};
+  const double r = static_cast<double>(a.r);
+  return fast_path_config(a, terms_A, terms_B, {.weight_bytes = 4, .row_bytes = 2 * r, .column_bytes = 2 * r}, limits);
 }
 
 // Queues the kernel (merge_fast.cu) for such a tiling.

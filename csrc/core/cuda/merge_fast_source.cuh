@@ -1,20 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-// How merge_fast.cuh reads each layout and writes the result. A lane owns eight columns in each of the two times 32 columns of
-// its warp (c = 0, 1) of the rows n and n + 8 (h = 0, 1), and moves down by `step` rows. A Source<T> offers
+// How the fast paths of the merge and of fused_linear read and merge each layout. A warp takes 16 rows x 64 columns of the
+// weight at a time, a lane four times eight of them (FastLanes), named by h and c, and moves down by `step` rows. A Source<T,
+// Lanes> offers
 //   Source(p, columns, row, column, step)       row, column: the lane's first
 //   load(number, limit, h, c)                   where number > limit, starts the loads of the next eight weights below those
 //                                               loaded last; c = 0 before c = 1
+//   clear()                                     the weights that no load replaces are zero
 //   stage(p, row, column, rows)                 by the whole block, for the panel of rows from `row` on, of which `rows` exist
 //   start(row, column, rows)                    after a barrier: the lane's first row of the panel of `rows`, the warp's column
 //   step(p, at, rows)                           by the whole block, before the step at row `at` of the panel, of `rows`
-//   store(number, limit, h, c, sum, scaling)    merges and, where number > limit, writes the eight last loaded; `sum` is their
+//   merged(h, c, half, sum, scaling)            the first or second four of the eight last loaded, merged; `sum` is their
 //                                               lora_B lora_A
+//   Merged                                      what eight of them are: uint4, or uint2 for 2:4 values, where merged().y is
+//   unused
 #pragma once
 
 #include "merge_fast_config.h"
 #include "merge_problem.cuh"
 
 namespace lors::cuda {
+
+// Where a lane's weights are in the 16 rows x 64 columns of its warp. As they come from lora_B lora_A with a row in each
+// operand's row: in rows n and n + 8 (h), n = lane / 4, eight lane % 4 of both times 32 columns (c). Transposed, with a column
+// there: in rows n + c + 8 h, n = 2 (lane % 4), eight lane / 4. The block has kThreads threads.
+template <bool kTransposed_, int kThreads_>
+struct FastLanes {
+  static constexpr bool kTransposed = kTransposed_;
+  static constexpr int kThreads = kThreads_;
+  static __device__ __forceinline__ int row() { return kTransposed ? threadIdx.x % 4 * 2 : threadIdx.x % kWarp / 4; }
+  static __device__ __forceinline__ int eight() { return kTransposed ? threadIdx.x % kWarp / 4 : threadIdx.x % 4; }
+  static __device__ __forceinline__ int below(int h, int c) { return kTransposed ? 8 * h + c : 8 * h; }  // rows below the first
+};
+
+// A block of a fast path, and where its warp and its lane are.
+template <typename Lanes>
+struct FastBlock {
+  int warp_row, warp_column, step, rows;  // of the block
+  unsigned row_block, column_block;
+  int64_t row, column;  // the lane's first
+  int below[2];         // rows from there on, where its eight c exist
+
+  __device__ __forceinline__ FastBlock(const MergeProblem& p, int columns) {
+    const int warp = threadIdx.x / kWarp, across = columns / 64;
+    warp_row = warp / across * 16;
+    warp_column = warp % across * 64;
+    step = 16 * (Lanes::kThreads / kWarp) / across;
+    row_block = blockIdx.x / static_cast<unsigned>(p.column_blocks);  // of 32 bits, as the number of blocks
+    column_block = blockIdx.x - row_block * static_cast<unsigned>(p.column_blocks);
+    const int64_t first_row = int64_t{row_block} * p.rows, first_column = int64_t{column_block} * columns;
+    const int64_t rest = p.out_features - first_row;
+    rows = rest < p.rows ? static_cast<int>(rest) : p.rows;
+    row = first_row + warp_row + Lanes::row();
+    column = first_column + warp_column + Lanes::eight() * 8;
+    const int left = rows - warp_row - Lanes::row();
+#pragma unroll
+    for (int c = 0; c < 2; ++c) below[c] = column + (Lanes::kTransposed ? 0 : 32 * c) < p.in_features ? left : 0;
+  }
+};
 
 // Two neighbouring weights, merged.
 template <typename T>
@@ -37,64 +79,58 @@ __device__ __forceinline__ uint32_t nonzero(uint32_t values) {
   return __hneu2_mask(two, Two(0.f, 0.f));
 }
 
-// Where the lane's merged weights go, a Merged for each eight.
-template <typename Merged>
-struct FastResult {
-  uint8_t* to[2];  // row n + 8 h of the next store
-  int64_t to_step;
-
-  __device__ __forceinline__ FastResult(const MergeProblem& p, int64_t row, int64_t column, int step) {
-    const int64_t pitch = p.in_features * int64_t{sizeof(Merged)} / 8;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      to[h] = static_cast<uint8_t*>(p.merged) + (row + 8 * h) * pitch + column * int64_t{sizeof(Merged)} / 8;
-    to_step = step * pitch;
-  }
-  __device__ __forceinline__ void write(int number, int limit, int h, int c, const Merged& merged) {
-    ptx::store_global_if(number, limit, reinterpret_cast<Merged*>(to[h]) + 4 * c, merged);
-    if (c == 1) to[h] += to_step;
-  }
-};
-
-// The same, and the lane's stored weights, a Vector for each eight.
-template <typename Vector, typename Merged>
-struct FastRows : FastResult<Merged> {
+// The lane's stored weights, a Vector for each eight.
+template <typename Vector, typename Lanes>
+struct FastRows {
   const uint8_t* from[2];  // row n + 8 h of the next load
-  int64_t from_step;
-  Vector tile[2][2];
+  int64_t from_pitch, from_step;
+  Vector tile[2][2] = {};
 
   __device__ __forceinline__ FastRows(const MergeProblem& p, int64_t row, int64_t column, int step)
-      : FastResult<Merged>(p, row, column, step) {
-    const int64_t pitch = p.in_features * int64_t{sizeof(Vector)} / 8;
+      : from_pitch(p.in_features * int64_t{sizeof(Vector)} / 8), from_step(step * from_pitch) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      from[h] = static_cast<const uint8_t*>(p.weight) + (row + 8 * h) * pitch + column * int64_t{sizeof(Vector)} / 8;
-    from_step = step * pitch;
+      from[h] = static_cast<const uint8_t*>(p.weight) + (row + 8 * h) * from_pitch + column * int64_t{sizeof(Vector)} / 8;
   }
   __device__ __forceinline__ void load(int number, int limit, int h, int c) {
-    ptx::load_global_if(number, limit, tile[h][c], reinterpret_cast<const Vector*>(from[h]) + 4 * c);
+    const int64_t offset = Lanes::kTransposed ? c * from_pitch : c * 4 * int64_t{sizeof(Vector)};
+    ptx::load_global_if(number, limit, tile[h][c], reinterpret_cast<const Vector*>(from[h] + offset));
     if (c == 1) from[h] += from_step;
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile[i / 2][i % 2] = {};
   }
 };
 
 // The panel's part of the index in shared memory, and two tables of what four of its bits mean, at 8 bytes for each value.
+template <typename Lanes>
 struct FastIndex : IndexTile {
   const uint8_t* tables;
-  const uint32_t* lane_words;  // of the warp's 64 columns in the lane's first row
-  uint2 rows[2];               // of row n + 8 h
+  const uint32_t* lane_words;  // of the lane's columns in its first row
+  uint2 rows[2];               // of h, and of c = 0 and 1
   int rotate;                  // brings the lane's byte of a word to bit 3
   int step_words;              // from step to step
 
   __device__ __forceinline__ FastIndex(const MergeProblem& p, int step) : IndexTile(p), step_words(step * p.tile_pitch) {
     tables = ptx::dynamic_shared() + p.tile_at;
     words += kMergeFastTables / 4;
-    rotate = (8 * (threadIdx.x % 4) + 29) % 32;
+    rotate = (8 * (Lanes::eight() % 4) + 29) % 32;
   }
-  __device__ __forceinline__ void start(int row, int column, int = 0) { lane_words = words + row * pitch + column / 32; }
+  __device__ __forceinline__ void start(int row, int column, int = 0) { lane_words = words + place(row, column); }
   __device__ __forceinline__ void read() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) rows[h] = ptx::load_shared(reinterpret_cast<const uint2*>(lane_words + 8 * h * pitch));
+    for (int h = 0; h < 2; ++h) rows[h] = both(lane_words, h);
     lane_words += step_words;
+  }
+  // The lane's word in such rows of words, in its first row; and the lane's two of h, from there.
+  __device__ __forceinline__ int place(int row, int column) const {
+    return row * pitch + column / 32 + (Lanes::kTransposed ? Lanes::eight() / 4 : 0);
+  }
+  __device__ __forceinline__ uint2 both(const uint32_t* first, int h) const {
+    first += 8 * h * pitch;
+    if constexpr (Lanes::kTransposed) return make_uint2(ptx::load_shared(first), ptx::load_shared(first + pitch));
+    return ptx::load_shared(reinterpret_cast<const uint2*>(first));
   }
   // The lane's eight bits of 32 columns, from bit 3 on; above them are others.
   __device__ __forceinline__ uint32_t bits(int h, int c) const {
@@ -115,69 +151,62 @@ __device__ __forceinline__ uint32_t halves(uint32_t bits) { return (bits & 1 ? 0
 __device__ __forceinline__ uint2 kept_halves(uint32_t bits) { return make_uint2(halves(bits), halves(bits >> 2)); }
 
 // Dense, kept where the weight is not zero.
-template <typename T>
-struct FastDense : FastRows<uint4, uint4> {
+template <typename T, typename Lanes>
+struct FastDense : FastRows<uint4, Lanes> {
+  using Merged = uint4;
   __device__ __forceinline__ FastDense(const MergeProblem& p, int, int64_t row, int64_t column, int step)
-      : FastRows(p, row, column, step) {}
+      : FastRows<uint4, Lanes>(p, row, column, step) {}
   __device__ __forceinline__ void stage(const MergeProblem&, int64_t, int64_t, int) const {}
   __device__ __forceinline__ void start(int, int, int) const {}
   __device__ __forceinline__ void step(const MergeProblem&, int, int) const {}
-  __device__ __forceinline__ void store(int number, int limit, int h, int c, const float (&sum)[8], float scaling) {
-    const uint4& w = tile[h][c];
-    write(number, limit, h, c,
-          make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & nonzero<T>(w.x),
-                     merge_pair<T>(w.y, sum[2], sum[3], scaling) & nonzero<T>(w.y),
-                     merge_pair<T>(w.z, sum[4], sum[5], scaling) & nonzero<T>(w.z),
-                     merge_pair<T>(w.w, sum[6], sum[7], scaling) & nonzero<T>(w.w)));
+  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+    const uint4& w = this->tile[h][c];
+    const uint32_t first = half ? w.z : w.x, second = half ? w.w : w.y;
+    return make_uint2(merge_pair<T>(first, sum[0], sum[1], scaling) & nonzero<T>(first),
+                      merge_pair<T>(second, sum[2], sum[3], scaling) & nonzero<T>(second));
   }
 };
 
 // Dense, kept where a mask says so.
-template <typename T>
-struct FastMasked : FastRows<uint4, uint4>, FastIndex {
+template <typename T, typename Lanes>
+struct FastMasked : FastRows<uint4, Lanes>, FastIndex<Lanes> {
+  using Merged = uint4;
   __device__ __forceinline__ FastMasked(const MergeProblem& p, int, int64_t row, int64_t column, int step)
-      : FastRows(p, row, column, step), FastIndex(p, step) {
-    if (threadIdx.x < 16) set_table(0, threadIdx.x, kept_halves(threadIdx.x));
+      : FastRows<uint4, Lanes>(p, row, column, step), FastIndex<Lanes>(p, step) {
+    if (threadIdx.x < 16) this->set_table(0, threadIdx.x, kept_halves(threadIdx.x));
   }
   __device__ __forceinline__ void stage(const MergeProblem& p, int64_t row, int64_t column, int) const {
     IndexTile::stage(p, row, column);
   }
-  __device__ __forceinline__ void step(const MergeProblem&, int, int) { read(); }
-  __device__ __forceinline__ void store(int number, int limit, int h, int c, const float (&sum)[8], float scaling) {
-    const uint4& w = tile[h][c];
-    const uint32_t mask = bits(h, c);
-    const uint2 low = look_up(0, mask), high = look_up(0, mask >> 4);
-    write(
-        number, limit, h, c,
-        make_uint4(merge_pair<T>(w.x, sum[0], sum[1], scaling) & low.x, merge_pair<T>(w.y, sum[2], sum[3], scaling) & low.y,
-                   merge_pair<T>(w.z, sum[4], sum[5], scaling) & high.x, merge_pair<T>(w.w, sum[6], sum[7], scaling) & high.y));
+  __device__ __forceinline__ void step(const MergeProblem&, int, int) { this->read(); }
+  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+    const uint4& w = this->tile[h][c];
+    const uint2 kept = this->look_up(0, this->bits(h, c) >> (4 * half));
+    return make_uint2(merge_pair<T>(half ? w.z : w.x, sum[0], sum[1], scaling) & kept.x,
+                      merge_pair<T>(half ? w.w : w.y, sum[2], sum[3], scaling) & kept.y);
   }
 };
 
 // From 2:4 to dense (Merged = uint4) or to 2:4 values in the same slots (uint2).
-template <typename T, typename Merged>
-struct FastGroups : FastRows<uint2, Merged>, FastIndex {
+template <typename T, typename Lanes, typename Merged_>
+struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
+  using Merged = Merged_;
   static constexpr bool kToDense = sizeof(Merged) == 16;
 
   __device__ __forceinline__ FastGroups(const MergeProblem& p, int, int64_t row, int64_t column, int step)
-      : FastRows<uint2, Merged>(p, row, column, step), FastIndex(p, step) {
-    if (threadIdx.x < 16) set_table(0, threadIdx.x, entry(threadIdx.x));
+      : FastRows<uint2, Lanes>(p, row, column, step), FastIndex<Lanes>(p, step) {
+    if (threadIdx.x < 16) this->set_table(0, threadIdx.x, entry(threadIdx.x));
   }
   __device__ __forceinline__ void stage(const MergeProblem& p, int64_t row, int64_t column, int) const {
     IndexTile::stage(p, row, column);
   }
-  __device__ __forceinline__ void step(const MergeProblem&, int, int) { read(); }
-  __device__ __forceinline__ void store(int number, int limit, int h, int c, const float (&sum)[8], float scaling) {
-    const uint2& slots = this->tile[h][c];
-    const uint32_t code = bits(h, c);
-    const uint32_t low = merged_slots(slots.x, code, sum, scaling), high = merged_slots(slots.y, code >> 4, sum + 4, scaling);
-    const uint2 at = look_up(0, code), at_high = look_up(0, code >> 4);
-    if constexpr (kToDense)
-      this->write(number, limit, h, c,
-                  make_uint4(ptx::pick_bytes(low, 0, at.x), ptx::pick_bytes(low, 0, at.y), ptx::pick_bytes(high, 0, at_high.x),
-                             ptx::pick_bytes(high, 0, at_high.y)));
-    else
-      this->write(number, limit, h, c, make_uint2(low & at.x, high & at_high.x));
+  __device__ __forceinline__ void step(const MergeProblem&, int, int) { this->read(); }
+  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+    const uint32_t code = this->bits(h, c) >> (4 * half);
+    const uint2 at = this->look_up(0, code);
+    const uint32_t slots = merged_slots(half ? this->tile[h][c].y : this->tile[h][c].x, code, sum, scaling);
+    if constexpr (kToDense) return make_uint2(ptx::pick_bytes(slots, 0, at.x), ptx::pick_bytes(slots, 0, at.y));
+    return make_uint2(slots & at.x, 0);
   }
 
  private:
@@ -194,24 +223,26 @@ struct FastGroups : FastRows<uint2, Merged>, FastIndex {
   }
   // Both slots of a group, of whose columns `sum` is the product; the code begins at bit 3. A slot without a weight gets
   // anything.
-  static __device__ __forceinline__ uint32_t merged_slots(uint32_t slots, uint32_t code, const float* sum, float scaling) {
+  static __device__ __forceinline__ uint32_t merged_slots(uint32_t slots, uint32_t code, const float (&sum)[4], float scaling) {
     const float first = code & 16 ? sum[2] : code & 8 ? sum[1] : sum[0];
     const float second = code & 64 ? (code & 32 ? sum[3] : sum[2]) : sum[1];
     return merge_pair<T>(slots, first, second, scaling);
   }
 };
-template <typename T>
-struct FastSparse24 : FastGroups<T, uint4> {
-  using FastGroups<T, uint4>::FastGroups;
+template <typename T, typename Lanes>
+struct FastSparse24 : FastGroups<T, Lanes, uint4> {
+  using FastGroups<T, Lanes, uint4>::FastGroups;
 };
-template <typename T>
-struct FastSparse24Values : FastGroups<T, uint2> {
-  using FastGroups<T, uint2>::FastGroups;
+template <typename T, typename Lanes>
+struct FastSparse24Values : FastGroups<T, Lanes, uint2> {
+  using FastGroups<T, Lanes, uint2>::FastGroups;
 };
 
 // Bitmap. The values of a block's rows come into shared memory in whole sectors, one step ahead.
-template <typename T>
-struct FastBitmap : FastResult<uint4>, FastIndex {
+template <typename T, typename Lanes>
+struct FastBitmap : FastIndex<Lanes> {
+  using Merged = uint4;
+  using FastIndex<Lanes>::pitch, FastIndex<Lanes>::words;
   const T* values;
   int64_t count;     // of all values
   uint32_t* before;  // [panel_rows, pitch]: where the values of a word begin in the row in shared memory; behind the last word,
@@ -219,31 +250,32 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
   int64_t* begin;    // [panel_rows]: where the row in shared memory begins in `values`
   uint8_t* fetched;  // [2, step_rows, values_pitch] of T
   int step_rows, values_pitch;
-  int lane_row, lane_word;
-  const uint8_t* lane_values[2];  // the row n + 8 h
+  int lane_row, lane_place;
+  const uint8_t* lane_values[2];  // of h and c = 0
   uint2 starts[2];
 
-  __device__ __forceinline__ FastBitmap(const MergeProblem& p, int columns, int64_t row, int64_t column, int step)
-      : FastResult(p, row, column, step), FastIndex(p, step), values(static_cast<const T*>(p.weight)), step_rows(step) {
+  __device__ __forceinline__ FastBitmap(const MergeProblem& p, int columns, int64_t, int64_t, int step)
+      : FastIndex<Lanes>(p, step), values(static_cast<const T*>(p.weight)), step_rows(step) {
     count = ptx::load_global(p.row_offsets + p.out_features);
     before = words + p.panel_rows * pitch;
     begin = reinterpret_cast<int64_t*>(before + p.panel_rows * pitch);
     fetched = reinterpret_cast<uint8_t*>(begin + p.panel_rows);
     values_pitch = columns + kMergeFastValuesPad;
     // Words behind a row's last value are read too, and what they hold is dropped.
-    for (int i = threadIdx.x; i < int{sizeof(T)} * values_pitch * step_rows / 8; i += kMergeFastThreads)
+    for (int i = threadIdx.x; i < int{sizeof(T)} * values_pitch * step_rows / 8; i += Lanes::kThreads)
       ptx::store_shared(reinterpret_cast<uint4*>(fetched) + i, uint4{});
     if (threadIdx.x < 16) {
-      set_table(0, threadIdx.x, kept_halves(threadIdx.x));
-      set_table(1, threadIdx.x, placed(threadIdx.x));
+      this->set_table(0, threadIdx.x, kept_halves(threadIdx.x));
+      this->set_table(1, threadIdx.x, placed(threadIdx.x));
     }
   }
   __device__ __forceinline__ void load(int, int, int, int) const {}
+  __device__ __forceinline__ void clear() const {}
   __device__ __forceinline__ void stage(const MergeProblem& p, int64_t row, int64_t column, int rows) const {
     IndexTile::stage(p, row, column);
     __syncthreads();
     const int quads = pitch / 4 - 1;
-    for (int i = threadIdx.x; i < p.panel_rows; i += kMergeFastThreads) {
+    for (int i = threadIdx.x; i < p.panel_rows; i += Lanes::kThreads) {
       int64_t first = 0;  // where there is no such row: of its words, no bit is set
       if (i < rows)
         first = ptx::load_global(p.row_offsets + row + i) +
@@ -261,9 +293,9 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
     }
   }
   __device__ __forceinline__ void start(int row, int column, int rows) {
-    FastIndex::start(row, column);
+    FastIndex<Lanes>::start(row, column);
     lane_row = row;
-    lane_word = column / 32;
+    lane_place = this->place(row, column);
     copy(0, rows, 0);
   }
   __device__ __forceinline__ void step(const MergeProblem&, int at, int rows) {
@@ -271,19 +303,18 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's values are there, and the last one's have been read
     copy(at + step_rows, rows, 1 - buffer);
-    read();
+    this->read();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      starts[h] = ptx::load_shared(reinterpret_cast<const uint2*>(before + (at + lane_row + 8 * h) * pitch + lane_word));
+      starts[h] = this->both(before + at * pitch + lane_place, h);
       lane_values[h] = fetched + int64_t{sizeof(T)} * values_pitch * (buffer * step_rows + lane_row + 8 * h);
     }
   }
-  __device__ __forceinline__ void store(int number, int limit, int h, int c, const float (&sum)[8], float scaling) {
-    const uint32_t mask = bits(h, c), word = c ? rows[h].y : rows[h].x;
-    const uint32_t first = (c ? starts[h].y : starts[h].x) + __popc(word & ((1u << 8 * (threadIdx.x % 4)) - 1));
-    const uint2 low = merged_four(h, first, mask, sum, scaling);
-    const uint2 high = merged_four(h, first + __popc(mask & 0x78), mask >> 4, sum + 4, scaling);
-    write(number, limit, h, c, make_uint4(low.x, low.y, high.x, high.y));
+  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+    const uint32_t mask = this->bits(h, c), word = c ? this->rows[h].y : this->rows[h].x;
+    uint32_t first = (c ? starts[h].y : starts[h].x) + __popc(word & ((1u << 8 * (Lanes::eight() % 4)) - 1));
+    if (half) first += __popc(mask & 0x78);
+    return merged_four(h, c, first, mask >> (4 * half), sum, scaling);
   }
 
  private:
@@ -293,7 +324,7 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
   __device__ __forceinline__ void copy(int at, int rows, int buffer) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
-    for (int i = threadIdx.x / kWarp; i < step_rows && at + i < rows; i += kMergeFastWarps) {
+    for (int i = threadIdx.x / kWarp; i < step_rows && at + i < rows; i += Lanes::kThreads / kWarp) {
       const int64_t first = ptx::load_shared(begin + at + i);
       const int end = static_cast<int>(ptx::load_shared(before + (at + i) * pitch + pitch - 4));
       const int left =
@@ -316,12 +347,14 @@ struct FastBitmap : FastResult<uint4>, FastIndex {
     return make_uint2(selectors & 0xffff, selectors >> 16);
   }
   // Four columns whose bits begin at bit 3 and whose values begin at element `first` of the row in shared memory.
-  __device__ __forceinline__ uint2 merged_four(int h, uint32_t first, uint32_t bits, const float* sum, float scaling) const {
-    const uint32_t* const at = reinterpret_cast<const uint32_t*>(lane_values[h]) + first / 2;
+  __device__ __forceinline__ uint2 merged_four(int h, int c, uint32_t first, uint32_t bits, const float (&sum)[4],
+                                               float scaling) const {
+    const int row = Lanes::kTransposed ? c * int{sizeof(T)} * values_pitch : 0;
+    const uint32_t* const at = reinterpret_cast<const uint32_t*>(lane_values[h] + row) + first / 2;
     const uint32_t v[3] = {ptx::load_shared(at), ptx::load_shared(at + 1), ptx::load_shared(at + 2)};
     const uint32_t shift = 16 * first, x = __funnelshift_r(v[0], v[1], shift),
                    y = __funnelshift_r(v[1], v[2], shift);  // modulo 32
-    const uint2 kept = look_up(0, bits), places = look_up(1, bits);
+    const uint2 kept = this->look_up(0, bits), places = this->look_up(1, bits);
     return make_uint2(merge_pair<T>(ptx::pick_bytes(x, y, places.x), sum[0], sum[1], scaling) & kept.x,
                       merge_pair<T>(ptx::pick_bytes(x, y, places.y), sum[2], sum[3], scaling) & kept.y);
   }

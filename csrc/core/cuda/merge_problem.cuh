@@ -3,6 +3,7 @@
 #pragma once
 
 #include <lors/random.h>
+#include <lors/status.h>
 
 #include "merge_config.h"
 #include "operands.cuh"
@@ -26,6 +27,35 @@ struct MergeProblem {
   int64_t column_blocks;
   Draws draws;
 };
+
+// Of MergeArgs or FusedLinearArgs, but for the result, `before` and the draws.
+template <typename Args>
+MergeProblem merge_problem(const Args& a, const MergeConfig& c) {
+  const bool sparse24 = a.weight_layout == Layout::sparse24;
+  MergeProblem p{};
+  p.weight = a.weight;
+  p.index = sparse24 ? a.metadata : reinterpret_cast<const uint8_t*>(a.mask);
+  p.index_pitch = sparse24 ? sparse24_metadata_bytes(a.in_features) : 4 * mask_words(a.in_features);
+  p.row_offsets = a.row_offsets;
+  p.lora_A = matrix(a.lora_A, a.lora_A_dtype, a.r, a.in_features);
+  p.lora_B = matrix(a.lora_B, a.lora_B_dtype, a.out_features, a.r);
+  p.out_features = a.out_features;
+  p.in_features = a.in_features;
+  p.scaling = a.r > 0 ? static_cast<float>(a.scaling) : 0.f;  // no sign and no NaN of it where nothing is added
+  p.weight_vectors = has_vectors(a.weight, a.in_features);
+  p.index_vectors = p.index_pitch % 16 == 0 && reinterpret_cast<uintptr_t>(p.index) % 16 == 0;
+  p.rows = c.rows;
+  p.panel_rows = c.panel_rows;
+  p.chunk = c.chunk;
+  p.tile_at = c.tile_at;
+  p.tile_pitch = merge_tile_pitch(c.columns);
+  p.column_blocks = c.column_blocks;
+  return p;
+}
+
+// Sets p.before to the counts of a bitmap, for blocks of `columns`, which it queues into `scratch` [N, column_blocks]
+// (merge.cu).
+Status count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host);
 
 // The panel's part of `index` in shared memory: a word of bits, or of codes, for each 32 columns.
 struct IndexTile {

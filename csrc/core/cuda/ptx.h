@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All memory accesses and all inline assembly of the kernels; sm_80 instructions, layouts as in the PTX ISA. Kernels access
+// All memory accesses and all inline assembly of the kernels; sm_80 instructions, but for those of clusters and bulk copies at
+// the end, which sm_90 and sm_100 have; layouts as in the PTX ISA. Kernels access
 // global and shared memory through these functions only, so that the simulator, which replaces them (LORS_SIM:
 // tests/sim/include/ptx_sim.h), sees every access.
 #pragma once
@@ -9,6 +10,7 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <lors/cuda_device.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -140,6 +142,78 @@ __device__ __forceinline__ void mma_m16n8k16_zero(float (&c)[4], const uint32_t 
       "{%10, %10, %10, %10};\n"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// Whether this compilation is for an architecture that has the rest of this file.
+#ifdef __CUDA_ARCH__
+constexpr bool kClusters = cuda::has_clusters(__CUDA_ARCH__ / 10);
+#else
+constexpr bool kClusters = false;
+#endif
+
+// Of this block in its cluster, and the number of its blocks.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+  return size;
+}
+// The barrier of the cluster, in two halves, each of whole warps: what a thread did before it arrives is seen by every thread
+// of the cluster that has waited.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
+
+// The address of the same place in the shared memory of block `rank` of the cluster, for load_cluster and store_cluster. That
+// block must have started, and may not end before the access: a barrier of the cluster before and after.
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ float4 load_cluster(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, const float4& v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+// An mbarrier, 8 bytes of shared memory: a phase is complete when `count` threads have arrived and all expected bytes have
+// come. One thread initialises it, calls fence_mbarrier_init, and then all meet in __syncthreads.
+__device__ __forceinline__ void mbarrier_init(uint32_t mbarrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(mbarrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(uint32_t mbarrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(mbarrier) : "memory");
+}
+// Arrives and lets the phase wait for so many bytes of bulk copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t mbarrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(mbarrier), "r"(bytes) : "memory");
+}
+// Waits until the phase with this parity is complete: 0 for the first phase, 1 for the second, 0 for the third, ...
+__device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::"r"(
+          mbarrier),
+      "r"(parity)
+      : "memory");
+}
+// Starts a copy of `bytes` consecutive bytes from global to shared memory, whose end the mbarrier is told. All three are
+// multiples of 16. No ordinary store may have written dst before (that would need a fence between the proxies).
+__device__ __forceinline__ void copy_bulk(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(dst), "l"(src),
+               "r"(bytes), "r"(mbarrier)
+               : "memory");
 }
 
 }  // namespace lors::ptx

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = scale * sum_i partials[i] (+ out): adds up the partial sums [count, rows, width] that the blocks of another kernel
-// wrote. The order of the additions depends on the counts alone, so results are bit-reproducible. Used by the adapter
-// gradients.
+// out = scale * (bias + sum_i partials[i]) (+ out): adds up the partial sums [count, rows, width] that the blocks of another
+// kernel wrote. The order of the additions depends on the counts alone, so results are bit-reproducible. For every family.
 #pragma once
 
 #include <initializer_list>
@@ -19,6 +18,7 @@ struct PartialSums {
   int64_t width = 0;    // a multiple of 4
   int64_t columns = 0;  // how many of `width` go to `out`
   float scale = 1.f;
+  Matrix bias;            // [1, columns]; data null: none
   void* out = nullptr;    // [rows, columns]
   int64_t out_pitch = 0;  // elements of `out` from row to row
   DType dtype = DType::float32;
@@ -83,6 +83,13 @@ static __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1)
     sum[3] += part.w;
   };
   if (at < size) {
+    if (slice == 0 && p.bias.data != nullptr) {
+      const int64_t column = at % p.width;
+      float eight[8];
+      load_eight(eight, p.bias, 0, column / 8 * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = column % 8 ? eight[4 + i] : eight[i];
+    }
     const float* from = p.partials + slice * size + at;
 #pragma unroll 4
     for (int64_t i = slice; i < p.count; i += slices, from += slices * size)

@@ -220,7 +220,8 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
     if args.fsdp and (chosen_method(args).places() or args.rounding != "nearest"):
         raise ValueError(
             "--fsdp was given with --method or --rounding stochastic, and the state of such a run is not saved from a "
-            "sharded model. Leave --fsdp out: under torchrun the processes then train by DistributedDataParallel."
+            "sharded model by the Trainer. Leave --fsdp out: under torchrun the processes then train by "
+            "DistributedDataParallel."
         )
     for name in ("fp16", "fsdp", "deepspeed"):
         if getattr(args, name) and device.type != "cuda":

@@ -39,12 +39,14 @@ class Method:
         gradient: the adapter gradients that are recommended for it, "lors" or "exact".
         has_own_start: whether it draws the adapters' start itself, so that :func:`lors_cuda.init_from_gradients` before
             it has no effect.
+        alone_in: places that no other method beside this one may fill.
         clips: whether its optimizer clips gradients by itself, so that a Trainer must not (``max_grad_norm=0``).
     """
 
     name: ClassVar[str] = "lors"
     gradient: ClassVar[str] = "lors"
     has_own_start: ClassVar[bool] = False
+    alone_in: ClassVar[tuple[str, ...]] = ()
     clips: ClassVar[bool] = False
 
     @property
@@ -148,6 +150,13 @@ class Combined(Method):
                         "cannot be combined; leave one of them out."
                     )
                 filled[place] = part
+        for part in parts:
+            for place in part.alone_in:
+                if filled.get(place, part) is not part:
+                    raise ValueError(
+                        f"The method '{part.name}' would pass by what '{filled[place].name}' does, which fills the "
+                        f"place '{place}', so they cannot be combined; leave one of them out."
+                    )
         own = {
             "_parts": parts,
             "name": "+".join(part.name for part in parts),

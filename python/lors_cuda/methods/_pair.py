@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._checks import check_rank
+from .._distributed import copy_whole, is_sharded, sharded_like, whole, whole_attribute
 from ..sparse_linear import SparseLayer
 
 FACTORS = ("lora_A", "lora_B")
@@ -44,9 +45,18 @@ class Pair:
         factor: Tensor = getattr(*self._place(which))
         return factor
 
+    def whole(self, which: str) -> Tensor:
+        """A factor as the layer reads it; of what fully_shard has cut, all, gathered from every process."""
+        return whole_attribute(*self._place(which))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether fully_shard has cut a factor, or what it is computed from."""
+        return any(is_sharded(self.stored(which)) for which in FACTORS)
+
     @property
     def r(self) -> int:
-        return int(self["lora_A"].shape[0])
+        return int(self.whole("lora_A").shape[0])
 
     def is_parametrised(self, which: str) -> bool:
         return parametrize.is_parametrized(*self._place(which))
@@ -94,7 +104,7 @@ class Pair:
         return [parameter for parameter in found if parameter.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
-        """What is stored behind the factors that are parametrised: parameters, and buffers that persist."""
+        """What is stored behind the factors, gathered where it is sharded: parameters, and buffers that persist."""
         found: dict[str, Tensor] = {}
         for which in FACTORS:
             module, attribute = self._place(which)
@@ -103,7 +113,7 @@ class Pair:
                 found |= {f"{self.name}.{which}.{key}": value for key, value in chain[attribute].state_dict().items()}
             else:
                 found[f"{self.name}.{which}"] = self[which].detach()
-        return found
+        return {name: whole(tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -115,12 +125,13 @@ class Pair:
         for which in FACTORS:
             module, attribute = self._place(which)
             if not parametrize.is_parametrized(module, attribute):
-                self[which].copy_(tensors[f"{self.name}.{which}"])
+                copy_whole(self[which], tensors[f"{self.name}.{which}"])
                 continue
             chain: Any = module.parametrizations
             own = chain[attribute].state_dict()
-            chain[attribute].load_state_dict({key: tensors[f"{self.name}.{which}.{key}"] for key in own})
-        ranks = self["lora_A"].shape[0], self["lora_B"].shape[1]
+            given = {key: sharded_like(own[key], tensors[f"{self.name}.{which}.{key}"]) for key in own}
+            chain[attribute].load_state_dict(given)
+        ranks = self.whole("lora_A").shape[0], self.whole("lora_B").shape[1]
         if ranks[0] != ranks[1]:
             raise ValueError(f"lora_A of '{self.name}' has {ranks[0]} rows, and lora_B {ranks[1]} columns.")
         self.note_rank()

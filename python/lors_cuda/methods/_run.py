@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import weakref
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._checks import joined, listed
-from .._distributed import is_sharded
+from .._distributed import process_rank, reshard, together
 from .._draws import derived_seed
 from .._files import replace_files
 from ..adapter_directory import read_weights, require_safetensors
@@ -47,7 +48,10 @@ class Run:
         seed: int,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
-        running = vars(model).get("lors_run")
+        # PEFT's model is merged by the tuner inside, which must know of the run too.
+        tuner = vars(model).get("_modules", {}).get("base_model")
+        self._known_to = [model] if tuner is None else [model, tuner]
+        running = next((vars(each)["lors_run"] for each in self._known_to if "lors_run" in vars(each)), None)
         if running is not None:
             raise ValueError(
                 f"The model trains with the method '{running.method.name}' already; call finish() of that run first."
@@ -58,7 +62,7 @@ class Run:
                 "The model has no adapters that are trained. Convert it first, with lors_cuda.get_lors_model or "
                 "lors_cuda.peft, and start the method then."
             )
-        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+        if any(pair.is_sharded for pair in self.pairs):
             raise ValueError("The model is sharded; start the method before fully_shard.")
         self.method, self.model, self.steps, self.seed = method, model, steps, seed
         self.step = 0
@@ -77,7 +81,8 @@ class Run:
                 method.parametrise(pair, self)
         self._gradients = None
         self._begin_step()
-        vars(model)["lors_run"] = self
+        for each in self._known_to:
+            vars(each)["lors_run"] = self
         if {"optimizer", "step controller"} & set(method.places()):
             self._handles.append(register_optimizer_step_pre_hook(_refuses_others(weakref.ref(self))))
 
@@ -140,6 +145,13 @@ class Run:
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
         assert self._optimizer is not None
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        replaced = [pair.name for pair in self.pairs if not held.issuperset(map(id, pair.trained()))]
+        if replaced:
+            raise ValueError(
+                f"The adapters of {listed(replaced)} have other parameters than the optimizer was made with, as after "
+                "fully_shard, and would not move. Make it afterwards, with a run that was started before."
+            )
         counts = [int(state["step"]) for state in self._optimizer.state.values() if "step" in state]
         if counts and max(counts) > self.step:
             raise ValueError(
@@ -184,7 +196,7 @@ class Run:
         Raises:
             ValueError: a factor is sharded.
         """
-        if any(is_sharded(pair.stored(which)) for pair in self.pairs for which in FACTORS):
+        if any(pair.is_sharded for pair in self.pairs):
             raise ValueError(
                 f"{who} needs whole factors, and fully_shard has cut them. Train it in one process or under "
                 "DistributedDataParallel."
@@ -210,9 +222,19 @@ class Run:
         """Leave plain LoRS layers, whose lora_A and lora_B are what the method has computed; then save or merge.
 
         The optimizer and its schedule are of no use afterwards. A second call does nothing.
+
+        Raises:
+            ValueError: factors are computed from what fully_shard has cut; the run goes on.
         """
         if vars(self.model).get("lors_run") is not self:
             return
+        cut = [pair.name for pair in self.pairs if pair.is_sharded and any(map(pair.is_parametrised, FACTORS))]
+        if cut:
+            raise ValueError(
+                f"The factors of {listed(cut)} are computed by the method '{self.method.name}' from parameters that "
+                "fully_shard has cut and holds on to, so they cannot become plain ones here. Write them as they are by "
+                "lors_cuda.save_adapter, in all processes; load that into a model that is not sharded."
+            )
         for handle in self._handles:
             handle.remove()
         with torch.no_grad():
@@ -220,10 +242,14 @@ class Run:
                 pair.fold()
                 self.method.folded(pair)
                 pair.layer.step_seed = pair.layer.noise = None
-        del vars(self.model)["lors_run"]
+        for each in self._known_to:
+            del vars(each)["lors_run"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors"."""
+        """Everything a resumed run needs beside optimizer and data: plain values, and tensors under "tensors".
+
+        Under fully_shard the tensors are gathered: call it in all processes.
+        """
         tensors = {f"run.{name}": tensor for name, tensor in self.tensors.items()}
         for pair in self.pairs:
             tensors |= pair.state()
@@ -245,7 +271,7 @@ class Run:
         problems = [
             f"Its {what} is {_shown(state.get(what))}, and this run's {_shown(own[what])}."
             for what in ("method", "seed")
-            if json.loads(json.dumps(own[what])) != state.get(what)
+            if _plain(own[what]) != _plain(state.get(what))
         ]
         tensors: Mapping[str, Tensor] = state["tensors"]
         names = {name for name in own["tensors"] if not name.startswith("run.")}
@@ -275,14 +301,20 @@ class Run:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write method.safetensors and method.json into ``directory``, beside the adapter.
 
+        With several processes, call it in one; under fully_shard in all of them, and the first one writes.
+
         Raises:
             OSError: with the system's reason; what was there is unchanged.
         """
+        sharded = reshard(self.model)
         state = self.state_dict()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
-        written = require_safetensors().save(tensors)
-        text = json.dumps(state, indent=2).encode()
-        replace_files(Path(directory), {TENSORS_NAME: written, STATE_NAME: text})
+        with together() if sharded else contextlib.nullcontext():
+            if sharded and process_rank():
+                return
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
+            written = require_safetensors().save(tensors)
+            text = json.dumps(state, indent=2).encode()
+            replace_files(Path(directory), {TENSORS_NAME: written, STATE_NAME: text})
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint that :meth:`save` has written.
@@ -291,6 +323,7 @@ class Run:
             FileNotFoundError: the directory holds no method's state.
             ValueError: a file is damaged, or as :meth:`load_state_dict`; nothing is changed.
         """
+        reshard(self.model)
         path = Path(directory) / STATE_NAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -339,6 +372,11 @@ def _trained_pairs(model: nn.Module) -> Iterator[Pair]:
                 )
             if pair["lora_A"].requires_grad:
                 yield pair
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file gives it back: a tuple is a list there."""
+    return json.loads(json.dumps(value))
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from .._checks import check_count, check_number
-from .._distributed import whole
 from .._draws import derived_seed
 from ..functional import merge
 from ..weight import SparseWeight
@@ -58,6 +57,6 @@ def row_deviations(pair: Pair) -> Tensor:
     """||w~_i|| / sqrt(n_i) of each row of the merged weight, rounded to nearest: the root mean square of what is kept.
     Float32 [N]; 0 for a row that keeps nothing."""
     weight: SparseWeight = pair.layer.storage.whole_weight()
-    rows = merge(weight, whole(pair["lora_A"]), whole(pair["lora_B"]), pair.scaling)
+    rows = merge(weight, pair.whole("lora_A"), pair.whole("lora_B"), pair.scaling)
     kept = weight.mask().sum(1).clamp_min(1)
     return (rows.float().norm(dim=1) / kept.sqrt()).float()

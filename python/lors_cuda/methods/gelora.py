@@ -119,6 +119,8 @@ def intrinsic_dimensions(
                 kept.append(new.double().cpu())
             if sum(len(each) for each in states[0]) >= points:
                 break
+    if not states:
+        raise ValueError(f"The batches are empty, and the dimension needs at least {_FEWEST} distinct points.")
     return [two_nn(torch.cat(each)[:points], discard) for each in states]
 
 

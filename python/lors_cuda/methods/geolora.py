@@ -49,6 +49,7 @@ class GeoLoRA(Method):
     basis_lr: float | None = None
     name: ClassVar[str] = "geolora"
     gradient: ClassVar[str] = "exact"
+    alone_in: ClassVar[tuple[str, ...]] = ("step controller",)
     has_own_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class LoRARITE(Method):
     clip: float = 1.0
     escape: bool = True
     name: ClassVar[str] = "lora-rite"
+    alone_in: ClassVar[tuple[str, ...]] = ("parametrisation",)
     clips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

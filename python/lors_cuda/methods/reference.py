@@ -110,6 +110,63 @@ def geolora_basis_step(
     return torch.cat([U, U_new], 1), torch.cat([top, bottom]), torch.cat([V, V_new], 1)
 
 
+def lora_rite_step(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    memory: Sequence[Sequence[dict[str, Tensor]]] | None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float = 1.0,
+    escape: bool = True,
+    eps: float = 1e-6,
+) -> tuple[list[tuple[Tensor, Tensor]], list[list[dict[str, Tensor]]]]:
+    """The pairs after a step of LoRA-RITE, and what it remembers for the next one (``step`` from 0, None before it).
+
+    Both factors are moved as tall matrices, lora_A^T beside B and lora_B beside lora_A^T. With the other factor U R, U
+    orthonormal: g = G R^-1 for the factor's gradient G, P = U_new^T U_old, V = mean of g^T g and P V P^T, rho = what
+    the change of basis has lost of V, M = mean of g (V + rho 1)^(-1/2) and M P^T, and the factor moves by -lr M R^-T.
+    U is that of the SVD, so that R is no triangle; any other must give the same product.
+    """
+    bases = [[_basis(factor) for factor in (B.double(), A.double().T)] for A, B in pairs]
+    tall = [(dA.double().T, dB.double()) for dA, dB in gradients]
+    unmagnified = [
+        [G @ inverse for G, (_, inverse) in zip(both, other, strict=True)]
+        for both, other in zip(tall, bases, strict=True)
+    ]
+    norm = math.sqrt(sum(float(g.square().sum()) for both in unmagnified for g in both))
+    share = min(1.0, clip / norm) if clip and norm else 1.0
+    kept = [beta * (1 - beta**step) / (1 - beta ** (step + 1)) for beta in betas]
+    found, remembered = [], []
+    for number, (lora_A, lora_B) in enumerate(pairs):
+        moved, notes = [], []
+        for factor, g, (U, inverse), which in zip(
+            (lora_A.double().T, lora_B.double()), unmagnified[number], bases[number], (0, 1), strict=True
+        ):
+            one = torch.eye(g.shape[1], dtype=torch.float64)
+            old = memory[number][which] if memory else {"U": U, "V": 0 * one, "M": 0 * g, "rho": torch.zeros(())}
+            P, g = U.T @ old["U"], share * g
+            carried = P @ old["V"] @ P.T
+            lost = (torch.linalg.eigvalsh(old["V"]) - torch.linalg.eigvalsh(carried)).max()
+            rho = kept[1] * (old["rho"] + torch.minimum(lost, (old["V"] - carried).trace()).clamp_min(0) * escape)
+            V = kept[1] * carried + (1 - kept[1]) * g.T @ g / len(g)
+            sizes, directions = torch.linalg.eigh(V)
+            root = directions @ torch.diag(1 / ((sizes.clamp_min(0) + rho + eps**2).sqrt() + eps)) @ directions.T
+            M = kept[0] * old["M"] @ P.T + (1 - kept[0]) * g @ root
+            moved.append(factor - lr * M @ inverse.T)
+            notes.append({"U": U, "V": V, "M": M, "rho": rho})
+        found.append((moved[0].T, moved[1]))
+        remembered.append(notes)
+    return found, remembered
+
+
+def _basis(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """U [n, r] and R^-1 [r, r] of a factor U R [n, r]; for a factor that has less than full rank, R's pseudoinverse."""
+    U, sizes, Vh = torch.linalg.svd(factor, full_matrices=False)
+    return U, torch.linalg.pinv(torch.diag(sizes) @ Vh)
+
+
 def sherl_mixed(states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """relu(sum_i w_i z_i + z_c) for z_1 .. z_c [h] of one token; ``weight`` [h] and ``bias`` are those of fc.
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_count, check_number
+from .._distributed import gathered, whole
 from ._method import Method
-from ._pair import Pair
+from ._pair import FACTORS, Pair
 from ._run import Run
 
 
@@ -52,31 +52,34 @@ class RMLoRA(Method):
         if self.active is None or self.interval is None or self.active >= pair.r:
             return None
         order = torch.randperm(pair.r, generator=run.generator(pair.name, run.step // self.interval))
-        return order[self.active :].to(pair["lora_A"].device)
+        return order[self.active :].to(pair.stored("lora_A").device)
 
     def before_step(self, run: Run) -> None:
-        run.require_whole("RM-LoRA")
         for pair in run.pairs:
-            for which, factor, rows in _factors(pair):
+            for which in FACTORS:
+                factor = pair.stored(which)
                 if factor.grad is None:
                     continue
-                if self.penalty:
-                    change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
-                    factor.grad += (change if which == "lora_A" else change.T).to(factor.grad.dtype)
-                resting = self.resting(pair, run)
-                if resting is not None:
-                    # An optimizer with momentum or decay moves a parameter whose gradient is zero: its rows are put
-                    # back after the step.
-                    _rows(which, factor.grad)[resting] = 0
-                    run.tensors[f"{pair.name}.{which}"] = rows[resting].clone()
+                rows = _rows(which, whole(factor.detach()))
+                with gathered(factor.grad) as gradient:
+                    if self.penalty:
+                        change = self.penalty / (2 * len(run.pairs)) * orthogonality_gradient(rows)
+                        _rows(which, gradient).add_(change.to(gradient.dtype))
+                    resting = self.resting(pair, run)
+                    if resting is not None:
+                        # An optimizer with momentum or decay moves a parameter whose gradient is zero: its rows are
+                        # put back after the step.
+                        _rows(which, gradient)[resting] = 0
+                        run.tensors[f"{pair.name}.{which}"] = rows[resting].clone()
 
     def after_step(self, run: Run) -> None:
         for pair in run.pairs:
-            for which, _, rows in _factors(pair):
+            for which in FACTORS:
                 saved = run.tensors.pop(f"{pair.name}.{which}", None)
                 resting = self.resting(pair, run)
                 if saved is not None and resting is not None:
-                    rows[resting] = saved
+                    with gathered(pair.stored(which)) as factor:
+                        _rows(which, factor)[resting] = saved
 
 
 def orthogonality_gradient(rows: Tensor) -> Tensor:
@@ -90,9 +93,3 @@ def orthogonality_gradient(rows: Tensor) -> Tensor:
 def _rows(which: str, tensor: Tensor) -> Tensor:
     """A view whose rows are the r directions."""
     return tensor if which == "lora_A" else tensor.T
-
-
-def _factors(pair: Pair) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    for which in ("lora_A", "lora_B"):
-        factor = pair.stored(which)
-        yield which, factor, _rows(which, factor.detach())

@@ -21,10 +21,10 @@ from .._checks import check_choice, check_count
 from .._linears import is_linear
 from ..config import LoRSConfig
 from ..sparse_linear import SparseLinear
+from ..targets import SIDE_NETWORK
 from ._method import Method
 from .gelora import model_blocks
 
-NAME = "side_network"
 _GATES = ("identity", "paper")
 _SHARPNESS = 0.1  # the gate is tanh(g / 0.1)
 
@@ -63,7 +63,7 @@ class SHERL(Method):
             raise ValueError("SHERL puts a side network into the model: configure(config, model).")
         early = self.attach(model, config.layout)
         configured = copy.deepcopy(config)
-        configured.modules_to_save = [*(config.modules_to_save or []), NAME]
+        configured.modules_to_save = [*(config.modules_to_save or []), SIDE_NETWORK]
         others = config.exclude_modules
         names = "|".join(map(re.escape, early))
         if isinstance(others, str):
@@ -85,8 +85,8 @@ class SHERL(Method):
         Raises:
             ValueError: it has a side network, no list of blocks, or no block before the late ones; nothing is changed.
         """
-        if hasattr(model, NAME):
-            raise ValueError(f"The model has a module '{NAME}' already; load the sparse model again.")
+        if hasattr(model, SIDE_NETWORK):
+            raise ValueError(f"The model has a module '{SIDE_NETWORK}' already; load the sparse model again.")
         settings: Any = getattr(model, "config", None)
         count, width = (getattr(settings, key, None) for key in ("num_hidden_layers", "hidden_size"))
         if not isinstance(count, int) or not isinstance(width, int) or getattr(settings, "is_encoder_decoder", False):
@@ -111,7 +111,7 @@ class SHERL(Method):
             parent, _, child = each.rpartition(".")
             linear: Any = model.get_submodule(each)
             setattr(model.get_submodule(parent), child, SparseLinear.compress(linear, layout))
-        model.add_module(NAME, side.to(next(blocks.parameters()).device, dtype))
+        model.add_module(SIDE_NETWORK, side.to(next(blocks.parameters()).device, dtype))
         _Route(model).through(blocks, count - self.late)
         return early
 
@@ -184,7 +184,7 @@ class _Route:
                 "SHERL's late blocks were given another state than the early ones have made: recomputed after another "
                 "forward (activation checkpointing), or called by themselves. Run backward before the next forward."
             )
-        side: Any = getattr(self.model, NAME)
+        side: Any = getattr(self.model, SIDE_NETWORK)
         mixed = side(self.states)
         if not torch.is_grad_enabled():
             self.states = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_number
+from .._distributed import copy_whole, whole
 from ..config import LoRSConfig
 from ._method import Method
 from ._pair import FACTORS, Pair
@@ -79,7 +80,6 @@ class XGBLoRA(Method):
         return [run.pairs[i] for i in sorted(order[:count].tolist())]
 
     def before_step(self, run: Run) -> None:
-        run.require_whole("XGBLoRA")
         picked = {id(pair) for pair in self.picked(run)}
         for pair in run.pairs:
             for parameter in pair.trained() if id(pair) not in picked else ():
@@ -95,11 +95,11 @@ class XGBLoRA(Method):
             self._check_room(pair, pair.r + 1)
         for pair in picked:
             for which in FACTORS:
-                pair.parametrisation(which).push(pair.stored(which))
+                pair.parametrisation(which).push(whole(pair.stored(which)))
             lora_A = pair.stored("lora_A")
             drawn = torch.rand(lora_A.shape, generator=run.generator(pair.name, run.step + 1))
             # Kaiming-uniform, as the adapters start at conversion.
-            lora_A.copy_((2 * drawn - 1) / math.sqrt(pair.layer.in_features))
+            copy_whole(lora_A, (2 * drawn - 1) / math.sqrt(pair.layer.in_features))
             pair.stored("lora_B").zero_()
             pair.note_rank()
             run.forget(pair.trained())

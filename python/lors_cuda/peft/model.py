@@ -30,7 +30,7 @@ from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..advice import new_heads, warn_of_conversion
-from ..model import check_mergeable
+from ..model import check_mergeable, check_no_method
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -131,6 +131,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        check_no_method(self, "merged or unloaded")
         if merge:
             check_mergeable(self.model)
             self._check_merge(adapter_names)

@@ -76,4 +76,4 @@ def test_what_was_used_is_said(home, half, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
     for more in (STOCHASTIC, ("--method", "rm-lora")):
         error = failed(capsys, *trained(home, half, tmp_path / "no", "--fsdp", *more))
-        assert "is not saved from a sharded model" in error
+        assert "is not saved from a sharded model by the Trainer" in error

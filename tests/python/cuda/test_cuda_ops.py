@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_environment import python
 
 from cases import Case, lors, make_case
 from expectations import check_linear, check_linear_backward, check_merge
-from lors_cuda import LoRSLinear, lors_linear
+from lors_cuda import LoRSConfig, LoRSLinear, get_lors_model, lors_linear, prefetch
+from models import prune_two_of_four
 
 GRADIENTS = ("lors", "exact")
 # Tokens: a product with the merge inside it, and one of torch's (16-bit weights; 32 and above for float32).
@@ -107,6 +110,44 @@ def test_forward_and_backward_in_a_cuda_graph(gpu, seed, tokens, gradient):
     graph.replay()
     torch.cuda.synchronize(gpu)
     assert_same(captured, expected)
+
+
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+def test_prefetch_gives_the_same_training_in_two_merged_weights(gpu, layout):
+    """Behind matmuls that take long, with adapters that are written between the steps."""
+    torch.manual_seed(0)
+    linears = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+    config = LoRSConfig(r=16, layout=layout, init_lora_weights=False)
+    plain = get_lors_model(prune_two_of_four(linears.to(gpu, torch.bfloat16)), config)
+    ahead = copy.deepcopy(plain)
+    x = torch.randn(4096, 1024, device=gpu, dtype=torch.bfloat16)
+
+    def train(model: torch.nn.Module) -> list[torch.Tensor]:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        seen = []
+        for _ in range(3):
+            output = model(x)
+            output.float().square().mean().backward()
+            seen += [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen
+
+    expected = train(plain)
+    with prefetch(ahead):
+        assert_same(train(ahead), expected)
+
+    def peak() -> int:
+        with torch.no_grad():
+            ahead(x)
+            torch.cuda.reset_peak_memory_stats(gpu)
+            ahead(x)
+        return torch.cuda.max_memory_allocated(gpu)
+
+    alone = peak()
+    with prefetch(ahead):
+        assert peak() - alone <= 1024 * 1024 * 2 + 512  # two merged weights instead of one
+    torch.cuda.synchronize(gpu)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -32,6 +32,7 @@ from lors_cuda import (
     merge_and_unload,
     merge_cache,
     named_lors_layers,
+    prefetch,
 )
 from models import assert_unchanged, batch, logits, refused, snapshot, tiny_net
 
@@ -231,7 +232,13 @@ def refuse(rank: int, layout: str) -> None:
     refused(ValueError, lambda: merge_and_unload(model), "weight is a DTensor", "merge a model outside fully_shard")
     gradients = {name: torch.randn(layer.out_features, layer.in_features) for name, layer in named_lors_layers(model)}
     refused(ValueError, lambda: init_from_gradients(model, gradients), "lora_A is a DTensor")
-    refused(ValueError, merge_cache(model).__enter__, "sharded by fully_shard", "every merged weight whole")
+    for keep in (merge_cache, prefetch):
+        refused(
+            ValueError,
+            keep(model).__enter__,
+            "sharded by fully_shard",
+            f"{keep.__name__} would hold merged weights whole",
+        )
     # A part that fully_shard was not applied to gathers nothing.
     layer = model.model.layers[0].mlp.up_proj
     refused(ValueError, lambda: layer(torch.randn(2, 32)), "is a DTensor", "call the module that it was applied to")

@@ -229,13 +229,27 @@ def test_disabled_adapters_and_compiled_models_are_right():
     assert (frozen - plain).abs().max() > 1e-2
 
 
-def test_refusals():
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_graph_holds_no_merged_weight():
+    model, x = model_of("2:4"), torch.randn(5, 64)
+    with merge_cache(model):
+        model(x)
+        traced = torch.jit.trace(model, x)
+        _write_in_place(model, x)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("keep", [merge_cache, lors_cuda.prefetch])
+def test_refused_models(keep):
     with torch.inference_mode():
         model = model_of("dense")
-    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"), merge_cache(model):
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"), keep(model):
         pass
-    with pytest.raises(ValueError, match="no LoRS layers"), merge_cache(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="no LoRS layers"), keep(nn.Linear(2, 2)):
         pass
+
+
+def test_refusals():
     case = make_case(0, 3, 8, 16, 2)
     with pytest.raises(RuntimeError, match=r"merged has shape .* what lors::merged_operand gives"):
         torch.ops.lors.linear(

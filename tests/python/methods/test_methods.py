@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy
 import pytest
@@ -363,61 +362,6 @@ def test_wrong_options_are_sentences(name, options, fragment):
 
 def test_stages_need_the_number_of_steps():
     refused(ValueError, lambda: SoRA(0.1, 0.2, 2).start(net()), "steps")
-
-
-# ---- LoRA-RITE ----
-
-
-def rite_run(name, start, optimizer_of, gradient, steps=50):
-    """B A after training a pair that begins as R A and B R^-1."""
-    model = net(r=4, gradient=gradient, init_lora_weights=False)
-    layer = model[0]
-    with torch.no_grad():
-        layer.lora_B.copy_(layer.lora_B @ torch.linalg.inv(start))
-        layer.lora_A.copy_(start @ layer.lora_A)
-    run = get_method(name).start(model)
-    optimizer = optimizer_of(run)
-    for number in range(steps):
-        step(model, run, optimizer, number)
-    return (layer.lora_B @ layer.lora_A).detach()
-
-
-@pytest.mark.parametrize("gradient", ["lors", "exact"])
-def test_lora_rite_does_not_see_the_factoring_and_adamw_does(gradient):
-    pytest.importorskip("pytorch_optimizer")
-    plain = torch.eye(4, dtype=torch.float64)
-    drawn = torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    other = drawn @ torch.diag(torch.tensor([30.0, 1.0, 1.0, 0.1], dtype=torch.float64))
-
-    def distance(name):
-        ours, theirs = (rite_run(name, start, lambda run: run.optimizer(1e-2), gradient) for start in (plain, other))
-        return float((ours - theirs).norm() / ours.norm())
-
-    assert distance("lora-rite") < 1e-8
-    assert distance("lors") > 0.1
-
-
-def test_a_large_gradient_is_not_dropped():
-    pytest.importorskip("pytorch_optimizer")
-    model = net(init_lora_weights=False)
-    run = get_method("lora-rite").start(model)
-    optimizer = run.optimizer(1e-2)
-    before = model[0].lora_A.detach().clone()
-    for p in run.pairs[0].trained():
-        p.grad = 100 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype)
-    optimizer.step()
-    assert not torch.equal(model[0].lora_A, before)
-
-
-def test_lora_rite_refuses_what_its_library_would_pair_wrongly(monkeypatch):
-    pytest.importorskip("pytorch_optimizer")
-    model = get_lors_model(tiny_llama(), LoRSConfig(r=4, modules_to_save=["norm"]))
-    refused(ValueError, lambda: get_method("lora-rite").start(model).optimizer(1e-3), "adapters alone", "norm")
-    run = get_method("lora-rite+lora-mini").start(net())
-    refused(ValueError, lambda: run.optimizer(1e-3), "plain factors", "another method")
-    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    run = get_method("lora-rite").start(net())
-    refused(ModuleNotFoundError, lambda: run.optimizer(1e-3), "pip install 'pytorch_optimizer>=4.1,<5'")
 
 
 def test_a_combination_fills_the_places_of_its_parts():

@@ -112,7 +112,7 @@ def test_what_is_saved_needs_the_side_network(tmp_path):
     run.finish()
     save_adapter(model, tmp_path)
     plain = tiny_llama(layers=3)
-    refused(ValueError, lambda: load_adapter(plain, tmp_path), "side_network")
+    refused(ValueError, lambda: load_adapter(plain, tmp_path), "names 'side_network'", "SHERL(...).attach(model)")
     method.attach(plain)
     assert torch.equal(logits(load_adapter(plain, tmp_path)), logits(model))
     other = tiny_llama(layers=3)

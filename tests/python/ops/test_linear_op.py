@@ -76,6 +76,23 @@ def test_exact_gradients_over_several_panels(device, seed, dtype, gradient):
     check_linear_backward(case.linear_backward(gradient), case, gradient)
 
 
+@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1040), (torch.bfloat16, 40), (torch.float16, 40)])
+@pytest.mark.parametrize("r", [0, 3])
+def test_forward_over_several_panels_of_the_weight(device, seed, layout, dtype, tokens, r):
+    # Of so many tokens the CPU merges 2 MiB of the weight's rows for each thread at a time, at least two parts of this one.
+    case = make_case(
+        seed, tokens, 1200, 1028, r, dtype, device=device, layout=layout, explicit_mask=layout == "dense", bias=True
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        output = case.linear()
+    finally:
+        torch.set_num_threads(threads)
+    check_linear(output, case)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize(("activation", "weight"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
 def test_activations_in_another_dtype_than_the_weight(device, seed, activation, weight, explicit):

@@ -7,12 +7,13 @@ from typing import Any
 
 from bits import Operands
 
-# (tokens, out_features, in_features, r), and the dtype.
+# (tokens, out_features, in_features, r), the dtype, and the architecture.
 CALLS = [
-    ((160, 128, 192, 16), "bfloat16"),
-    ((100, 72, 40, 5), "bfloat16"),
-    ((96, 64, 128, 40), "float32"),
-    ((2000, 72, 40, 16), "bfloat16"),  # ranges, and several slices of their partial sums
+    ((160, 128, 192, 16), "bfloat16", 80),
+    ((100, 72, 40, 5), "bfloat16", 80),
+    ((96, 64, 128, 40), "float32", 80),
+    ((2000, 72, 40, 16), "bfloat16", 80),  # ranges, and several slices of their partial sums
+    ((1300, 72, 40, 16), "bfloat16", 90),  # ranges, in clusters
 ]
 PLANTED = [
     (
@@ -23,13 +24,22 @@ PLANTED = [
     ("adapter_grad_lors.cuh", "a[i], b[j][2], b[j][3]);", "a[i], b[j][3], b[j][2]);"),
     ("adapter_grad_lors.cuh", "row < left_rows &&", "row <= left_rows &&"),
     ("adapter_grad_lors.cu", "of_side[1 - i],", "of_side[i],"),
-    ("adapter_grad_lors.cu", "terms[1 - i], vectors", "1, vectors"),
+    # The cluster's: sums of one block only, a wrong range, a wrong tile, too few bytes announced, the parity of another
+    # stage, a row beyond the last token.
+    ("adapter_grad_lors_cluster.cuh", "ptx::shared_address(at.from), of)", "ptx::shared_address(at.from), 0)"),
+    ("adapter_grad_lors_cluster.cuh", "set_place(ptx::cluster_rank(), ", "set_place(0, "),
+    ("adapter_grad_lors_cluster.cuh", "block / ptx::cluster_size());", "block % ptx::cluster_size());"),
+    ("adapter_grad_lors_cluster.cuh", "mine * (z_bytes + ", "mine * (z_bytes - 16 + "),
+    ("adapter_grad_lors_cluster.cuh", "static_cast<uint32_t>(step / kStages % 2)", "static_cast<uint32_t>(step % 2)"),
+    ("adapter_grad_lors_cluster.cuh", "int row = rows + lane;", "int row = rows + 1 + lane;"),
+    ("adapter_grad_lors.cu", "sums[i], terms[1 - i],", "sums[i], 2,"),
 ]
 
 
 def check(sim: Any) -> None:
-    for seed, ((T, N, K, r), dtype) in enumerate(CALLS):
-        o = Operands(sim.Device(seed=seed, multiprocessors=40 if T > 1000 else 2), seed, dtype)
+    for seed, ((T, N, K, r), dtype, architecture) in enumerate(CALLS):
+        multiprocessors = 2 if T < 1000 else 40 if architecture == 80 else 6
+        o = Operands(sim.Device(seed=seed, multiprocessors=multiprocessors, architecture=architecture), seed, dtype)
         o.add("grad_output", T, N)
         o.add("input", T, K)
         o.add("lora_A", r, K)

@@ -12,16 +12,18 @@ namespace lors::cuda {
 inline Status device_limits(DeviceLimits& limits) {
   limits.multiprocessors = sim::device_multiprocessors();
   limits.shared_bytes = sim::device_shared_bytes();
+  limits.architecture = sim::device_architecture();
   return {};
 }
 
 template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, const CudaHost& host,
+Status launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, int shared_bytes, const CudaHost& host,
               Arguments... arguments) {
   static_assert((0 + ... + sizeof(Parameters)) <= 4096, "CUDA passes at most 4096 bytes of parameters.");
   auto body = [&] { kernel(arguments...); };
   std::string refusal = sim::run_grid(
-      name, grid, block, shared_bytes, host.stream, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
+      name, grid.blocks, block, grid.cluster, shared_bytes, host.stream,
+      [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
   return refusal.empty() ? Status() : Status::error(std::move(refusal));
 }
 

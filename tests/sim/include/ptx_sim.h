@@ -89,4 +89,38 @@ inline void mma_m16n8k16_zero(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
   mma_m16n8k16<T>(c, a, b0, b1, site);
 }
 
+constexpr bool kClusters = true;
+inline uint32_t cluster_rank() { return sim::coordinates->cluster_rank; }
+inline uint32_t cluster_size() { return sim::coordinates->cluster_size; }
+inline void cluster_arrive(sim::Site site = sim::Site::current()) { sim::cluster_arrive(site); }
+inline void cluster_wait(sim::Site site = sim::Site::current()) { sim::cluster_wait(site); }
+inline uint32_t map_shared(uint32_t address, uint32_t rank, sim::Site site = sim::Site::current()) {
+  return sim::map_shared(address, rank, site);
+}
+inline float4 load_cluster(uint32_t address, sim::Site site = sim::Site::current()) {
+  float4 v;
+  sim::load_cluster(&v, address, sizeof(v), site);
+  return v;
+}
+inline void store_cluster(uint32_t address, const float4& v, sim::Site site = sim::Site::current()) {
+  sim::store_cluster(address, &v, sizeof(v), site);
+}
+
+inline void mbarrier_init(uint32_t mbarrier, uint32_t count, sim::Site site = sim::Site::current()) {
+  sim::mbarrier_init(mbarrier, count, site);
+}
+inline void fence_mbarrier_init() { sim::fence_mbarrier_init(); }
+inline void mbarrier_arrive(uint32_t mbarrier, sim::Site site = sim::Site::current()) {
+  sim::mbarrier_arrive(mbarrier, 0, site);
+}
+inline void mbarrier_arrive_expect(uint32_t mbarrier, uint32_t bytes, sim::Site site = sim::Site::current()) {
+  sim::mbarrier_arrive(mbarrier, bytes, site);
+}
+inline void mbarrier_wait(uint32_t mbarrier, uint32_t parity, sim::Site site = sim::Site::current()) {
+  sim::mbarrier_wait(mbarrier, parity, site);
+}
+inline void copy_bulk(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier, sim::Site site = sim::Site::current()) {
+  sim::copy_bulk(dst, src, bytes, mbarrier, site);
+}
+
 }  // namespace lors::ptx

@@ -24,6 +24,7 @@ struct Error : std::runtime_error {
 struct Coordinates {
   uint3 thread, block;
   dim3 block_size, grid_size;
+  uint32_t cluster_rank = 0, cluster_size = 1;  // of the block
 };
 extern const Coordinates* coordinates;  // of the running thread
 
@@ -47,7 +48,19 @@ void copy_async(uint32_t to, const void* from, int from_bytes, Site site);
 void commit_copies();
 void wait_for_copies(int pending);
 
+uint32_t map_shared(uint32_t address, uint32_t rank, Site site);
+void load_cluster(void* value, uint32_t address, int bytes, Site site);
+void store_cluster(uint32_t address, const void* value, int bytes, Site site);
+
+void mbarrier_init(uint32_t address, uint32_t count, Site site);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Site site);
+void mbarrier_wait(uint32_t address, uint32_t parity, Site site);
+void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t address, Site site);
+
 // ---- warp collectives ----
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
 void block_barrier(Site site);
 
 // Waits for all lanes of `mask`; the last one runs body(operands of each lane, mask) for all.
@@ -75,9 +88,10 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], boo
 // ---- launching ----
 int device_multiprocessors();
 int device_shared_bytes();
+int device_architecture();
 // Runs body(context) once per thread. Returns a message where CUDA would refuse the launch; throws Error where the
 // kernel is at fault.
-std::string run_grid(const char* name, dim3 grid, dim3 block, int shared_bytes, const void* stream, void (*body)(void*),
-                     void* context);
+std::string run_grid(const char* name, dim3 grid, dim3 block, uint32_t cluster, int shared_bytes, const void* stream,
+                     void (*body)(void*), void* context);
 
 }  // namespace lors::sim

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cluster.h"
 #include "device.h"
 
 namespace lors::sim {
@@ -12,21 +13,20 @@ const Coordinates* coordinates = nullptr;
 Block* Block::current = nullptr;
 Thread* Block::thread = nullptr;
 
-namespace {
-uint32_t last_serial = 0;
-}
-
 std::string describe_site(Site site) {
   if (site.line() == 0) return "(nowhere)";
   const std::string file = site.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
 }
 
+std::string describe_index(uint3 index) {
+  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
+}
+
 std::string describe_thread(const Coordinates& c) {
-  auto triple = [](auto v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; };
   const unsigned index = (c.thread.z * c.block_size.y + c.thread.y) * c.block_size.x + c.thread.x;
-  return "block " + triple(c.block) + " thread " + triple(c.thread) + " = lane " + std::to_string(index % 32) + " of warp " +
-         std::to_string(index / 32);
+  return "block " + describe_index(c.block) + " thread " + describe_index(c.thread) + " = lane " + std::to_string(index % 32) +
+         " of warp " + std::to_string(index / 32);
 }
 
 bool same_place(Site a, Site b) {
@@ -36,8 +36,13 @@ bool same_place(Site a, Site b) {
 
 void fail(Site site, const std::string& message) { throw Error(describe_site(site) + ": " + message); }
 
-Block::Block(Device& device_, const Launch& launch_) : device(device_), launch(launch_), shared_(device_.shared_window()) {
-  const size_t count = size_t{launch.block.x} * launch.block.y * launch.block.z;
+Block::Block(Cluster& cluster_, uint32_t rank_)
+    : cluster(cluster_),
+      device(cluster_.device),
+      launch(cluster_.launch),
+      rank(rank_),
+      shared_(cluster_.device.shared_window()) {
+  const size_t count = launch.threads();
   threads_ = std::vector<Thread>(count);
   warps_ = std::vector<Warp>((count + 31) / 32);
   for (size_t i = 0; i < count; ++i) {
@@ -45,53 +50,44 @@ Block::Block(Device& device_, const Launch& launch_) : device(device_), launch(l
     Warp& warp = warps_[i / 32];
     t.index = static_cast<int>(i);
     t.lane = t.index % 32;
+    t.block = this;
     t.warp = &warp;
     warp.threads[i % 32] = &t;
     warp.lanes |= 1u << (i % 32);
     t.coordinates.block_size = launch.block;
     t.coordinates.grid_size = launch.grid;
+    t.coordinates.cluster_rank = rank;
+    t.coordinates.cluster_size = launch.cluster;
     const auto x = static_cast<unsigned>(i);
     t.coordinates.thread = {x % launch.block.x, x / launch.block.x % launch.block.y, x / launch.block.x / launch.block.y};
   }
   for (Warp& warp : warps_)
     if (device.options.count) warp.log = std::make_unique<RequestLog>(device.launches.back(), warp.lanes);
-  Block::current = this;
 }
 
-Block::~Block() {
-  Block::current = nullptr;
-  Block::thread = nullptr;
-  coordinates = nullptr;
-}
-
-uint32_t Block::next_serial() { return last_serial + 1; }
-
-void Block::run(uint3 index) {
-  prepare(index);
-  schedule();
-  finish();
-}
-
-void Block::prepare(uint3 index) {
-  serial = ++last_serial;
+void Block::prepare(uint3 index, uint32_t serial_) {
+  serial = serial_;
   epoch = 1;
-  random = Random(device.random.next());
+  live_ = static_cast<uint32_t>(threads_.size());
   if (launch.shared_bytes > 0) std::memset(shared_backing(0), 0xff, static_cast<size_t>(launch.shared_bytes));
-  ready_.clear();
   at_barrier_.clear();
-  failure_.clear();
+  mbarriers.clear();
+  visitors.clear();
   for (Warp& warp : warps_) warp.meetings.clear();
   for (Thread& t : threads_) {
     t.coordinates.block = index;
     t.state = Thread::State::ready;
     t.doing = "starting";
     t.site = Site();
+    t.waits_for = nullptr;
     t.uncommitted.clear();
     t.groups.clear();
     t.seen.fill(0);
     t.seen[static_cast<size_t>(t.lane)] = 1;
+    t.known = nullptr;
+    t.in_cluster_barrier = false;
     t.fiber.start(&Block::thread_main);
-    ready_.push_back(&t);
+    cluster.make_ready(t);
   }
 }
 
@@ -105,34 +101,37 @@ void Block::thread_main() {
     for (const auto& group : me.groups)
       if (!group.empty()) forgotten = &group.front();
     if (forgotten != nullptr) fail(forgotten->site, "the thread ended without waiting for this cp.async");
+    if (me.in_cluster_barrier) fail(me.site, "the thread ended between arrive and wait of a barrier of the cluster");
+    if (--block.live_ == 0) block.check_end();
+    block.cluster.thread_ended(me);
   } catch (const std::exception& e) {
-    block.failure_ = e.what() + (" [" + block.describe(me) + "]");
+    block.cluster.fail_run(e.what() + (" [" + block.describe(me) + "]"));
   }
   me.state = Thread::State::done;
   me.doing = "ended";
   me.fiber.leave(true);
 }
 
-std::string Block::describe(const Thread& t) const { return std::string(launch.name) + ", " + describe_thread(t.coordinates); }
-
-void Block::schedule() {
-  while (!ready_.empty()) {
-    std::swap(ready_[random.below(static_cast<uint32_t>(ready_.size()))], ready_.back());
-    Thread& next = *ready_.back();
-    ready_.pop_back();
-    thread = &next;
-    coordinates = &next.coordinates;
-    next.fiber.resume();
-    thread = nullptr;
-    if (!failure_.empty()) throw Error(failure_);
+// When the last thread ends, so does the shared memory: nobody may be using it.
+void Block::check_end() {
+  for (const MBarrier& mbarrier : mbarriers) {
+    if (mbarrier.bytes < 0)
+      fail(mbarrier.copy_site,
+           "bulk copies brought " + std::to_string(-mbarrier.bytes) + " bytes more than expect_tx announced");
+    if (mbarrier.copied > mbarrier.waited)
+      fail(mbarrier.copy_site, "the block ended, and nobody has waited for the mbarrier of this bulk copy");
   }
-  const bool all_done =
-      std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == Thread::State::done; });
-  if (!all_done)
-    throw Error("deadlock: some threads wait for others that never come [" + std::string(launch.name) + ", block (" +
-                std::to_string(threads_[0].coordinates.block.x) + "," + std::to_string(threads_[0].coordinates.block.y) + "," +
-                std::to_string(threads_[0].coordinates.block.z) + ")]\n" + describe_waiting());
+  if (visitors.empty()) return;
+  Knowledge known = cluster.nothing();
+  for (Thread& t : threads_) release(t, known);
+  for (const auto& [visitor, last] : visitors)
+    if (!known.covers(last.serial - cluster.first_serial, last.thread, last.epoch, last.clock))
+      fail(last.site, "block " + describe_index(threads_[0].coordinates.block) +
+                          " may have ended before this access to its shared memory: its threads have to wait in a barrier of "
+                          "the cluster that the reader passes afterwards");
 }
+
+std::string Block::describe(const Thread& t) const { return std::string(launch.name) + ", " + describe_thread(t.coordinates); }
 
 void Block::finish() {
   for (Warp& warp : warps_)
@@ -142,14 +141,22 @@ void Block::finish() {
 
 // Runs of neighbouring threads that do the same.
 std::string Block::describe_waiting() const {
-  std::string text;
+  std::string text = "block " + describe_index(threads_[0].coordinates.block) + "]\n";
   for (size_t i = 0; i < threads_.size();) {
     const Thread& t = threads_[i];
+    const auto same = [&](const Thread& other) {
+      return std::strcmp(other.doing, t.doing) == 0 && same_place(other.site, t.site) && other.waits_for == t.waits_for;
+    };
     size_t end = i + 1;
-    while (end < threads_.size() && std::strcmp(threads_[end].doing, t.doing) == 0 && same_place(threads_[end].site, t.site))
-      ++end;
+    while (end < threads_.size() && same(threads_[end])) ++end;
     text += "  threads " + std::to_string(i) + " to " + std::to_string(end - 1) + ": " + t.doing;
     if (t.state == Thread::State::waiting) text += " at " + describe_site(t.site);
+    if (t.waits_for != nullptr) {
+      const MBarrier& m = *t.waits_for;
+      text += " for the mbarrier at byte " + std::to_string(m.offset) + ": phase " + std::to_string(m.phase) + ", " +
+              std::to_string(m.pending) + " of " + std::to_string(m.count) + " arrivals and " + std::to_string(m.bytes) +
+              " announced bytes missing";
+    }
     text += "\n";
     i = end;
   }
@@ -158,19 +165,20 @@ std::string Block::describe_waiting() const {
 
 void Block::abandon(const std::string& message) {
   Thread& me = *thread;
-  failure_ = describe_site(me.site) + ": " + message + " [" + describe(me) + "; the line is that of the last checked access]";
+  cluster.fail_run(describe_site(me.site) + ": " + message + " [" + describe(me) +
+                   "; the line is that of the last checked access]");
   me.state = Thread::State::done;
   me.fiber.leave(true);
   __builtin_unreachable();
 }
 
 void Block::pause() {
-  ready_.push_back(thread);
+  cluster.make_ready(*thread);
   thread->fiber.leave(false);
 }
 
 void Block::pause_sometimes() {
-  if (device.options.preempt > 0 && random.chance(device.options.preempt)) pause();
+  if (device.options.preempt > 0 && cluster.random.chance(device.options.preempt)) pause();
 }
 
 void Block::wait(const char* doing, Site site) {
@@ -183,7 +191,18 @@ void Block::wait(const char* doing, Site site) {
 void Block::wake(Thread& t) {
   t.state = Thread::State::ready;
   t.doing = "running";
-  ready_.push_back(&t);
+  t.waits_for = nullptr;
+  cluster.make_ready(t);
+}
+
+void release(Thread& thread, Knowledge& to) {
+  Block& block = *thread.block;
+  to.learn_epoch(block.rank, block.epoch);
+  for (uint32_t lane = 0; lane < 32; ++lane)
+    if (thread.warp->lanes >> lane & 1)
+      to.learn_clock(block.rank, static_cast<uint32_t>(thread.warp->threads[lane]->index), thread.seen[lane]);
+  if (thread.known) to.join(*thread.known);
+  ++thread.seen[static_cast<size_t>(thread.lane)];
 }
 
 void Block::barrier(Site site) {
@@ -197,9 +216,13 @@ void Block::barrier(Site site) {
   ++device.launches.back().counters.barriers;
   for (Warp& warp : warps_)
     if (warp.log) warp.log->flush();
+  Known all;
+  for (const Thread* t : at_barrier_) learn(all, t->known);
   Thread* const me = thread;
-  for (Thread* t : at_barrier_)
+  for (Thread* t : at_barrier_) {
+    t->known = all;
     if (t != me) wake(*t);
+  }
   at_barrier_.clear();
   pause();
 }

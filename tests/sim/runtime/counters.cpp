@@ -85,6 +85,19 @@ void RequestLog::flush() {
   used_places_ = 0;
 }
 
+void LaunchRecord::add_bulk_copy(uint64_t address, uint32_t bytes, int buffer) {
+  Traffic& of = traffic[buffer];
+  ++counters.bulk_copies;
+  counters.bulk_bytes += bytes;
+  counters.global_bytes_read += bytes;
+  of.bytes_read += bytes;
+  for (uint64_t sector = address >> 5; sector <= (address + bytes - 1) >> 5; ++sector) {
+    ++counters.global_sectors_read;
+    ++of.sectors_read;
+    of.unique_sectors_read += of.read.insert(sector) ? 1 : 0;
+  }
+}
+
 void RequestLog::process_global(bool is_write, const Request& request) {
   std::array<uint64_t, 64> sectors;
   size_t count = 0;

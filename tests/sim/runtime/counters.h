@@ -18,7 +18,7 @@ namespace lors::sim {
 struct Counters {
   uint64_t blocks = 0, barriers = 0, warp_syncs = 0, shuffles = 0, votes = 0, atomics = 0;
   uint64_t global_load_requests = 0, global_store_requests = 0;  // of a warp
-  uint64_t global_bytes_read = 0, global_bytes_written = 0;      // requested, cp.async included
+  uint64_t global_bytes_read = 0, global_bytes_written = 0;      // requested, copies included
   uint64_t global_sectors_read = 0, global_sectors_written = 0;  // of 32 bytes, summed over requests
   uint64_t shared_load_requests = 0, shared_store_requests = 0;
   uint64_t shared_bytes_read = 0, shared_bytes_written = 0;
@@ -26,6 +26,9 @@ struct Counters {
   uint64_t ldmatrix = 0, ldmatrix_conflicts = 0;
   uint64_t copy_requests = 0, copy_bytes = 0, copy_conflicts = 0;  // cp.async: of a warp; read; of its shared writes
   uint64_t mma = 0;
+  uint64_t bulk_copies = 0, bulk_bytes = 0;  // read from global memory by bulk copies
+  uint64_t cluster_barriers = 0;
+  uint64_t cluster_bytes_read = 0, cluster_bytes_written = 0;  // of the shared memory of other blocks
   // Accesses of single lanes by their width, global memory only.
   std::array<uint64_t, 5> loads_by_width{}, stores_by_width{};  // 1, 2, 4, 8, 16 bytes
 };
@@ -57,6 +60,11 @@ void for_counters(C& c, Visit visit) {
   visit("copy_bytes", c.copy_bytes);
   visit("copy_conflicts", c.copy_conflicts);
   visit("mma", c.mma);
+  visit("bulk_copies", c.bulk_copies);
+  visit("bulk_bytes", c.bulk_bytes);
+  visit("cluster_barriers", c.cluster_barriers);
+  visit("cluster_bytes_read", c.cluster_bytes_read);
+  visit("cluster_bytes_written", c.cluster_bytes_written);
 }
 
 // A set of sector numbers, dense where it is used.
@@ -81,9 +89,12 @@ struct Traffic {
 struct LaunchRecord {
   std::string name;
   dim3 grid, block;
+  uint32_t cluster = 1;
   int shared_bytes = 0;
   Counters counters;
   std::map<int, Traffic> traffic;  // by buffer
+
+  void add_bulk_copy(uint64_t address, uint32_t bytes, int buffer);
 };
 
 enum class Space : uint8_t { global_load, global_store, shared_load, shared_store, copy_source, copy_target };

@@ -28,7 +28,8 @@ struct Options {
   bool count = true;
   int multiprocessors = 4;
   int shared_bytes = 227 * 1024;
-  int sample_blocks = 0;  // > 0: run only the first, the last and so many random blocks of each launch
+  int architecture = 80;  // compute capability 8.0
+  int sample_blocks = 0;  // > 0: run only the first, the last and so many random blocks or clusters of each launch
 };
 
 class Device {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a grid, its blocks one after another in random order, and converts a fault of the running thread to an Error.
+// Runs a grid, its clusters one after another in random order, and converts a fault of the running thread to an Error.
 #include <dlfcn.h>
 #include <signal.h>
 #include <ucontext.h>
@@ -9,17 +9,22 @@
 #include <numeric>
 #include <vector>
 
-#include "block.h"
+#include "cluster.h"
 #include "device.h"
 
 namespace lors::sim {
 
+namespace {
+constexpr uint32_t kMostBlocks = 8;  // of a cluster, on every device that has them
+}
+
 Device* Device::current = nullptr;
 
-Device::Device(const Options& o) : options(o), random(o.seed), shared_window_(1 << 20) {}
+Device::Device(const Options& o) : options(o), random(o.seed), shared_window_(kMostBlocks * int64_t{Block::kSharedWindow}) {}
 
 int device_multiprocessors() { return Device::current->options.multiprocessors; }
 int device_shared_bytes() { return Device::current->options.shared_bytes; }
+int device_architecture() { return Device::current->options.architecture; }
 
 namespace {
 
@@ -55,7 +60,7 @@ void on_fault(int, siginfo_t* info, void* context) {
     signal(SIGSEGV, SIG_DFL);
     return;
   }
-  if (Block::current->is_shared(address))
+  if (Block::current->device.shared_window().contains(address))
     fault.what = "raw access to shared memory, past ptx.h";
   else if (Block::current->device.memory.contains(address))
     fault.what = "raw access to global memory, past ptx.h";
@@ -99,11 +104,14 @@ class CatchFaults {
 };
 
 // ---- grids ----
-std::string refusal(const Device& device, dim3 grid, dim3 block, int shared_bytes) {
+std::string refusal(const Device& device, dim3 grid, dim3 block, uint32_t cluster, int shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0) return "a grid or block without threads";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "more blocks than a grid may have";
   if (threads > 1024 || block.z > 64) return "more threads than a block may have";
+  if (cluster != 1 && device.options.architecture < 90) return "a cluster on a device without clusters";
+  if (cluster < 1 || cluster > kMostBlocks) return "more blocks than a cluster may have";
+  if (grid.x % cluster != 0) return "a grid that is not a whole number of clusters";
   if (shared_bytes < 0 || shared_bytes > device.options.shared_bytes) return "more shared memory than a block may have";
   return {};
 }
@@ -126,29 +134,30 @@ class Shuffled {
 
 }  // namespace
 
-std::string run_grid(const char* name, dim3 grid, dim3 block, int shared_bytes, const void* stream, void (*body)(void*),
-                     void* context) {
+std::string run_grid(const char* name, dim3 grid, dim3 block, uint32_t cluster, int shared_bytes, const void* stream,
+                     void (*body)(void*), void* context) {
   Device* device = Device::current;
   if (device == nullptr) throw Error(std::string(name) + " was launched with no simulated device in use");
   if (stream != device) throw Error(std::string(name) + " was not launched on the stream of its CudaHost");
   if (Block::current != nullptr) throw Error(std::string(name) + " was launched from a kernel");
-  if (std::string why = refusal(*device, grid, block, shared_bytes); !why.empty())
+  if (std::string why = refusal(*device, grid, block, cluster, shared_bytes); !why.empty())
     return "lors_cuda could not launch " + std::string(name) + ": " + why + ".";
 
-  Launch launch{name, grid, block, shared_bytes, body, context};
+  const Launch launch{name, grid, block, cluster, shared_bytes, body, context};
   LaunchRecord& record = device->launches.emplace_back();
   record.name = name;
   record.grid = grid;
   record.block = block;
+  record.cluster = cluster;
   record.shared_bytes = shared_bytes;
 
   const CatchFaults faults;
-  Block simulated(*device, launch);
-  device->first_serial = simulated.next_serial();
-  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  Cluster simulated(*device, launch);
+  device->first_serial = Cluster::next_serial();
+  const uint64_t across = grid.x / cluster, count = across * grid.y * grid.z;  // clusters
   const auto run = [&](uint64_t i) {
-    simulated.run({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                   static_cast<unsigned>(i / grid.x / grid.y)});
+    simulated.run({static_cast<unsigned>(i % across * cluster), static_cast<unsigned>(i / across % grid.y),
+                   static_cast<unsigned>(i / across / grid.y)});
   };
   Shuffled order(count, device->random);
   const auto samples = static_cast<uint64_t>(device->options.sample_blocks);

@@ -16,9 +16,12 @@ bool current(const Stamp& stamp, const Now& now) { return stamp.serial >= now.va
 
 // Whether everything up to `stamp` happened before the running thread's next step.
 bool ordered(const Stamp& stamp, const Now& now) {
-  if (stamp.serial != now.stamp.serial) return false;
-  if (stamp.epoch < now.stamp.epoch || stamp.thread == now.stamp.thread) return true;
-  return stamp.thread / 32 == now.stamp.thread / 32 && now.seen[stamp.thread % 32] >= stamp.clock;
+  if (stamp.serial == now.stamp.serial) {
+    if (stamp.epoch < now.stamp.epoch || stamp.thread == now.stamp.thread) return true;
+    if (stamp.thread / 32 == now.stamp.thread / 32 && now.seen[stamp.thread % 32] >= stamp.clock) return true;
+  }
+  if (now.known == nullptr || stamp.serial < now.first_serial) return false;
+  return now.known->covers(stamp.serial - now.first_serial, stamp.thread, stamp.epoch, stamp.clock);
 }
 
 std::string conflict(const char* what, const Stamp& with, const Now& now) {
@@ -26,9 +29,13 @@ std::string conflict(const char* what, const Stamp& with, const Now& now) {
   std::string text = "race: ";
   text += now.stamp.kind == Access::atomic ? "atomic on" : writes(now.stamp.kind) ? "write of" : "read of";
   text += " bytes that ";
+  if (with.thread >= kMostThreads)
+    return text + "the bulk copy at " + describe_site(with.site) + (writes(with.kind) ? " writes" : " reads") +
+           ", and its mbarrier has not been waited for";
   text += same_block ? "thread " + std::to_string(with.thread) : "another block";
   text += std::string(" ") + what + " at " + describe_site(with.site);
   text += same_block ? ", with no barrier between" : " in the same launch";
+  if (now.any_order && !same_block) text += ", with no barrier of a cluster between";
   return text;
 }
 
@@ -64,20 +71,51 @@ std::string Shadow::for_cells(uint64_t address, int bytes, Visit visit) {
   return {};
 }
 
-std::string Shadow::check_group(const Group& group, const char* what, const Now& now) {
-  if (group.lanes == 0 || !current(group.first, now)) return {};
-  if (group.first.kind == Access::read_once) return conflict("reads by load_global_once", group.first, now);
-  if (group.has_other && group.other.kind == Access::read_once) return conflict("reads by load_global_once", group.other, now);
-  if (group.has_other && !ordered(group.other, now)) return conflict(what, group.other, now);
-  Stamp each = group.first;
-  for (uint32_t lanes = group.lanes; lanes != 0; lanes &= lanes - 1) {
-    each.thread = static_cast<uint16_t>(group.first.thread / 32 * 32 + std::countr_zero(lanes));
+std::string Shadow::check_lanes(const Stamp& first, uint32_t lanes, const char* what, const Now& now) {
+  Stamp each = first;
+  if (first.thread >= kMostThreads) return ordered(first, now) ? std::string() : conflict(what, first, now);
+  for (; lanes != 0; lanes &= lanes - 1) {
+    each.thread = static_cast<uint16_t>(first.thread / 32 * 32 + std::countr_zero(lanes));
     if (!ordered(each, now)) return conflict(what, each, now);
   }
   return {};
 }
 
+std::string Shadow::check_group(const Group& group, const char* what, const Now& now) {
+  for (const Group::Entry& entry : group.entries) {
+    if (!current(entry.stamp, now)) continue;
+    if (entry.stamp.kind == Access::read_once) return conflict("reads by load_global_once", entry.stamp, now);
+    if (std::string problem = check_lanes(entry.stamp, entry.lanes, what, now); !problem.empty()) return problem;
+  }
+  if (group.lanes == 0 || !current(group.first, now)) return {};
+  if (group.first.kind == Access::read_once) return conflict("reads by load_global_once", group.first, now);
+  if (group.has_other && group.other.kind == Access::read_once) return conflict("reads by load_global_once", group.other, now);
+  if (group.has_other && !ordered(group.other, now)) return conflict(what, group.other, now);
+  return check_lanes(group.first, group.lanes, what, now);
+}
+
+// Whatever is ordered after this access is ordered after those that are ordered before it: they need not be kept.
+void Shadow::join_entries(Group& group, const Now& now) {
+  const Stamp& stamp = now.stamp;
+  const uint32_t lane = 1u << (stamp.thread % 32);
+  std::erase_if(group.entries, [&](const Group::Entry& entry) {
+    return !current(entry.stamp, now) ||
+           (entry.stamp.kind != Access::read_once && check_lanes(entry.stamp, entry.lanes, "", now).empty());
+  });
+  for (Group::Entry& entry : group.entries) {
+    const Stamp& e = entry.stamp;
+    if (e.kind == Access::read_once) return;  // the strictest kind stays on record
+    if (e.serial == stamp.serial && e.epoch == stamp.epoch && e.clock == stamp.clock && e.kind == stamp.kind &&
+        e.thread / 32 == stamp.thread / 32 && stamp.thread < kMostThreads) {
+      entry.lanes |= lane;
+      return;
+    }
+  }
+  group.entries.push_back({stamp, lane});
+}
+
 void Shadow::join_group(Group& group, const Now& now) {
+  if (now.any_order) return join_entries(group, now);
   const Stamp& stamp = now.stamp;
   const uint32_t lane = 1u << (stamp.thread % 32);
   const auto start_again = [&] {
@@ -116,10 +154,10 @@ std::string Shadow::check(const Cell& cell, const Now& now, bool needs_value) {
            " may still be writing: it has not been waited for";
   if (needs_value && !written) return "read of shared memory that this block has not written";
   if (kind == Access::read_once) {
-    const bool by_atomic = !written && cell.atomics.lanes != 0 && current(cell.atomics.first, now);
-    if (written || by_atomic)
-      return conflict("wrote (load_global_once needs bytes that nobody writes)", written ? cell.write : cell.atomics.first,
-                      now);
+    const Stamp& atomic =
+        cell.atomics.lanes != 0 || cell.atomics.entries.empty() ? cell.atomics.first : cell.atomics.entries.back().stamp;
+    if (written || current(atomic, now))
+      return conflict("wrote (load_global_once needs bytes that nobody writes)", written ? cell.write : atomic, now);
   }
   if (written && !ordered(cell.write, now)) return conflict("wrote", cell.write, now);
   if (writes(kind))
@@ -150,6 +188,19 @@ std::string Shadow::begin_copy(uint64_t address, int bytes, const Now& now) {
       note(cell, now);
       cell.in_flight = true;
     }
+    return problem;
+  });
+}
+
+std::string Shadow::bulk_copy(uint64_t address, int bytes, const Now& now, const Stamp& copy) {
+  const Now by_copy{copy, now.valid_from, now.seen, now.known, now.first_serial, true};
+  return for_cells(address, bytes, [&](Cell& cell) {
+    // Ordinary accesses and bulk copies see memory through different proxies.
+    if (copy.kind == Access::write && current(cell.write, now) && cell.write.thread < kMostThreads)
+      return "a bulk copy over bytes that thread " + std::to_string(cell.write.thread) + " wrote at " +
+             describe_site(cell.write.site) + " needs a fence.proxy.async, which ptx.h does not have";
+    std::string problem = check(cell, now, false);
+    if (problem.empty()) note(cell, by_copy);
     return problem;
   });
 }

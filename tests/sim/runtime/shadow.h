@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The race detector: for every byte, who wrote it last and who has read it since. Two accesses of which one writes must be
-// ordered by a barrier of the block, by a __syncwarp of the warp, or by being one thread's; between blocks nothing orders.
+// ordered by a barrier of the block, by a __syncwarp of the warp, by an mbarrier, by a barrier of the cluster, or by being one
+// thread's; between clusters nothing orders.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "order.h"
 #include "sim.h"
 
 namespace lors::sim {
@@ -23,8 +25,8 @@ enum class Access : uint8_t {
 struct Stamp {
   uint32_t serial = 0;  // of the block, unique in the process
   uint32_t epoch = 0;   // barriers the block has passed
-  uint32_t clock = 0;   // the thread's count of warp synchronisations
-  uint16_t thread = 0;  // in the block
+  uint32_t clock = 0;   // the thread's count of synchronisations, or the phase that a bulk copy completes
+  uint16_t thread = 0;  // in the block, or kMostThreads + the mbarrier of a bulk copy
   Access kind = Access::read;
   Site site;
 };
@@ -32,8 +34,11 @@ struct Stamp {
 // The running thread, as the detector sees it.
 struct Now {
   Stamp stamp;
-  uint32_t valid_from = 0;         // stamps of earlier blocks are of no concern
-  const uint32_t* seen = nullptr;  // clock up to which each lane of the warp is known
+  uint32_t valid_from = 0;           // stamps of earlier blocks are of no concern
+  const uint32_t* seen = nullptr;    // clock up to which each lane of the warp is known
+  const Knowledge* known = nullptr;  // what else is, of the cluster's blocks from `first_serial` on; or null
+  uint32_t first_serial = 0;
+  bool any_order = false;  // there are mbarriers or clusters, so that a thread may know some of any others' accesses
 };
 
 class Shadow {
@@ -43,6 +48,8 @@ class Shadow {
   // An asynchronous copy is a write at its issue, forbids every access while it is in flight, and is a write at its wait.
   std::string begin_copy(uint64_t address, int bytes, const Now& now);
   void end_copy(uint64_t address, int bytes, const Now& now);
+  // One side of a bulk copy: allowed to the thread that issues it, as `now` says, and then an access by `copy`.
+  std::string bulk_copy(uint64_t address, int bytes, const Now& now, const Stamp& copy);
 
  private:
   // Accesses that do not conflict with each other: reads, or atomics. Not all are kept, but enough for everything that would
@@ -51,6 +58,12 @@ class Shadow {
     Stamp first, other;
     uint32_t lanes = 0;  // lanes of the warp that accessed at the same clock as `first`; 0: none
     bool has_other = false;
+    // With Now::any_order instead: each lane mask of a warp at one clock that is not ordered before another access here.
+    struct Entry {
+      Stamp stamp;
+      uint32_t lanes = 0;
+    };
+    std::vector<Entry> entries;
   };
   struct Cell {
     Stamp write;  // the last one, not atomic
@@ -67,7 +80,9 @@ class Shadow {
   // Calls visit(cell) for every cell of the range until it returns a description.
   template <typename Visit>
   std::string for_cells(uint64_t address, int bytes, Visit visit);
+  static std::string check_lanes(const Stamp& first, uint32_t lanes, const char* what, const Now& now);
   static std::string check_group(const Group& group, const char* what, const Now& now);
+  static void join_entries(Group& group, const Now& now);
   static void join_group(Group& group, const Now& now);
   static std::string check(const Cell& cell, const Now& now, bool needs_value);
   static void note(Cell& cell, const Now& now);

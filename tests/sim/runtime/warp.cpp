@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "block.h"
+#include "cluster.h"
 #include "device.h"
 
 namespace lors::sim {
@@ -23,11 +23,14 @@ void for_lanes(uint32_t mask, Visit visit) {
 void synchronise(void* const*, uint32_t mask) {
   const Warp& warp = *Block::thread->warp;
   std::array<uint32_t, 32> all{};
+  Known known;
   for_lanes(mask, [&](uint32_t lane) {
     for (size_t i = 0; i < 32; ++i) all[i] = std::max(all[i], warp.threads[lane]->seen[i]);
+    learn(known, warp.threads[lane]->known);
   });
   for_lanes(mask, [&](uint32_t lane) {
     warp.threads[lane]->seen = all;
+    warp.threads[lane]->known = known;
     ++warp.threads[lane]->seen[lane];
   });
   ++counters().warp_syncs;
@@ -133,6 +136,19 @@ void block_barrier(Site site) { Block::current->barrier(site); }
 void collective(const char* name, uint32_t mask, void* operand, CollectiveBody body, Site site) {
   // Without a body it is __syncwarp: the one collective that also orders memory.
   Block::current->meet(name, mask, operand, body == nullptr ? synchronise : body, site);
+}
+
+// Both are instructions of whole warps.
+void cluster_arrive(Site site) {
+  Block& block = *Block::current;
+  block.meet("barrier.cluster.arrive", Block::thread->warp->lanes, nullptr, nullptr, site);
+  block.cluster.arrive(*Block::thread, site);
+}
+
+void cluster_wait(Site site) {
+  Block& block = *Block::current;
+  block.meet("barrier.cluster.wait", Block::thread->warp->lanes, nullptr, nullptr, site);
+  block.cluster.wait(site);
 }
 
 void shuffle(void* const* operands, uint32_t mask) {

@@ -12,7 +12,11 @@ namespace cuda {
 struct DeviceLimits {
   int multiprocessors = 0;
   int shared_bytes = 0;  // most per block, with opt-in
+  int architecture = 0;  // 90 for compute capability 9.0
 };
+
+// Whether kernels for this architecture use clusters, mbarriers and bulk copies.
+constexpr bool has_clusters(int architecture) { return architecture / 10 == 9 || architecture / 10 == 10; }
 
 }  // namespace cuda
 
