@@ -128,25 +128,6 @@ def test_what_is_not_wanted_is_not_computed(ops, seed, gradient, needs):
     assert [g.numel() > 0 for g in grads] == [*needs, False]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("gradient", ["lors", "exact"])
-@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])  # CPU tensors in float32 would be kept compressed
-def test_a_merge_that_was_made_ahead_gives_the_same_bits(ops, seed, dtype, layout, gradient):
-    """What lors_cuda.prefetch does: the operators' own merge, queued earlier; with it they launch one kernel less."""
-    case = make_case(seed, 9, 12, 36, 3, dtype, layout=layout)
-    alone = [case.linear(gradient), *case.linear_backward(gradient, (True, False, False))]
-    merged = ops.merged_operand(*case.stored, case.lora_A, case.lora_B, case.scaling, dtype, 9)
-    before = launches(ops)
-    args = (*case.stored, case.lora_A, case.lora_B, None, case.scaling, gradient)
-    given = [ops.linear(case.input, *args, merged)]
-    given += ops.linear_backward(case.grad_output, None, *args, True, False, False, merged)
-    assert launches(ops) == before + 2  # the matmuls
-    assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
-
-
-=======
->>>>>>> cuda-grads
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_exact_gradients_of_16_bits_are_as_close_as_float32_matmuls(ops, seed, dtype):
     """In panels of a few rows, which torch is asked to leave in float32."""
@@ -162,8 +143,6 @@ def test_exact_gradients_of_16_bits_are_as_close_as_float32_matmuls(ops, seed, d
         exact = case.scaling * exact
         error, limit = ((t.double() - exact).norm() for t in (got, case.scaling * torchs))
         assert error <= 1.1 * limit
-<<<<<<< HEAD
-=======
 
 
 @pytest.mark.parametrize("gradient", ["lors", "exact"])
@@ -180,7 +159,6 @@ def test_a_merge_that_was_made_ahead_gives_the_same_bits(ops, seed, dtype, layou
     given += ops.linear_backward(case.grad_output, None, *args, True, False, False, merged)
     assert launches(ops) == before + 2  # the matmuls
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
->>>>>>> cuda-grads
 
 
 def test_no_tokens(ops, seed):
