@@ -44,7 +44,7 @@ def made(name, *, layout="2:4", dtype=torch.float32, seed=0, **fields):
     """A converted model and its run."""
     method = method_of(name)
     model = tiny_llama(dtype=dtype)
-    config = LoRSConfig(r=4, lora_alpha=8, layout=layout, gradient=method.gradient, **fields)
+    config = LoRSConfig(**{"r": 4, "lora_alpha": 8, "layout": layout, "gradient": method.gradient, **fields})
     gradients = estimate_gradients(model, batches(2), config=config) if method.needs_gradients else None
     model = get_lors_model(model, method.configure(config, model, batches()))
     return model.train(), method.start(model, steps=20, seed=seed, gradients=gradients)

@@ -35,10 +35,12 @@ def checksum(model):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "gradient"), [(torch.float32, "lors"), (torch.float32, "exact"), (torch.bfloat16, "lors")], ids=str
+)
 @pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
-def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, layout, dtype):
-    model, run = made(name, layout=layout, dtype=dtype)
+def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, layout, dtype, gradient):
+    model, run = made(name, layout=layout, dtype=dtype, gradient=gradient)
     sums = checksum(model)
     masks = {layer_name: layer.sparse_weight.mask() for layer_name, layer in named_lors_layers(model)}
     train(model, run, 6)
@@ -59,6 +61,8 @@ def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, l
     merged = merge_and_unload(model)
     for layer_name, mask in masks.items():
         assert not merged.get_submodule(layer_name).weight[~mask].any(), layer_name
+    bound = float(finished.abs().max()) * torch.finfo(dtype).eps * 4
+    torch.testing.assert_close(logits(merged), finished, rtol=0, atol=bound)
 
 
 @every_method
