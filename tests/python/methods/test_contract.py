@@ -36,9 +36,17 @@ def checksum(model):
 
 @every_method
 @pytest.mark.parametrize(
-    ("dtype", "gradient"), [(torch.float32, "lors"), (torch.float32, "exact"), (torch.bfloat16, "lors")], ids=str
+    ("layout", "dtype", "gradient"),
+    [
+        ("dense", torch.float32, "lors"),
+        ("dense", torch.bfloat16, "exact"),
+        ("2:4", torch.float32, "exact"),
+        ("2:4", torch.bfloat16, "lors"),
+        ("bitmap", torch.float32, "lors"),
+        ("bitmap", torch.bfloat16, "exact"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("layout", ["dense", "2:4", "bitmap"])
 def test_training_keeps_zeros_and_base_and_leaves_plain_layers(tmp_path, name, layout, dtype, gradient):
     model, run = made(name, layout=layout, dtype=dtype, gradient=gradient)
     sums = checksum(model)
