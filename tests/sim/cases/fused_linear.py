@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from bits import Operands, loaded, stored
 
-# (tokens, out_features, in_features, r), and the dtype; each forward and backward.
+# (tokens, out_features, in_features, r), the dtype and the device's multiprocessors; each forward and backward.
 CALLS = [
-    ((64, 256, 320, 16), "bfloat16"),
-    ((7, 72, 200, 5), "bfloat16"),
-    ((33, 128, 192, 300), "bfloat16"),
-    ((16, 64, 192, 8), "float32"),
-    ((520, 128, 128, 16), "bfloat16"),  # the wide token tile
+    ((64, 256, 320, 16), "bfloat16", 2),
+    ((7, 72, 200, 5), "bfloat16", 2),
+    ((33, 128, 192, 300), "bfloat16", 2),
+    ((16, 64, 192, 8), "float32", 2),
+    ((16, 64, 1024, 8), "float32", 12),  # more parts of a sum than one thread adds up
+    ((520, 128, 128, 16), "bfloat16", 2),  # the wide token tile
 ]
 PLANTED = [
     ("fused_linear_tiles.cuh", "fmaf(p.scaling, low_rank, v)", "low_rank + v"),
@@ -24,8 +25,10 @@ PLANTED = [
 
 
 def check(sim: Any) -> None:
-    for seed, (((T, N, K, r), dtype), backward) in enumerate((c, b) for c in CALLS for b in (False, True)):
-        o = Operands(sim.Device(seed=seed, multiprocessors=2), seed, dtype)
+    for seed, (((T, N, K, r), dtype, multiprocessors), backward) in enumerate(
+        (call, b) for call in CALLS for b in (False, True)
+    ):
+        o = Operands(sim.Device(seed=seed, multiprocessors=multiprocessors), seed, dtype)
         o.add("activation", T, N if backward else K)
         o.add("weight", N, K, density=0.5)
         o.add("lora_A", r, K)

@@ -17,6 +17,7 @@ SHAPES = [
     ((40, 300, 5), 227 * 1024, 2),
     ((33, 136, 150), 100 * 1024, 2),
     ((300, 264, 5), 227 * 1024, 1),
+    ((9, 1100, 5), 227 * 1024, 2),  # several blocks of columns: a bitmap's values before each are counted
 ]
 
 PLANTED = [
