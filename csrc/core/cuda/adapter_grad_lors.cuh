@@ -3,7 +3,7 @@
 //   project_kernel    P = X A^T and Q = dY B:   projected[t, p] = sum_f Z[t, f] factor[f, p]
 //   gradient_kernel   dY^T P and X^T Q:         gradient[f, p] = s sum_t Z[t, f] projected[t, p]
 // P and Q are stored as bfloat16 split terms. Where blocks have ranges of tokens, gradient_kernel writes partial sums for
-// reduce.cuh. Launched by adapter_grad_lors.cu; more than 128 ranks take several passes.
+// reduce.cu. Launched by adapter_grad_lors.cu; more than 128 ranks take several passes.
 #pragma once
 
 #include "adapter_grad_lors_config.h"

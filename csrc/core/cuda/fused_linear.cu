@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches fused_linear: checks dtypes, takes the fast path where fused_linear_fast_config serves, else the tiling of
-// fused_linear_config and the kernel of dtype, token tile and direction, and adds up a split reduction by reduce.cuh.
+// fused_linear_config and the kernel of dtype, token tile and direction, and adds up a split reduction by reduce.cu.
 #include "fused_linear.cuh"
 
 #include <lors/fused_linear.h>

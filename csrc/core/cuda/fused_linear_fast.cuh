@@ -4,7 +4,7 @@
 // fused_linear for few tokens and what most calls have (fused_linear_fast_config.h), from every layout. W~ is merged as in
 // merge_fast.cuh, and what a lane merges is what it holds of the next mma's first operand: the forward pass multiplies rows of
 // W~; the input gradient columns, for which lora_B lora_A is computed transposed. Launched by fused_linear_fast.cu; the parts
-// are added up by reduce.cuh.
+// are added up by reduce.cu.
 #pragma once
 
 #include "fused_linear_fast_config.h"

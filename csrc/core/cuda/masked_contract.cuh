@@ -2,7 +2,7 @@
 // A given G [N, K], masked and contracted tile by tile with the adapters:
 //   partial_B[n, p] = sum_k kept[n, k] G[n, k] lora_A[p, k]        partial_A[k, p] = sum_n kept[n, k] G[n, k] lora_B[n, p]
 // G stays fp32: it is split into three bf16 terms in the registers that it is loaded to. Launched by masked_contract.cu; the
-// partial sums are added up by reduce.cuh.
+// partial sums are added up by reduce.cu.
 #pragma once
 
 #include "masked_contract_tile.cuh"

@@ -33,10 +33,12 @@ def check(sim: Any) -> None:
         o.add("weight", N, K, density=0.5)
         o.add("lora_A", r, K)
         o.add("lora_B", N, r)
+        if not backward:
+            o.add("bias", N)
         o.result("output", T, K if backward else N)
         sizes = {"tokens": T, "out_features": N, "in_features": K, "r": r}
         sim.fused_linear(o.device, input_gradient=backward, scaling=0.125, round_to=dtype, **sizes, **o.fields)
         v = o.values
         merged = np.where(v["weight"] != 0, v["weight"] + 0.125 * v["lora_B"] @ v["lora_A"], 0)
         merged = loaded(stored(merged, dtype), dtype).reshape(N, K).astype(np.float64)
-        o.check("output", v["activation"] @ (merged if backward else merged.T))
+        o.check("output", v["activation"] @ merged if backward else v["activation"] @ merged.T + v["bias"])

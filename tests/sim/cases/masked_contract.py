@@ -9,7 +9,6 @@ import numpy as np
 from bits import Operands
 
 PLANTED = [
-    ("reduce.cuh", "sum[i] *= p.scale;", ""),
     ("masked_contract_tile.cuh", "bits >> (2 * i + 1) & 1 ?", "bits >> (2 * i) & 1 ?"),
     ("masked_contract.cuh", "a[i], b[2], b[3]);", "a[i], b[3], b[2]);"),
 ]

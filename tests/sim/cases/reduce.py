@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sum of partial results, for the mutants: calls with a bias, with a scale and with several parts for a thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fused_linear
+import masked_contract
+
+PLANTED = [
+    ("reduce.cuh", "if (p.add && i < left) sum[i] +=", "if (p.add && i < left) sum[i] ="),
+    ("reduce.cu", "column % 8 ? eight[4 + i] : eight[i]", "eight[i]"),
+    ("reduce.cu", "other < slices - 1", "other < slices - 2"),
+    ("reduce.cuh", "sum[i] *= p.scale;", ""),
+]
+
+
+def check(sim: Any) -> None:
+    fused_linear.check(sim)
+    masked_contract.check(sim)
