@@ -56,7 +56,7 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
     partials_at[i] = partial_floats;
     if (wanted[i] && in_parts) partial_floats += gc.ranges * sums[i].rows * sums[i].width;
   }
-  if (blocks[0][0] + blocks[0][1] > 0x7fffffff || blocks[1][0] + blocks[1][1] > 0x7fffffff)
+  if (blocks[0][0] + blocks[0][1] > 0x7fffffff || blocks[1][0] + blocks[1][1] > 0x7fffffff || gc.range_tokens > 1 << 30)
     return Status::error("The adapter gradients found no tiling of " + std::to_string(T) + " tokens and " +
                          std::to_string(args.out_features) + " and " + std::to_string(args.in_features) +
                          " features with as few blocks as CUDA can launch; use fewer.");

@@ -276,34 +276,35 @@ struct GradientBlock {
 
   const GradientProblem& p;
   const GradientSide& side;
-  int64_t first_token, end_token, first_feature, range;
+  int64_t first_token, first_feature;
+  int range, tokens;  // of the block's range
   int rank_group, feature_group, token_group;
 
   __device__ __forceinline__ explicit GradientBlock(const GradientProblem& problem)
       : p(problem), side(problem.side[blockIdx.x >= problem.blocks]) {
     const int64_t block = blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0);
     const int warp = threadIdx.x / kWarp, rank_groups = p.width / 16;
-    set_place(block / side.tiles, block % side.tiles);
+    set_place(static_cast<int>(block / side.tiles), block % side.tiles);
     rank_group = warp % rank_groups;
     feature_group = warp / rank_groups % p.feature_groups;
     token_group = warp / rank_groups / p.feature_groups;
   }
 
-  __device__ __forceinline__ void set_place(int64_t of_range, int64_t tile) {
+  __device__ __forceinline__ void set_place(int of_range, int64_t tile) {
     range = of_range;
-    first_token = range * p.range_tokens;
-    end_token = first_token + p.range_tokens < p.tokens ? first_token + p.range_tokens : p.tokens;
+    first_token = int64_t{range} * p.range_tokens;
+    const int64_t left = p.tokens - first_token;
+    tokens = static_cast<int>(left < p.range_tokens ? left : p.range_tokens);
     first_feature = tile * (64 * p.feature_groups);
   }
 
-  __device__ __forceinline__ int steps() const {
-    return static_cast<int>((end_token - first_token + p.step_tokens - 1) / p.step_tokens);
-  }
+  __device__ __forceinline__ int steps() const { return (tokens + p.step_tokens - 1) / p.step_tokens; }
   __device__ __forceinline__ uint8_t* stage(int step) const { return ptx::dynamic_shared() + step % kStages * p.stage; }
 
   __device__ __forceinline__ void copy(int step) const {
-    const int64_t token = first_token + int64_t{step} * p.step_tokens, left = end_token - token;
+    const int done = step * p.step_tokens, left = tokens - done;
     if (left > 0) {
+      const int64_t token = first_token + done;
       constexpr int kShift = sizeof(Z) == 4 ? 4 : 3;  // of 64 elements
       copy_tile<false>(reinterpret_cast<Z*>(stage(step)), p.pitch, p.step_tokens, kShift + p.feature_groups - 1,
                        static_cast<const Z*>(side.z) + token * side.features + first_feature, left,
@@ -414,8 +415,8 @@ struct GradientBlock {
       if (!at.inside) continue;
       const float4 value = add_sums(at);
       if (side.partials) {
-        ptx::store_global(reinterpret_cast<float4*>(side.partials + range * size + at.row * side.sums.width + at.column),
-                          value);
+        ptx::store_global(
+            reinterpret_cast<float4*>(side.partials + int64_t{range} * size + at.row * side.sums.width + at.column), value);
       } else {
         float four[4] = {value.x, value.y, value.z, value.w};
         store_result(side.sums, at.row, at.column, four);

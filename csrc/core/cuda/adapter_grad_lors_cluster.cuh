@@ -14,7 +14,7 @@ struct ClusterGradientBlock : GradientBlock<bfloat16> {
 
   __device__ __forceinline__ ClusterGradientBlock(const GradientProblem& problem, int mbarriers_at) : GradientBlock(problem) {
     const unsigned block = blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0);
-    set_place(ptx::cluster_rank(), block / ptx::cluster_size());
+    set_place(static_cast<int>(ptx::cluster_rank()), block / ptx::cluster_size());
     mbarriers = ptx::shared_address(ptx::dynamic_shared()) + static_cast<uint32_t>(mbarriers_at);
   }
 
@@ -45,9 +45,10 @@ struct ClusterGradientBlock : GradientBlock<bfloat16> {
 
   // The first warp starts copying a step, a lane every 32nd row; rows beyond the last token become zeros.
   __device__ __forceinline__ void copy(int step) const {
-    const int64_t token = first_token + int64_t{step} * p.step_tokens, left = end_token - token;
+    const int done = step * p.step_tokens, left = tokens - done;
     if (left <= 0 || threadIdx.x >= kWarp) return;
-    const int rows = left < p.step_tokens ? static_cast<int>(left) : p.step_tokens, lane = threadIdx.x;
+    const int64_t token = first_token + done;
+    const int rows = left < p.step_tokens ? left : p.step_tokens, lane = threadIdx.x;
     const uint32_t mbarrier = mbarriers + static_cast<uint32_t>(step % kStages) * 8;
     const uint32_t z_bytes = static_cast<uint32_t>(columns()) * 2, terms_bytes = static_cast<uint32_t>(p.width) * 2;
     for (int row = rows + lane; row < p.step_tokens; row += kWarp) {
