@@ -173,6 +173,24 @@ def test_each_layer_is_merged_ahead_once_its_place_is_known(world):
     assert merges(device) == (8 + 3 * 8, 7 + 3 * 8, 9)
 
 
+@pytest.mark.parametrize("blocks", [False, True], ids=["checkpoint", "reentrant"])
+def test_recomputation_and_backward_have_an_order_each(world, blocks):
+    model, device = model_of(), world()
+    model.blocks = blocks
+    x = X.clone().requires_grad_()
+
+    def steps() -> list[Tensor]:
+        for _ in range(2):
+            model(x).sum().backward()
+        return []
+
+    with prefetch(model):
+        ran(device, steps)
+        _, used, alone = merges(device)
+        ran(device, steps)
+    assert merges(device)[1:] == (used + 24, alone)  # forward, recomputation and backward of four layers, twice
+
+
 def test_two_merged_weights_of_memory(world):
     model, device = model_of(), world()
     prefetched(device, model, lambda: train(model, X))
