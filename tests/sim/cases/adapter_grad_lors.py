@@ -27,7 +27,7 @@ PLANTED = [
     # The cluster's: sums of one block only, a wrong range, a wrong tile, too few bytes announced, the parity of another
     # stage, a row beyond the last token.
     ("adapter_grad_lors_cluster.cuh", "ptx::shared_address(at.from), of)", "ptx::shared_address(at.from), 0)"),
-    ("adapter_grad_lors_cluster.cuh", "set_place(ptx::cluster_rank(), ", "set_place(0, "),
+    ("adapter_grad_lors_cluster.cuh", "set_place(static_cast<int>(ptx::cluster_rank()), ", "set_place(0, "),
     ("adapter_grad_lors_cluster.cuh", "block / ptx::cluster_size());", "block % ptx::cluster_size());"),
     ("adapter_grad_lors_cluster.cuh", "mine * (z_bytes + ", "mine * (z_bytes - 16 + "),
     ("adapter_grad_lors_cluster.cuh", "static_cast<uint32_t>(step / kStages % 2)", "static_cast<uint32_t>(step % 2)"),
