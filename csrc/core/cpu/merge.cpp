@@ -58,6 +58,8 @@ void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob jo
 Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost* host) {
   const int64_t N = args.out_features, K = args.in_features;
   if (N == 0 || K == 0) return {};
+  if (args.quantization.grid != Grid::none)
+    return Status::error("merge on the CPU reads values, and was given quantised codes; dequantise the weight.");
   const bool is_double = args.weight_dtype == DType::float64;
   if (is_double != (args.merged_dtype == DType::float64))
     return Status::error("merge writes float64 for a float64 weight only; convert the weight or ask for float64.");

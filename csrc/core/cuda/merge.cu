@@ -49,6 +49,8 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   const int64_t N = args.out_features, K = args.in_features;
   const bool from_sparse24 = args.weight_layout == Layout::sparse24, to_sparse24 = args.merged_layout == Layout::sparse24;
   if (N == 0 || K == 0) return {};
+  if (args.quantization.grid != Grid::none)
+    return Status::error("merge on CUDA reads values, and was given quantised codes; dequantise the weight.");
   for (const DType dtype : {args.weight_dtype, args.merged_dtype, args.lora_A_dtype, args.lora_B_dtype})
     if (dtype == DType::float64)
       return Status::error(

@@ -7,6 +7,7 @@
 // float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
+#include <lors/quantization.h>
 #include <lors/status.h>
 #include <lors/types.h>
 
@@ -27,6 +28,7 @@ struct FusedLinearArgs {
   const uint32_t* mask = nullptr;
   const uint8_t* metadata = nullptr;
   const int64_t* row_offsets = nullptr;
+  Quantization quantization;
   const void* lora_A = nullptr;  // [r, K]
   DType lora_A_dtype = DType::float32;
   const void* lora_B = nullptr;  // [N, r]

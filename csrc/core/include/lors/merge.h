@@ -4,6 +4,7 @@
 // for.
 #pragma once
 
+#include <lors/quantization.h>
 #include <lors/random.h>
 #include <lors/status.h>
 #include <lors/types.h>
@@ -34,7 +35,8 @@ struct MergeArgs {
   // The type each value is rounded to, once. It is merged_dtype, or a 16-bit type held in a float32 `merged`: a
   // float32 matmul then sees exactly the values that a 16-bit merged weight has.
   DType round_to = DType::float32;
-  Draws draws;  // into a dense result only
+  Draws draws;                // into a dense result only
+  Quantization quantization;  // of `weight`; weight_dtype is not read then
 };
 
 inline Status check_merged_layout(const MergeArgs& args) {
