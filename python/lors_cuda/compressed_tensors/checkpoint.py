@@ -21,13 +21,31 @@ from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..sparse_linear import SparseLinear
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
-from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
+from .files import (
+    COMPRESSION_KEYS,
+    CONFIG_NAME,
+    compress_files,
+    read_tensors,
+    require,
+    stored_format,
+    stored_quantization,
+)
+from .quantized_files import quantized_files, read_plain
+from .schemes import DENSE, Quantization
 
 SAVE_FORMATS = (DENSE, *FORMATS)
+QUANTIZED = ("dequantize",)
 
 
-def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = False) -> nn.Module:
-    """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
+def load_sparse_checkpoint(
+    directory: str | Path,
+    *,
+    any_architecture: bool = False,
+    quantized: str | None = None,
+    mask_from: str | Path | None = None,
+) -> nn.Module:
+    """Load a causal language model from a directory: dense, compressed as `sparse-24-bitmask` or `sparse-bitmask`, or
+    quantised, by compressed-tensors or GPTQ (docs/interchange.md lists the formats).
 
     Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
@@ -38,14 +56,19 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     Args:
         directory: with config.json.
         any_architecture: load the class of transformers that config.json names, whatever its task.
+        quantized: what becomes of quantised weights. ``"dequantize"``: ordinary linears, code times scale rounded once to
+            the scales' dtype, as compressed-tensors dequantises. None: they are refused. Others are loaded as ever.
+        mask_from: a directory of the same model, not quantised, whose zeros are the masks of quantised weights: their
+            codes alone do not tell a kept zero from a pruned weight. Codes off the masks become 0, with a warning.
 
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
 
     Raises:
-        FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantized checkpoint or another
-            compressed format, named in the message; files that are missing, truncated, corrupted or inconsistent, with
-            the first place; a tensor of the model that no file holds. ModuleNotFoundError: no transformers.
+        FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantised checkpoint without
+            ``quantized``, or a format that is not read, named in the message; files that are missing, truncated, corrupted
+            or inconsistent, with the first place; a tensor of the model that no file holds; ``mask_from`` of another model,
+            or for weights that are not quantised. ModuleNotFoundError: no transformers.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -55,8 +78,16 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     transformers = require("transformers")
     if (directory / ADAPTER_CONFIG_NAME).is_file():
         warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
-    format = stored_format(directory)
-    tensors = None if format is None else read_tensors(directory, format)
+    if quantized is not None:
+        check_choice("quantized", quantized, QUANTIZED)
+    quantization = stored_quantization(directory)
+    if quantization is not None:
+        tensors: dict[str, Tensor] | None = _quantized_tensors(quantization, quantized, mask_from)
+    elif mask_from is not None:
+        raise ValueError(f"The weights in '{directory}' are not quantized, so they show their masks; leave mask_from out.")
+    else:
+        format = stored_format(directory)
+        tensors = None if format is None else read_tensors(directory, format)
     try:
         model, info = (
             _from_files(transformers, directory, any_architecture)
@@ -188,6 +219,30 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
             if file.name != ADAPTER_CONFIG_NAME:
                 Path(links, file.name).symlink_to(file.resolve())
         yield Path(links)
+
+
+def _quantized_tensors(
+    quantization: Quantization, quantized: str | None, mask_from: str | Path | None
+) -> dict[str, Tensor]:
+    """The model's tensors, those of quantised weights dequantised one at a time."""
+    if quantized is None:
+        raise ValueError(
+            f"The weights in '{quantization.directory}' are quantized ({quantization.formats}). Load it with "
+            "quantized='dequantize' (ordinary linears)."
+        )
+    with quantized_files(quantization.directory, quantization, None if mask_from is None else Path(mask_from)) as files:
+        tensors = read_plain(files)
+        lost = 0
+        for name, weight, mask in files:
+            tensors[name] = weight.dequantize(name)
+            lost += int((mask & (tensors[name] == 0)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} kept weights of '{quantization.directory}' are 0, and count as pruned in ordinary linears.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tensors
 
 
 def _config(transformers: Any, directory: Path) -> Any:
