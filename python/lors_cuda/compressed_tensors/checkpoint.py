@@ -84,7 +84,9 @@ def load_sparse_checkpoint(
     if quantization is not None:
         tensors: dict[str, Tensor] | None = _quantized_tensors(quantization, quantized, mask_from)
     elif mask_from is not None:
-        raise ValueError(f"The weights in '{directory}' are not quantized, so they show their masks; leave mask_from out.")
+        raise ValueError(
+            f"The weights in '{directory}' are not quantized, so they show their masks; leave mask_from out."
+        )
     else:
         format = stored_format(directory)
         tensors = None if format is None else read_tensors(directory, format)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..formats import COLUMNS, FULL, translate
-from .quantized import SCALE_DTYPES, check, check_parts, expand24, refuse, unpack_rows
+from ..quantization import SCALE_DTYPES
+from .quantized import check, check_parts, expand24, refuse, unpack_rows
 from .schemes import Scheme
 
 
@@ -32,7 +33,9 @@ def decode_marlin24(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> t
     check_parts(parts, {"weight_packed", "scale_packed", "meta"}, set(), name)
     packed, scales, meta = parts["weight_packed"], parts["scale_packed"], parts["meta"]
     if packed.dim() != 2 or 0 in packed.shape or packed.shape[1] % (32 * scheme.bits):
-        refuse(name, f"'weight_packed' has shape {tuple(packed.shape)}; its rows must hold the codes of 64 rows or more")
+        refuse(
+            name, f"'weight_packed' has shape {tuple(packed.shape)}; its rows must hold the codes of 64 rows or more"
+        )
     K, N = 32 * packed.shape[0], 2 * packed.shape[1] // scheme.bits
     check(packed, "weight_packed", torch.int32, tuple(packed.shape), name)
     check(meta, "meta", torch.int16, (K // 32, 2 * N), name)

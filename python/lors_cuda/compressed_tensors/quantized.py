@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from ..formats import COLUMNS, translate, unpack_mask
+from ..quantization import CODES, SCALE_DTYPES, QuantizationGrid
 from .schemes import GPTQ, MARLIN24, PACK, Scheme
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WEIGHT, SCALE, ZERO_POINT, PACKED, SHAPE = "weight", "weight_scale", "weight_zero_point", "weight_packed", "weight_shape"
+WEIGHT, SCALE, ZERO_POINT, PACKED, SHAPE = (
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_packed",
+    "weight_shape",
+)
 _SPARSE = ("compressed", "bitmask", "shape")
 # {last part of a tensor's name: whether a weight may lack it}, by format; and of activations, which are not quantised here
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -27,32 +33,21 @@ GPTQ_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 class Codes(NamedTuple):
-    """A quantised weight [N, K].
-
-    Attributes:
-        codes: [N, K], int8 or float8_e4m3fn.
-        kind: "int8", "int4" or "e4m3".
-        group: columns that share a scale; it divides K.
-        scales: [N, K / group], float32, bfloat16 or float16, positive and finite.
-        zero_points: int8 [N, K / group]; None: 0.
-    """
+    """A quantised weight [N, K]: a code for each element, int8 or float8_e4m3fn, and the grid they lie on, whose group may
+    be any that divides K."""
 
     codes: Tensor
-    kind: str
-    group: int
-    scales: Tensor
-    zero_points: Tensor | None
+    grid: QuantizationGrid
 
     def nonzero(self) -> Tensor:
         """bool [N, K]: where the weight is not 0."""
-        if self.zero_points is None:
-            return self.codes.view(torch.int8) & 0x7F != 0 if self.kind == "e4m3" else self.codes != 0
-        return self.codes != self.zero_points.repeat_interleave(self.group, dim=1)
+        if self.grid.kind == "e4m3":
+            return self.codes.view(torch.int8) & 0x7F != 0
+        return self.codes != self._zero()
 
     def masked(self, mask: Tensor) -> Codes:
         """The same with 0 off the mask, bool [N, K]."""
-        zero = 0 if self.zero_points is None else self.zero_points.repeat_interleave(self.group, dim=1)
-        codes = torch.where(mask, self.codes.view(torch.int8), zero).to(torch.int8)
+        codes = torch.where(mask, self.codes.view(torch.int8), self._zero()).to(torch.int8)
         return self._replace(codes=codes.view(self.codes.dtype))
 
     def dequantize(self, name: str) -> Tensor:
@@ -61,15 +56,21 @@ class Codes(NamedTuple):
         Raises:
             ValueError: a weight is beyond the dtype's range (the first place is named).
         """
+        scales, zero_points = self.grid.scales, self.grid.zero_points
         N, K = self.codes.shape
-        grouped = self.codes.to(self.scales.dtype).view(N, -1, self.group)  # exact, and so is the difference
-        if self.zero_points is not None:
-            grouped -= self.zero_points.to(self.scales.dtype).unsqueeze(-1)
-        dense = grouped.mul_(self.scales.unsqueeze(-1)).view(N, K)
+        grouped = self.codes.to(scales.dtype).view(N, -1, self.grid.group)  # exact, and so is the difference
+        if zero_points is not None:
+            grouped -= zero_points.to(scales.dtype).unsqueeze(-1)
+        dense = grouped.mul_(scales.unsqueeze(-1)).view(N, K)
         if not bool(dense.isfinite().all()):
             row, column = (~dense.isfinite()).nonzero()[0].tolist()
-            refuse(name, f"code times scale at row {row}, column {column} is beyond the range of {self.scales.dtype}")
+            refuse(name, f"code times scale at row {row}, column {column} is beyond the range of {scales.dtype}")
         return dense.add_(0.0)
+
+    def _zero(self) -> Tensor | int:
+        """The code of 0, at every place."""
+        zero_points = self.grid.zero_points
+        return 0 if zero_points is None else zero_points.repeat_interleave(self.grid.group, dim=1)
 
 
 def decode_quantized(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
@@ -86,7 +87,7 @@ def decode_quantized(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> 
         from .marlin24 import decode_marlin24
 
         codes, scales = decode_marlin24(parts, scheme, name)
-        return Codes(codes, scheme.kind, scheme.columns(codes.shape[1]), checked_scales(scales, name), None)
+        return Codes(codes, QuantizationGrid(scheme.kind, scheme.columns(codes.shape[1]), checked_scales(scales, name)))
     packed, zeros = scheme.format == PACK, set() if scheme.symmetric else {ZERO_POINT}
     stored = {PACKED, SHAPE} if packed else set(_SPARSE) if scheme.bitmask else {WEIGHT}
     check_parts(parts, stored | {SCALE} | zeros, {ZERO_POINT}, name)
@@ -100,29 +101,29 @@ def decode_quantized(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> 
         codes = parts[WEIGHT]
         if codes.dim() != 2 or 0 in codes.shape:
             refuse(name, f"'weight' has shape {tuple(codes.shape)}; it must have rows and columns")
-        check(codes, WEIGHT, _code_dtype(scheme), tuple(codes.shape), name)
+        check(codes, WEIGHT, CODES[scheme.kind], tuple(codes.shape), name)
     N, K = codes.shape
     _check_codes(codes, scheme, name)
     scales = _spread(parts[SCALE], scheme, N, K, name)
     zero_points = _zero_points(parts.get(ZERO_POINT), scheme, scales.shape, name)
-    return Codes(codes, scheme.kind, scheme.columns(K), scales, zero_points)
+    return Codes(codes, QuantizationGrid(scheme.kind, scheme.columns(K), scales, zero_points))
 
 
 def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of a weight by the last parts of their names: `decode_quantized` gives the same codes. A format that
     nothing reads any more is written as the one that holds the same: marlin-24 as pack-quantized, and no bitmask.
     """
-    codes, scales = weight.codes, weight.scales
+    codes, scales = weight.codes, weight.grid.scales
+    zeros = torch.zeros_like(scales, dtype=torch.int8) if weight.grid.zero_points is None else weight.grid.zero_points
     N, K = codes.shape
     if scheme.format == GPTQ:
         middle = 1 << (scheme.bits - 1)
-        zeros = torch.zeros_like(scales, dtype=torch.int8) if weight.zero_points is None else weight.zero_points
         stored = zeros.to(torch.int32) + (middle - scheme.subtracted)
         return {
             "qweight": _pack(codes.t().to(torch.int32) + middle, scheme.bits, 0),
             "qzeros": _pack(stored.t(), scheme.bits, 1),
             "scales": scales.t().contiguous(),
-            "g_idx": torch.arange(K, dtype=torch.int32) // weight.group,
+            "g_idx": torch.arange(K, dtype=torch.int32) // weight.grid.group,
         }
     parts = {SCALE: scales[:1, 0].clone() if scheme.strategy == "tensor" else scales}
     packed = scheme.format in (PACK, MARLIN24)
@@ -132,7 +133,6 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
     else:
         parts[WEIGHT] = codes
     if not scheme.symmetric:
-        zeros = torch.zeros_like(scales, dtype=torch.int8) if weight.zero_points is None else weight.zero_points
         parts[ZERO_POINT] = _pack(zeros.to(torch.int32) + middle, scheme.bits, 0) if packed else zeros
     return parts
 
@@ -142,7 +142,8 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """int8 [rows, count] of int32 [rows, words], 32 / bits codes in a word from its lowest bits, 2^(bits - 1) taken off."""
-    data = words.contiguous().view(torch.uint8)  # little end first, as the words' bits are
+    # Little end first, as the words' bits are; contiguous() may leave odd strides.
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 4:
         data = torch.stack((data & 15, data >> 4), -1).flatten(1)
     return (data[:, :count] - (1 << (bits - 1))).view(torch.int8)  # uint8 goes round, as two's complement does
@@ -172,7 +173,10 @@ def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
     check(parts["qzeros"], "qzeros", torch.int32, (K // group, N // held), name)
     scales = parts["scales"]
     if scales.dtype not in SCALE_DTYPES or tuple(scales.shape) != (K // group, N):
-        refuse(name, f"'scales' is {scales.dtype} with shape {tuple(scales.shape)}; it must be floating with {(K // group, N)}")
+        refuse(
+            name,
+            f"'scales' is {scales.dtype} with shape {tuple(scales.shape)}; it must be floating with {(K // group, N)}",
+        )
     if "g_idx" in parts:
         check(parts["g_idx"], "g_idx", torch.int32, (K,), name)
         if not torch.equal(parts["g_idx"], torch.arange(K, dtype=torch.int32) // group):
@@ -190,7 +194,9 @@ def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
             f"readers of GPTQ's files take for {2 * middle} and others for 0; it is not read. Save the model as 'gptq_v2'."
         )
     zero_points = zeros.to(torch.int8).contiguous() if bool(zeros.any()) else None
-    return Codes(codes, scheme.kind, group, checked_scales(scales.t().contiguous(), name), zero_points)
+    return Codes(
+        codes, QuantizationGrid(scheme.kind, group, checked_scales(scales.t().contiguous(), name), zero_points)
+    )
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -235,10 +241,6 @@ def _check_group(group: int, K: int, name: str) -> None:
         refuse(name, f"it has {K} columns, and groups of {group} do not divide them")
 
 
-def _code_dtype(scheme: Scheme) -> torch.dtype:
-    return torch.float8_e4m3fn if scheme.kind == "e4m3" else torch.int8
-
-
 def _check_codes(codes: Tensor, scheme: Scheme, name: str) -> None:
     if scheme.kind == "int8":
         return
@@ -258,7 +260,9 @@ def _spread(scales: Tensor, scheme: Scheme, N: int, K: int, name: str) -> Tensor
     shapes = [(1,), (), (1, 1)] if scheme.strategy == "tensor" else [(N, K // group)]
     if scales.dtype not in SCALE_DTYPES or tuple(scales.shape) not in shapes:
         found = f"'{SCALE}' is {scales.dtype} with shape {tuple(scales.shape)}"
-        refuse(name, f"{found}; for {(N, K)} with a scale for each {scheme.strategy} it must be floating with {shapes[0]}")
+        refuse(
+            name, f"{found}; for {(N, K)} with a scale for each {scheme.strategy} it must be floating with {shapes[0]}"
+        )
     spread = scales.reshape(1, 1).expand(N, 1).contiguous() if scheme.strategy == "tensor" else scales.contiguous()
     return checked_scales(spread, name)
 
@@ -289,7 +293,7 @@ def _expand_bitmask(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> T
     N, K = read_shape(parts["shape"], name)
     if K % 4:
         refuse(name, f"its shape is {(N, K)}, and 2:4 needs a multiple of 4 columns")
-    check(parts["compressed"], "compressed", _code_dtype(scheme), (N, K // 2), name)
+    check(parts["compressed"], "compressed", CODES[scheme.kind], (N, K // 2), name)
     check(parts["bitmask"], "bitmask", torch.uint8, (N, (K + 7) // 8), name)
     return expand24(parts["compressed"], parts["bitmask"], K, name)
 

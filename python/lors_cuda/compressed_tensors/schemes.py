@@ -72,7 +72,9 @@ class Quantization:
     @property
     def formats(self) -> str:
         """For messages: the formats of its weights."""
-        names = {f"{scheme.format} + {SPARSE24_BITMASK}" if scheme.bitmask else scheme.format for _, scheme in self.groups}
+        names = {
+            f"{scheme.format} + {SPARSE24_BITMASK}" if scheme.bitmask else scheme.format for _, scheme in self.groups
+        }
         return " and ".join(sorted(names))
 
     def scheme(self, module: str) -> Scheme:
@@ -113,16 +115,18 @@ def parse_quantization(directory: Path, block: dict[str, Any]) -> Quantization |
     inner = block.get("quantization_config")
     nested = not block.get("config_groups") and isinstance(inner, dict) and bool(inner.get("config_groups"))
     described: dict[str, Any] = inner if nested and isinstance(inner, dict) else block
-    for key, what in (("kv_cache_scheme", "keys and values of its attention are quantized"),
-                      ("transform_config", "weights were transformed by compressed-tensors")):  # fmt: skip
+    for key, what in (("kv_cache_scheme", "has quantized keys and values of its attention"),
+                      ("transform_config", "was transformed by compressed-tensors")):  # fmt: skip
         if described.get(key):
-            _refuse(directory, f"cannot be read: its {what} ({key}), and that is not supported. {ELSE}.")
+            _refuse(directory, f"{what} ({key}), which is not read. {ELSE}.")
     format = described.get("format")
     groups = described.get("config_groups")
     if not groups:
         if format in (None, DENSE) or (isinstance(format, str) and format.startswith("sparse-")):
             return None
-        _refuse(directory, f"is stored in the compressed format {format!r} without groups (config_groups); {READ}. {ELSE}.")
+        _refuse(
+            directory, f"is stored in the compressed format {format!r} without groups (config_groups); {READ}. {ELSE}."
+        )
     if not isinstance(groups, dict):
         _corrupted(directory, f"config_groups is a {type(groups).__name__}, and must be an object")
     sparsity = block.get("sparsity_config") or {}
@@ -164,16 +168,26 @@ def _group(directory: Path, name: str, group: Any, whole: Any, bitmask: bool) ->
     if weights.get("actorder") not in (None, False, "weight", "static"):
         _refuse(directory, f"cannot be read: its weights are in act-order (actorder={weights['actorder']!r}). {ELSE}.")
     size = weights.get("group_size")
-    strategy = str(weights["strategy"]) if weights.get("strategy") else ("tensor" if size is None else "channel" if size == -1 else "group")
+    strategy = (
+        str(weights["strategy"])
+        if weights.get("strategy")
+        else ("tensor" if size is None else "channel" if size == -1 else "group")
+    )
     if strategy not in ("tensor", "channel", "group"):
-        _refuse(directory, f"cannot be read: its weights have scales for each {strategy!r}; tensor, channel and group are read. {ELSE}.")
+        _refuse(
+            directory,
+            f"cannot be read: its weights have scales for each {strategy!r}; tensor, channel and group are read. {ELSE}.",
+        )
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
         _corrupted(directory, f"config_groups['{name}'] has symmetric={symmetric!r}")
     if bitmask and format not in (FLOAT, INT, NAIVE):
         _corrupted(directory, f"it stores the format {format!r} as {SPARSE24_BITMASK}")
     if format == MARLIN24 and (not symmetric or (strategy, size) not in (("group", 128), ("channel", size))):
-        _corrupted(directory, f"marlin-24 is symmetric, with groups of 128 or a scale for each row; config_groups['{name}'] is not")
+        _corrupted(
+            directory,
+            f"marlin-24 is symmetric, with groups of 128 or a scale for each row; config_groups['{name}'] is not",
+        )
     columns = _group_size(directory, size) if strategy == "group" else None
     return tuple(targets), Scheme(format, kind, strategy, columns, symmetric or kind == "e4m3", bitmask)
 
