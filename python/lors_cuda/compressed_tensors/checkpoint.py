@@ -20,6 +20,7 @@ from .._files import new_directory
 from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..sparse_linear import SparseLinear
+from ..weight import SparseWeight
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
 from .files import (
     COMPRESSION_KEYS,
@@ -30,11 +31,12 @@ from .files import (
     stored_format,
     stored_quantization,
 )
+from .kept import QUANTIZED, check_no_conv1d, placeholders, put_kept, sparse_weight, write_quantized
 from .quantized_files import quantized_files, read_plain
 from .schemes import DENSE, Quantization
 
-SAVE_FORMATS = (DENSE, *FORMATS)
-QUANTIZED = ("dequantize",)
+SAVE_FORMATS = (DENSE, *FORMATS, QUANTIZED)
+KEEP = "keep"
 
 
 def load_sparse_checkpoint(
@@ -56,8 +58,10 @@ def load_sparse_checkpoint(
     Args:
         directory: with config.json.
         any_architecture: load the class of transformers that config.json names, whatever its task.
-        quantized: what becomes of quantised weights. ``"dequantize"``: ordinary linears, code times scale rounded once to
-            the scales' dtype, as compressed-tensors dequantises. None: they are refused. Others are loaded as ever.
+        quantized: what becomes of quantised weights. ``"keep"``: they stay codes in memory, in frozen
+            :class:`lors_cuda.SparseLinear` layers, whose masks are the weights that are not 0. ``"dequantize"``: ordinary
+            linears, code times scale rounded once to the scales' dtype, as compressed-tensors dequantises. None: they are
+            refused. Others are loaded as ever.
         mask_from: a directory of the same model, not quantised, whose zeros are the masks of quantised weights: their
             codes alone do not tell a kept zero from a pruned weight. Codes off the masks become 0, with a warning.
 
@@ -79,10 +83,13 @@ def load_sparse_checkpoint(
     if (directory / ADAPTER_CONFIG_NAME).is_file():
         warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
     if quantized is not None:
-        check_choice("quantized", quantized, QUANTIZED)
+        check_choice("quantized", quantized, (KEEP, "dequantize"))
     quantization = stored_quantization(directory)
+    kept: dict[str, SparseWeight] = {}
     if quantization is not None:
-        tensors: dict[str, Tensor] | None = _quantized_tensors(quantization, quantized, mask_from)
+        files = _quantized_tensors(quantization, quantized, mask_from)
+        tensors: dict[str, Tensor] | None = files[0]
+        kept, activations = files[1:]
     elif mask_from is not None:
         raise ValueError(
             f"The weights in '{directory}' are not quantized, so they show their masks; leave mask_from out."
@@ -94,7 +101,7 @@ def load_sparse_checkpoint(
         model, info = (
             _from_files(transformers, directory, any_architecture)
             if tensors is None
-            else _from_tensors(transformers, directory, tensors, any_architecture)
+            else _from_tensors(transformers, directory, tensors, any_architecture, kept)
         )
     except ImportError:
         raise
@@ -128,6 +135,10 @@ def load_sparse_checkpoint(
             f"{type(model).__name__} has no place for; they are left out. See whether config.json belongs to them.",
             stacklevel=2,
         )
+    if quantization is not None:
+        check_no_conv1d(model, directory)
+    if quantization is not None and quantized == KEEP:
+        put_kept(model, kept, tensors or {}, quantization, activations)
     return model
 
 
@@ -138,7 +149,9 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
         format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which every tool loads.
             ``"sparse-24-bitmask"`` compresses the linears that are 2:4, ``"sparse-bitmask"`` those that become smaller.
             All other parameters stay dense. Both are for tools that still read them (compressed-tensors 0.9 to 0.14)
-            and for :func:`load_sparse_checkpoint`.
+            and for :func:`load_sparse_checkpoint`. ``"quantized"``: of a model that was loaded with quantized="keep", the
+            same scheme, scales and zero points; where a kept weight has the code of 0, `lors_mask.safetensors` beside
+            the model holds the mask, for :func:`load_sparse_checkpoint`.
 
     Raises:
         TypeError: not a transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
@@ -155,6 +168,9 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
 def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
     """:func:`save_sparse_checkpoint` into a directory that exists and is empty."""
     check_choice("format", format, SAVE_FORMATS)
+    if format == QUANTIZED:
+        write_quantized(model, directory)
+        return
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, with save_pretrained.")
     for name, module in model.named_modules():
@@ -225,26 +241,31 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 def _quantized_tensors(
     quantization: Quantization, quantized: str | None, mask_from: str | Path | None
-) -> dict[str, Tensor]:
-    """The model's tensors, those of quantised weights dequantised one at a time."""
+) -> tuple[dict[str, Tensor], dict[str, SparseWeight], dict[str, Tensor]]:
+    """The model's tensors, those of quantised weights dequantised one at a time, or apart; and those of activations."""
     if quantized is None:
         raise ValueError(
             f"The weights in '{quantization.directory}' are quantized ({quantization.formats}). Load it with "
-            "quantized='dequantize' (ordinary linears)."
+            "quantized='keep' (codes in memory, in frozen sparse layers) or quantized='dequantize' (ordinary linears)."
         )
+    kept, lost = {}, 0
     with quantized_files(quantization.directory, quantization, None if mask_from is None else Path(mask_from)) as files:
         tensors = read_plain(files)
-        lost = 0
-        for name, weight, mask in files:
-            tensors[name] = weight.dequantize(name)
-            lost += int((mask & (tensors[name] == 0)).sum())
+        activations = {name: read() for name, read in files.activations.items()}
+        for stored in files:
+            if quantized == KEEP:
+                kept[stored.name] = sparse_weight(stored)
+            else:
+                dense = tensors[stored.name] = stored.weight.dequantize(stored.name)
+                lost += int((stored.mask & (dense == 0)).sum())
     if lost:
         warnings.warn(
-            f"{lost} kept weights of '{quantization.directory}' are 0, and count as pruned in ordinary linears.",
+            f"{lost} kept weights of '{quantization.directory}' are 0, and count as pruned in ordinary linears; "
+            "quantized='keep' keeps them.",
             UserWarning,
             stacklevel=3,
         )
-    return tensors
+    return tensors, kept, activations
 
 
 def _config(transformers: Any, directory: Path) -> Any:
@@ -258,9 +279,14 @@ def _named_class(transformers: Any, config: Any) -> Any:
 
 
 def _from_tensors(
-    transformers: Any, directory: Path, tensors: dict[str, Tensor], any_architecture: bool
+    transformers: Any,
+    directory: Path,
+    tensors: dict[str, Tensor],
+    any_architecture: bool,
+    kept: dict[str, SparseWeight],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The same from tensors in memory, which become the model's parameters; the config loses its compression keys."""
+    """The same from tensors in memory, which become the model's parameters; the config loses its compression keys.
+    Placeholders of the weights that are ``kept`` are added to the tensors."""
     config = _config(transformers, directory)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
@@ -270,6 +296,9 @@ def _from_tensors(
     if model_class is None:
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    # In the model's dtype: a conversion would give them memory.
+    floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    tensors |= placeholders(kept, config.dtype or next(floating, torch.float32))
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
     )

@@ -116,24 +116,25 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
     codes, scales = weight.codes, weight.grid.scales
     zeros = torch.zeros_like(scales, dtype=torch.int8) if weight.grid.zero_points is None else weight.grid.zero_points
     N, K = codes.shape
+    bits, middle = scheme.bits, 1 << (scheme.bits - 1)
     if scheme.format == GPTQ:
-        middle = 1 << (scheme.bits - 1)
-        stored = zeros.to(torch.int32) + (middle - scheme.subtracted)
         return {
-            "qweight": _pack(codes.t().to(torch.int32) + middle, scheme.bits, 0),
-            "qzeros": _pack(stored.t(), scheme.bits, 1),
+            "qweight": _pack(codes.t(), middle, bits, 0),
+            "qzeros": _pack(zeros.t(), middle - scheme.subtracted, bits, 1),
             "scales": scales.t().contiguous(),
             "g_idx": torch.arange(K, dtype=torch.int32) // weight.grid.group,
         }
-    parts = {SCALE: scales[:1, 0].clone() if scheme.strategy == "tensor" else scales}
-    packed = scheme.format in (PACK, MARLIN24)
-    if packed:
-        middle = 1 << (scheme.bits - 1)
-        parts |= {PACKED: _pack(codes.to(torch.int32) + middle, scheme.bits, 1), SHAPE: torch.tensor([N, K])}
-    else:
-        parts[WEIGHT] = codes
-    if not scheme.symmetric:
-        parts[ZERO_POINT] = _pack(zeros.to(torch.int32) + middle, scheme.bits, 0) if packed else zeros
+    parts = {WEIGHT: codes, SCALE: scales, ZERO_POINT: zeros}
+    if scheme.format in (PACK, MARLIN24):
+        del parts[WEIGHT]
+        parts |= {PACKED: _pack(codes, middle, bits, 1), SHAPE: torch.tensor([N, K])}
+        parts[ZERO_POINT] = _pack(zeros, middle, bits, 0)
+    elif scheme.strategy == "tensor":
+        parts[ZERO_POINT] = zeros[:1, 0].clone()
+    if scheme.strategy == "tensor":
+        parts[SCALE] = scales[:1, 0].clone()
+    if scheme.symmetric:
+        del parts[ZERO_POINT]
     return parts
 
 
@@ -149,13 +150,14 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     return (data[:, :count] - (1 << (bits - 1))).view(torch.int8)  # uint8 goes round, as two's complement does
 
 
-def _pack(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """int32 words of int32 codes, packed along a dimension, which is filled up with zeros."""
-    lines = codes if dim == 1 else codes.t()
+def _pack(codes: Tensor, added: int, bits: int, dim: int) -> Tensor:
+    """int32 words of int8 codes and a number added to each, packed along a dimension, which is filled up with zeros."""
+    lines = codes.view(torch.uint8) + added  # goes round, as in unpack_rows
+    lines = lines if dim == 1 else lines.t()
     lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % (32 // bits)))
     if bits == 4:
         lines = lines[:, 0::2] | lines[:, 1::2] << 4
-    words = lines.to(torch.uint8).contiguous().view(torch.int32)
+    words = lines.clone(memory_format=torch.contiguous_format).view(torch.int32)
     return words if dim == 1 else words.t().contiguous()
 
 

@@ -113,12 +113,11 @@ def quantized_files(
     with contextlib.ExitStack() as stack:
         stored = stack.enter_context(tensor_files(directory))
         plain, activations, parts = _grouped(directory, quantization, stored)
+        mask: Callable[[str, Codes], Tensor | None] = _unknown
         if mask_from is not None:
             mask = stack.enter_context(_masks_of(mask_from))
         elif (directory / MASK_NAME).is_file():
             mask = stack.enter_context(_side_file(directory / MASK_NAME, parts))
-        else:
-            mask = _unknown
         yield QuantizedFiles(directory, quantization, plain, activations, parts, mask)
 
 
@@ -132,7 +131,8 @@ def _grouped(
     """The tensors by what they belong to."""
     known = GPTQ_PARTS if quantization.groups[0][1].format == GPTQ else PARTS
     stems: dict[str, dict[str, Read]] = {}
-    plain, activations = {}, {}
+    plain: dict[str, Read] = {}
+    activations: dict[str, Read] = {}
     for name, read in stored.items():
         stem, _, part = name.rpartition(".")
         if stem and part in known:

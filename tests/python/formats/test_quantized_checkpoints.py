@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
-from interchange_cases import WRITTEN, sparse24
+from interchange_cases import WRITTEN, raw_state, sparse24
 from lors_cuda import load_sparse_checkpoint, save_sparse_checkpoint
-from lors_cuda.compressed_tensors.quantized import decode_quantized
+from lors_cuda.compressed_tensors.quantized import decode_quantized, encode_quantized
 from lors_cuda.compressed_tensors.schemes import Scheme
 from models import prune_two_of_four, refused
 from quantized_writers import config_of, parts_of, quantized, write_quantized
@@ -408,3 +409,27 @@ def test_odd_numbers_of_rows_and_one_group_are_read(scheme):
     read = decode_quantized(parts_of(weight, scheme), scheme, "weight")
     assert torch.equal(read.codes.float(), weight.codes.float())
     assert torch.equal(read.dequantize("weight"), weight.dense())
+
+
+@FORMATS
+def test_what_is_written_is_what_was_read(scheme):
+    """The same tensors, or for what nothing reads any more those of the format that holds the same."""
+    torch.manual_seed(4)
+    N, K = (64, 384) if scheme.format in ("gptq", "marlin-24") else (9, 384)
+    parts = parts_of(quantized(sparse24(N, K), scheme), scheme)
+    read = decode_quantized(parts, scheme, "weight")
+    written = encode_quantized(read, scheme)
+    if scheme.bitmask:
+        assert set(written) == {"weight", "weight_scale"}
+        assert torch.equal(written["weight"].float(), read.codes.float())
+        return
+    if scheme.format == "marlin-24":
+        scheme = dataclasses.replace(scheme, format="pack-quantized")
+        again = decode_quantized(written, scheme, "weight")
+        assert torch.equal(again.codes, read.codes)
+        assert torch.equal(again.grid.scales, read.grid.scales)
+        return
+    assert raw_state(written) == raw_state(parts)
+    for name, tensor in written.items():
+        assert (tensor.shape, tensor.dtype) == (parts[name].shape, parts[name].dtype), name
+        assert tensor.is_contiguous(), name
