@@ -183,6 +183,13 @@ def _refuse_tangents(**frozen: Tensor | None) -> None:
             )
 
 
+def _all_zero(grid: Grid) -> Grid:
+    """A grid on which the same codes all stand for zero; nothing is requantised to it."""
+    if grid.scales is None:
+        return grid
+    return Grid(grid.scales.new_zeros(()).expand(grid.scales.shape), grid.zero_points, grid.grid)
+
+
 def _adapter_tangents(
     weight: Tensor,
     mask: Tensor | None,
@@ -310,7 +317,7 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
         adapted = (weight, mask, index, lora_A, lora_B)
         parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws, *grid))
     for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B], grid):
-        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *grid.frozen_at_zero()))
+        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *_all_zero(grid)))
     if tangents[_BIAS] is not None:
         parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
     return sum(parts[1:], parts[0])
@@ -358,7 +365,7 @@ def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     *adapted, scales, zero_points = _primals(ctx)
     grid = Grid(scales, zero_points, *ctx.grid)
     adapters = _adapter_tangents(*adapted, *adapter_tangents, grid)
-    parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *grid.frozen_at_zero()) for adapter in adapters]
+    parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 
 
