@@ -6,9 +6,10 @@
 //                 q' = e4m3(v inv), saturating, -0 as +0                                     e4m3, which has no z and no u
 //                 merged = (q' - z') (steps s), rounded once more where the result is of 16 bits
 // and +0 off the mask. u is the dither: a fixed number in [-0.499, 0.499] for every place, so that updates below half a step
-// are not all lost; 0 without one. What is stored comes back from it unchanged. steps = 1: to the grid of the stored codes;
-// 16: the stored codes are int8 on a grid sixteen times finer than the int4 grid that the result lies on (z is a multiple of
-// 16). The gradients pass straight through, as in SQFT (arXiv 2410.03750).
+// are not all lost; 0 without one (random_dither in random.h; the row of its key is first_row + n). What is stored comes back
+// from it unchanged. Where v is infinite or NaN, merged is NaN on every grid: clamping must not hide it. steps = 1: to the grid
+// of the stored codes; 16: the stored codes are int8 on a grid sixteen times finer than the int4 grid that the result lies on
+// (z is a multiple of 16). The gradients pass straight through, as in SQFT (arXiv 2410.03750).
 //
 // Codes lie where values lie (types.h, sparse24.h), 8 bits each; int4: two in a byte, the first in the low half, as two's
 // complement. A row begins with a whole byte: row_offsets of a bitmap count codes, and each row's number of them is even.
