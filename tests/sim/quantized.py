@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised weights for the simulator's tests, by lors/quantization.h word for word: their codes in memory, what they stand
-for, and what requantising gives, in float32 torch."""
+"""Quantised weights, as lors/quantization.h has them: codes in memory, what they stand for, and requantising, in torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA merge of quantised weights on the simulator: the bits of the merge of what they stand for, requantised in torch."""
+"""The CUDA merge of quantised weights, simulated: the bits of the merge of what they stand for, requantised in torch."""
 
 from __future__ import annotations
 
@@ -196,9 +196,10 @@ def test_what_it_does_not_take_is_refused_with_a_sentence(sim: Any) -> None:
         ({"requantize_steps": 2}, "steps of 1 or 16"),
         ({"group": 48}, "groups of 32, 64 or 128 columns, or of whole rows, which they divide"),
     ):
+        device = sim.Device()
+        stored = weight.uploaded(device) | more
         with pytest.raises(sim.StatusError, match=sentence):
-            device = sim.Device()
-            sim.merge(device, **(weight.uploaded(device) | more))
+            sim.merge(device, **stored)
     device = sim.Device()
     stored = weight.uploaded(device)
     del stored["metadata"]
