@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(
             "nvcc was not found; install the CUDA toolkit (13.0 was tried) and put its bin folder on PATH."
         )
-    sources = sorted(SOURCES.glob("*.cu"))
+    # In the order of the build, which begins with the longest.
+    sources = [ROOT / path for path in re.findall(r"csrc/core/cuda/\w+\.cu\b", (ROOT / "CMakeLists.txt").read_text())]
     start = perf_counter()
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as pool:
         compiled = list(pool.map(lambda source: compile_source(nvcc, source, archs, Path(directory)), sources))
