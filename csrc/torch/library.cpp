@@ -10,9 +10,9 @@
 //
 // A quantised weight (csrc/core/include/lors/quantization.h) has a grid: "int8", codes int8; "e4m3", uint8 with the bits of
 // float8_e4m3fn; "int4", uint8 with two codes each, so [N, K/2], [N, K/4] or [count / 2]. And scales [N, K / group], float32,
-// bfloat16 or float16, for groups of 32, 64, 128 or K columns; zero_points, int8 like scales, or None; always a mask or metadata.
-// The weight's dtype is then that of scales. requantize_steps: 0, or 1 or 16: the merged weight is put on the grid again;
-// dither_seed: below 0 for none.
+// bfloat16 or float16, for groups of 32, 64, 128 or K columns; zero_points, int8 like scales, or None; always a mask or
+// metadata. The weight's dtype is then that of scales. requantize_steps: 0, or 1 or 16: the merged weight is put on the grid
+// again; dither_seed: below 0 for none.
 //
 // What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None
 // for rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is
