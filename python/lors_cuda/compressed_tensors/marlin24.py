@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..formats import COLUMNS, FULL, translate
 from ..quantization import SCALE_DTYPES
-from .quantized import check, check_parts, expand24, refuse, unpack_rows
+from .quantized import check, check_parts, compact, expand24, refuse, unpack_rows
 from .schemes import Scheme
 
 
@@ -58,4 +58,4 @@ def decode_marlin24(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> t
     dense = expand24(values.reshape(N, K // 2), bitmask.to(torch.uint8), K, name)
     if group < K // 2:  # the writer compared it with the number of kept weights
         scales = scales.view(K // group, N // 8, 4, 2).transpose(-1, -2).reshape(K // group, N)
-    return dense, scales.t().contiguous()
+    return dense, compact(scales.t())

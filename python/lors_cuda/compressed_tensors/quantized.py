@@ -121,7 +121,7 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
         return {
             "qweight": _pack(codes.t(), middle, bits, 0),
             "qzeros": _pack(zeros.t(), middle - scheme.subtracted, bits, 1),
-            "scales": scales.t().contiguous(),
+            "scales": compact(scales.t()),
             "g_idx": torch.arange(K, dtype=torch.int32) // weight.grid.group,
         }
     parts = {WEIGHT: codes, SCALE: scales, ZERO_POINT: zeros}
@@ -141,10 +141,14 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
 # ---- packed words ---------------------------------------------------------------------------------------------------
 
 
+def compact(tensor: Tensor) -> Tensor:
+    """A copy with the strides of its shape, which contiguous() leaves odd where a dimension is 1."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """int8 [rows, count] of int32 [rows, words]: 32 / bits codes in a word from its lowest bits, less 2^(bits - 1)."""
-    # Little end first, as the words' bits are; contiguous() may leave odd strides.
-    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    data = compact(words).view(torch.uint8)  # little end first, as the words' bits are
     if bits == 4:
         data = torch.stack((data & 15, data >> 4), -1).flatten(1)
     return (data[:, :count] - (1 << (bits - 1))).view(torch.int8)  # uint8 goes round, as two's complement does
@@ -157,8 +161,8 @@ def _pack(codes: Tensor, added: int, bits: int, dim: int) -> Tensor:
     lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % (32 // bits)))
     if bits == 4:
         lines = lines[:, 0::2] | lines[:, 1::2] << 4
-    words = lines.clone(memory_format=torch.contiguous_format).view(torch.int32)
-    return words if dim == 1 else words.t().clone(memory_format=torch.contiguous_format)
+    words = compact(lines).view(torch.int32)
+    return words if dim == 1 else compact(words.t())
 
 
 def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
@@ -196,10 +200,8 @@ def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
             f"some readers of GPTQ's files take for {2 * middle} and others for 0; it is not read. Save the model as "
             "'gptq_v2'."
         )
-    zero_points = zeros.to(torch.int8).contiguous() if bool(zeros.any()) else None
-    return Codes(
-        codes, QuantizationGrid(scheme.kind, group, checked_scales(scales.t().contiguous(), name), zero_points)
-    )
+    zero_points = compact(zeros.to(torch.int8)) if bool(zeros.any()) else None
+    return Codes(codes, QuantizationGrid(scheme.kind, group, checked_scales(compact(scales.t()), name), zero_points))
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -280,7 +282,7 @@ def _zero_points(stored: Tensor | None, scheme: Scheme, shape: torch.Size, name:
     N, groups = shape
     if scheme.format == PACK:
         check(stored, ZERO_POINT, torch.int32, (-(-N * scheme.bits // 32), groups), name)
-        return unpack_rows(stored.t(), scheme.bits, N).t().contiguous()
+        return compact(unpack_rows(stored.t(), scheme.bits, N).t())
     one = scheme.strategy == "tensor"
     if one:
         check(stored, ZERO_POINT, torch.int8, tuple(stored.shape) if stored.numel() == 1 else (1,), name)

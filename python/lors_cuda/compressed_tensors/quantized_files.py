@@ -146,7 +146,7 @@ def _grouped(
         name = f"{stem}.{WEIGHT}"
         if not parts:
             continue
-        scheme = quantization.scheme(stem) if quantization.groups[0][0] else quantization.groups[0][1]
+        scheme = quantization.scheme(stem)
         if name in plain:
             if set(parts) - {SCALE, "weight_zero_point"}:
                 raise ValueError(f"'{directory}' holds '{name}' both whole and in parts. Copy the checkpoint again.")

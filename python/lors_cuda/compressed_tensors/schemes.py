@@ -109,7 +109,7 @@ def parse_quantization(directory: Path, block: dict[str, Any]) -> Quantization |
     """
     method = block.get("quant_method", "compressed-tensors")
     if method == GPTQ:
-        return Quantization(directory, block, (((), _gptq(directory, block)),))
+        return Quantization(directory, block, ((("re:",), _gptq(directory, block)),))  # whatever its name
     if method != "compressed-tensors":
         _refuse(directory, f"is quantized with {method!r}; {READ}. {ELSE}.")
     inner = block.get("quantization_config")
