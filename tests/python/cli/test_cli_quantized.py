@@ -113,7 +113,7 @@ def test_codes_are_merged_without_loss(home, int4, tmp_path, capsys):
     error = failed(capsys, *finetune(home, tmp_path / "run", "--requantize"))
     assert "--requantize" in error
     assert "quantis" in error or "quantiz" in error
-    assert "--remainder" in failed(capsys, *finetune(home, tmp_path / "run", "--remainder", "dither"))
+    assert "remainder is 'dither'" in failed(capsys, *finetune(home, tmp_path / "run", "--remainder", "dither"))
     assert call(*finetune(home, tmp_path / "run", "--remainder", "all")) == 2
     assert not (tmp_path / "run").exists()
 
