@@ -14,6 +14,7 @@ from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
 from ._draws import NO_DRAWS, Draws
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
+from .formats import layout_of
 from .functional import GivesMergedWeight, sparse_linear
 from .weight import SparseWeight
 
@@ -309,7 +310,7 @@ class SparseLinear(SparseLayer, nn.Module):
                         f"the state has another {name} than the layer, and no weight_values. {_NO_NUMBERS}"
                     )
             return {}
-        layout, own = _layout(index), _layout(self.weight_index)
+        layout, own = layout_of(index), layout_of(self.weight_index)
         if layout != own:
             raise ValueError(
                 f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
@@ -350,7 +351,7 @@ class SparseLinear(SparseLayer, nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={_layout(self.weight_index)!r}"  # also where the tensors are partitioned and empty
+            f"layout={layout_of(self.weight_index)!r}"  # also where the tensors are partitioned and empty
         )
 
 
@@ -373,10 +374,6 @@ def _versions(weight: SparseWeight) -> list[tuple[int, int]]:
         for tensor in (weight.values, weight.mask_bits, weight.index)
         if tensor is not None
     ]
-
-
-def _layout(index: Tensor | None) -> str:
-    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
 def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

@@ -2,6 +2,7 @@
 // For bind_<family>.cpp: how a function of the core is called from Python on a simulated device. See README.md.
 #pragma once
 
+#include <lors/quantization.h>
 #include <lors/status.h>
 #include <lors/types.h>
 #include <pybind11/numpy.h>
@@ -37,6 +38,7 @@ class Arguments {
   void read(const char* name, double& field) { take(name, field); }
   void read(const char* name, bool& field) { take(name, field); }
   void read(const char* name, DType& field);
+  void read(const char* name, Grid& field);
   // A buffer, or None for null.
   template <typename T>
   void read(const char* name, T*& field) {
@@ -80,6 +82,17 @@ void read_layout(Arguments& given, Args& args) {
   given.read("metadata", args.metadata);
   given.read("row_offsets", args.row_offsets);
   args.weight_layout = args.metadata ? Layout::sparse24 : args.row_offsets ? Layout::bitmap : Layout::dense;
+}
+
+inline void read_quantization(Arguments& given, Quantization& q) {
+  given.read("grid", q.grid);
+  given.read("group", q.group);
+  given.read("scales", q.scales);
+  given.read("scales_dtype", q.scales_dtype);
+  given.read("zero_points", q.zero_points);
+  given.read("requantize_steps", q.requantize_steps);
+  given.read("dither_seed", q.dither_seed);
+  given.read("first_row", q.first_row);
 }
 
 template <typename Args>

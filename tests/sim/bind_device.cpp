@@ -29,6 +29,13 @@ void Arguments::read(const char* name, DType& field) {
     throw py::value_error(std::string(name) + " is " + text + "; float64, float32, bfloat16 or float16, please");
   }
 }
+void Arguments::read(const char* name, Grid& field) {
+  if (!left_.contains(name)) return;
+  const auto text = left_.attr("pop")(name).cast<std::string>();
+  if (text != "int8" && text != "int4" && text != "e4m3")
+    throw py::value_error(std::string(name) + " is " + text + "; int8, int4 or e4m3, please");
+  field = text == "int8" ? Grid::int8 : text == "int4" ? Grid::int4 : Grid::e4m3;
+}
 
 bool Arguments::read_address(const char* name, uint64_t& address) {
   if (!left_.contains(name)) return false;

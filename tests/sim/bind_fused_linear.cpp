@@ -16,6 +16,7 @@ LORS_SIM_BINDING(fused_linear) {
     given.read("activation_dtype", args.activation_dtype);
     sim::read_weight(given, args);
     sim::read_layout(given, args);
+    sim::read_quantization(given, args.quantization);
     given.read("round_to", args.round_to);
     given.read("bias", args.bias);
     given.read("bias_dtype", args.bias_dtype);

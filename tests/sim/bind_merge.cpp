@@ -12,6 +12,7 @@ LORS_SIM_BINDING(merge) {
     sim::read_adapters(given, args);
     sim::read_weight(given, args);
     sim::read_layout(given, args);
+    sim::read_quantization(given, args.quantization);
     bool to_sparse24 = false;
     given.read("to_sparse24", to_sparse24);
     if (to_sparse24) args.merged_layout = Layout::sparse24;

@@ -22,8 +22,8 @@ namespace lors::cuda {
 
 // The blocks of a launch; with `cluster` > 1 so many neighbours along x form a cluster, on devices that have them
 // (has_clusters): they run at the same time and reach each other's shared memory.
-struct Grid {
-  Grid(dim3 all, unsigned per_cluster = 1) : blocks(all), cluster(per_cluster) {}
+struct LaunchGrid {
+  LaunchGrid(dim3 all, unsigned per_cluster = 1) : blocks(all), cluster(per_cluster) {}
   dim3 blocks;
   unsigned cluster;
 };
@@ -68,7 +68,7 @@ inline cudaError_t raise_shared_limit(const void* kernel) {
 
 // kernel(arguments...) on host.stream; `name` is for the error message.
 template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, int shared_bytes, const CudaHost& host,
+Status launch(const char* name, void (*kernel)(Parameters...), LaunchGrid grid, dim3 block, int shared_bytes, const CudaHost& host,
               Arguments... arguments) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) error = raise_shared_limit(reinterpret_cast<const void*>(kernel));

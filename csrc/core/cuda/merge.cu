@@ -8,6 +8,7 @@
 #include "launch.h"
 #include "merge_before.cuh"
 #include "merge_fast_config.h"
+#include "merge_quantized.cuh"
 
 namespace lors {
 namespace {
@@ -49,26 +50,28 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   const int64_t N = args.out_features, K = args.in_features;
   const bool from_sparse24 = args.weight_layout == Layout::sparse24, to_sparse24 = args.merged_layout == Layout::sparse24;
   if (N == 0 || K == 0) return {};
-  if (args.quantization.grid != Grid::none)
-    return Status::error("merge on CUDA reads values, and was given quantised codes; dequantise the weight.");
-  for (const DType dtype : {args.weight_dtype, args.merged_dtype, args.lora_A_dtype, args.lora_B_dtype})
+  const bool quantized = args.quantization.grid != Grid::none;
+  const DType weight_dtype = quantized ? args.quantization.scales_dtype : args.weight_dtype;
+  for (const DType dtype : {weight_dtype, args.merged_dtype, args.lora_A_dtype, args.lora_B_dtype})
     if (dtype == DType::float64)
       return Status::error(
           "merge on CUDA takes float32, bfloat16 and float16, and was given float64; convert the tensors or "
           "move them to the CPU.");
   if (args.round_to != args.merged_dtype)
     return Status::error("merge on CUDA rounds to the dtype it writes; ask for the same round_to and merged_dtype.");
-  if (Status status = check_merged_layout(args); !status.ok()) return status;
+  if (Status status = quantized ? check_quantized_merge(args) : check_merged_layout(args); !status.ok()) return status;
   if (args.merged_layout == Layout::bitmap)
     return Status::error("merge on CUDA writes a dense weight or 2:4 values, and was asked for a bitmap's; merge to dense.");
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
   const int terms_A = split_terms(args.lora_A_dtype), terms_B = split_terms(args.lora_B_dtype);
+  // A quantised weight always has an index, and no values in shared memory.
+  const Layout tile_layout = quantized && args.weight_layout == Layout::dense ? Layout::sparse24 : args.weight_layout;
+  const int value_bytes = quantized ? 1 : static_cast<int>(dtype_size(args.weight_dtype));
   const MergeConfig fast = merge_fast_config(args, terms_A, terms_B, limits);
-  const MergeConfig config = fast.columns ? fast
-                                          : merge_config(N, K, args.r, terms_A, terms_B, args.weight_layout,
-                                                         static_cast<int>(dtype_size(args.weight_dtype)), limits);
+  const MergeConfig config =
+      fast.columns ? fast : merge_config(N, K, args.r, terms_A, terms_B, tile_layout, value_bytes, limits);
   if (config.columns == 0 || config.blocks > 0x7fffffff)
     return Status::error("merge found no tiling for a weight of [" + std::to_string(N) + ", " + std::to_string(K) +
                          "] on a device with " + std::to_string(limits.shared_bytes) +
@@ -82,6 +85,9 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   if (before.data())
     if (Status status = count_before(p, before.data(), config.columns, host); !status.ok()) return status;
   if (fast.columns) return merge_fast(args, p, config, host);
+  if (quantized)
+    return with_type(args.merged_dtype,
+                     [&](auto out) { return run<QuantizedSource, DenseSink, uint8_t, decltype(out)>(p, config, host); });
   if (to_sparse24)
     return with_type(args.weight_dtype,
                      [&](auto w) { return run<Sparse24Source, Sparse24Sink, decltype(w), decltype(w)>(p, config, host); });

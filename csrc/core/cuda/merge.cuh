@@ -2,7 +2,8 @@
 // merged[n, k] = kept[n, k] ? weight[n, k] + scaling * sum_r lora_B[n, r] * lora_A[r, k] : +0    fp32 accumulate, one rounding
 // One pass for every layout: each stored weight is read once and every result written once, in 16-byte accesses where the
 // layout has them; lora_B lora_A stays in registers, and its sums are the same for all layouts, so the same bits come out. With
-// r = 0 no adapter is staged or multiplied: the pass decompresses. Launched by merge.cu.
+// r = 0 no adapter is staged or multiplied: the pass decompresses. Quantised weights are requantised before the rounding, if
+// asked for (lors/quantization.h). Launched by merge.cu.
 #pragma once
 
 #include "merge_adapters.cuh"
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(512, 1) merge_kernel(const MergeProblem p) {
         const uint32_t kept = source.expand(p, at, h, c, values);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = kept >> i & 1 ? fmaf(p.scaling, sum[c][i / 2][2 * h + i % 2], values[i]) : 0.f;
+        if constexpr (requires { source.requantize(p, at, h, c, kept, values); }) source.requantize(p, at, h, c, kept, values);
         if (p.draws.rounds || p.draws.noise != nullptr) draw<W, Out>(p, at, h, c, kept, values);
         Sink<W, Out>::store(p, at, source, h, c, values);
       }

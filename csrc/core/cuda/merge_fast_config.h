@@ -42,8 +42,8 @@ struct FastBlocks {
 // 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
 template <typename Args>
 bool fast_path_takes(const Args& a, DType result) {
-  return a.weight_dtype == result && dtype_size(result) == 2 && a.r > 0 && a.r <= kMergeFastRanks && a.in_features % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  return a.quantization.grid == Grid::none && a.weight_dtype == result && dtype_size(result) == 2 && a.r > 0 &&
+         a.r <= kMergeFastRanks && a.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
 }
 
 // Of MergeArgs or FusedLinearArgs with a weight and an adapter; columns = 0 where nothing fits.

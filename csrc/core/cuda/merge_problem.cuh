@@ -2,6 +2,7 @@
 // What every kernel of the merge is given, and the index of a compressed weight in shared memory.
 #pragma once
 
+#include <lors/quantization.h>
 #include <lors/random.h>
 #include <lors/status.h>
 
@@ -11,7 +12,7 @@
 namespace lors::cuda {
 
 struct MergeProblem {
-  const void* weight;          // the stored values, of the kernel's type W: merge.h
+  const void* weight;          // the stored values, of the kernel's type W, or codes: merge.h
   const uint8_t* index;        // dense, bitmap: mask bits, 1 = kept; dense: null: kept where weight != 0; 2:4: metadata
   int64_t index_pitch;         // bytes of a row of `index`
   const int64_t* row_offsets;  // bitmap: [N + 1]
@@ -26,6 +27,8 @@ struct MergeProblem {
   int rows, panel_rows, chunk, tile_at, tile_pitch;    // merge_config.h
   int64_t column_blocks;
   Draws draws;
+  Layout layout;  // of the weight: read where it is quantised, the kernels of values know it
+  Quantization quantization;
 };
 
 // Of MergeArgs or FusedLinearArgs, but for the result, `before` and the draws.
@@ -50,6 +53,8 @@ MergeProblem merge_problem(const Args& a, const MergeConfig& c) {
   p.tile_at = c.tile_at;
   p.tile_pitch = merge_tile_pitch(c.columns);
   p.column_blocks = c.column_blocks;
+  p.layout = a.weight_layout;
+  p.quantization = a.quantization;
   return p;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the merge (merge.cuh) reads a frozen weight, and where the merged values go. A weight stored in another way (quantised,
-// one per expert) is one more Source, and one more line in merge.cu. A Source<W, Out> offers
+// How the merge (merge.cuh) reads a frozen weight, and where the merged values go. A weight stored in another way (one per
+// expert) is one more Source, and one more line in merge.cu; of quantised codes: merge_quantized.cuh. A Source<W, Out> offers
 //   Source(p)                           by every thread, once. Shared memory of its own begins at p.tile_at (merge_tile_bytes)
 //   stage(p, panel_row, first_column)   by the whole block, for each panel of rows: what `fetch` and `expand` look up in shared
 //                                       memory. The kernel has a barrier before and after it
@@ -8,6 +8,7 @@
 //                                       while the adapters are multiplied
 //   kLate                               `fetch` runs after the adapters instead: the registers do not suffice for both
 //   expand(p, at, h, c, values)         the lane's eight weights as float32, and as bits which are kept. Row and columns: Lane
+//   requantize(p, at, h, c, kept, values)   optional: the merged values, before they are rounded
 // and a Sink<W, Out>
 //   store(p, at, source, h, c, values)  the lane's eight merged values, +0 where nothing is kept
 #pragma once
@@ -209,18 +210,13 @@ struct Sparse24Source : IndexTile {
   }
 };
 
-template <typename W, typename Out>
-struct BitmapSource : IndexTile {
-  static constexpr bool kSplit = kSplitColumns<W, Out>, kLate = false;
+// The index of a bitmap's panel, and where the values of each of its words are.
+struct BitmapTile : IndexTile {
   uint32_t* before;  // [panel_rows, pitch]: the values of the row before each word
   int64_t* begin;    // [panel_rows]: where the row begins in the values
-  W* fetched;        // [16, kMergeValuesPitch]: the values of the warp's 16 rows x 64 columns
 
-  explicit __device__ __forceinline__ BitmapSource(const MergeProblem& p)
-      : IndexTile(p),
-        before(words + p.panel_rows * pitch),
-        begin(reinterpret_cast<int64_t*>(before + p.panel_rows * pitch)),
-        fetched(reinterpret_cast<W*>(begin + p.panel_rows) + threadIdx.x / kWarp * 16 * kMergeValuesPitch) {}
+  explicit __device__ __forceinline__ BitmapTile(const MergeProblem& p)
+      : IndexTile(p), before(words + p.panel_rows * pitch), begin(reinterpret_cast<int64_t*>(before + p.panel_rows * pitch)) {}
 
   __device__ __forceinline__ void stage(const MergeProblem& p, int64_t panel_row, int64_t first_column) const {
     IndexTile::stage(p, panel_row, first_column);
@@ -240,6 +236,16 @@ struct BitmapSource : IndexTile {
       ptx::store_shared(begin + i, ptx::load_global(p.row_offsets + n));
     }
   }
+};
+
+template <typename W, typename Out>
+struct BitmapSource : BitmapTile {
+  static constexpr bool kSplit = kSplitColumns<W, Out>, kLate = false;
+  W* fetched;  // [16, kMergeValuesPitch]: the values of the warp's 16 rows x 64 columns
+
+  explicit __device__ __forceinline__ BitmapSource(const MergeProblem& p)
+      : BitmapTile(p), fetched(reinterpret_cast<W*>(begin + p.panel_rows) + threadIdx.x / kWarp * 16 * kMergeValuesPitch) {}
+
   // Row by row: where values are depends on every bit before them, and rows that follow each other are neighbours in memory.
   __device__ __forceinline__ void fetch(const MergeProblem& p, const Lane& at) const {
     const int lane = threadIdx.x % kWarp, row = at.row - lane / 4;

@@ -218,3 +218,24 @@ __device__ __forceinline__ void copy_bulk(uint32_t dst, const void* src, uint32_
 
 }  // namespace lors::ptx
 #endif
+
+namespace lors::ptx {
+
+// Two e4m3 codes, the lower byte first, as float32. From compute capability 8.9 on there is an instruction; elsewhere, and on
+// the simulator, their exponents and significands are those of a float16 2^8 times as large.
+__device__ __forceinline__ float2 e4m3_values(uint32_t codes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+  return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(halves))),
+                     __half2float(__ushort_as_half(static_cast<unsigned short>(halves >> 16))));
+#else
+  const auto value = [](uint32_t code) {
+    const uint32_t half = (code & 0x7f) == 0x7f ? 0x7fff : (code & 0x80) << 8 | (code & 0x7f) << 7;
+    return 256.f * __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
+  };
+  return make_float2(value(codes & 0xff), value(codes >> 8 & 0xff));
+#endif
+}
+
+}  // namespace lors::ptx

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import codes
 import numpy as np
 
 # (out_features, in_features, r), the shared memory of the device: with little of it, the ranks come in chunks; and its
@@ -42,6 +43,23 @@ PLANTED = [
     ),
     ("merge_source.cuh", "value += has;", "value += 1;"),
     ("merge_before.cuh", "carry + sum - count", "carry + sum"),
+    ("merge_quantized.cuh", ">> (4 * (i % 2)) & 15u", ">> (4 - 4 * (i % 2)) & 15u"),
+    ("merge_quantized.cuh", "load_code(p, code) - group.zero", "load_code(p, code) + group.zero"),
+    (
+        "merge_quantized.cuh",
+        "at.n(h) * (columns / group) + static_cast<unsigned>(at.column + 32 * c) / group",
+        "at.n(h) * (columns / group) + static_cast<unsigned>(at.column + 32) / group",
+    ),
+    (
+        "merge_quantized.cuh",
+        "at.n(h) * (columns / group)",
+        "(at.n(h) + (at.n(h) + 1 < p.out_features)) * (columns / group)",
+    ),
+    ("merge_quantized.cuh", "q.dither_seed < 0 || onto.e4m3 ? 0.f", "true ? 0.f"),
+    ("merge_quantized.cuh", "q.first_row + at.n(h)", "at.n(h)"),
+    ("quantized.cuh", "half - 1.f - zero", "half - 1.f + zero"),
+    ("quantized.cuh", "code ^ half", "code"),
+    ("quantized.cuh", "power > 121u << 23 ? power : 121u << 23", "power"),
 ]
 
 
@@ -103,6 +121,8 @@ def check(sim: Any) -> None:
             )
             got = device.download(merged).view(np.float32).reshape(want.shape)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    for shape in ((9, 640, 5), (41, 128, 20)):
+        codes.check(sim, shape, "float32", patterns, compress, sum(shape))
 
 
 def compress(weight: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

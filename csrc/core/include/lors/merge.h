@@ -9,6 +9,8 @@
 #include <lors/status.h>
 #include <lors/types.h>
 
+#include <string>
+
 namespace lors {
 
 struct MergeArgs {
@@ -46,6 +48,25 @@ inline Status check_merged_layout(const MergeArgs& args) {
                                               args.merged_dtype == args.weight_dtype && args.round_to == args.weight_dtype))
     return {};
   return Status::error("merge writes a dense weight, or values in the weight's own layout and dtype; ask for one of these.");
+}
+
+// Of a weight that is quantised, in the place of check_merged_layout.
+inline Status check_quantized_merge(const MergeArgs& args) {
+  const Quantization& q = args.quantization;
+  if (args.weight_layout == Layout::dense && args.mask == nullptr)
+    return Status::error("merge takes the mask of dense quantised codes as mask bits, and was given none; pass them.");
+  if (args.merged_layout != Layout::dense)
+    return Status::error("merge writes the dense weight of what quantised codes stand for; merge to dense, and compress that.");
+  if (q.requantize_steps != 0 && (args.draws.rounds || args.draws.noise))
+    return Status::error("merge either requantises or draws random numbers, and was asked for both; leave one out.");
+  if (q.requantize_steps != 0 && q.requantize_steps != 1 && !(q.requantize_steps == 16 && q.grid == Grid::int8))
+    return Status::error("merge requantises to steps of 1 or 16 of its grid, 16 from int8 alone, and was asked for " +
+                         std::to_string(q.requantize_steps) + "; requantise to the stored codes' grid.");
+  const bool block = q.group == 32 || q.group == 64 || q.group == 128;
+  if (q.group != args.in_features && !(block && args.in_features % q.group == 0))
+    return Status::error("merge takes groups of 32, 64 or 128 columns, or of whole rows, which they divide, and was given " +
+                         std::to_string(q.group) + " of " + std::to_string(args.in_features) + "; quantise again.");
+  return {};
 }
 
 Status merge(const MergeArgs& args, const CpuHost* host);

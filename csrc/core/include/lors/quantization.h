@@ -6,9 +6,10 @@
 //                 q' = e4m3(v inv), saturating, -0 as +0                                     e4m3, which has no z and no u
 //                 merged = (q' - z') (steps s), rounded once more where the result is of 16 bits
 // and +0 off the mask. u is the dither: a fixed number in [-0.499, 0.499] for every place, so that updates below half a step
-// are not all lost; 0 without one. What is stored comes back from it unchanged. steps = 1: to the grid of the stored codes;
-// 16: the stored codes are int8 on a grid sixteen times finer than the int4 grid that the result lies on (z is a multiple of
-// 16). The gradients pass straight through, as in SQFT (arXiv 2410.03750).
+// are not all lost; 0 without one (random_dither in random.h; the row of its key is first_row + n). What is stored comes back
+// from it unchanged. Where v is infinite or NaN, merged is NaN on every grid: clamping must not hide it. steps = 1: to the grid
+// of the stored codes; 16: the stored codes are int8 on a grid sixteen times finer than the int4 grid that the result lies on
+// (z is a multiple of 16). The gradients pass straight through, as in SQFT (arXiv 2410.03750).
 //
 // Codes lie where values lie (types.h, sparse24.h), 8 bits each; int4: two in a byte, the first in the low half, as two's
 // complement. A row begins with a whole byte: row_offsets of a bitmap count codes, and each row's number of them is even.
@@ -17,6 +18,7 @@
 
 #include <cstdint>
 
+#include <lors/status.h>
 #include <lors/types.h>
 
 namespace lors {
@@ -33,5 +35,22 @@ struct Quantization {
   int64_t dither_seed = -1;             // below 0: no dither
   int64_t first_row = 0;                // of the whole weight, where the call is given some of its rows: the dither's rows
 };
+
+// What the core needs of a quantised weight, whoever calls it.
+inline Status check_quantization(const Quantization& quantization, int64_t in_features) {
+  if (quantization.grid == Grid::none) return {};
+  const int64_t group = quantization.group, steps = quantization.requantize_steps;
+  if (!quantization.scales || group <= 0 || in_features % group != 0 ||
+      (group != in_features && group != 32 && group != 64 && group != 128))
+    return Status::error(
+        "a quantised weight needs a scale for each group of 32, 64, 128 or all of its in_features; pass them.");
+  if (quantization.grid == Grid::e4m3 && (quantization.zero_points || quantization.dither_seed >= 0))
+    return Status::error("an e4m3 weight has neither zero points nor a dither; leave them out.");
+  if (quantization.grid == Grid::int4 && in_features % 2 != 0)
+    return Status::error("an int4 weight needs an even number of in_features; two codes lie in a byte.");
+  if (steps != 0 && steps != 1 && !(steps == 16 && quantization.grid == Grid::int8))
+    return Status::error("requantize_steps must be 0, 1, or 16 for an int8 weight.");
+  return {};
+}
 
 }  // namespace lors

@@ -63,6 +63,14 @@ LORS_HOST_DEVICE inline Word random_normal(RandomRow row, Word column) {
   return (pairs & 0xffffu) + (pairs >> 16) - 1020u;
 }
 
+// A whole number from -2^23 to 2^23 - 1, as two's complement: the upper 24 bits of the word. Times kDitherUnit, rounded once to
+// float32, it is the dither of quantization.h, at most 0.499.
+template <typename Word>
+LORS_HOST_DEVICE inline Word random_dither(RandomRow row, Word column) {
+  return (random_word(row, column) >> 8) - 0x800000u;
+}
+inline constexpr float kDitherUnit = 0.998f * 0x1p-24f;
+
 // What random_normal is multiplied by for noise of this standard deviation, given as a float32's bits after its product with
 // kNormalUnit: of 14 significant bits, so that the product is exact, and the sum the same with or without fused multiply-add.
 inline constexpr float kNormalUnit = 0.0047841962f;  // 1 / sqrt(8 (256^2 - 1) / 12)
