@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Merge, verify every layer's mask, and write the result at once or not at all."""
     check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
-    model = load_model(args.model, args.device, any_architecture=True)
+    model = load_model(args.model, args.device, any_architecture=True, mask_from=args.mask_from)
     before = measure_sparsity(model, target_config(args))
     load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
     # One bit per weight: a copy of the weights would be as large as the model.
