@@ -103,7 +103,7 @@ struct GridKind {
 };
 inline constexpr std::array kGridKinds = {GridKind{"int8", Grid::int8, ScalarType::Char, "int8", 1},
                                           GridKind{"int4", Grid::int4, ScalarType::Byte, "uint8", 2},
-                                          GridKind{"e4m3", Grid::e4m3, ScalarType::Float8_e4m3fn, "float8_e4m3fn", 1}};
+                                          GridKind{"e4m3", Grid::e4m3, ScalarType::Byte, "uint8", 1}};
 
 // A frozen weight as an operator's arguments give it. The layout follows from `index`: none: dense; uint8 metadata: 2:4
 // (sparse24.h); int64 row offsets: bitmap (types.h).

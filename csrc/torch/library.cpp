@@ -6,14 +6,17 @@
 //   dense   weight [N, K], index None; mask: int32 [N, ceil(K/32)] packed bits, or None for "kept where weight != 0"
 //   2:4     weight [N, K/2], mask None, index: uint8 metadata [N, ceil(K/8)]           (csrc/core/include/lors/sparse24.h)
 //   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/types.h)
-// A quantised weight (csrc/core/include/lors/quantization.h) has a grid, "int8", "int4" or "e4m3", and in weight int8,
-// float8_e4m3fn or, two int4 in each, uint8 [N, K/2], [N, K/4] or [count / 2]; scales [N, K / group] float32, bfloat16 or
-// float16 for groups of 32, 64, 128 or K columns, zero_points int8 like scales or None, and always a mask or metadata. Its
-// dtype is that of scales. requantize_steps: 0, or 1 or 16 to put the merged weight on a grid again; dither_seed: below 0 for
-// none. lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact". What the merge draws
-// (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None for rounding to
-// nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is added to each
-// row's kept entries.
+// lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact".
+//
+// A quantised weight (csrc/core/include/lors/quantization.h) has a grid: "int8", codes int8; "e4m3", uint8 with the bits of
+// float8_e4m3fn; "int4", uint8 with two codes each, so [N, K/2], [N, K/4] or [count / 2]. And scales [N, K / group], float32,
+// bfloat16 or float16, for groups of 32, 64, 128 or K columns; zero_points, int8 like scales, or None; always a mask or
+// metadata. The weight's dtype is then that of scales. requantize_steps: 0, or 1 or 16: the merged weight is put on the grid
+// again; dither_seed: below 0 for none.
+//
+// What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None
+// for rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is
+// added to each row's kept entries.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lors, m) {

@@ -11,10 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lors_cuda.compressed_tensors.schemes import Scheme
+from models import prune_two_of_four
+
+SCHEMES = {
+    "int4 groups": Scheme("pack-quantized", "int4", "group", 32),
+    "int4 rows": Scheme("pack-quantized", "int4", "channel"),
+    "int4 asymmetric groups": Scheme("pack-quantized", "int4", "group", 32, symmetric=False),
+    "int4 asymmetric rows": Scheme("pack-quantized", "int4", "channel", symmetric=False),
+    "packed int8": Scheme("pack-quantized", "int8", "group", 64, symmetric=False),
+    "int8": Scheme("int-quantized", "int8", "channel"),
+    "int8 asymmetric": Scheme("int-quantized", "int8", "group", 32, symmetric=False),
+    "int8 tensor": Scheme("naive-quantized", "int8", "tensor", symmetric=False),
+    "4 bits in int8": Scheme("naive-quantized", "int4", "group", 32, symmetric=False),
+    "fp8": Scheme("float-quantized", "e4m3", "channel"),
+    "fp8 tensor": Scheme("float-quantized", "e4m3", "tensor"),
+    "naive fp8": Scheme("naive-quantized", "e4m3", "channel"),
+    "fp8 bitmask": Scheme("float-quantized", "e4m3", "channel", bitmask=True),
+    "int8 bitmask": Scheme("int-quantized", "int8", "channel", bitmask=True),
+    "marlin int4": Scheme("marlin-24", "int4", "channel"),
+    "marlin int4 groups": Scheme("marlin-24", "int4", "group", 128),
+    "marlin int8": Scheme("marlin-24", "int8", "channel"),
+    "marlin int8 groups": Scheme("marlin-24", "int8", "group", 128),
+    "gptq": Scheme("gptq", "int4", "group", 128, symmetric=False, subtracted=1),
+    "gptq rows": Scheme("gptq", "int4", "channel", symmetric=False, subtracted=1),
+    "gptq int8": Scheme("gptq", "int8", "group", 64, symmetric=False, subtracted=1),
+    "gptq_v2": Scheme("gptq", "int4", "group", 32, symmetric=False),
+}
 
 
 @dataclass
@@ -96,7 +123,7 @@ def words(numbers: np.ndarray, bits: int, axis: int) -> Tensor:
     for i in range(lines.shape[1]):
         result[:, i * bits // 32] |= lines[:, i].astype(np.uint32) << np.uint32(i * bits % 32)
     packed = torch.from_numpy(result.view(np.int32))
-    return packed if axis == 1 else packed.t().contiguous()
+    return packed if axis == 1 else packed.t().clone(memory_format=torch.contiguous_format)
 
 
 def two_of_four(codes: Tensor) -> Tensor:
@@ -173,17 +200,16 @@ def config_of(scheme: Scheme) -> dict:
 
 def write_quantized(model: nn.Module, directory: Path, scheme: Scheme) -> dict[str, Written]:
     """Save a model with its linears quantised, but for the head; returns them by their weights' names."""
-    import safetensors.torch
-
+    safetensors_torch = pytest.importorskip("safetensors.torch")
     model.save_pretrained(directory)
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    tensors = safetensors_torch.load_file(directory / "model.safetensors")
     written = {}
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         dtype = torch.float16 if scheme.format in ("gptq", "marlin-24") else torch.bfloat16
         written[name] = quantized(tensors.pop(name), scheme, dtype)
         stem = name.removesuffix(".weight")
         tensors |= {f"{stem}.{part}": tensor.contiguous() for part, tensor in parts_of(written[name], scheme).items()}
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    safetensors_torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = config_of(scheme)
     (directory / "config.json").write_text(json.dumps(config))
@@ -255,3 +281,42 @@ def read_slowly(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
             zero = 0 if zeros is None else zeros[at[0]][at[1]]
             dense[n, k] = (code - zero) * float(scales.reshape(1, 1)[at] if scheme.strategy == "tensor" else scales[at])
     return dense.to(scales.dtype)
+
+
+def small_llama(dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+    """Linears of 64 to 384 columns and rows, pruned 2:4."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64, initializer_range=0.1, dtype=dtype,
+    )  # fmt: skip
+    return prune_two_of_four(transformers.LlamaForCausalLM(config).to(dtype).eval())
+
+
+def edit(directory, change) -> None:
+    """Change the quantization_config in place."""
+    config = json.loads((directory / "config.json").read_text())
+    change(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(directory, change) -> None:
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    tensors = safetensors_torch.load_file(directory / "model.safetensors")
+    change(tensors)
+    safetensors_torch.save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def filled(directory) -> int:
+    """Gives values to pruned weights, as a quantiser does that does not keep the mask; how many."""
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][:3] = 5
+
+    change_tensors(directory, change)
+    return 3 * 128 // 2

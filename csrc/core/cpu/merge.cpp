@@ -61,17 +61,12 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
   if (N == 0 || K == 0) return {};
   const Quantization& quantization = args.quantization;
   const bool is_quantized = quantization.grid != Grid::none, requantizes = is_quantized && quantization.requantize_steps != 0;
-  if (Status status = check_quantization(quantization, K); !status.ok()) return status;
-  if (is_quantized && args.merged_layout != Layout::dense)
-    return Status::error("merge writes a quantised weight dense only; merge to dense, and compress that.");
-  if (requantizes && (args.draws.rounds || args.draws.noise))
-    return Status::error("merge draws random numbers or requantises, not both; leave one of them out.");
   const bool is_double = !is_quantized && args.weight_dtype == DType::float64;
   if (is_double != (args.merged_dtype == DType::float64))
     return Status::error("merge writes float64 for a float64 weight only; convert the weight or ask for float64.");
   if (args.merged_dtype != DType::float32 && args.round_to != args.merged_dtype)
     return Status::error("merge can round to another type than it writes only when it writes float32.");
-  if (Status status = check_merged_layout(args); !status.ok()) return status;
+  if (Status status = is_quantized ? check_quantized_merge(args) : check_merged_layout(args); !status.ok()) return status;
   const bool is_bitmap = args.weight_layout == Layout::bitmap;
   const PackedAdapters adapters(table, args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
   const Workspace cursors(host, is_bitmap ? N * 8 : 0);

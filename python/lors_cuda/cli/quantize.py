@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Round the weights to codes, and write the result at once or not at all."""
     check_new(args.output, [args.model], overwrite=args.overwrite)
     if (args.model / "config.json").is_file() and stored_quantization(args.model) is not None:
-        raise ValueError(f"The model in '{args.model}' is quantized already; name the sparse one that it was made from.")
+        raise ValueError(
+            f"The model in '{args.model}' is quantized already; name the sparse one that it was made from."
+        )
     model = load_model(args.model, args.device, any_architecture=True, mask_from=args.mask_from)
     before = measure_sparsity(model, target_config(args))
     names = [layer.name for layer in before if type(model.get_submodule(layer.name)) is nn.Linear]

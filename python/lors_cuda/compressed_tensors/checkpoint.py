@@ -59,9 +59,9 @@ def load_sparse_checkpoint(
         directory: with config.json.
         any_architecture: load the class of transformers that config.json names, whatever its task.
         quantized: what becomes of quantised weights. ``"keep"``: they stay codes in memory, in frozen
-            :class:`lors_cuda.SparseLinear` layers, whose masks are the weights that are not 0. ``"dequantize"``: ordinary
-            linears, code times scale rounded once to the scales' dtype, as compressed-tensors dequantises. None: they are
-            refused. Others are loaded as ever.
+            :class:`lors_cuda.SparseLinear` layers, whose masks are the weights that are not 0. ``"dequantize"``:
+            ordinary linears, code times scale rounded once to the scales' dtype, as compressed-tensors dequantises.
+            None: they are refused. Other weights are loaded as ever.
         mask_from: a directory of the same model, not quantised, whose zeros are the masks of quantised weights: their
             codes alone do not tell a kept zero from a pruned weight. Codes off the masks become 0, with a warning.
 
@@ -70,9 +70,9 @@ def load_sparse_checkpoint(
 
     Raises:
         FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantised checkpoint without
-            ``quantized``, or a format that is not read, named in the message; files that are missing, truncated, corrupted
-            or inconsistent, with the first place; a tensor of the model that no file holds; ``mask_from`` of another model,
-            or for weights that are not quantised. ModuleNotFoundError: no transformers.
+            ``quantized``, or a format that is not read, named in the message; files that are missing, truncated,
+            corrupted or inconsistent, with the first place; a tensor of the model that no file holds; ``mask_from`` of
+            another model, or for weights that are not quantised. ModuleNotFoundError: no transformers.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -149,9 +149,10 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
         format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which every tool loads.
             ``"sparse-24-bitmask"`` compresses the linears that are 2:4, ``"sparse-bitmask"`` those that become smaller.
             All other parameters stay dense. Both are for tools that still read them (compressed-tensors 0.9 to 0.14)
-            and for :func:`load_sparse_checkpoint`. ``"quantized"``: of a model that was loaded with quantized="keep", the
-            same scheme, scales and zero points; where a kept weight has the code of 0, `lors_mask.safetensors` beside
-            the model holds the mask, for :func:`load_sparse_checkpoint`.
+            and for :func:`load_sparse_checkpoint`. ``"quantized"``: of a model that was loaded with quantized="keep",
+            the same scheme, scales and zero points; adapters that were trained with ``requantize`` are merged in. Where
+            a kept weight has the code of 0, `lors_mask.safetensors` beside the model holds the mask, for
+            :func:`load_sparse_checkpoint`.
 
     Raises:
         TypeError: not a transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._files import replace_file
 from .._linears import is_conv1d
 from ..formats import pack_mask
-from ..quantization import QuantizationGrid
+from ..linear import LoRSLinear
 from ..sparse_linear import SparseLinear
 from ..weight import SparseWeight
 from .files import CONFIG_NAME, read_json, require
@@ -90,8 +90,8 @@ def put_kept(
         place = linears.get(instead[name].data_ptr())
         if place is None:
             raise ValueError(
-                f"The quantized weight '{name}' cannot be kept: it is no nn.Linear of its own in {type(model).__name__}. "
-                "Load it with quantized='dequantize'."
+                f"The quantized weight '{name}' cannot be kept: in {type(model).__name__} it is no nn.Linear of its "
+                "own. Load it with quantized='dequantize'."
             )
         linear: Any = model.get_submodule(place)
         parent, _, child = place.rpartition(".")
@@ -104,8 +104,8 @@ def check_no_conv1d(model: nn.Module, directory: Path) -> None:
     """Refuse a model whose linears are stored as [in, out], where a quantised weight would be read transposed."""
     if any(is_conv1d(module) for module in model.modules()):
         raise ValueError(
-            f"The model in '{directory}' has Conv1D layers, as GPT-2, and quantized weights of such are not read. Use the "
-            "checkpoint that it was made from."
+            f"The model in '{directory}' has Conv1D layers, as GPT-2, and quantized weights of such are not read. Use "
+            "the checkpoint that it was made from."
         )
 
 
@@ -166,12 +166,13 @@ def write_quantized(model: nn.Module, directory: Path) -> None:
     for name, layer in layers.items():
         scheme = stored.schemes.get(name)
         weight = merged_weight(name, layer)
-        if weight.quantization is None or scheme is None:
+        grid = weight.quantization
+        if grid is None or scheme is None or (grid.kind, grid.group) != (scheme.kind, scheme.columns(weight.shape[1])):
             raise ValueError(
                 f"'{name}' holds no quantized weight of the checkpoint that the model was loaded from; put its "
                 "to_linear() in its place."
             )
-        codes = Codes(weight.codes().cpu(), weight.quantization.to("cpu"))
+        codes = Codes(weight.codes().cpu(), grid.to("cpu"))
         tensors |= {f"{name}.{part}": tensor for part, tensor in encode_quantized(codes, scheme).items()}
         mask = weight.mask().cpu()
         if not torch.equal(mask, codes.nonzero()):
@@ -185,10 +186,29 @@ def write_quantized(model: nn.Module, directory: Path) -> None:
 
 
 def merged_weight(name: str, layer: SparseLinear) -> SparseWeight:
-    """The quantised weight that a layer is saved as, its adapter merged in."""
-    if layer.has_adapters:
-        raise ValueError(f"'{name}' has an adapter that is not merged; call merge_and_unload first.")
-    return layer.check_mask(always=True)
+    """The quantised weight that a layer is saved as, its adapter merged in.
+
+    Raises:
+        ValueError: its adapter was trained without requantize, so that its merged weight is not on the grid.
+    """
+    if not isinstance(layer, LoRSLinear):
+        return layer.check_mask(always=True)
+    if not layer.requantize:
+        raise ValueError(
+            f"'{name}' has an adapter that was trained without requantize: rounding its merged weight to codes now "
+            "would lose a part of what was learned. Save the merged model with format='dense', or train with "
+            "requantize=True."
+        )
+    return layer.merged_sparse_weight()
+
+
+def to_plain_linears(model: nn.Module) -> None:
+    """Put an ordinary linear in the place of each SparseLinear, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module) is SparseLinear:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.to_linear())
+    vars(model).pop("lors_quantization", None)
 
 
 def _without(state: Mapping[str, Tensor], layers: Mapping[str, SparseLinear]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# compressed-tensors' `marlin-24` (its releases up to 0.14): codes in the order in which the kernel of that name read them.
-# With kept weights numbered k = 0 ... K/2 - 1 in a row n, code (n, k) of
+# compressed-tensors' `marlin-24` (its releases up to 0.14): codes in the order in which the kernel of that name read
+# them. With kept weights numbered k = 0 ... K/2 - 1 in a row n, code (n, k) of
 #   n = 64 m + 16 t + 8 c + 4 b + j,   k = 16 p + 8 h + 2 i + l
 # stands in row p of `weight_packed`, at place (m, t, c, i, j) and, within that, (l, b, h) for 4 bits, (b, l, h) for 8,
 # the last changing fastest; 32 / bits places make a word, from its lowest bits. Scales of groups: each 8 rows of the
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..formats import COLUMNS, FULL, translate
 from ..quantization import SCALE_DTYPES
-from .quantized import check, check_parts, expand24, refuse, unpack_rows
+from .quantized import check, check_parts, compact, expand24, refuse, unpack_rows
 from .schemes import Scheme
 
 
@@ -47,10 +47,8 @@ def decode_marlin24(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> t
         refuse(name, f"{found}; it must be floating with {(K // group, N)}")
     codes = unpack_rows(packed, scheme.bits, 16 * N)
     tile = codes.view(K // 32, N // 64, 4, 2, 4, 4, 2, 2, 2)  # p, m, t, c, i, j, and three more
-    if scheme.bits == 4:
-        values = tile.permute(1, 2, 3, 7, 5, 0, 8, 4, 6)  # the three are l, b, h
-    else:
-        values = tile.permute(1, 2, 3, 6, 5, 0, 8, 4, 7)  # b, l, h
+    last_l, last_b = (6, 7) if scheme.bits == 4 else (7, 6)  # and h
+    values = tile.permute(1, 2, 3, last_b, 5, 0, 8, 4, last_l)  # m, t, c, b, j; p, h, i, l
     words = meta.reshape(K // 32, N // 64, 2, 8, 2, 2, 2).permute(1, 3, 6, 2, 4, 0, 5)  # a, e, f, g, h, v, c
     metadata = words.reshape(N, K // 16).view(torch.uint8)
     bitmask = translate(metadata, {code: COLUMNS[code] for code in FULL.values()}, K)
@@ -60,4 +58,4 @@ def decode_marlin24(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> t
     dense = expand24(values.reshape(N, K // 2), bitmask.to(torch.uint8), K, name)
     if group < K // 2:  # the writer compared it with the number of kept weights
         scales = scales.view(K // group, N // 8, 4, 2).transpose(-1, -2).reshape(K // group, N)
-    return dense, scales.t().contiguous()
+    return dense, compact(scales.t())

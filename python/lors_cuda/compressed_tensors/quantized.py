@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# One quantised weight as files hold it, to and from codes [N, K] with their scales and zero points. Everything is checked
-# before it is used: the files may come from anywhere. marlin24.py undoes the order of that format; reads no files.
+# One quantised weight as files hold it, to and from codes [N, K] with their scales and zero points. Everything is
+# checked before it is used: the files may come from anywhere. marlin24.py undoes the order of that format.
 #   codes      int8, or e4m3, one for each element: q.      4 bits are two's complement, -8 to 7, in an int8
 #   weight     (q - z) s, z and s those of the element's group of columns
 # Files add 2^(bits - 1) to codes and zero points of packed formats, so that they are not negative.
@@ -26,15 +26,15 @@ WEIGHT, SCALE, ZERO_POINT, PACKED, SHAPE = (
     "weight_shape",
 )
 _SPARSE = ("compressed", "bitmask", "shape")
-# {last part of a tensor's name: whether a weight may lack it}, by format; and of activations, which are not quantised here
+# The last parts of tensors' names; those of activations, which are not quantised here.
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 PARTS = frozenset({SCALE, ZERO_POINT, PACKED, SHAPE, "weight_g_idx", "scale_packed", "meta", *_SPARSE, *ACTIVATIONS})
 GPTQ_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 class Codes(NamedTuple):
-    """A quantised weight [N, K]: a code for each element, int8 or float8_e4m3fn, and the grid they lie on, whose group may
-    be any that divides K."""
+    """A quantised weight [N, K]: a code for each element, int8 or float8_e4m3fn, and the grid they lie on, whose group
+    may be any that divides K."""
 
     codes: Tensor
     grid: QuantizationGrid
@@ -121,7 +121,7 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
         return {
             "qweight": _pack(codes.t(), middle, bits, 0),
             "qzeros": _pack(zeros.t(), middle - scheme.subtracted, bits, 1),
-            "scales": scales.t().contiguous(),
+            "scales": compact(scales.t()),
             "g_idx": torch.arange(K, dtype=torch.int32) // weight.grid.group,
         }
     parts = {WEIGHT: codes, SCALE: scales, ZERO_POINT: zeros}
@@ -141,10 +141,14 @@ def encode_quantized(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
 # ---- packed words ---------------------------------------------------------------------------------------------------
 
 
+def compact(tensor: Tensor) -> Tensor:
+    """A copy with the strides of its shape, which contiguous() leaves odd where a dimension is 1."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """int8 [rows, count] of int32 [rows, words], 32 / bits codes in a word from its lowest bits, 2^(bits - 1) taken off."""
-    # Little end first, as the words' bits are; contiguous() may leave odd strides.
-    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    """int8 [rows, count] of int32 [rows, words]: 32 / bits codes in a word from its lowest bits, less 2^(bits - 1)."""
+    data = compact(words).view(torch.uint8)  # little end first, as the words' bits are
     if bits == 4:
         data = torch.stack((data & 15, data >> 4), -1).flatten(1)
     return (data[:, :count] - (1 << (bits - 1))).view(torch.int8)  # uint8 goes round, as two's complement does
@@ -157,8 +161,8 @@ def _pack(codes: Tensor, added: int, bits: int, dim: int) -> Tensor:
     lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % (32 // bits)))
     if bits == 4:
         lines = lines[:, 0::2] | lines[:, 1::2] << 4
-    words = lines.clone(memory_format=torch.contiguous_format).view(torch.int32)
-    return words if dim == 1 else words.t().contiguous()
+    words = compact(lines).view(torch.int32)
+    return words if dim == 1 else compact(words.t())
 
 
 def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
@@ -183,8 +187,8 @@ def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
         check(parts["g_idx"], "g_idx", torch.int32, (K,), name)
         if not torch.equal(parts["g_idx"], torch.arange(K, dtype=torch.int32) // group):
             raise ValueError(
-                f"The quantized weight '{name}' is in act-order: the groups in its g_idx are not {group} columns each, in "
-                "their order, and that is not read. Use the checkpoint that it was made from."
+                f"The quantized weight '{name}' is in act-order: the groups in its g_idx are not {group} columns each, "
+                "in their order, and that is not read. Use the checkpoint that it was made from."
             )
     codes = unpack_rows(words.t(), bits, K)
     zeros = unpack_rows(parts["qzeros"], bits, N).t().to(torch.int16) + scheme.subtracted
@@ -192,13 +196,12 @@ def _gptq(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
     if bool((zeros == middle).any()):
         row, at = (zeros == middle).nonzero()[0].tolist()
         raise ValueError(
-            f"The quantized weight '{name}' has the stored zero point {2 * middle - 1} in row {row}, group {at}, which some "
-            f"readers of GPTQ's files take for {2 * middle} and others for 0; it is not read. Save the model as 'gptq_v2'."
+            f"The quantized weight '{name}' has the stored zero point {2 * middle - 1} in row {row}, group {at}, which "
+            f"some readers of GPTQ's files take for {2 * middle} and others for 0; it is not read. Save the model as "
+            "'gptq_v2'."
         )
-    zero_points = zeros.to(torch.int8).contiguous() if bool(zeros.any()) else None
-    return Codes(
-        codes, QuantizationGrid(scheme.kind, group, checked_scales(scales.t().contiguous(), name), zero_points)
-    )
+    zero_points = compact(zeros.to(torch.int8)) if bool(zeros.any()) else None
+    return Codes(codes, QuantizationGrid(scheme.kind, group, checked_scales(compact(scales.t()), name), zero_points))
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def _zero_points(stored: Tensor | None, scheme: Scheme, shape: torch.Size, name:
     N, groups = shape
     if scheme.format == PACK:
         check(stored, ZERO_POINT, torch.int32, (-(-N * scheme.bits // 32), groups), name)
-        return unpack_rows(stored.t(), scheme.bits, N).t().contiguous()
+        return compact(unpack_rows(stored.t(), scheme.bits, N).t())
     one = scheme.strategy == "tensor"
     if one:
         check(stored, ZERO_POINT, torch.int8, tuple(stored.shape) if stored.numel() == 1 else (1,), name)

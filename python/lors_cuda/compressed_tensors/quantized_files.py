@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A quantised model directory, read one weight at a time: which tensors belong to which weight, and which mask it has.
-# Codes do not say which weights are pruned: a kept weight may be 0. Where it matters the mask comes from elsewhere: from a
-# dense checkpoint of the same mask, or from our own MASK_NAME, which other tools leave alone.
+# Codes do not say which weights are pruned: a kept weight may be 0. Where it matters the mask comes from elsewhere:
+# from a dense checkpoint of the same mask, or from our own MASK_NAME, which other tools leave alone.
 """Reading the files of a quantised checkpoint."""
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class QuantizedFiles:
     def _warn(self) -> None:
         if self._outside:
             warnings.warn(
-                f"{self._outside} of {self._codes} codes of '{self.directory}' were outside the given masks, and are 0 now.",
+                f"{self._outside} of {self._codes} codes of '{self.directory}' were outside the given masks, and are 0 "
+                "now.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -145,7 +146,7 @@ def _grouped(
         name = f"{stem}.{WEIGHT}"
         if not parts:
             continue
-        scheme = quantization.scheme(stem) if quantization.groups[0][0] else quantization.groups[0][1]
+        scheme = quantization.scheme(stem)
         if name in plain:
             if set(parts) - {SCALE, "weight_zero_point"}:
                 raise ValueError(f"'{directory}' holds '{name}' both whole and in parts. Copy the checkpoint again.")
@@ -153,8 +154,8 @@ def _grouped(
         result[name] = scheme, parts
     if not result:
         raise ValueError(
-            f"'{directory / CONFIG_NAME}' says that weights are quantized ({quantization.formats}), and the files hold none "
-            "that is: they do not belong together. Copy the checkpoint again."
+            f"'{directory / CONFIG_NAME}' says that weights are quantized ({quantization.formats}), and the files hold "
+            "none that is: they do not belong together. Copy the checkpoint again."
         )
     return plain, activations, result
 
@@ -192,8 +193,8 @@ def _side_file(path: Path, weights: Mapping[str, Any]) -> Iterator[Callable[[str
         names = set(masks.keys())
         if names - set(weights):
             raise ValueError(
-                f"'{path}' has a mask for '{min(names - set(weights))}', which is no quantized weight of the model: they do "
-                "not belong together. Copy the checkpoint again."
+                f"'{path}' has a mask for '{min(names - set(weights))}', which is no quantized weight of the model: "
+                "they do not belong together. Copy the checkpoint again."
             )
 
         def mask(name: str, weight: Codes) -> Tensor | None:
@@ -205,8 +206,8 @@ def _side_file(path: Path, weights: Mapping[str, Any]) -> Iterator[Callable[[str
             kept = unpack_mask(bits, K) if sound else None
             if kept is None or not torch.equal(pack_mask(kept), bits) or bool((weight.nonzero() & ~kept).any()):
                 raise ValueError(
-                    f"'{path}' is corrupted, or of another model: its mask of '{name}' does not fit the weight. Copy the "
-                    "checkpoint again, or remove this file: weights whose code is 0 then count as pruned."
+                    f"'{path}' is corrupted, or of another model: its mask of '{name}' does not fit the weight. Copy "
+                    "the checkpoint again, or remove this file: weights whose code is 0 then count as pruned."
                 )
             return kept
 
@@ -224,8 +225,8 @@ def read_plain(files: QuantizedFiles) -> dict[str, Tensor]:
         tensor = read()
         if name.endswith(f".{WEIGHT}") and tensor.dtype not in DTYPES:
             raise ValueError(
-                f"'{files.directory}' is incomplete: '{name}' is {tensor.dtype}, and there is no '{SCALE}' beside it. Copy the "
-                "checkpoint again."
+                f"'{files.directory}' is incomplete: '{name}' is {tensor.dtype}, and there is no '{SCALE}' beside it. "
+                "Copy the checkpoint again."
             )
         tensors[name] = tensor
     return tensors

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# What config.json says about quantised weights: `quantization_config` of compressed-tensors, with its groups of modules,
-# and of GPTQ. Nothing here is trusted; the tensors are compared with it in quantized.py. Reads no tensors.
+# What config.json says about quantised weights: `quantization_config` of compressed-tensors, with its groups of
+# modules, and of GPTQ. Nothing here is trusted; the tensors are compared with it in quantized.py. Reads no tensors.
 """How the weights of a quantised checkpoint are stored."""
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parse_quantization(directory: Path, block: dict[str, Any]) -> Quantization |
     """
     method = block.get("quant_method", "compressed-tensors")
     if method == GPTQ:
-        return Quantization(directory, block, (((), _gptq(directory, block)),))
+        return Quantization(directory, block, ((("re:",), _gptq(directory, block)),))  # whatever its name
     if method != "compressed-tensors":
         _refuse(directory, f"is quantized with {method!r}; {READ}. {ELSE}.")
     inner = block.get("quantization_config")
@@ -176,7 +176,7 @@ def _group(directory: Path, name: str, group: Any, whole: Any, bitmask: bool) ->
     if strategy not in ("tensor", "channel", "group"):
         _refuse(
             directory,
-            f"cannot be read: its weights have scales for each {strategy!r}; tensor, channel and group are read. {ELSE}.",
+            f"has weights with a scale for each {strategy!r}; tensor, channel and group are read. {ELSE}.",
         )
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):

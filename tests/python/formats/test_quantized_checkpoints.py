@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 
 import pytest
@@ -14,68 +13,25 @@ from interchange_cases import WRITTEN, raw_state, sparse24
 from lors_cuda import load_sparse_checkpoint, save_sparse_checkpoint
 from lors_cuda.compressed_tensors.quantized import decode_quantized, encode_quantized
 from lors_cuda.compressed_tensors.schemes import Scheme
-from models import prune_two_of_four, refused
-from quantized_writers import config_of, parts_of, quantized, write_quantized
+from models import refused
+from quantized_writers import (
+    SCHEMES,
+    change_tensors,
+    config_of,
+    edit,
+    filled,
+    parts_of,
+    quantized,
+    small_llama,
+    write_quantized,
+)
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-SCHEMES = {
-    "int4 groups": Scheme("pack-quantized", "int4", "group", 32),
-    "int4 rows": Scheme("pack-quantized", "int4", "channel"),
-    "int4 asymmetric groups": Scheme("pack-quantized", "int4", "group", 32, symmetric=False),
-    "int4 asymmetric rows": Scheme("pack-quantized", "int4", "channel", symmetric=False),
-    "packed int8": Scheme("pack-quantized", "int8", "group", 64, symmetric=False),
-    "int8": Scheme("int-quantized", "int8", "channel"),
-    "int8 asymmetric": Scheme("int-quantized", "int8", "group", 32, symmetric=False),
-    "int8 tensor": Scheme("naive-quantized", "int8", "tensor", symmetric=False),
-    "4 bits in int8": Scheme("naive-quantized", "int4", "group", 32, symmetric=False),
-    "fp8": Scheme("float-quantized", "e4m3", "channel"),
-    "fp8 tensor": Scheme("float-quantized", "e4m3", "tensor"),
-    "naive fp8": Scheme("naive-quantized", "e4m3", "channel"),
-    "fp8 bitmask": Scheme("float-quantized", "e4m3", "channel", bitmask=True),
-    "int8 bitmask": Scheme("int-quantized", "int8", "channel", bitmask=True),
-    "marlin int4": Scheme("marlin-24", "int4", "channel"),
-    "marlin int4 groups": Scheme("marlin-24", "int4", "group", 128),
-    "marlin int8": Scheme("marlin-24", "int8", "channel"),
-    "marlin int8 groups": Scheme("marlin-24", "int8", "group", 128),
-    "gptq": Scheme("gptq", "int4", "group", 128, symmetric=False, subtracted=1),
-    "gptq rows": Scheme("gptq", "int4", "channel", symmetric=False, subtracted=1),
-    "gptq int8": Scheme("gptq", "int8", "group", 64, symmetric=False, subtracted=1),
-    "gptq_v2": Scheme("gptq", "int4", "group", 32, symmetric=False),
-}
-
-
 FORMATS = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 # What compressed-tensors 0.20 still reads and writes.
 CURRENT = {name: s for name, s in SCHEMES.items() if s.format not in ("gptq", "marlin-24") and not s.bitmask}
-
-
-def small_llama(dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-    """Linears of 64 to 384 columns and rows, pruned 2:4."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=64, initializer_range=0.1, dtype=dtype,
-    )  # fmt: skip
-    return prune_two_of_four(transformers.LlamaForCausalLM(config).to(dtype).eval())
-
-
-def edit(directory, change) -> None:
-    """Change the quantization_config in place."""
-    config = json.loads((directory / "config.json").read_text())
-    change(config["quantization_config"])
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def change_tensors(directory, change) -> None:
-    tensors = safetensors_torch.load_file(directory / "model.safetensors")
-    change(tensors)
-    safetensors_torch.save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
 
 
 @FORMATS
@@ -102,7 +58,7 @@ def test_every_format_dequantises_to_code_times_scale(tmp_path, scheme):
 @pytest.mark.parametrize("scheme", CURRENT.values(), ids=CURRENT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_of_compressed_tensors_are_read_bit_for_bit(scheme, dtype):
-    """Its own compressor writes, its own dequantises, and ours reads the same; rows and columns that fill no word too."""
+    """Its own compressor writes, its own dequantises, and ours reads the same; also where no whole word is filled."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
@@ -201,7 +157,7 @@ UNREAD = {
     "3 bits": ({"weights.num_bits": 3}, "int weights of 3 bits"),
     "fp4": ({"weights.num_bits": 4, "weights.type": "float"}, "float weights of 4 bits"),
     "act-order": ({"weights.actorder": "group"}, "act-order (actorder='group')"),
-    "blocks": ({"weights.strategy": "block"}, "scales for each 'block'"),
+    "blocks": ({"weights.strategy": "block"}, "a scale for each 'block'"),
     "group": ({"weights.group_size": 0}, "group_size is 0"),
     "odd group": ({"weights.group_size": 80}, "groups of 80 do not divide"),
     "symmetry": ({"weights.symmetric": 1}, "symmetric=1"),
@@ -276,6 +232,7 @@ def put(part, place, value):
             lambda parts: parts["weight"].view(torch.int8).__setitem__((5, 7), 127),
             "row 5, column 7 is no number",
         ),
+        ("fp8", lambda parts: parts["weight"].view(torch.int8).__setitem__((5, 7), -1), "row 5, column 7 is no number"),
         ("4 bits in int8", put("weight", (2, 3), 8), "row 2, column 3 is beyond 4 bits"),
         ("4 bits in int8", put("weight_zero_point", (2, 3), -9), "a zero point is beyond 4 bits"),
         ("int4 groups", lambda parts: parts.pop("weight_shape"), "'weight_shape' is missing"),
@@ -306,6 +263,14 @@ def put(part, place, value):
 )
 def test_damaged_weights_are_refused_by_their_first_wrong_place(scheme, change, sentence):
     refused(ValueError, damaged(change, scheme=scheme), "model.q_proj.weight", sentence)
+
+
+def test_negative_zeros_are_zeros(tmp_path):
+    weight = damaged(lambda parts: parts["weight"].view(torch.int8)[0].fill_(-128), scheme="fp8")()
+    assert not bool(weight.nonzero()[0].any())
+    dense = weight.dequantize("w")[0]
+    assert torch.equal(dense, torch.zeros_like(dense))
+    assert not bool(dense.signbit().any())
 
 
 def test_a_weight_beyond_the_range_of_its_scale_is_refused():
@@ -339,16 +304,6 @@ def test_activations_scales_are_left_out(tmp_path):
     load_sparse_checkpoint(tmp_path / "q", quantized="dequantize")
 
 
-def filled(directory) -> int:
-    """Gives values to pruned weights, as a quantiser does that does not keep the mask; how many."""
-
-    def change(tensors):
-        tensors["model.layers.0.mlp.up_proj.weight"][:3] = 5
-
-    change_tensors(directory, change)
-    return 3 * 128 // 2
-
-
 def test_masks_come_from_the_sparse_checkpoint(tmp_path):
     model = small_llama()
     model.save_pretrained(tmp_path / "sparse")
@@ -361,7 +316,7 @@ def test_masks_come_from_the_sparse_checkpoint(tmp_path):
     with pytest.warns(UserWarning, match=r"says that the weights are 2:4, and 1 of 7 are not.*up_proj.*mask_from"):
         load_sparse_checkpoint(directory, quantized="dequantize")
     for source in ("sparse", "bitmask"):
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="outside the given masks") as caught:
             loaded = load_sparse_checkpoint(directory, quantized="dequantize", mask_from=tmp_path / source)
         said = [str(warning.message) for warning in caught]
         assert any(f"{outside} of " in text and "outside the given masks" in text for text in said), said

@@ -18,7 +18,6 @@
 
 #include <cstdint>
 
-#include <lors/status.h>
 #include <lors/types.h>
 
 namespace lors {
@@ -35,22 +34,5 @@ struct Quantization {
   int64_t dither_seed = -1;             // below 0: no dither
   int64_t first_row = 0;                // of the whole weight, where the call is given some of its rows: the dither's rows
 };
-
-// What the core needs of a quantised weight, whoever calls it.
-inline Status check_quantization(const Quantization& quantization, int64_t in_features) {
-  if (quantization.grid == Grid::none) return {};
-  const int64_t group = quantization.group, steps = quantization.requantize_steps;
-  if (!quantization.scales || group <= 0 || in_features % group != 0 ||
-      (group != in_features && group != 32 && group != 64 && group != 128))
-    return Status::error(
-        "a quantised weight needs a scale for each group of 32, 64, 128 or all of its in_features; pass them.");
-  if (quantization.grid == Grid::e4m3 && (quantization.zero_points || quantization.dither_seed >= 0))
-    return Status::error("an e4m3 weight has neither zero points nor a dither; leave them out.");
-  if (quantization.grid == Grid::int4 && in_features % 2 != 0)
-    return Status::error("an int4 weight needs an even number of in_features; two codes lie in a byte.");
-  if (steps != 0 && steps != 1 && !(steps == 16 && quantization.grid == Grid::int8))
-    return Status::error("requantize_steps must be 0, 1, or 16 for an int8 weight.");
-  return {};
-}
 
 }  // namespace lors
