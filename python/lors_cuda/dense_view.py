@@ -50,7 +50,7 @@ class DenseView(Tensor):
         view: DenseView = Tensor._make_wrapper_subclass(
             cls,
             (layer.out_features, layer.in_features),
-            dtype=layer.sparse_weight.dtype,
+            dtype=layer.dense_dtype,
             device=torch.device("meta"),
             dispatch_device=True,
         )
@@ -118,7 +118,7 @@ _FROZEN = (
 def dense_tensor(layer: SparseLinear) -> Tensor:
     """The weight of a layer, [N, K]: in layout "dense" the stored tensor, else a new one."""
     weight = layer.sparse_weight
-    return weight.values if _is_itself(weight) else weight.to_dense()
+    return weight.values if _is_itself(weight) else weight.to_dense(layer._dense_dtype)
 
 
 def _is_itself(weight: SparseWeight) -> bool:

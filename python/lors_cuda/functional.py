@@ -212,12 +212,13 @@ def stored_merge(
     scaling: float,
     draws: Draws,
     requantize: Requantization = NOT_REQUANTIZED,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`merge` for a layer."""
-    grid = weight.grid(requantize)
+    """:func:`merge` for a layer, of a quantised weight rounded once to ``dtype``."""
+    grid = weight.grid(requantize, dtype)
     stored = (weight.values, weight.mask_bits, weight.index)
     merged: Tensor = _autograd.merge(*stored, lora_A, lora_B, scaling, *draws, *grid)
-    return merged
+    return merged if dtype is None else merged.to(dtype)
 
 
 def _as_float(scaling: float | Tensor) -> float:

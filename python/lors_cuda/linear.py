@@ -126,7 +126,9 @@ class LoRSLinear(SparseLinear):
             remainder=remainder,
             dither_seed=dither_seed,
         )
-        layer.conv1d = linear.conv1d if isinstance(linear, SparseLinear) else is_conv1d(linear)
+        layer.conv1d = is_conv1d(linear)
+        if isinstance(linear, SparseLinear):
+            layer.conv1d, layer._dense_dtype = linear.conv1d, linear._dense_dtype
         return layer.train(linear.training)
 
     @property
@@ -188,7 +190,7 @@ class LoRSLinear(SparseLinear):
 
     def _merged(self, draws: Draws) -> Tensor:
         adapter = (self.lora_A, self.lora_B, self.scaling)
-        return stored_merge(self.sparse_weight, *adapter, draws, self.requantization)
+        return stored_merge(self.sparse_weight, *adapter, draws, self.requantization, self._dense_dtype)
 
     def merged_sparse_weight(self) -> SparseWeight:
         """The weight with the adapter merged in, in the layout of ``sparse_weight``; with ``requantize`` its codes are

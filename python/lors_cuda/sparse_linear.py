@@ -101,7 +101,7 @@ class SparseLayer:
             deviation, noise_seed = self.noise
             return Draws(seed, deviation.to(self.sparse_weight.device), noise_seed)  # the model may have moved since
         # A float32 weight is merged in float32: autocast rounds it to nearest afterwards, merged or not.
-        return Draws(self.rounding_seed) if self.sparse_weight.dtype.itemsize == 2 else NO_DRAWS
+        return Draws(self.rounding_seed) if self.storage.dense_dtype.itemsize == 2 else NO_DRAWS
 
     @property
     def requantization(self) -> Requantization:
@@ -151,6 +151,8 @@ class SparseLinear(SparseLayer, nn.Module):
         weight_index: buffer, its metadata or row offsets; None where the layout has none.
         weight_scales, weight_zero_points: buffers, those of its grid; None where it has none.
         kind: of its grid, see :class:`QuantizationGrid`; "" where it is not quantised.
+        dense_dtype: of ``weight`` and of the plain layer that it becomes: the values', or, of a quantised weight, what
+            ``dtype`` said, converted as the model's other tensors are.
         mask_digest: buffer, :meth:`SparseWeight.digest`: floating numbers, so that what averages the values of two
             masks averages their digests too, and the result belongs to neither.
         bias: frozen Parameter [out_features] or None.
@@ -172,13 +174,18 @@ class SparseLinear(SparseLayer, nn.Module):
     weight_uses = 0
     conv1d = False
     kind = ""
+    _dense_dtype: torch.dtype | None = None  # of a quantised weight
 
-    def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, sparse_weight: SparseWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """``dtype``: of a quantised weight that of the model around it; None: its scales'."""
         super().__init__()
         self.out_features, self.in_features = sparse_weight.shape
         self.weight_values = nn.Parameter(sparse_weight.values, requires_grad=False)
         grid = sparse_weight.quantization
-        self.kind = "" if grid is None else grid.kind
+        if grid is not None:
+            self.kind, self._dense_dtype = grid.kind, sparse_weight.dtype if dtype is None else dtype
         buffers = {
             "mask_digest": sparse_weight.digest(),
             "weight_index": sparse_weight.index,
@@ -227,8 +234,12 @@ class SparseLinear(SparseLayer, nn.Module):
     def storage(self) -> nn.Module:
         return self
 
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        return self._dense_dtype or self.weight_values.dtype
+
     def merged_dense(self) -> Tensor:
-        return self.sparse_weight.to_dense()
+        return self.sparse_weight.to_dense(self._dense_dtype)
 
     def whole_weight(self) -> SparseWeight:
         """``sparse_weight``, checked, and gathered from all processes where ``fully_shard`` has cut it; a collective.
@@ -301,7 +312,7 @@ class SparseLinear(SparseLayer, nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
-        linear = make_linear(self.check_mask(always=True).to_dense(), self.bias, self.conv1d)
+        linear = make_linear(self.check_mask(always=True).to_dense(self._dense_dtype), self.bias, self.conv1d)
         return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
@@ -316,6 +327,8 @@ class SparseLinear(SparseLayer, nn.Module):
             result = fn(tensor)
             return tensor.to(result.device) if tensor is scales and result.dtype != tensor.dtype else result
 
+        if self._dense_dtype is not None and scales is not None:
+            self._dense_dtype = fn(torch.empty(0, dtype=self._dense_dtype, device=scales.device)).dtype
         super()._apply(convert, recurse)
         if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits

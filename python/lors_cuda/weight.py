@@ -352,19 +352,26 @@ class SparseWeight:
         kept = self.values.numel() if is_counted else int(self.mask().sum())
         return kept / max(self.shape.numel(), 1)
 
-    def to_dense(self) -> Tensor:
-        """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor [N, K], with -0.0 as +0.0, in its dtype or, of a quantised one, rounded once to
+        ``dtype``."""
         check_whole("values", self.values)
-        return lors.merge(self.values, self.mask_bits, self.index, *self.no_adapter(), 0.0, *NO_DRAWS, *self.grid())
+        args = (*self.no_adapter(), 0.0, *NO_DRAWS, *self.grid(dtype=dtype))
+        dense: Tensor = lors.merge(self.values, self.mask_bits, self.index, *args)
+        return dense if dtype is None else dense.to(dtype)
 
     def no_adapter(self) -> tuple[Tensor, Tensor]:
         """lora_A [0, K] and lora_B [N, 0]: merging them is decompressing."""
         N, K = self.shape
         return self.values.new_empty(0, K, dtype=self.dtype), self.values.new_empty(N, 0, dtype=self.dtype)
 
-    def grid(self, requantize: Requantization = NOT_REQUANTIZED) -> Grid:
-        """The last arguments of the operators."""
-        return NO_GRID if self.quantization is None else self.quantization.arguments(requantize)
+    def grid(self, requantize: Requantization = NOT_REQUANTIZED, dtype: torch.dtype | None = None) -> Grid:
+        """The last arguments of the operators; of a merge that is to be rounded to ``dtype``: they merge into the
+        scales' dtype, and float32 ones are the same numbers."""
+        if self.quantization is None:
+            return NO_GRID
+        grid = self.quantization.arguments(requantize)
+        return grid if dtype in (None, self.dtype) else grid._replace(scales=self.quantization.scales.float())
 
     def codes(self) -> Tensor:
         """The codes of a quantised weight, one for each place: int8 [N, K], or of e4m3 float8_e4m3fn; off the mask that
@@ -482,8 +489,8 @@ class SparseWeight:
             return self._with(lors.sparse24_merge(self.values, index, lora_A, lora_B, scaling), None, index)
         if quantization is not None and requantize.steps:
             mask, grid = self.packed_mask(), quantization.coarser(requantize.steps)
-            # With float32 scales the result is float32, where every code's value is another number.
-            wide = quantization.arguments(requantize)._replace(scales=quantization.scales.float())
+            # Into float32, where every code's value is another number.
+            wide = self.grid(requantize, torch.float32)
             merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *wide)
             if merged.device.type != "meta":
                 check_merge(self, lora_A, lora_B, scaling, SparseWeight(merged))

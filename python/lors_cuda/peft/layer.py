@@ -183,11 +183,14 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     def merged_dense(self) -> Tensor:
         return self._merged(self.draws(training=False))
 
-    def _merged(self, draws: Draws) -> Tensor:
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    def _merged(self, draws: Draws, names: Sequence[str] | None = None) -> Tensor:
+        """With these adapters; None: those that are active."""
+        if names is None:
+            names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        dtype = self.base_layer._dense_dtype
         if not names:
-            return self.sparse_weight.to_dense()
-        return stored_merge(self.sparse_weight, *self.stacked(names), draws, self.requantization)
+            return self.sparse_weight.to_dense(dtype)
+        return stored_merge(self.sparse_weight, *self.stacked(names), draws, self.requantization, dtype)
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
         """See :meth:`lors_cuda.SparseWeight.zeros`; in the base's dtype unless another is given."""
@@ -207,8 +210,8 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         return linear.in_features, linear.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self.base_layer.sparse_weight  # PEFT would read `weight`, which decompresses it
-        return weight.device, weight.dtype
+        base = self.base_layer  # PEFT would read `weight`, which decompresses it
+        return base.weight_values.device, base.dense_dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT also casts to the base's dtype: right for a new adapter, but one that was just loaded would be rounded.
@@ -328,8 +331,11 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if not merge:
             return self.restored_base()
         if self.base_layer.kind:
+            self.base_layer.check_mask(always=True)
             chosen = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-            merged = self.merged_sparse_weight([*self.merged_adapters, *chosen]).to_dense()
+            with torch.no_grad():
+                merged = self._merged(self.draws(training=False), [*self.merged_adapters, *chosen])
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
             return make_linear(merged, self.base_layer.bias, self.base_layer.conv1d).requires_grad_(False)
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         self.unmerged_values = None  # not twice in memory; the layer is dropped
