@@ -263,7 +263,10 @@ def test_nothing_is_lost_by_merging_codes(tmp_path, scheme, remainder):
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, trained)
         merged = merge_and_unload(model)
-        assert torch.equal(merged(input_ids=IDS).logits, trained)
+        for name in masks:
+            assert torch.equal(merged.get_submodule(name).weight, again.get_submodule(name).sparse_weight.to_dense())
+        if dtype != torch.float16:  # whose matmuls run in float32 here and in float16 in torch
+            assert torch.equal(merged(input_ids=IDS).logits, trained)
     for part in ("weight_scale", "weight_zero_point", "scales", "qzeros"):
         before, after = tensors_of(tmp_path / "q"), tensors_of(tmp_path / "merged")
         for name in before:
