@@ -20,3 +20,13 @@ class Grid(NamedTuple):
 
 
 NO_GRID = Grid()
+
+
+class Requantization(NamedTuple):
+    """What the merge of a quantised weight does with its result."""
+
+    steps: int = 0  # 0: nothing; 1: rounds it to the grid of the codes; 16: to an int4 grid 16 times as coarse
+    dither_seed: int = -1  # below 0: no dither
+
+
+NOT_REQUANTIZED = Requantization()

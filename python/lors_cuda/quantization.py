@@ -11,10 +11,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ._checks import all_finite, check_choice, check_tensor
-from ._grid import Grid
+from ._checks import all_finite, check_choice, check_flag, check_tensor
+from ._grid import NOT_REQUANTIZED, Grid, Requantization
 from .formats import compress_sparse24, kept_values, row_offsets, unpack_mask
 
+REMAINDERS = ("dither", "none", "stored")
 KINDS = ("int8", "int4", "e4m3")
 GROUPS = (32, 64, 128)
 LIMITS = {"int8": (-128, 127), "int4": (-8, 7), "e4m3": (-448, 448)}
@@ -76,10 +77,9 @@ class QuantizationGrid:
         zero_points = None if self.zero_points is None else self.zero_points * REMAINDER_STEPS
         return QuantizationGrid("int8", self.group, self.scales / REMAINDER_STEPS, zero_points)
 
-    def arguments(self, requantize_steps: int = 0, dither_seed: int | None = None) -> Grid:
+    def arguments(self, requantize: Requantization = NOT_REQUANTIZED) -> Grid:
         """As the operators take it."""
-        seed = -1 if dither_seed is None else dither_seed
-        return Grid(self.scales, self.zero_points, self.kind, requantize_steps, seed)
+        return Grid(self.scales, self.zero_points, self.kind, *requantize)
 
     def by_column(self) -> tuple[Tensor, Tensor | int]:
         """The scale, float32, and zero point, int16 or 0, of every place [N, K]."""
@@ -260,6 +260,60 @@ def check_codes(codes: Tensor, grid: QuantizationGrid) -> None:
             f"{int(wrong.sum())} of {wrong.numel()} codes are out of range, first that of row {row}, column {column}: "
             f"it is {codes[row, column].item()}, and a code of {grid.kind} is from {low} to {high}."
         )
+
+
+def check_remainder(requantize: bool, remainder: str | None) -> None:
+    """Refuse values of the options ``requantize`` and ``remainder`` that cannot be together."""
+    check_flag("requantize", requantize)
+    if remainder is None:
+        return
+    check_choice("remainder", remainder, REMAINDERS)
+    if not requantize and remainder != "none":
+        raise ValueError(f"remainder is {remainder!r} and requantize is False, which has none; leave remainder out.")
+
+
+def default_remainder(requantize: bool, grid: QuantizationGrid | None) -> str:
+    """What ``remainder=None`` means for a weight."""
+    return "dither" if requantize and grid is not None and grid.kind == "int4" else "none"
+
+
+def requantization(requantize: bool, remainder: str, dither_seed: int) -> Requantization:
+    """What these options make of a merge."""
+    if not requantize:
+        return NOT_REQUANTIZED
+    return Requantization(REMAINDER_STEPS if remainder == "stored" else 1, dither_seed if remainder == "dither" else -1)
+
+
+def check_requantization(requantize: Requantization, grid: QuantizationGrid | None, has_draws: bool) -> None:
+    """Refuse to requantise what has no grid for it.
+
+    Raises:
+        ValueError: the steps are unknown or do not fit the grid, there is a dither that nothing takes, or the merge
+            draws random numbers.
+    """
+    steps, seed = requantize
+    if steps not in (0, 1, REMAINDER_STEPS):
+        raise ValueError(f"requantize has {steps!r} steps; it must be 0, 1 or {REMAINDER_STEPS}.")
+    if not steps:
+        if seed >= 0:
+            raise ValueError("There is a dither and nothing is requantised; leave one of them out.")
+        return
+    if grid is None:
+        raise ValueError("The weight holds values, so there is no grid to requantise to. Quantise it first.")
+    if has_draws:
+        raise ValueError(
+            "The merged weight is requantised, and beside that rounded by chance or given noise (rounding='stochastic' "
+            "or Flat-LoRA). Codes are rounded to nearest; use rounding='nearest' and no noise, or requantize=False."
+        )
+    if seed >= 0 and grid.kind == "e4m3":
+        raise ValueError("There is a dither of an e4m3 weight, whose steps have no one size. Use remainder='none'.")
+    if steps == REMAINDER_STEPS:
+        off = grid.zero_points is not None and not grid.zero_points.is_meta and bool((grid.zero_points % steps).any())
+        if grid.kind != "int8" or off:
+            raise ValueError(
+                "remainder is 'stored', and the weight is no int8 one on a grid 16 times finer than an int4 grid, "
+                "with zero points that are multiples of 16. Make it by QuantizationGrid.finer()."
+            )
 
 
 # ---- how codes lie in memory ----------------------------------------------------------------------------------------

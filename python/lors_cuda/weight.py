@@ -21,7 +21,8 @@ from ._checks import (
     check_weight,
     check_whole,
 )
-from ._draws import Draws, rounding_draws
+from ._draws import NO_DRAWS, Draws, rounding_draws
+from ._grid import NO_GRID, NOT_REQUANTIZED, Grid, Requantization
 from ._library import check_device, lors
 from .dense_view import DenseView
 from .formats import (
@@ -45,6 +46,7 @@ from .quantization import (
     as_codes,
     check_codes,
     check_finite_weight,
+    check_requantization,
     check_slots,
     choose_grid,
     kept_codes,
@@ -54,7 +56,6 @@ from .quantization import (
     stored_shape,
     without_negative_zero,
 )
-from .reference import dequantize
 
 
 class SparseWeight:
@@ -351,18 +352,26 @@ class SparseWeight:
         kept = self.values.numel() if is_counted else int(self.mask().sum())
         return kept / max(self.shape.numel(), 1)
 
-    def to_dense(self) -> Tensor:
-        """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor [N, K], with -0.0 as +0.0, in its dtype or, of a quantised one, rounded once to
+        ``dtype``."""
         check_whole("values", self.values)
-        if self.quantization is not None:
-            scales, zero_points = self.quantization.scales, self.quantization.zero_points
-            return dequantize(self.codes(), scales, zero_points, self.mask()).to(self.dtype)
-        return lors.merge(self.values, self.mask_bits, self.index, *self.no_adapter(), 0.0)
+        args = (*self.no_adapter(), 0.0, *NO_DRAWS, *self.grid(dtype=dtype))
+        dense: Tensor = lors.merge(self.values, self.mask_bits, self.index, *args)
+        return dense if dtype is None else dense.to(dtype)
 
     def no_adapter(self) -> tuple[Tensor, Tensor]:
         """lora_A [0, K] and lora_B [N, 0]: merging them is decompressing."""
         N, K = self.shape
         return self.values.new_empty(0, K, dtype=self.dtype), self.values.new_empty(N, 0, dtype=self.dtype)
+
+    def grid(self, requantize: Requantization = NOT_REQUANTIZED, dtype: torch.dtype | None = None) -> Grid:
+        """The last arguments of the operators; of a merge that is to be rounded to ``dtype``: they merge into the
+        scales' dtype, and float32 ones are the same numbers."""
+        if self.quantization is None:
+            return NO_GRID
+        grid = self.quantization.arguments(requantize)
+        return grid if dtype in (None, self.dtype) else grid._replace(scales=self.quantization.scales.float())
 
     def codes(self) -> Tensor:
         """The codes of a quantised weight, one for each place: int8 [N, K], or of e4m3 float8_e4m3fn; off the mask that
@@ -440,11 +449,13 @@ class SparseWeight:
         *,
         rounding: str = "nearest",
         seed: int | None = None,
+        requantize: Requantization = NOT_REQUANTIZED,
     ) -> SparseWeight:
         """The merged weight in the same layout, ``W + s M o (B A)`` (arXiv 2501.08582, eq. 3); the mask stays.
 
         Accumulated in float32 (float64 for float64), rounded once to the weight's dtype; not differentiable. A merged
-        value that rounds to zero stays kept: a dense weight's mask is then made explicit.
+        value that rounds to zero stays kept: a dense weight's mask is then made explicit. Of a quantised weight it
+        holds values; with ``requantize`` it is quantised again, and has the codes that the layer computed with.
 
         Args:
             lora_A: [r, K], float32, bfloat16, float16 or float64.
@@ -452,32 +463,47 @@ class SparseWeight:
             scaling: s, e.g. ``lora_alpha / r``.
             rounding: as in :func:`lors_cuda.lors_linear`.
             seed: of "stochastic", likewise.
+            requantize: steps of 0, 1 or 16, and the seed of the dither: a layer's ``requantization``.
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; shapes, dtypes or devices do not fit;
-                a NaN or an infinity in what is merged, or a merged value beyond the range of the weight's dtype (the
-                first place is named).
+            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; ``requantize`` does not fit the
+                weight; shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
+                beyond the range of the weight's dtype (the first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
+        draws = rounding_draws(rounding, seed)
+        check_requantization(requantize, self.quantization, draws.any)
         with torch.no_grad():
-            merged = self._merged(lora_A, lora_B, float(scaling), rounding_draws(rounding, seed))
+            merged = self._merged(lora_A, lora_B, float(scaling), draws, requantize)
             if merged.device.type != "meta":
                 check_merge(self, lora_A, lora_B, float(scaling), merged)
         return merged
 
-    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws) -> SparseWeight:
-        if self.layout == "2:4" and not draws.any:
-            return self._with(lors.sparse24_merge(self.values, self.index, lora_A, lora_B, scaling), None, self.index)
-        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling, *draws)
-        bits = self.mask_bits
-        if self.layout == "2:4":  # only a dense result is drawn
-            assert self.index is not None
-            return self._with(compress_sparse24(merged, self.packed_mask(), self.index), None, self.index)
+    def _merged(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws, requantize: Requantization
+    ) -> SparseWeight:
+        bits, index, quantization = self.mask_bits, self.index, self.quantization
+        if self.layout == "2:4" and not draws.any and quantization is None:
+            return self._with(lors.sparse24_merge(self.values, index, lora_A, lora_B, scaling), None, index)
+        if quantization is not None and requantize.steps:
+            mask, grid = self.packed_mask(), quantization.coarser(requantize.steps)
+            # Into float32, where every code's value is another number.
+            wide = self.grid(requantize, torch.float32)
+            merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *wide)
+            if merged.device.type != "meta":
+                check_merge(self, lora_A, lora_B, scaling, SparseWeight(merged))
+            if self.layout == "bitmap":
+                index = padded_offsets(mask) if grid.kind == "int4" else row_offsets(mask)
+            return self._of_codes(quantize_codes(merged, self.mask(), grid), grid, mask, index)
+        merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *self.grid())
+        if self.layout == "2:4":  # only a dense result is drawn, or made of codes
+            assert index is not None
+            return self._with(compress_sparse24(merged, self.packed_mask(), index), None, index)
         if self.layout == "bitmap":
             assert bits is not None
-            return self._with(kept_values(merged, bits), bits, self.index)
+            return self._with(kept_values(merged, bits), bits, row_offsets(bits))
         if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
             bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
@@ -504,6 +530,20 @@ class SparseWeight:
                     _hash(digest, tensor)
             digits = digest.hexdigest()
         return torch.tensor([float(int(digit, 16)) for digit in digits], device=self.device)
+
+    def zeros(self, dtype: torch.dtype) -> SparseWeight:
+        """A weight of zeros with this mask and layout; its values are one stored number, also where autograd keeps
+        them."""
+        bits, index = None if self.layout == "2:4" else self.packed_mask(), self.index
+        if self.layout == "bitmap" and self.quantization is not None:
+            assert bits is not None
+            index = row_offsets(bits)  # without what makes int4 codes even
+            count: tuple[int, ...] = (int(index[-1]),)
+        else:
+            N, K = self.shape
+            count = {"dense": (N, K), "2:4": (N, K // 2)}.get(self.layout, self.values.shape)
+        values = torch.zeros((), dtype=dtype, device=self.device).expand(count)
+        return SparseWeight(values, bits, index, in_features=self.shape[1])
 
     def has_digest(self, digest: Tensor) -> bool:
         """Whether this is :meth:`digest`, up to rounding; also where one of them has no content."""
