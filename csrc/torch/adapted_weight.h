@@ -82,12 +82,23 @@ struct AdaptedWeight {
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
         scaling(scaling),
-        noise(row_major(draws.noise)) {
+        noise(row_major(draws.noise)),
+        scales(row_major(stored.quantization.scales)),
+        zero_points(row_major(stored.quantization.zero_points)) {
     this->draws.rounds = draws.rounding_seed.has_value();
     this->draws.rounding_seed = static_cast<uint64_t>(draws.rounding_seed.value_or(0));
     this->draws.noise_seed = static_cast<uint64_t>(draws.noise_seed);
     if (noise) this->draws.noise = static_cast<const float*>(noise->const_data_ptr());
-    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K);
+    const int64_t per_element = stored.codes_per_element();
+    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K, per_element);
+    if (!stored.kind) return;
+    quantization.grid = stored.kind->grid;
+    quantization.group = K / scales->size(1);
+    quantization.scales = scales->const_data_ptr();
+    quantization.scales_dtype = dtype_of(*scales);
+    if (zero_points) quantization.zero_points = static_cast<const int8_t*>(zero_points->const_data_ptr());
+    quantization.requantize_steps = stored.quantization.requantize_steps;
+    quantization.dither_seed = stored.quantization.dither_seed;
   }
 
   // `adapted` after its merge, without an adapter: `merged` is dense, or values of its layout.
@@ -100,13 +111,15 @@ struct AdaptedWeight {
     lora_A = torch::stable::narrow(lora_A, 0, 0, 0);
     lora_B = torch::stable::narrow(lora_B, 1, 0, 0);
     draws = {};
+    quantization = {};
   }
 
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
   int64_t r() const { return lora_A.size(0); }
-  // Only the merge draws random numbers; fused_linear does not.
+  // Only the merge draws random numbers or requantises; fused_linear does neither.
   bool has_draws() const { return draws.rounds || draws.noise; }
+  bool is_quantized() const { return quantization.grid != Grid::none; }
 
   // Fills in what MergeArgs and FusedLinearArgs have in common.
   template <typename Args>
@@ -118,6 +131,7 @@ struct AdaptedWeight {
     args.weight_dtype = dtype_of(weight);
     args.mask = bits(mask);
     args.weight_layout = layout;
+    args.quantization = quantization;
     if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
     if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
     args.lora_A = lora_A.const_data_ptr();
@@ -147,8 +161,18 @@ struct AdaptedWeight {
     if (args.mask) args.mask += begin * mask_words(K);
     if (args.metadata) args.metadata += begin * sparse24_metadata_bytes(K);
     if (args.row_offsets) args.row_offsets += begin;
-    if (layout != Layout::bitmap)
-      args.weight = skip(args.weight, begin * (layout == Layout::sparse24 ? K / 2 : K), args.weight_dtype);
+    const int64_t elements = begin * (layout == Layout::sparse24 ? K / 2 : K);
+    if (is_quantized()) {
+      Quantization& of_rows = args.quantization;
+      const int64_t groups = begin * (K / of_rows.group);
+      of_rows.scales = skip(of_rows.scales, groups, of_rows.scales_dtype);
+      if (of_rows.zero_points) of_rows.zero_points += groups;
+      of_rows.first_row += begin;
+      if (layout != Layout::bitmap)
+        args.weight = static_cast<const char*>(args.weight) + elements / (of_rows.grid == Grid::int4 ? 2 : 1);
+    } else if (layout != Layout::bitmap) {
+      args.weight = skip(args.weight, elements, args.weight_dtype);
+    }
     merge(args, out, rounded, Layout::dense);
   }
 
@@ -183,7 +207,8 @@ struct AdaptedWeight {
     // Without an adapter a dense weight is its own merge.
     const bool own =
         r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype && !has_draws();
-    if (shared || has_draws() || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
+    const bool is_merged_alone = has_draws() || quantization.requantize_steps != 0;
+    if (shared || is_merged_alone || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
       Tensor out = empty(activation, {T, columns}, compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);
@@ -312,6 +337,8 @@ struct AdaptedWeight {
   double scaling;
   std::optional<Tensor> noise;
   Draws draws;
+  std::optional<Tensor> scales, zero_points;
+  Quantization quantization;
 };
 
 }  // namespace lors::binding

@@ -3,6 +3,7 @@
 // needed.
 #pragma once
 
+#include <lors/quantization.h>
 #include <lors/random.h>
 #include <lors/types.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK: the one name that every torch >= 2.10 has
 
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -84,14 +86,38 @@ inline void check_supported(const char* op, const char* name, const Tensor& t) {
         " the call to the CPU.");
 }
 
+// What a quantised weight has beside its codes: the operators' last five arguments.
+struct GridArguments {
+  std::optional<Tensor> scales, zero_points;
+  std::string grid;
+  int64_t requantize_steps = 0, dither_seed = -1;
+};
+
+// The type of the codes and how many lie in an element of it.
+struct GridKind {
+  const char* name;
+  Grid grid;
+  ScalarType codes;
+  const char* codes_name;
+  int64_t codes_per_element;
+};
+inline constexpr std::array kGridKinds = {GridKind{"int8", Grid::int8, ScalarType::Char, "int8", 1},
+                                          GridKind{"int4", Grid::int4, ScalarType::Byte, "uint8", 2},
+                                          GridKind{"e4m3", Grid::e4m3, ScalarType::Byte, "uint8", 1}};
+
 // A frozen weight as an operator's arguments give it. The layout follows from `index`: none: dense; uint8 metadata: 2:4
 // (sparse24.h); int64 row offsets: bitmap (types.h).
 struct StoredWeight {
-  Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]
+  Tensor values;               // [N, K]; 2:4: [N, K/2]; bitmap: [row_offsets[N]]; or codes, of int4 half as many elements
   std::optional<Tensor> mask;  // int32 [N, ceil(K/32)]; bitmap: always
   std::optional<Tensor> index;
+  GridArguments quantization;
+  const GridKind* kind = nullptr;  // of codes; null: values
   Layout layout = Layout::dense;
   int64_t out_features = 0, in_features = 0;  // N, K
+
+  ScalarType dtype() const { return kind ? quantization.scales->scalar_type() : values.scalar_type(); }
+  int64_t codes_per_element() const { return kind ? kind->codes_per_element : 1; }
 
   struct Shape {
     const StoredWeight& weight;
@@ -109,28 +135,67 @@ inline void check_bits(const char* op, const char* name, const Tensor& bits, int
   check_storage(op, name, bits);
 }
 
+// The values of a weight, or its codes.
+inline void check_values(const char* op, const char* name, const Tensor& values, const GridKind* kind) {
+  if (!kind) return check_floating(op, name, values);
+  check(values.scalar_type() == kind->codes, "lors::", op, ": ", name, " has a dtype that grid '", kind->name,
+        "' does not go with; its codes must be ", kind->codes_name, ".");
+  check_storage(op, name, values);
+}
+
+// scales [N, K / group], zero_points alike: shapes and dtypes only, as the other contents.
+inline void check_grid(const char* op, const StoredWeight& weight) {
+  const GridArguments& quantization = weight.quantization;
+  const Tensor& scales = *quantization.scales;
+  const int64_t K = weight.in_features, groups = scales.dim() == 2 ? scales.size(1) : 0, group = groups ? K / groups : 0;
+  check(is_floating(scales) && scales.scalar_type() != ScalarType::Double && groups > 0 &&
+            scales.size(0) == weight.out_features && group * groups == K &&
+            (group == K || group == 32 || group == 64 || group == 128),
+        "lors::", op, ": scales has shape ", shape(scales), "; it must be float32, bfloat16 or float16 [", weight.out_features,
+        ", ", K, " / group] for groups of 32, 64, 128 or all ", K, " columns.");
+  check_storage(op, "scales", scales);
+  check_same_device(op, "scales", scales, weight.values);
+  if (quantization.zero_points) {
+    const Tensor& zeros = *quantization.zero_points;
+    check(weight.kind->grid != Grid::e4m3, "lors::", op, ": zero_points was given for grid 'e4m3', which has none.");
+    check(zeros.scalar_type() == ScalarType::Char && zeros.dim() == 2 && zeros.size(0) == scales.size(0) &&
+              zeros.size(1) == groups,
+          "lors::", op, ": zero_points has shape ", shape(zeros), "; it must be int8 ", shape(scales), ", as scales.");
+    check_storage(op, "zero_points", zeros);
+    check_same_device(op, "zero_points", zeros, weight.values);
+  }
+  check(weight.mask || weight.index, "lors::", op, ": a quantised dense weight was given without a mask; its codes do not tell",
+        " what is kept.");
+  const int64_t steps = quantization.requantize_steps;
+  check(steps == 0 || steps == 1 || (steps == 16 && weight.kind->grid == Grid::int8), "lors::", op, ": requantize_steps is ",
+        steps, "; it must be 0, 1, or 16 for grid 'int8'.");
+  check(weight.kind->grid != Grid::e4m3 || quantization.dither_seed < 0, "lors::", op,
+        ": dither_seed was given for grid 'e4m3', which has no dither.");
+}
+
 // values [N, K/2], metadata uint8 [N, ceil(K/8)]: shapes only. Contents are validated when a weight is made or loaded
 // (lors_cuda/formats.py), because reading them here would synchronise with the device.
-inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata) {
-  check(values.dim() == 2 && values.size(1) % 2 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
+inline void check_sparse24(const char* op, const Tensor& values, const Tensor& metadata, const GridKind* kind) {
+  const int64_t columns = values.dim() == 2 ? 2 * values.size(1) * (kind ? kind->codes_per_element : 1) : -1;
+  check(columns >= 0 && columns % 4 == 0, "lors::", op, ": the 2:4 values have shape ", shape(values),
         "; they must be [out_features, in_features / 2], an even number in each row.");
-  const int64_t N = values.size(0), bytes = sparse24_metadata_bytes(2 * values.size(1));
+  const int64_t N = values.size(0), bytes = sparse24_metadata_bytes(columns);
   check(metadata.scalar_type() == ScalarType::Byte && metadata.dim() == 2 && metadata.size(0) == N && metadata.size(1) == bytes,
         "lors::", op, ": the 2:4 metadata has shape ", shape(metadata), "; it must be uint8 [", N, ", ", bytes,
         "] for values of shape ", shape(values), ".");
-  check_floating(op, "values", values);
+  check_values(op, "values", values, kind);
   check_storage(op, "metadata", metadata);
   check_same_device(op, "metadata", metadata, values);
 }
 
 // values [count], bits int32 [N, ceil(K/32)], row_offsets int64 [N + 1]: shapes only, as check_sparse24.
 inline void check_bitmap(const char* op, const Tensor& values, const Tensor& bits, const Tensor& row_offsets,
-                         int64_t in_features) {
+                         int64_t in_features, const GridKind* kind) {
   check(values.dim() == 1, "lors::", op, ": the bitmap values have shape ", shape(values), "; they must be one-dimensional.");
   check(row_offsets.scalar_type() == ScalarType::Long && row_offsets.dim() == 1 && row_offsets.size(0) >= 1, "lors::", op,
         ": row_offsets has shape ", shape(row_offsets), "; it must be int64 [out_features + 1].");
   check_bits(op, "bits", bits, row_offsets.size(0) - 1, in_features);
-  check_floating(op, "values", values);
+  check_values(op, "values", values, kind);
   check_storage(op, "row_offsets", row_offsets);
   check_same_device(op, "bits", bits, values);
   check_same_device(op, "row_offsets", row_offsets, values);
@@ -138,27 +203,36 @@ inline void check_bitmap(const char* op, const Tensor& values, const Tensor& bit
 
 // The weight with its sizes; lora_A gives K where the values do not (bitmap).
 inline StoredWeight stored_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
-                                  const std::optional<Tensor>& index, const Tensor& lora_A) {
-  StoredWeight stored{weight, mask, index};
+                                  const std::optional<Tensor>& index, const Tensor& lora_A, const GridArguments& quantization) {
+  StoredWeight stored{weight, mask, index, quantization};
+  if (!quantization.grid.empty()) {
+    for (const GridKind& kind : kGridKinds)
+      if (quantization.grid == kind.name) stored.kind = &kind;
+    check(stored.kind, "lors::", op, ": grid is '", quantization.grid, "'; it must be 'int8', 'int4' or 'e4m3', or '' for a",
+          " weight of values.");
+    check(quantization.scales.has_value(), "lors::", op, ": grid is '", quantization.grid, "' and there are no scales.");
+  }
+  check(stored.kind || (!quantization.scales && !quantization.zero_points && quantization.requantize_steps == 0), "lors::", op,
+        ": scales, zero_points or requantize_steps were given without a grid; name it, or leave them out.");
   if (!index) {
     check(weight.dim() == 2, "lors::", op, ": weight has shape ", shape(weight), "; it must be [out_features, in_features].");
     stored.out_features = weight.size(0);
-    stored.in_features = weight.size(1);
-    check_floating(op, "weight", weight);
+    stored.in_features = weight.size(1) * stored.codes_per_element();
+    check_values(op, "weight", weight, stored.kind);
     if (mask && weight.numel() > 0) {
       check_bits(op, "mask", *mask, stored.out_features, stored.in_features);
       check_same_device(op, "mask", *mask, weight);
     }
   } else if (index->scalar_type() == ScalarType::Byte) {
     check(!mask, "lors::", op, ": a 2:4 weight was given with a mask; its metadata is its mask, leave the other out.");
-    check_sparse24(op, weight, *index);
+    check_sparse24(op, weight, *index, stored.kind);
     stored.layout = Layout::sparse24;
     stored.out_features = weight.size(0);
-    stored.in_features = 2 * weight.size(1);
+    stored.in_features = 2 * weight.size(1) * stored.codes_per_element();
   } else {
     check(mask.has_value(), "lors::", op, ": a bitmap weight was given without its bits; pass them as mask.");
     check(lora_A.dim() == 2, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, in_features].");
-    check_bitmap(op, weight, *mask, *index, lora_A.size(1));
+    check_bitmap(op, weight, *mask, *index, lora_A.size(1), stored.kind);
     stored.layout = Layout::bitmap;
     stored.out_features = index->size(0) - 1;
     stored.in_features = lora_A.size(1);
@@ -166,14 +240,15 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
   check(stored.out_features > 0 && stored.in_features > 0, "lors::", op, ": weight has shape ", stored.shape(),
         "; both sides must be at least 1.");
   check_supported(op, "weight", weight);
+  if (stored.kind) check_grid(op, stored);
   return stored;
 }
 
 // The same with its adapter: lora_A [r, K], lora_B [N, r]. Without one, r = 0, the merge decompresses.
 inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
                                          const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
-                                         bool allows_no_rank = false) {
-  const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A);
+                                         const GridArguments& quantization = {}, bool allows_no_rank = false) {
+  const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A, quantization);
   const int64_t N = stored.out_features, K = stored.in_features;
   check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
         "] for a weight of shape ", stored.shape(), ".");
@@ -204,12 +279,12 @@ inline void check_tokens(const char* op, const char* name, const Tensor& t, cons
   check(t.dim() == 2 && t.size(1) == features, "lors::", op, ": ", name, " has shape ", shape(t), "; it must be [tokens, ",
         features, "] for a weight of shape ", weight.shape(), ".");
   check_floating(op, name, t);
-  check((t.scalar_type() == ScalarType::Double) == (weight.values.scalar_type() == ScalarType::Double), "lors::", op, ": ",
-        name, " and weight must both be float64, or neither.");
+  check((t.scalar_type() == ScalarType::Double) == (weight.dtype() == ScalarType::Double), "lors::", op, ": ", name,
+        " and weight must both be float64, or neither.");
   check_same_device(op, name, t, weight.values);
 }
 
-// What the merge is to draw: the operators' last three arguments.
+// What the merge is to draw: three arguments of the operators.
 struct DrawArguments {
   std::optional<int64_t> rounding_seed;
   std::optional<Tensor> noise;
@@ -225,6 +300,9 @@ inline DrawArguments check_draws(const char* op, const StoredWeight& weight, std
     check_same_device(op, "noise", *noise, weight.values);
     check_storage(op, "noise", *noise);
   }
+  check(weight.quantization.requantize_steps == 0 || (!rounding_seed && !noise), "lors::", op,
+        ": rounding_seed or noise was given together with requantize_steps; a weight is rounded by chance or put on its grid,",
+        " leave one of them out.");
   return {rounding_seed, noise, noise_seed};
 }
 

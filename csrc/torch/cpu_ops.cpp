@@ -41,8 +41,9 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
   return total;
 }
 
-// Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say. Refuses bits beyond K.
-std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K) {
+// Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say; a row is a multiple of `unit`. Refuses
+// bits beyond K.
+std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K, int64_t unit = 1) {
   const int64_t N = mask.size(0), words = mask.size(1);
   const uint32_t beyond = K % 32 ? ~uint32_t{0} << (K % 32) : 0;
   std::vector<int64_t> offsets(static_cast<size_t>(N) + 1);
@@ -51,7 +52,7 @@ std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t 
     const int64_t count = count_bits(row, words);
     check(words == 0 || (row[words - 1] & beyond) == 0, "lors::", op, ": the mask has bits beyond column ", K, " in row ", n,
           "; pass the tensors of one SparseWeight.");
-    offsets[static_cast<size_t>(n) + 1] = offsets[static_cast<size_t>(n)] + count;
+    offsets[static_cast<size_t>(n) + 1] = offsets[static_cast<size_t>(n)] + (count + unit - 1) / unit * unit;
   }
   return offsets;
 }
@@ -87,7 +88,7 @@ struct Cpu {
 
   static bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cpu>& adapted, bool input_gradient,
                                    bool is_plain) {
-    if (adapted.weight.scalar_type() == ScalarType::Double) return false;
+    if (adapted.weight.scalar_type() == ScalarType::Double || adapted.is_quantized()) return false;
     return cpu_prefers_fused_linear(activation.size(0), input_gradient,
                                     matmul_dtype(activation.scalar_type()) == ScalarType::Float, is_plain);
   }
@@ -117,14 +118,15 @@ struct Cpu {
     return std::clamp<int64_t>(kPanelElements / K, 1, N);
   }
 
-  static void check_offsets(const char* op, int64_t count, const Tensor& mask, const Tensor& row_offsets, int64_t K) {
-    const std::vector<int64_t> wanted = row_offsets_of(op, mask, K);
+  static void check_offsets(const char* op, int64_t count, const Tensor& mask, const Tensor& row_offsets, int64_t K,
+                            int64_t per_element) {
+    const std::vector<int64_t> wanted = row_offsets_of(op, mask, K, per_element);
     const auto* given = static_cast<const int64_t*>(row_offsets.const_data_ptr());
     const int64_t row = std::mismatch(wanted.begin(), wanted.end(), given).first - wanted.begin();
     check(row == int64_t(wanted.size()), "lors::", op, ": row_offsets disagrees with the mask's bits at row ", row,
           "; pass the tensors of one SparseWeight.");
-    check(wanted.back() == count, "lors::", op, ": the mask keeps ", wanted.back(), " values and ", count,
-          " are given; pass the tensors of one SparseWeight.");
+    check(wanted.back() == count * per_element, "lors::", op, ": the mask keeps ", wanted.back(), " values and ",
+          count * per_element, " are given; pass the tensors of one SparseWeight.");
   }
 
   void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {

@@ -82,7 +82,7 @@ class Cuda {
 
   // fused_linear reads dense weights only here, and needs an adapter.
   bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient, bool) const {
-    if (adapted.layout != Layout::dense || adapted.r() == 0) return false;
+    if (adapted.layout != Layout::dense || adapted.r() == 0 || adapted.is_quantized()) return false;
     if (const std::optional<bool> forced = forced_fused_linear()) return *forced;
     return recorded_path(activation, adapted, input_gradient) == cuda::Path::fused_linear;
   }
@@ -98,7 +98,7 @@ class Cuda {
   static constexpr bool kMixedActivations = false;
 
   // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
-  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t) {}
+  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t, int64_t) {}
 
   static bool exact_at_once(const Tensor&, const Tensor&, const AdaptedWeight<Cuda>&, const std::optional<Tensor>&, Tensor*,
                             Tensor*) {

@@ -7,19 +7,30 @@
 //   2:4     weight [N, K/2], mask None, index: uint8 metadata [N, ceil(K/8)]           (csrc/core/include/lors/sparse24.h)
 //   bitmap  weight [count], mask: its bits, index: int64 row_offsets [N + 1]            (csrc/core/include/lors/types.h)
 // lora_A [r, K]; lora_B [N, r]; input [T, K]; bias [N]; gradient: "lors" or "exact".
+//
+// A quantised weight (csrc/core/include/lors/quantization.h) has a grid: "int8", codes int8; "e4m3", uint8 with the bits of
+// float8_e4m3fn; "int4", uint8 with two codes each, so [N, K/2], [N, K/4] or [count / 2]. And scales [N, K / group], float32,
+// bfloat16 or float16, for groups of 32, 64, 128 or K columns; zero_points, int8 like scales, or None; always a mask or
+// metadata. The weight's dtype is then that of scales. requantize_steps: 0, or 1 or 16: the merged weight is put on the grid
+// again; dither_seed: below 0 for none.
+//
 // What the merge draws (csrc/core/include/lors/random.h), the same in every call with the same arguments: rounding_seed, None
 // for rounding to nearest, rounds a 16-bit merged weight by chance; noise, float32 [N], is the standard deviation of what is
 // added to each row's kept entries.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lors, m) {
-  // merged [N, K] = weight + scaling * mask o (lora_B lora_A), in the weight's dtype.
+  // merged [N, K] = weight + scaling * mask o (lora_B lora_A), in the weight's dtype. With r = 0 it decompresses and
+  // dequantises.
   m.def(
       "merge(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling,"
-      " SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0) -> Tensor");
+      " SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
+      " -> Tensor");
   m.def(
       "merge_backward(Tensor grad_merged, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float "
-      "scaling)"
+      "scaling,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
       " -> (Tensor grad_lora_A, Tensor grad_lora_B)");
 
   // merged [N, K] rounded once to `dtype`, stored in the type that matmuls of `dtype` run in, or as values in the weight's
@@ -27,14 +38,16 @@ STABLE_TORCH_LIBRARY(lors, m) {
   // linear_backward take as `merged`, so that several calls can share it. They trust that it belongs to the other arguments.
   m.def(
       "merged_operand(Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, float scaling, ScalarType "
-      "dtype, int tokens, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
+      "dtype, int tokens, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
       " -> Tensor");
 
   // Y [T, N] = input merged^T + bias, in the input's dtype; merged is rounded once to the input's dtype and dropped, or given.
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B, Tensor? bias, float "
       "scaling,"
-      " str gradient, Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
+      " str gradient, Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
       " -> Tensor");
   // What is not wanted comes back empty: `needs_*` say what is, and grad_bias is computed where `bias` is given.
   // `input` may be None when neither adapter needs a gradient.
@@ -42,7 +55,8 @@ STABLE_TORCH_LIBRARY(lors, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor "
       "lora_B,"
       " Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,"
-      " Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0)"
+      " Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");

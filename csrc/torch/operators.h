@@ -36,11 +36,14 @@ struct Operators {
 
   static Tensor merge(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                       const Tensor& lora_A, const Tensor& lora_B, double scaling, std::optional<int64_t> rounding_seed,
-                      const std::optional<Tensor>& noise, int64_t noise_seed) {
-    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, true);
+                      const std::optional<Tensor>& noise, int64_t noise_seed, const std::optional<Tensor>& scales,
+                      const std::optional<Tensor>& zero_points, const std::string& grid, int64_t requantize_steps,
+                      int64_t dither_seed) {
+    const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
+    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, quantization, true);
     const DrawArguments draws = check_draws("merge", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
-    return Adapted("merge", backend, stored, lora_A, lora_B, scaling, draws).merged(weight.scalar_type(), weight.scalar_type());
+    return Adapted("merge", backend, stored, lora_A, lora_B, scaling, draws).merged(stored.dtype(), stored.dtype());
   }
 
   static Tensor sparse24_merge(const Tensor& values, const Tensor& metadata, const Tensor& lora_A, const Tensor& lora_B,
@@ -54,9 +57,12 @@ struct Operators {
 
   static Tensor merged_operand(const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
                                const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType dtype, int64_t tokens,
-                               std::optional<int64_t> rounding_seed, const std::optional<Tensor>& noise, int64_t noise_seed) {
-    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, true);
-    check(is_floating(dtype) && (dtype == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double),
+                               std::optional<int64_t> rounding_seed, const std::optional<Tensor>& noise, int64_t noise_seed,
+                               const std::optional<Tensor>& scales, const std::optional<Tensor>& zero_points,
+                               const std::string& grid, int64_t requantize_steps, int64_t dither_seed) {
+    const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
+    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, quantization, true);
+    check(is_floating(dtype) && (dtype == ScalarType::Double) == (stored.dtype() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const DrawArguments draws = check_draws("merged_operand", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
@@ -71,8 +77,11 @@ struct Operators {
                        const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
                        const std::optional<Tensor>& bias, double scaling, const std::string& gradient,
                        const std::optional<Tensor>& merged, std::optional<int64_t> rounding_seed,
-                       const std::optional<Tensor>& noise, int64_t noise_seed) {
-    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B, true);
+                       const std::optional<Tensor>& noise, int64_t noise_seed, const std::optional<Tensor>& scales,
+                       const std::optional<Tensor>& zero_points, const std::string& grid, int64_t requantize_steps,
+                       int64_t dither_seed) {
+    const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
+    const StoredWeight stored = check_adapted_weight("linear", weight, mask, index, lora_A, lora_B, quantization, true);
     check_tokens("linear", "input", input, stored, stored.in_features);
     is_exact("linear", gradient);
     if (bias) check_bias("linear", *bias, stored);
@@ -92,8 +101,11 @@ struct Operators {
       const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
       double scaling, const std::string& gradient, bool needs_input_grad, bool needs_lora_A_grad, bool needs_lora_B_grad,
       const std::optional<Tensor>& merged, std::optional<int64_t> rounding_seed, const std::optional<Tensor>& noise,
-      int64_t noise_seed) {
-    const StoredWeight stored = check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B, true);
+      int64_t noise_seed, const std::optional<Tensor>& scales, const std::optional<Tensor>& zero_points,
+      const std::string& grid, int64_t requantize_steps, int64_t dither_seed) {
+    const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
+    const StoredWeight stored =
+        check_adapted_weight("linear_backward", weight, mask, index, lora_A, lora_B, quantization, true);
     check_tokens("linear_backward", "grad_output", grad_output, stored, stored.out_features);
     const bool exact = is_exact("linear_backward", gradient);
     check(input || (!needs_lora_A_grad && !needs_lora_B_grad),
@@ -125,11 +137,15 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tensor& weight,
                                                    const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
-                                                   const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-    const StoredWeight stored = check_adapted_weight("merge_backward", weight, mask, index, lora_A, lora_B);
+                                                   const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                   const std::optional<Tensor>& scales,
+                                                   const std::optional<Tensor>& zero_points, const std::string& grid,
+                                                   int64_t requantize_steps, int64_t dither_seed) {
+    const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
+    const StoredWeight stored = check_adapted_weight("merge_backward", weight, mask, index, lora_A, lora_B, quantization);
     check(grad_merged.dim() == 2 && grad_merged.size(0) == stored.out_features && grad_merged.size(1) == stored.in_features,
           "lors::merge_backward: grad_merged has shape ", shape(grad_merged), "; it must be ", stored.shape(), ".");
-    check(grad_merged.scalar_type() == weight.scalar_type(), "lors::merge_backward: grad_merged must have the weight's dtype.");
+    check(grad_merged.scalar_type() == stored.dtype(), "lors::merge_backward: grad_merged must have the weight's dtype.");
     check_same_device("merge_backward", "grad_merged", grad_merged, weight);
     check_storage("merge_backward", "grad_merged", grad_merged);
     const Backend backend(weight);

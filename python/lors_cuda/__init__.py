@@ -14,6 +14,7 @@ from .gradient_init import estimate_gradients, init_from_gradients
 from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear, SparseLinear
 from .model import disable_adapter, get_lors_model, merge_and_unload, merge_cache, named_lors_layers
+from .quantization import QuantizationGrid
 from .weight import SparseWeight
 
 __version__ = BUILD["version"]
@@ -21,6 +22,7 @@ __version__ = BUILD["version"]
 __all__ = [
     "LoRSConfig",
     "LoRSLinear",
+    "QuantizationGrid",
     "SparseLinear",
     "SparseWeight",
     "disable_adapter",

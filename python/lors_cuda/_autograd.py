@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from ._draws import NO_DRAWS
+from ._grid import Grid
 from ._library import lors
 from .formats import pack_mask
 
@@ -99,6 +101,7 @@ class Differentiable:
         """The result; in a graph that torch.compile, torch.export or torch.jit.trace makes, the operator's own."""
         if is_in_graph():
             return self.compute(*args)
+        args = (*args, *self.defaults[len(args) :])
         if torch._C._are_functorch_transforms_active():
             return self.transformed.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -180,6 +183,13 @@ def _refuse_tangents(**frozen: Tensor | None) -> None:
             )
 
 
+def _all_zero(grid: Grid) -> Grid:
+    """A grid on which the same codes all stand for zero; nothing is requantised to it."""
+    if grid.scales is None:
+        return grid
+    return Grid(grid.scales.new_zeros(()).expand(grid.scales.shape), grid.zero_points, grid.grid)
+
+
 def _adapter_tangents(
     weight: Tensor,
     mask: Tensor | None,
@@ -188,19 +198,20 @@ def _adapter_tangents(
     lora_B: Tensor,
     lora_A_tangent: Tensor | None,
     lora_B_tangent: Tensor | None,
+    grid: Grid,
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]:
-    """``M o (B dA)`` and ``M o (dB A)``, each as an adapter of a weight of zeros with the same mask."""
+    """``M o (B dA)`` and ``M o (dB A)``, each as an adapter of a weight of zeros with the same mask, on ``grid`` if any."""
     candidates = ((lora_A_tangent, lora_B), (lora_A, lora_B_tangent))
     pairs = [(A, B) for A, B in candidates if A is not None and B is not None]
     if pairs and index is None and mask is None:
         mask = pack_mask(weight != 0)
-    zeros = weight.new_zeros(()).expand(weight.shape)
+    zeros = weight if grid.grid else weight.new_zeros(()).expand(weight.shape)  # codes are zeros by their scales
     return [(zeros, mask, index, A, B) for A, B in pairs]
 
 
 # ---- linear: input [..., K] to [..., N] -----------------------------------------------------------------------------
 
-_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED = 0, 1, 4, 5, 6, 9  # positions among the arguments
+_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED, _SCALES = 0, 1, 4, 5, 6, 9, 13  # positions among the arguments
 
 
 def _as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
@@ -222,7 +233,8 @@ def _linear(input: Tensor, *args: Any) -> Tensor:
 
 
 def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
-    input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args
+    input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args[:_SCALES]
+    scales, zero_points, *ctx.grid = args[_SCALES:]
     ctx.prefetch = _as_prefetch(merged)
     if ctx.prefetch is not None:
         merged = None
@@ -237,15 +249,18 @@ def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
         lora_B,
         bias if needs[_BIAS] else None,
         merged if needs[_INPUT] else None,
+        scales,
+        zero_points,
     )
-    ctx.save_for_forward(input, weight, mask, index, lora_A, lora_B, bias, merged)  # only until jvp has run, at once
+    # Only until jvp has run, at once.
+    ctx.save_for_forward(input, weight, mask, index, lora_A, lora_B, bias, merged, scales, zero_points)
     ctx.set_materialize_grads(False)  # so that jvp sees what has no tangent
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 13
-    input, weight, mask, index, lora_A, lora_B, bias, merged = ctx.saved_tensors
+        return (None,) * 18
+    input, weight, mask, index, lora_A, lora_B, bias, merged, *steps = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = needs[_INPUT], needs[_LORA_A], needs[_LORA_B]
     leading = None
@@ -271,6 +286,8 @@ def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | Non
             needs_lora_B_grad,
             merged,
             *ctx.draws,
+            *steps,
+            *ctx.grid,
         )
     if leading is not None and needs_input_grad:
         grad_input = grad_input.view(*leading, grad_input.shape[1])
@@ -282,7 +299,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | Non
         grad_lora_A if needs_lora_A_grad else None,
         grad_lora_B if needs_lora_B_grad else None,
         None if bias is None else grad_bias,
-        *(None,) * 6,
+        *(None,) * 11,
     )
 
 
@@ -293,14 +310,14 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
 
     It is itself differentiable, with the exact gradients.
     """
-    input, weight, mask, index, lora_A, lora_B, _, merged = _primals(ctx)
-    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED])
-    parts = []
+    input, weight, mask, index, lora_A, lora_B, _, merged, *steps = _primals(ctx)
+    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED], scales=tangents[_SCALES])
+    parts, grid = [], Grid(*steps, *ctx.grid)
     if tangents[_INPUT] is not None:
         adapted = (weight, mask, index, lora_A, lora_B)
-        parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws))
-    for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
-        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None))
+        parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws, *grid))
+    for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B], grid):
+        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *_all_zero(grid)))
     if tangents[_BIAS] is not None:
         parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
     return sum(parts[1:], parts[0])
@@ -327,23 +344,28 @@ linear = _Linear("linear", _linear, _save_linear, _linear_backward, _linear_jvp,
 
 
 def _save_merge(ctx: Any, args: tuple[Any, ...]) -> None:
-    *tensors, ctx.scaling, _, _, _ = args
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    *adapted, ctx.scaling = args[:6]
+    scales, zero_points, *ctx.grid = args[9:]
+    ctx.save_for_backward(*adapted, scales, zero_points)
+    ctx.save_for_forward(*adapted, scales, zero_points)
     ctx.set_materialize_grads(False)
 
 
 def _merge_backward(ctx: Any, grad_merged: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_merged is None:
-        return (None,) * 9
-    grads = merge_backward(grad_merged, *ctx.saved_tensors, ctx.scaling)
-    return None, None, None, *grads, *(None,) * 4
+        return (None,) * 14
+    *adapted, scales, zero_points = ctx.saved_tensors
+    grads = merge_backward(grad_merged, *adapted, ctx.scaling, scales, zero_points, *ctx.grid)
+    return None, None, None, *grads, *(None,) * 9
 
 
 def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     weight_tangent, _, _, *adapter_tangents = tangents[:5]
-    _refuse_tangents(weight=weight_tangent)
-    parts = [lors.merge(*adapter, ctx.scaling) for adapter in _adapter_tangents(*_primals(ctx), *adapter_tangents)]
+    _refuse_tangents(weight=weight_tangent, scales=tangents[9])
+    *adapted, scales, zero_points = _primals(ctx)
+    grid = Grid(scales, zero_points, *ctx.grid)
+    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid)
+    parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 
 

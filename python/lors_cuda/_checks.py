@@ -45,7 +45,8 @@ SUPPORTED_LORA_FIELDS = frozenset(
         "fan_in_fan_out",  # of no effect: a Conv1D is known by its class
         "runtime_config",  # its one field, ephemeral_gpu_offload, is for DoRA alone
         "megatron_core", "qalora_group_size",  # of no effect without megatron_config and use_qalora
-        "layout", "gradient", "rounding", "rounding_seed", "lors", "products",  # ours; the last one was before 0.1.0
+        "layout", "gradient", "rounding", "rounding_seed", "requantize", "remainder", "dither_seed", "lors",
+        "products",  # ours; the last one was before 0.1.0
     }
 )  # fmt: skip
 REFUSED_LORA_FIELDS = {

@@ -153,8 +153,13 @@ def _(
     rounding_seed: int | None = None,
     noise: Tensor | None = None,
     noise_seed: int = 0,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
 ) -> Tensor:
-    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]))
+    return (weight if scales is None else scales).new_empty((lora_B.shape[0], lora_A.shape[1]))
 
 
 @torch.library.register_fake("lors::merge_backward")
@@ -166,6 +171,11 @@ def _(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
 ) -> tuple[Tensor, Tensor]:
     return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
@@ -183,6 +193,11 @@ def _(
     rounding_seed: int | None = None,
     noise: Tensor | None = None,
     noise_seed: int = 0,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
 ) -> Tensor:
     computed = dtype
     if weight.device.type == "cpu":
@@ -211,6 +226,11 @@ def _(
     rounding_seed: int | None = None,
     noise: Tensor | None = None,
     noise_seed: int = 0,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
 ) -> Tensor:
     return input.new_empty((input.shape[0], lora_B.shape[0]))
 
@@ -242,6 +262,11 @@ def _(
     rounding_seed: int | None = None,
     noise: Tensor | None = None,
     noise_seed: int = 0,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, K = lora_B.shape[0], lora_A.shape[1]
     grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, K))

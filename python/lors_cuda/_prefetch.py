@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ._draws import NO_DRAWS, Draws
+from ._grid import NOT_REQUANTIZED, Requantization
 from ._library import lors
 from .functional import MergedWeight, counted, may_be_kept
 from .model import keep_merged_weights
@@ -55,9 +56,11 @@ class _Call:
         scaling: float,
         input: Tensor,
         draws: Draws,
+        requantize: Requantization,
     ) -> None:
         self.layer, self.device = layer, device
         self.stored = (weight.values, weight.mask_bits, weight.index)
+        self.grid = weight.grid(requantize)
         self.adapter, self.scaling, self.dtype = adapter, scaling, input.dtype
         self.tokens = input.numel() // weight.shape[1]
         self.frozen = self.frozen_now()
@@ -66,7 +69,8 @@ class _Call:
     def frozen_now(self) -> _Key:
         """What an optimizer does not change."""
         adapter = [(t.data_ptr(), t.dtype, t.shape) for t in self.adapter]
-        return self.scaling, self.dtype, *adapter, *(counted(t) for t in self.stored if t is not None)
+        stored = (*self.stored, self.grid.scales, self.grid.zero_points)
+        return self.scaling, self.dtype, self.grid[3:], *adapter, *(counted(t) for t in stored if t is not None)
 
     def key_now(self, draws: Draws) -> _Key:
         noise = None if draws.noise is None else counted(draws.noise)
@@ -78,7 +82,7 @@ class _Call:
             return None
         with torch.no_grad(), torch.cuda.stream(stream):
             draws = self.layer.draws()
-            args = (*self.stored, *self.adapter, self.scaling, self.dtype, self.tokens, *draws)
+            args = (*self.stored, *self.adapter, self.scaling, self.dtype, self.tokens, *draws, *self.grid)
             sources = [t.detach() for t in args if isinstance(t, Tensor)]
             key = self.key_now(draws)
             merged = lors.merged_operand(*args)
@@ -168,6 +172,7 @@ class Prefetched:
         scaling: float,
         input: Tensor,
         draws: Draws = NO_DRAWS,
+        requantize: Requantization = NOT_REQUANTIZED,
     ) -> _Call | None:
         """The call, in the place of its merged weight; None where it merges for itself: on other devices than CUDA, in
         a graph, under torch.func, and where an adapter is computed for the call alone."""
@@ -177,11 +182,11 @@ class Prefetched:
         device = _cuda_device(weight.values)
         if device is None:
             return None
-        MergedWeight.check_countable([t for t in (*adapter, weight.values, weight.mask_bits, weight.index, draws.noise)
-                                      if t is not None])  # fmt: skip
+        stored = (weight.values, weight.mask_bits, weight.index, *weight.grid()[:2], draws.noise)
+        MergedWeight.check_countable(t for t in (*adapter, *stored) if t is not None)
         if device not in self._devices:
             self._devices[device] = _Device(device)
-        return _Call(self, self._devices[device], weight, adapter, scaling, input, draws)
+        return _Call(self, self._devices[device], weight, adapter, scaling, input, draws, requantize)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # copies merge for themselves

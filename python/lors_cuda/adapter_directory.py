@@ -28,6 +28,9 @@ PREFIX = "base_model.model."
 PEFT_TYPE = "LORS"
 FORMER_PEFT_TYPE = "LORS: import lors_cuda.peft before loading this adapter"
 
+# Fields of LoRSConfig that PEFT's LoraConfig has not.
+OWN_FIELDS = ("gradient", "layout", "rounding", "rounding_seed", "requantize", "remainder", "dither_seed")
+
 _ADAPTER_KEY = re.compile(re.escape(PREFIX) + r"(?P<name>.+)\.(?P<which>lora_[AB])\.weight")
 _CHECKSUM = "lors_payload_sha256"
 # Fields of PEFT's LoraConfig that lors_cuda.peft has and LoRSLinear has not.
@@ -81,7 +84,7 @@ def read_adapter(directory: Path) -> SavedAdapter:
     values = {name: fields[name] for name in own if name in fields}
     # save_adapter writes these into "lors", lors_cuda.peft beside it.
     held = {} if lors is None else {**fields, **lors}
-    values.update({name: held[name] for name in ("gradient", "layout", "rounding", "rounding_seed") if name in held})
+    values.update({name: held[name] for name in OWN_FIELDS if name in held})
     try:
         config = LoRSConfig.from_dict(values)
     except (ValueError, TypeError) as error:

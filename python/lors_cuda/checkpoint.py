@@ -12,7 +12,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from ._distributed import (
     whole,
     whole_attribute,
 )
+from ._grid import Requantization
 from .adapter_directory import (
     FORMAT_VERSION,
+    OWN_FIELDS,
     PEFT_TYPE,
     PREFIX,
     SavedAdapter,
@@ -42,8 +43,9 @@ from .adapter_directory import (
 from .config import LoRSConfig
 from .fingerprints import fingerprint, mask_problem, to_fields, value_problem
 from .linear import LoRSLinear
-from .model import convert, named_lors_layers, running_method
-from .targets import Target, conversion_advice, find_targets, saved_modules
+from .model import convert, dither_seed_of, named_lors_layers, running_method
+from .quantization import default_remainder, requantization
+from .targets import Target, conversion_advice, find_targets, saved_modules, shape_of
 from .weight import SparseWeight
 
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
@@ -177,6 +179,13 @@ def _config_of(model: nn.Module, layers: dict[str, LoRSLinear]) -> LoRSConfig:
     first = next(iter(layers.values()))
     config = LoRSConfig.from_dict(base.to_dict()) if base is not None else LoRSConfig(gradient=first.gradient)
     config.use_rslora, config.gradient, config.rounding = first.use_rslora, first.gradient, first.rounding
+    differing = [name for name, layer in layers.items() if layer.requantization != _requantization(config, name, layer)]
+    if differing:
+        raise ValueError(
+            f"{listed(differing)} requantise otherwise than the configuration says (requantize={config.requantize}, "
+            f"remainder={config.remainder!r}, dither_seed={config.dither_seed}), so an adapter saved with it would "
+            "compute something else. Convert the model with get_lors_model and these options."
+        )
     if base is None or any(
         config.rank_of(name) != layer.r or config.alpha_of(name) != layer.lora_alpha for name, layer in layers.items()
     ):
@@ -225,13 +234,16 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
         "alpha_pattern": config.alpha_pattern,
         "lors": {
             "format_version": FORMAT_VERSION,
-            "gradient": config.gradient,
-            "layout": config.layout,
-            "rounding": config.rounding,
-            "rounding_seed": config.rounding_seed,
+            **{name: getattr(config, name) for name in OWN_FIELDS},
             **to_fields({name: fingerprint(layer.whole_weight()) for name, layer in layers.items()}),
         },
     }
+
+
+def _requantization(config: LoRSConfig, name: str, layer: LoRSLinear) -> Requantization:
+    """What the configuration makes of the merges of a layer."""
+    remainder = config.remainder or default_remainder(config.requantize, layer.sparse_weight.quantization)
+    return requantization(config.requantize, remainder, dither_seed_of(config, name))
 
 
 def _saved_tensors(model: nn.Module, config: LoRSConfig) -> dict[str, Tensor]:
@@ -270,6 +282,12 @@ def _fit_converted(
                 f"r={layer.r}, lora_alpha={layer.lora_alpha}, use_rslora={layer.use_rslora} in the model; convert the "
                 "model with the adapter's values, or load into the unconverted model."
             )
+        if layer.requantization != _requantization(adapter.config, name, layer):
+            problems.append(
+                f"'{name}' was trained with requantize={adapter.config.requantize}, "
+                f"remainder={adapter.config.remainder!r}, dither_seed={adapter.config.dither_seed}, and is requantised "
+                "otherwise in the model; convert the model with these, or load into the unconverted model."
+            )
         for which, tensor in pair.items():
             if not running:
                 check_stored(f"{which} of '{name}'", getattr(layer, which), "loaded")
@@ -291,9 +309,8 @@ def _fit_unconverted(
     problems = _fit_names([target.name for target in targets], adapter)
     for target in targets:
         if target.name in adapter.adapters:
-            N, K = target.weight.shape
-            problems += _fit_layer(target.name, N, K, target.r, adapter.adapters[target.name])
-            weights[target.name] = partial(SparseWeight.from_dense, target.weight.detach(), "dense")
+            problems += _fit_layer(target.name, *shape_of(target.module), target.r, adapter.adapters[target.name])
+            weights[target.name] = target.sparse_weight
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
     return targets, problems
 

@@ -23,6 +23,7 @@ from ._checks import (
     rank_number,
 )
 from ._draws import ROUNDINGS, seed_number
+from .quantization import check_remainder
 
 ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value")
@@ -47,6 +48,14 @@ class LoRSConfig:
             likelier the nearer, so that updates below half a step are not lost; see docs/howto/rounding.md.
         rounding_seed: of "stochastic", 0 to 2^63 - 1; each layer derives its own, in merging and evaluation. In
             training a run of lors_cuda.methods draws anew at each step; without one, this seed serves there too.
+        requantize: of quantised weights: the merged weight is rounded to the grid of the stored codes, in training too,
+            so that what is saved as codes computes exactly the same (QA-SparsePEFT of SQFT, arXiv 2410.03750). Refused
+            unless every target is quantised.
+        remainder: with `requantize`, what is known of the weight between two codes: "none"; "dither": a fixed random
+            number of each weight's place stands in for it, so that updates below half a step are not all lost;
+            "stored": the base is int8 codes on a grid 16 times finer than the int4 grid of the result. None: "dither"
+            for int4, "none" for int8 and e4m3, whose step is small.
+        dither_seed: of "dither", 0 to 2^63 - 1; each layer derives its own. It is saved with the adapter.
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
         rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,
@@ -67,6 +76,9 @@ class LoRSConfig:
     gradient: str = "lors"
     rounding: str = "nearest"
     rounding_seed: int = 0
+    requantize: bool = False
+    remainder: str | None = None
+    dither_seed: int = 0
     use_rslora: bool = False
     init_lora_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -88,6 +100,7 @@ class LoRSConfig:
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         self.rounding_seed = seed_number("rounding_seed", self.rounding_seed)
+        check_requantize_options(self)
         check_flag("use_rslora", self.use_rslora)
         hint = " (for a gradient-based start, call init_from_gradients)"
         check_flag("init_lora_weights", self.init_lora_weights, hint)
@@ -140,6 +153,17 @@ class LoRSConfig:
     def saves(self, name: str) -> bool:
         """Tell whether modules_to_save names this module itself (not one that merely contains it)."""
         return bool(self.modules_to_save) and selects(self.modules_to_save, name)
+
+
+def check_requantize_options(config: Any) -> None:
+    """Refuse values that cannot be together, of a LoRSConfig or LoRSLoraConfig."""
+    check_remainder(config.requantize, config.remainder)
+    config.dither_seed = seed_number("dither_seed", config.dither_seed)
+    if config.requantize and config.rounding != "nearest":
+        raise ValueError(
+            f"rounding is {config.rounding!r} and requantize is True: codes are rounded to nearest. Leave rounding "
+            "out; remainder='dither' keeps small updates from being lost."
+        )
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

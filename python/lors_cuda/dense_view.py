@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from .sparse_linear import SparseLinear
+    from .weight import SparseWeight
 
 # What can be asked of a tensor without its values. Everything else is a use.
 LOOKS = frozenset(
@@ -44,13 +45,12 @@ class DenseView(Tensor):
 
     @staticmethod
     def __new__(cls, layer: SparseLinear) -> DenseView:
-        values = layer.weight_values
         # To torch it is a meta tensor whose device is asked for: so `tensor.data = view`, which takes the memory of a
         # tensor without asking it, is refused by torch. With memory that is not there it would end in a crash.
         view: DenseView = Tensor._make_wrapper_subclass(
             cls,
             (layer.out_features, layer.in_features),
-            dtype=values.dtype,
+            dtype=layer.dense_dtype,
             device=torch.device("meta"),
             dispatch_device=True,
         )
@@ -118,7 +118,12 @@ _FROZEN = (
 def dense_tensor(layer: SparseLinear) -> Tensor:
     """The weight of a layer, [N, K]: in layout "dense" the stored tensor, else a new one."""
     weight = layer.sparse_weight
-    return weight.values if weight.layout == "dense" else weight.to_dense()
+    return weight.values if _is_itself(weight) else weight.to_dense(layer._dense_dtype)
+
+
+def _is_itself(weight: SparseWeight) -> bool:
+    """Whether the dense weight is what is stored."""
+    return weight.layout == "dense" and weight.quantization is None
 
 
 def _plain(arguments: Any) -> Any:
@@ -127,7 +132,7 @@ def _plain(arguments: Any) -> Any:
 
 def _refuse_writing(name: str, written: Any) -> None:
     for view in tree_leaves(written):
-        if isinstance(view, DenseView) and view._layer.sparse_weight.layout != "dense":
+        if isinstance(view, DenseView) and not _is_itself(view._layer.sparse_weight):
             raise ValueError(
                 f"The weight of a compressed layer is read-only as a dense tensor: {name} would change a copy that "
                 "nothing reads. Change the layer's weight_values, or take a copy of your own with weight.clone()."

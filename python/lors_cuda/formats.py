@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ COLUMNS = {code: 1 << (code & 3) | 1 << (code >> 2) for code in FULL.values()}
 _SLOTS = {
     code: (columns >> (FULL[code] & 3) & 1) | (columns >> (FULL[code] >> 2) & 1) << 1 for columns, code in CODES.items()
 }
+
+
+def layout_of(index: Tensor | None) -> str:
+    """The layout of a weight by its metadata or row offsets."""
+    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
 # ---- masks as bits --------------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def check_sparse24(values: Tensor, metadata: Tensor) -> None:
         )
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AGAIN = "Compress the dense weight again, or load another copy of the file."
 
 
@@ -195,23 +200,35 @@ def row_offsets(bits: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def check_bitmap(values: Tensor, bits: Tensor, offsets: Tensor, in_features: int) -> None:
-    """Refuse bytes that are no bitmap weight: tensors of the right shapes, with any content."""
+def padded_offsets(bits: Tensor) -> Tensor:
+    """:func:`row_offsets` of int4 codes, of which each row has an even number of slots."""
+    counts = row_offsets(bits).diff()
+    return torch.nn.functional.pad((counts + counts % 2).cumsum(0), (1, 0))
+
+
+def check_bitmap(
+    values: Tensor, bits: Tensor, offsets: Tensor, in_features: int, expect: Callable[[Tensor], Tensor] = row_offsets
+) -> None:
+    """Refuse bytes that are no bitmap weight: tensors of the right shapes, with any content.
+
+    Args:
+        expect: the row offsets of mask bits: :func:`row_offsets` or :func:`padded_offsets`.
+    """
     if values.device.type == "meta":
         return
     corrupted = f"The bitmap weight of shape {(bits.shape[0], in_features)} is corrupted"
     _check_last_bits(bits, in_features, corrupted)
-    expected = row_offsets(bits)
+    expected = expect(bits)
     wrong = offsets != expected
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"{corrupted} in {int(wrong.sum())} of {len(offsets)} row offsets, first in that of row {row}: it is "
-            f"{int(offsets[row])}, and {int(expected[row])} bits are set in the rows before. {_AGAIN}"
+            f"{int(offsets[row])}, and {int(expected[row])} by the bits that are set in the rows before. {_AGAIN}"
         )
     if expected[-1] != values.shape[0]:
         raise ValueError(
-            f"{corrupted}: it has {values.shape[0]} values, and {int(expected[-1])} bits are set. {_AGAIN}"
+            f"{corrupted}: it has {values.shape[0]} values, and {int(expected[-1])} by the bits that are set. {_AGAIN}"
         )
 
 

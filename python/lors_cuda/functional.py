@@ -21,8 +21,10 @@ from ._checks import (
     check_whole,
 )
 from ._draws import NO_DRAWS, Draws, rounding_draws
+from ._grid import NOT_REQUANTIZED, Requantization
 from ._library import FEW_TOKENS, lors
 from .formats import pack_mask
+from .quantization import SCALE_DTYPES
 from .weight import SparseWeight
 
 
@@ -46,8 +48,9 @@ def lors_linear(
     dropped; backward computes it again, so only ``input`` is saved beside references to the parameters.
 
     Args:
-        input: [..., K] activations in the weight's dtype; under ``torch.autocast`` any floating dtype, cast to
-            autocast's. Any strides, any number of leading dimensions, zero tokens included.
+        input: [..., K] activations in the weight's dtype, of a quantised weight float32, bfloat16 or float16; under
+            ``torch.autocast`` any floating dtype, cast to autocast's. Any strides, any number of leading dimensions,
+            zero tokens included.
         weight: [N, K] frozen sparse weight with zeros, or a :class:`SparseWeight` of any layout. float32, bfloat16,
             float16, or float64 on the CPU. Its zeros off the mask may hold anything finite: they are read as zero.
         lora_A: [r, K] adapter in any of these dtypes; its gradient has its dtype.
@@ -88,7 +91,7 @@ def lors_linear(
 def sparse_linear(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
     """``Y = X W^T + bias``: :func:`lors_linear` without an adapter."""
     stored = _stored(weight, None)
-    if stored.layout == "dense":
+    if stored.layout == "dense" and stored.quantization is None:
         stored = SparseWeight(stored.values)  # which are zero off the mask: it need not be read
     return _linear(input, stored, *stored.no_adapter(), 0.0, bias)
 
@@ -103,12 +106,13 @@ def layer_linear(
     gradient: str,
     cache: GivesMergedWeight | None,
     draws: Draws,
+    requantize: Requantization = NOT_REQUANTIZED,
 ) -> Tensor:
     """:func:`lors_linear` for a layer, which was checked when it was made: here Python checks what only it can see."""
     stored = _stored(weight, None)
     check_whole("lora_A", lora_A)
     check_whole("lora_B", lora_B)
-    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache, draws)
+    return _linear(input, stored, lora_A, lora_B, scaling, bias, gradient, cache, draws, requantize)
 
 
 def _linear(
@@ -121,12 +125,19 @@ def _linear(
     gradient: str = "lors",
     cache: GivesMergedWeight | None = None,
     draws: Draws = NO_DRAWS,
+    requantize: Requantization = NOT_REQUANTIZED,
 ) -> Tensor:
     check_tensor("input", input)
     device_type = stored.device.type
     # As torch does, autocast leaves float64 alone; it knows no meta device.
     if stored.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         wanted = torch.get_autocast_dtype(device_type) if input.is_floating_point() else None
+    elif stored.quantization is not None:
+        wanted = input.dtype if input.dtype in SCALE_DTYPES else None
+        if wanted is None:
+            raise ValueError(
+                f"input has dtype {input.dtype}; of a quantised weight it must be float32, bfloat16 or float16."
+            )
     else:
         wanted = stored.dtype if input.dtype == stored.dtype else None
     if wanted is None:
@@ -152,7 +163,7 @@ def _linear(
             )
         if bias.device != stored.device:
             raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, draws)
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, draws, requantize)
     output: Tensor = _autograd.linear(
         input,
         stored.values,
@@ -165,6 +176,7 @@ def _linear(
         gradient,
         merged,
         *draws,
+        *stored.grid(requantize),
     )
     return output
 
@@ -193,10 +205,20 @@ def merge(
     return stored_merge(stored, lora_A, lora_B, _as_float(scaling), rounding_draws(rounding, seed))
 
 
-def stored_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws) -> Tensor:
-    """:func:`merge` for a layer."""
-    merged: Tensor = _autograd.merge(weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, *draws)
-    return merged
+def stored_merge(
+    weight: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    draws: Draws,
+    requantize: Requantization = NOT_REQUANTIZED,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`merge` for a layer, of a quantised weight rounded once to ``dtype``."""
+    grid = weight.grid(requantize, dtype)
+    stored = (weight.values, weight.mask_bits, weight.index)
+    merged: Tensor = _autograd.merge(*stored, lora_A, lora_B, scaling, *draws, *grid)
+    return merged if dtype is None else merged.to(dtype)
 
 
 def _as_float(scaling: float | Tensor) -> float:
@@ -267,7 +289,14 @@ class GivesMergedWeight(Protocol):
     """What a call may be given its merged weight by."""
 
     def operand(
-        self, weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, input: Tensor, draws: Draws
+        self,
+        weight: SparseWeight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        input: Tensor,
+        draws: Draws,
+        requantize: Requantization,
     ) -> Tensor | _autograd.Prefetch | None:
         """For activations like ``input``; None: the call merges for itself."""
 
@@ -301,6 +330,7 @@ class MergedWeight:
         scaling: float,
         input: Tensor,
         draws: Draws = NO_DRAWS,
+        requantize: Requantization = NOT_REQUANTIZED,
     ) -> Tensor | None:
         """The merged weight for activations like ``input``, as lors::linear takes it; None where it may not be kept.
 
@@ -317,19 +347,20 @@ class MergedWeight:
             if torch.cuda.is_current_stream_capturing():
                 return None
             stream = torch.cuda.current_stream(device).cuda_stream  # another stream would have to wait for this one
-        tensors = [t for t in (weight.values, weight.mask_bits, weight.index, draws.noise) if t is not None]
+        grid = weight.grid(requantize)
+        sources = (weight.values, weight.mask_bits, weight.index, draws.noise, grid.scales, grid.zero_points)
+        tensors = [t for t in sources if t is not None]
         self.check_countable([*tensors, *(f for f in (lora_A, lora_B) if isinstance(f, nn.Parameter))])
         tokens = input.numel() // weight.shape[1]
-        key = (scaling, input.dtype, stream, draws.rounding_seed, draws.noise_seed, *map(counted, tensors))
+        key = (scaling, input.dtype, stream, draws.rounding_seed, draws.noise_seed, requantize, *map(counted, tensors))
         known = self._operand is not None and key == self._key
         known = known and all(f.is_still(t) for f, t in zip(self._factors, (lora_A, lora_B), strict=True))
         if not known or (tokens <= FEW_TOKENS and self._could_be_stored(weight, draws)):
             self.clear()  # before the next one is made: never two at a time
             # An evaluation under inference_mode may make what training uses next: it must be an ordinary tensor.
             with torch.inference_mode(False), torch.no_grad():
-                self._operand = lors.merged_operand(
-                    weight.values, weight.mask_bits, weight.index, lora_A, lora_B, scaling, input.dtype, tokens, *draws
-                )
+                args = (lora_A, lora_B, scaling, input.dtype, tokens, *draws, *grid)
+                self._operand = lors.merged_operand(weight.values, weight.mask_bits, weight.index, *args)
                 # Keeps the sources alive, so that their addresses in the key cannot be reused.
                 self._key, self._sources = key, tuple(t.detach() for t in tensors)
                 self._factors = (_Factor(lora_A), _Factor(lora_B))
@@ -339,6 +370,7 @@ class MergedWeight:
         operand = self._operand
         assert operand is not None
         is_dense = operand.shape == weight.shape and weight.layout != "dense" and not draws.any
+        is_dense = is_dense and weight.quantization is None
         return is_dense and operand.device.type == "cpu" and self._key[1] == weight.dtype != torch.float64
 
     @staticmethod

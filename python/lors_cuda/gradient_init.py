@@ -22,6 +22,7 @@ from ._distributed import check_gathered, summed, together
 from ._linears import is_conv1d
 from .config import LoRSConfig
 from .model import check_no_method, named_lors_layers, require_unconverted
+from .sparse_linear import SparseLinear
 from .targets import Target, find_targets
 
 # The authors' settings for torch.svd_lowrank (github.com/hyx1999/LoRS): q = 4 r, 4 power iterations.
@@ -80,6 +81,12 @@ def estimate_gradients(
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     if targets is None:
         targets = find_targets(model, LoRSConfig(r=1) if config is None else config)  # any rank may follow
+    stored = next((target for target in targets if isinstance(target.module, SparseLinear)), None)
+    if stored is not None:
+        raise ValueError(
+            f"'{stored.name}' is stored sparse, and gradients are estimated with respect to dense weights. Call this "
+            "on the model before it is compressed."
+        )
     packed = next((target for target in targets if is_packed(target.module.weight)), None)
     if packed is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from ._draws import ROUNDINGS, Draws, seed_number
 from ._linears import is_conv1d, make_linear
 from ._weight_reads import reads_past
 from .functional import layer_linear, stored_merge
-from .sparse_linear import SparseLayer, SparseLinear, check_linear, stored_form
+from .sparse_linear import SparseLayer, SparseLinear, stored_sparse
 from .weight import SparseWeight
 
 __all__ = ["LoRSLinear", "SparseLayer", "SparseLinear"]
@@ -51,6 +51,9 @@ class LoRSLinear(SparseLinear):
         init_lora_weights: bool = True,
         rounding: str = "nearest",
         rounding_seed: int = 0,
+        requantize: bool = False,
+        remainder: str | None = None,
+        dither_seed: int = 0,
     ) -> None:
         check_rank(r, *sparse_weight.shape)
         check_choice("gradient", gradient, GRADIENTS)
@@ -62,6 +65,7 @@ class LoRSLinear(SparseLinear):
         self.use_rslora = use_rslora
         self.gradient = gradient
         self.rounding, self.rounding_seed = rounding, seed_number("rounding_seed", rounding_seed)
+        self.set_requantization(requantize, remainder, dither_seed)
         self.adapter_enabled = True
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
@@ -73,7 +77,7 @@ class LoRSLinear(SparseLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Linear | SparseLinear,
         r: int = 16,
         lora_alpha: float = 16,
         *,
@@ -84,11 +88,14 @@ class LoRSLinear(SparseLinear):
         init_lora_weights: bool = True,
         rounding: str = "nearest",
         rounding_seed: int = 0,
+        requantize: bool = False,
+        remainder: str | None = None,
+        dither_seed: int = 0,
     ) -> LoRSLinear:
         """Wrap a linear layer whose weight has zeros. The layer's tensors are referenced, not copied, where possible.
 
         Args:
-            linear: the layer, also transformers' Conv1D; its weight is frozen in the result.
+            linear: the layer, also transformers' Conv1D or a :class:`SparseLinear`; its weight is frozen in the result.
             r: rank, 1 to min(out_features, in_features).
             lora_alpha: scaling is lora_alpha / r (lora_alpha / sqrt(r) with ``use_rslora``).
             layout: how the weight is stored, see :meth:`SparseWeight.from_dense`.
@@ -98,13 +105,15 @@ class LoRSLinear(SparseLinear):
             init_lora_weights: False makes lora_B random too (for tests; the layer then starts elsewhere).
             rounding: of the merged weight, see :class:`lors_cuda.LoRSConfig`.
             rounding_seed: of "stochastic", likewise.
+            requantize: round the merged weight of a quantised layer to the grid of its codes, likewise.
+            remainder: with ``requantize``, likewise; None: "dither" for int4, "none" for int8 and e4m3.
+            dither_seed: of "dither", 0 to 2^63 - 1; here this layer's own.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind or does not fit; nothing was changed.
         """
-        check_linear(linear)
         layer = cls(
-            SparseWeight.from_dense(stored_form(linear), layout, mask),
+            stored_sparse(linear, layout, mask),
             linear.bias,
             r=r,
             lora_alpha=lora_alpha,
@@ -113,8 +122,13 @@ class LoRSLinear(SparseLinear):
             init_lora_weights=init_lora_weights,
             rounding=rounding,
             rounding_seed=rounding_seed,
+            requantize=requantize,
+            remainder=remainder,
+            dither_seed=dither_seed,
         )
         layer.conv1d = is_conv1d(linear)
+        if isinstance(linear, SparseLinear):
+            layer.conv1d, layer._dense_dtype = linear.conv1d, linear._dense_dtype
         return layer.train(linear.training)
 
     @property
@@ -161,6 +175,7 @@ class LoRSLinear(SparseLinear):
             self.gradient,
             self.merged_weight,
             self.draws(self.training),
+            self.requantization,
         )
 
     @property
@@ -174,10 +189,29 @@ class LoRSLinear(SparseLinear):
         return self._merged(self.draws(training=False))
 
     def _merged(self, draws: Draws) -> Tensor:
-        return stored_merge(self.sparse_weight, self.lora_A, self.lora_B, self.scaling, draws)
+        adapter = (self.lora_A, self.lora_B, self.scaling)
+        return stored_merge(self.sparse_weight, *adapter, draws, self.requantization, self._dense_dtype)
+
+    def merged_sparse_weight(self) -> SparseWeight:
+        """The weight with the adapter merged in, in the layout of ``sparse_weight``; with ``requantize`` its codes are
+        those that the layer computes with.
+
+        Raises:
+            ValueError: as :meth:`merge`.
+        """
+        seed = self.draws(training=False).rounding_seed
+        return self.check_mask(always=True).merge(
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            rounding="nearest" if seed is None else "stochastic",
+            seed=seed,
+            requantize=self.requantization,
+        )
 
     def merge(self) -> nn.Linear:
-        """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it.
+        """A plain ``nn.Linear``, or Conv1D, with the adapter merged in: the mask preserved, exact zeros off it. With
+        ``requantize`` its weight is what the requantised codes stand for.
 
         Raises:
             ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
@@ -194,5 +228,6 @@ class LoRSLinear(SparseLinear):
 
     def extra_repr(self) -> str:
         rounding = "" if self.rounding == "nearest" else f", rounding={self.rounding!r}"
+        rounding += f", requantize=True, remainder={self.remainder!r}" if self.requantize else ""
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, gradient={self.gradient!r}"
         return text + rounding

@@ -19,7 +19,7 @@ from ._saving import guard_saving, unguard_saving
 from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
 from .functional import MergedWeight
-from .linear import LoRSLinear, SparseLayer
+from .linear import LoRSLinear, SparseLayer, SparseLinear
 from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 
 
@@ -28,7 +28,8 @@ def get_lors_model(
 ) -> nn.Module:
     """Replace the linears that `config` selects by LoRSLinear, in place, and freeze everything else.
 
-    Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer.
+    Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer. A
+    :class:`SparseLinear`, quantised or not, keeps its weight as it is stored.
     Afterwards only lora_A, lora_B and the parameters of `modules_to_save` require gradients. Each linear is let go as
     soon as its replacement exists, so no second copy of the model exists. The configuration used is kept as
     `model.lors_config`. `save_pretrained` of a transformers model is refused until it is merged: an ordinary checkpoint
@@ -39,7 +40,7 @@ def get_lors_model(
 
     Args:
         model: any module that contains nn.Linear or transformers' Conv1D; already pruned: a weight is kept where it is
-            not zero.
+            not zero, or by the mask of a SparseLinear.
         config: what to adapt; None: LoRSConfig().
         targets: what `targets.find_targets` found in this model with this `config` already, so that it is not searched
             again. The list is emptied on the way: it would keep the dense weights alive.
@@ -49,7 +50,8 @@ def get_lors_model(
 
     Raises:
         ValueError: nothing is selected; a module that is named cannot be adapted (see `find_targets`); its rank exceeds
-            min(out_features, in_features); a weight does not fit the layout; the model already has LoRS layers.
+            min(out_features, in_features); a weight does not fit the layout, or `requantize`; the model already has
+            LoRS layers.
         TypeError: `model` is no nn.Module or `config` no LoRSConfig. The model is unchanged after any of these.
     """
     config = LoRSConfig() if config is None else config
@@ -69,7 +71,7 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
     """
     saved = saved_modules(model, config)
     check_targets(targets, config)
-    done: list[tuple[tuple[str, ...], LoRSLinear, bool, bool]] = []
+    done: list[tuple[tuple[str, ...], LoRSLinear, bool, bool, SparseLinear | None]] = []
     targets.reverse()
     try:
         while targets:
@@ -85,14 +87,19 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
                 init_lora_weights=config.init_lora_weights,
                 rounding=config.rounding,
                 rounding_seed=derived_seed(config.rounding_seed, "rounding", target.names[0]),
+                requantize=config.requantize,
+                remainder=config.remainder,
+                dither_seed=dither_seed_of(config, target.names[0]),
             )
             bias_trained = linear.bias is not None and linear.bias.requires_grad
-            done.append((target.names, layer, linear.weight.requires_grad, bias_trained))
+            # One that is stored sparse is kept for undoing: the new layer has its tensors.
+            stored = linear if isinstance(linear, SparseLinear) else None
+            done.append((target.names, layer, stored is None and linear.weight.requires_grad, bias_trained, stored))
             _replace(model, target.names, layer)
             del target, linear
     except BaseException:
-        for names, layer, weight_trained, bias_trained in done:
-            _replace(model, names, _frozen_linear(layer, weight_trained, bias_trained))
+        for names, layer, weight_trained, bias_trained, stored in done:
+            _replace(model, names, stored or _frozen_linear(layer, weight_trained, bias_trained))
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -112,9 +119,10 @@ def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int
     """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
 
     The merged weight is W + s * mask * (B A), rounded once, as the configuration's `rounding` and `rounding_seed` say,
-    with exact zeros off the mask (arXiv 2501.08582, eq. 3). In evaluation the adapted model has computed with the same
-    bits. All layers are merged once to check the result, one at a time, before the first is replaced. As after PEFT's
-    merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
+    with exact zeros off the mask (arXiv 2501.08582, eq. 3); with `requantize` it is what the requantised codes stand
+    for, which `LoRSLinear.merged_sparse_weight` gives as codes, before. In evaluation the adapted model has computed
+    with the same bits. All layers are merged once to check the result, one at a time, before the first is replaced. As
+    after PEFT's merge_and_unload the weights stay frozen; call `model.requires_grad_(True)` to train the whole model.
 
     Args:
         model: with LoRS layers.
@@ -248,6 +256,11 @@ def keep_merged_weights(
             hook.remove()
         for layer, outer in zip(layers, before, strict=True):
             layer.merged_weight = outer
+
+
+def dither_seed_of(config: Any, name: str) -> int:
+    """The seed of the dither of the layer called `name`."""
+    return derived_seed(config.dither_seed, "dither", name)
 
 
 def named_lors_layers(model: nn.Module) -> Iterator[tuple[str, LoRSLinear]]:

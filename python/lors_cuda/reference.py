@@ -25,6 +25,57 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: 
     return torch.where(kept(weight, mask), merged, 0.0)
 
 
+# ---- quantised weights, in float32, whose bits every backend has: lors/quantization.h has the formulas ---------------
+
+
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, mask: Tensor) -> Tensor:
+    """w = (q - z) s, and +0 where the mask is False. Float32 [N, K].
+
+    Args:
+        codes: q, int8 or float8_e4m3fn [N, K].
+        scales: s, [N, K / group].
+        zero_points: z, int8 likewise; None: 0.
+        mask: bool [N, K].
+    """
+    group = codes.shape[1] // scales.shape[1]
+    z = torch.zeros_like(scales, dtype=torch.int8) if zero_points is None else zero_points
+    w = (codes.float() - z.float().repeat_interleave(group, 1)) * scales.float().repeat_interleave(group, 1)
+    return torch.where(mask, w, 0.0)
+
+
+def requantize(
+    merged: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    mask: Tensor,
+    kind: str,
+    steps: int = 1,
+    dither_seed: int | None = None,
+) -> Tensor:
+    """The codes q' of a merged weight [N, K], on the grid of scale ``steps s`` and zero point ``z / steps``.
+
+    ``clamp(rint(fma(v, 1 / (steps s), u)) + z', lo, hi)``, u the dither; e4m3: ``v (1 / s)`` as that type, saturated.
+    With ``steps`` 16 the codes are int4 whatever ``kind`` is. int8 or float8_e4m3fn [N, K], z' off the mask.
+    """
+    group = merged.shape[1] // scales.shape[1]
+    inverse = (steps * scales.float()).reciprocal().repeat_interleave(group, 1)
+    if kind == "e4m3":
+        q = (merged.float() * inverse).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+        return torch.where(mask & (q != 0), q, 0.0).to(torch.float8_e4m3fn)
+    z = torch.zeros_like(scales) if zero_points is None else zero_points.float() / steps
+    z = z.repeat_interleave(group, 1)
+    u = 0.0 if dither_seed is None else dither(dither_seed, (merged.shape[0], merged.shape[1])).double()
+    nearest = (merged.float().double() * inverse.double() + u).float().round()  # float64 holds the product exactly
+    low, high = (-8, 7) if steps != 1 or kind == "int4" else (-128, 127)
+    return torch.where(mask, (nearest + z).clamp(low, high), z).to(torch.int8)
+
+
+def dither(seed: int, shape: tuple[int, int]) -> Tensor:
+    """A fixed number in [-0.499, 0.499] for each entry of a weight [N, K], of 24 random bits. Float32 [N, K]."""
+    fraction = ((random_words(seed, shape) >> 8) - (1 << 23)).float() * 2.0**-24
+    return fraction * torch.tensor(0.998, dtype=torch.float32)
+
+
 # ---- the merge's random numbers: csrc/core/include/lors/random.h has the formulas -----------------------------------
 
 _GOLDEN, _WORD, _LONG = 0x9E3779B97F4A7C15, (1 << 32) - 1, (1 << 64) - 1

@@ -11,20 +11,38 @@ from torch import Tensor, nn
 
 from ._checks import DTYPES
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
-from ._draws import NO_DRAWS, Draws
+from ._draws import NO_DRAWS, Draws, seed_number
+from ._grid import Requantization
 from ._linears import is_conv1d, is_linear, make_linear, weight_of
 from .dense_view import DenseView, dense_tensor
+from .formats import layout_of
 from .functional import GivesMergedWeight, sparse_linear
+from .quantization import (
+    SCALE_DTYPES,
+    STORED,
+    QuantizationGrid,
+    check_remainder,
+    check_requantization,
+    default_remainder,
+    requantization,
+)
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
-_TENSORS = ("weight_values", "weight_mask", "weight_index")
-_INTEGERS = _TENSORS[1:]
-_STATE = (*_TENSORS, "mask_digest")
-_DTYPES = {"weight_values": DTYPES, "weight_mask": (torch.int32,), "weight_index": (torch.uint8, torch.int64)}
+_GRID = ("weight_scales", "weight_zero_points")
+_BUFFERS = ("weight_mask", "weight_index", *_GRID)
+_STATE = ("weight_values", *_BUFFERS, "mask_digest")
+_DTYPES = {
+    "weight_values": DTYPES,
+    "weight_mask": (torch.int32,),
+    "weight_index": (torch.uint8, torch.int64),
+    "weight_scales": SCALE_DTYPES,
+    "weight_zero_points": (torch.int8,),
+}
 _NO_NUMBERS = (
-    "Masks are not numbers: average, decay or convert lora_A and lora_B, or weight_values, alone, and take "
-    "weight_mask, weight_index and mask_digest unchanged from a model of the same mask."
+    "Masks are not numbers, nor are codes: average, decay or convert lora_A and lora_B, or weight_values that are "
+    "floating, alone, and take weight_mask, weight_index, mask_digest and a quantised weight unchanged from a model of "
+    "the same mask."
 )
 
 
@@ -41,6 +59,9 @@ class SparseLayer:
         rounding: "nearest" or "stochastic": how a merged weight of 16 bits is rounded, see `lors_cuda.LoRSConfig`.
         rounding_seed: of "stochastic", where no run of lors_cuda.methods trains the layer: in evaluation and merging.
         step_seed: of "stochastic" in training, which a run sets anew at each optimizer step; None without one.
+        requantize: a quantised weight's merge is rounded to the grid of its codes, see `lors_cuda.LoRSConfig`.
+        remainder: "dither", "none" or "stored", with it.
+        dither_seed: of "dither".
         noise: (float32 [N], seed), what a run adds to the kept weights in training: standard deviations; None: nothing.
         past_reader: the code that was found to read the weight instead of calling the layer; "" if none.
     """
@@ -53,6 +74,9 @@ class SparseLayer:
     rounding = "nearest"
     rounding_seed = 0
     step_seed: int | None = None
+    requantize = False
+    remainder = "none"
+    dither_seed = 0
     noise: tuple[Tensor, int] | None = None
     past_reader = ""
 
@@ -77,7 +101,26 @@ class SparseLayer:
             deviation, noise_seed = self.noise
             return Draws(seed, deviation.to(self.sparse_weight.device), noise_seed)  # the model may have moved since
         # A float32 weight is merged in float32: autocast rounds it to nearest afterwards, merged or not.
-        return Draws(self.rounding_seed) if self.sparse_weight.values.itemsize == 2 else NO_DRAWS
+        return Draws(self.rounding_seed) if self.storage.dense_dtype.itemsize == 2 else NO_DRAWS
+
+    @property
+    def requantization(self) -> Requantization:
+        """What the merge of a quantised weight does with its result, in training and evaluation alike."""
+        return requantization(self.requantize, self.remainder, self.dither_seed)
+
+    def set_requantization(self, requantize: bool, remainder: str | None, dither_seed: int) -> None:
+        """Take what `LoRSConfig` calls so; nothing is changed where it does not fit the weight.
+
+        Raises:
+            TypeError, ValueError: it does not.
+        """
+        check_remainder(requantize, remainder)
+        quantization = self.storage.sparse_weight.quantization
+        if remainder is None:
+            remainder = default_remainder(requantize, quantization)
+        chosen = requantization(requantize, remainder, seed_number("dither_seed", dither_seed))
+        check_requantization(chosen, quantization, requantize and self.rounding != "nearest")
+        self.requantize, self.remainder, self.dither_seed = requantize, remainder, dither_seed
 
     def merged_dense(self) -> Tensor:
         """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
@@ -97,10 +140,19 @@ class SparseLinear(SparseLayer, nn.Module):
     ``mask_digest`` tells a mask that was changed in place, or averaged in a state, from the one that was stored:
     forward, merge and ``state_dict()`` compare where torch has counted a change, and ``load_state_dict`` always.
 
+    Of a quantised weight the values are codes, integers or bytes, which nothing converts: ``.half()``, ``.to(dtype)``
+    and the policies of ``fully_shard`` leave them, and the scales, as they are. They are a parameter all the same, so
+    that ``fully_shard`` cuts them; what an average in place would make of them, ``mask_digest`` tells, which is then of
+    codes, scales and zero points, too. Input of any of float32, bfloat16 and float16 is computed with in its own dtype.
+
     Attributes:
         weight_values: Parameter, the values of ``sparse_weight``.
         weight_mask: buffer, its mask bits; None where the layout has none.
         weight_index: buffer, its metadata or row offsets; None where the layout has none.
+        weight_scales, weight_zero_points: buffers, those of its grid; None where it has none.
+        kind: of its grid, see :class:`QuantizationGrid`; "" where it is not quantised.
+        dense_dtype: of ``weight`` and of the plain layer that it becomes: the values', or, of a quantised weight, what
+            ``dtype`` said, converted as the model's other tensors are.
         mask_digest: buffer, :meth:`SparseWeight.digest`: floating numbers, so that what averages the values of two
             masks averages their digests too, and the result belongs to neither.
         bias: frozen Parameter [out_features] or None.
@@ -114,20 +166,36 @@ class SparseLinear(SparseLayer, nn.Module):
     weight_values: Tensor
     weight_mask: Tensor | None
     weight_index: Tensor | None
+    weight_scales: Tensor | None
+    weight_zero_points: Tensor | None
     mask_digest: Tensor
     bias: nn.Parameter | None
     _checked: list[tuple[int, int]] | None  # the tensors, and their versions, that mask_digest was compared with
     weight_uses = 0
     conv1d = False
+    kind = ""
+    _dense_dtype: torch.dtype | None = None  # of a quantised weight
 
-    def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, sparse_weight: SparseWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """``dtype``: of a quantised weight that of the model around it; None: its scales'."""
         super().__init__()
         self.out_features, self.in_features = sparse_weight.shape
         self.weight_values = nn.Parameter(sparse_weight.values, requires_grad=False)
-        # What may be None comes last: torch.export counts the buffers of its root wrongly where one follows a None.
-        self.register_buffer("mask_digest", sparse_weight.digest())
-        self.register_buffer("weight_index", sparse_weight.index)
-        self.register_buffer("weight_mask", sparse_weight.mask_bits)
+        grid = sparse_weight.quantization
+        if grid is not None:
+            self.kind, self._dense_dtype = grid.kind, sparse_weight.dtype if dtype is None else dtype
+        buffers = {
+            "mask_digest": sparse_weight.digest(),
+            "weight_index": sparse_weight.index,
+            "weight_mask": sparse_weight.mask_bits,
+            "weight_scales": None if grid is None else grid.scales,
+            "weight_zero_points": None if grid is None else grid.zero_points,
+        }
+        # What is None comes last: torch.export counts the buffers of its root wrongly where one follows a None.
+        for name in sorted(buffers, key=lambda name: buffers[name] is None):
+            self.register_buffer(name, buffers[name])
         self._checked = _versions(self.sparse_weight)
         self.bias = _frozen(None if bias is None else bias.detach())
 
@@ -147,14 +215,31 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def sparse_weight(self) -> SparseWeight:
-        return SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
+        return self._stored(self.weight_values)
+
+    def _stored(self, values: Tensor) -> SparseWeight:
+        grid = self._grid(self.weight_scales, self.weight_zero_points)
+        return SparseWeight(
+            values, self.weight_mask, self.weight_index, in_features=self.in_features, quantization=grid
+        )
+
+    def _grid(self, scales: Tensor | None, zero_points: Tensor | None) -> QuantizationGrid | None:
+        """The grid with these scales; what they may not be, its ``check`` says."""
+        if scales is None:
+            return None
+        groups = scales.shape[1] if scales.dim() == 2 else 1
+        return QuantizationGrid(self.kind, self.in_features // max(groups, 1), scales, zero_points)
 
     @property
     def storage(self) -> nn.Module:
         return self
 
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        return self._dense_dtype or self.weight_values.dtype
+
     def merged_dense(self) -> Tensor:
-        return self.sparse_weight.to_dense()
+        return self.sparse_weight.to_dense(self._dense_dtype)
 
     def whole_weight(self) -> SparseWeight:
         """``sparse_weight``, checked, and gathered from all processes where ``fully_shard`` has cut it; a collective.
@@ -162,8 +247,7 @@ class SparseLinear(SparseLayer, nn.Module):
         Raises:
             ValueError: as :meth:`check_mask`.
         """
-        weight = SparseWeight(whole(self.weight_values), self.weight_mask, self.weight_index,
-                              in_features=self.in_features)  # fmt: skip
+        weight = self._stored(whole(self.weight_values))
         self._compare(weight)
         return weight
 
@@ -197,7 +281,7 @@ class SparseLinear(SparseLayer, nn.Module):
         end_buffer_broadcasts(SparseLinear)
         if not always and self._checked == _versions(weight):
             return weight
-        tensors = [tensor for tensor in (weight.values, weight.mask_bits, weight.index) if tensor is not None]
+        tensors = [getattr(self, name) for name in _STATE if getattr(self, name) is not None]
         if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
             return weight
         if not always:
@@ -213,7 +297,8 @@ class SparseLinear(SparseLayer, nn.Module):
 
     def _compare(self, weight: SparseWeight) -> None:
         try:
-            SparseWeight.from_stored(weight.values, weight.mask_bits, weight.index, self.in_features)
+            stored = (weight.values, weight.mask_bits, weight.index, self.in_features, weight.quantization)
+            SparseWeight.from_stored(*stored)
             problem = None if weight.has_digest(self.mask_digest) else "its digest is another one."
         except ValueError as error:
             problem = str(error)
@@ -227,7 +312,7 @@ class SparseLinear(SparseLayer, nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
-        linear = make_linear(self.check_mask(always=True).to_dense(), self.bias, self.conv1d)
+        linear = make_linear(self.check_mask(always=True).to_dense(self._dense_dtype), self.bias, self.conv1d)
         return linear.requires_grad_(False).train(self.training)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
@@ -236,7 +321,15 @@ class SparseLinear(SparseLayer, nn.Module):
         implicit = self.weight_index is None and self.weight_mask is None and before.device.type != "meta"
         if implicit and is_sharded(before):
             _check_keeps_mask(before, fn)
-        super()._apply(fn, recurse)
+        scales = self.weight_scales
+
+        def convert(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if tensor is scales and result.dtype != tensor.dtype else result
+
+        if self._dense_dtype is not None and scales is not None:
+            self._dense_dtype = fn(torch.empty(0, dtype=self._dense_dtype, device=scales.device)).dtype
+        super()._apply(convert, recurse)
         if implicit and self.weight_values.dtype != before.dtype and not is_sharded(before):
             bits = SparseWeight(before).to(self.weight_values.dtype).mask_bits
             self.weight_mask = None if bits is None else bits.to(self.weight_values.device)
@@ -250,16 +343,20 @@ class SparseLinear(SparseLayer, nn.Module):
         super().__setstate__(state)
         self.__dict__.setdefault("_checked", None)
         if "mask_digest" not in self._buffers:  # of a version whose integer tensors were parameters
-            for name in _INTEGERS:
+            for name in ("weight_mask", "weight_index"):
                 tensor = self._parameters.pop(name)
                 self.register_buffer(name, None if tensor is None else tensor.detach())
-            self.register_buffer("mask_digest", self.sparse_weight.digest())
+            stored = SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
+            self.register_buffer("mask_digest", stored.digest())
+        for name in _GRID:  # of a version without quantised weights
+            if name not in self._buffers:
+                self.register_buffer(name, None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_mask()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            for name in (*_INTEGERS, "mask_digest"):  # so that averages over a state in place do not reach the layer
+            for name in (*_BUFFERS, "mask_digest"):  # so that averages over a state in place do not reach the layer
                 if prefix + name in destination:
                     destination[prefix + name] = destination[prefix + name].clone()
 
@@ -280,8 +377,10 @@ class SparseLinear(SparseLayer, nn.Module):
             state_dict.update({prefix + name: tensor for name, tensor in loaded.items() if tensor is not None})
             for name, tensor in loaded.items():
                 own = getattr(self, name)
-                if tensor is None or own is None or own.shape != tensor.shape:
-                    dtype = self.weight_values.dtype if name == "weight_values" else getattr(tensor, "dtype", None)
+                dtype = getattr(tensor, "dtype", None)
+                if name in ("weight_values", "mask_digest"):  # which are converted to what the layer has
+                    dtype = getattr(self, name).dtype
+                if tensor is None or own is None or (own.shape, own.dtype) != (tensor.shape, dtype):
                     device = self.weight_values.device
                     new = None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)
                     setattr(self, name, _frozen(new) if name == "weight_values" else new)
@@ -296,20 +395,28 @@ class SparseLinear(SparseLayer, nn.Module):
         Raises:
             ValueError: they are no stored weight, or not one that this layer can hold.
         """
-        values, bits, index, digest = (given.get(name) for name in _STATE)
+        values, bits, index, scales, zero_points, digest = (given.get(name) for name in _STATE)
+        if values is not None and (scales is None) != (self.kind == ""):
+            raise ValueError(
+                f"the state has a weight {'of values' if scales is None else 'of codes with scales'} and the layer one "
+                f"{f'of {self.kind} codes' if self.kind else 'of values'}; make the layer from a weight that is "
+                "quantised as the saved one."
+            )
         for name, dtypes in _DTYPES.items():
+            if name == "weight_values" and self.kind:
+                dtypes = (STORED[self.kind],)
             if name in given and given[name].dtype not in dtypes:
                 allowed = " or ".join(map(str, dtypes))
                 raise ValueError(f"{name} has dtype {given[name].dtype}; it must be {allowed}. {_NO_NUMBERS}")
         if values is None:  # a state without frozen parameters
-            for name in given.keys() & set(_INTEGERS):
+            for name in given.keys() & set(_BUFFERS):
                 own_tensor = getattr(self, name)
                 if own_tensor is None or not torch.equal(given[name].to(own_tensor.device), own_tensor):
                     raise ValueError(
                         f"the state has another {name} than the layer, and no weight_values. {_NO_NUMBERS}"
                     )
             return {}
-        layout, own = _layout(index), _layout(self.weight_index)
+        layout, own = layout_of(index), layout_of(self.weight_index)
         if layout != own:
             raise ValueError(
                 f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
@@ -318,7 +425,8 @@ class SparseLinear(SparseLayer, nn.Module):
         self._check_sharding(values)
         all_values = whole(values)  # before what only one process may refuse
         try:
-            weight = SparseWeight.from_stored(all_values, bits, index, self.in_features)
+            grid = self._grid(scales, zero_points)
+            weight = SparseWeight.from_stored(all_values, bits, index, self.in_features, grid)
         except ValueError as error:  # of an average that was cast to integers, too
             raise ValueError(f"{error} {_NO_NUMBERS}") from error
         if weight.shape != (self.out_features, self.in_features):
@@ -328,9 +436,9 @@ class SparseLinear(SparseLayer, nn.Module):
             )
         if digest is not None and not weight.has_digest(digest):
             raise ValueError(f"the mask is not the one that was saved: its digest is another one. {_NO_NUMBERS}")
-        if not assign:
+        if not assign and grid is None:
             bits = weight.to(self.weight_values.dtype).mask_bits
-        return {"weight_values": values, "weight_mask": bits, "weight_index": index, "mask_digest": weight.digest()}
+        return dict(zip(_STATE, (values, bits, index, scales, zero_points, weight.digest()), strict=True))
 
     def _check_sharding(self, values: Tensor) -> None:
         if is_sharded(self.weight_values) != is_sharded(values):
@@ -350,7 +458,33 @@ class SparseLinear(SparseLayer, nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={_layout(self.weight_index)!r}"  # also where the tensors are partitioned and empty
+            f"layout={layout_of(self.weight_index)!r}"  # also where the tensors are partitioned and empty
+        ) + (f", kind={self.kind!r}" if self.kind else "")
+
+
+def stored_sparse(linear: nn.Module, layout: str, mask: Tensor | None) -> SparseWeight:
+    """The weight of a layer with zeros as it is stored, or is to be: a :class:`SparseLinear` keeps its own.
+
+    Raises:
+        TypeError: it is no linear.
+        ValueError: as :meth:`SparseWeight.from_dense`; a weight that is stored has another layout, or a mask was given.
+    """
+    if type(linear) is not SparseLinear:
+        check_linear(linear)
+        return SparseWeight.from_dense(stored_form(linear), layout, mask)
+    weight = linear.check_mask(always=True)
+    if mask is not None:
+        raise ValueError("mask was given with a layer that is stored sparse, which has its own; leave mask out.")
+    check_stored_layout(weight, layout)
+    return weight
+
+
+def check_stored_layout(weight: SparseWeight, layout: str) -> None:
+    """Refuse to store anew what is stored in another layout."""
+    if layout not in ("auto", weight.layout):
+        raise ValueError(
+            f"it is stored in layout '{weight.layout}' and layout='{layout}' was asked for. Leave layout at 'auto', or "
+            "compress the model so."
         )
 
 
@@ -370,13 +504,9 @@ def _versions(weight: SparseWeight) -> list[tuple[int, int]]:
     """Which tensors are stored, and how often each was written to in place."""
     return [
         (id(tensor), -1 if tensor.is_inference() else tensor._version)
-        for tensor in (weight.values, weight.mask_bits, weight.index)
+        for tensor in (weight.values, weight.mask_bits, weight.index, *weight.grid()[:2])
         if tensor is not None
     ]
-
-
-def _layout(index: Tensor | None) -> str:
-    return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
 def _check_keeps_mask(values: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

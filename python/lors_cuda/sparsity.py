@@ -60,6 +60,8 @@ class Weight:
         values = self.values
         if isinstance(values, torch.sparse.SparseSemiStructuredTensor):
             values = plain(values)
+        if isinstance(self.module, SparseLinear) and self.module.kind and not values.is_meta:
+            values = self.module.sparse_weight.to_dense()
         if values.is_meta or is_packed(values) or not values.is_floating_point():
             return None
         if values.layout != torch.strided:

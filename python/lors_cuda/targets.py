@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,37 @@ from ._distributed import is_offloaded, is_sharded
 from ._linears import computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
-from .weight import check_fits
+from .quantization import check_requantization, default_remainder, requantization
+from .sparse_linear import SparseLayer, SparseLinear, check_stored_layout
+from .weight import SparseWeight, check_fits
 
 # Classification models of transformers report no output embeddings; their head has one of these names (as in PEFT).
 _CLASSIFIER_HEADS = ("score", "classifier")
+# What libraries call the parts of a quantised weight: compressed-tensors, GPTQ and AWQ, fine-grained fp8, HQQ.
+_CODE_NAMES = {"weight_packed", "weight_scale", "weight_scale_inv", "qweight", "W_q"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One nn.Linear or Conv1D to adapt: its first name in the model, every name it has there, the module, its rank and
-    alpha."""
+    """One nn.Linear, Conv1D or SparseLinear to adapt: its first name in the model, every name it has there, the module,
+    its rank and alpha."""
 
     name: str
     names: tuple[str, ...]
-    module: nn.Linear
+    module: nn.Linear | SparseLinear
     r: int
     lora_alpha: float
 
     @property
     def weight(self) -> Tensor:
-        """The weight as [N, K]; of a Conv1D a view."""
+        """The weight of a plain layer as [N, K]; of a Conv1D a view."""
         return weight_of(self.module)
+
+    def sparse_weight(self) -> SparseWeight:
+        """The weight and its mask, without compressing it."""
+        if isinstance(self.module, SparseLinear):
+            return self.module.whole_weight()
+        return SparseWeight.from_dense(self.weight.detach(), "dense")
 
 
 class Places:
@@ -58,7 +68,8 @@ class Places:
 
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted; the words follow 'it'. None if it can."""
-        reason = _unsuitable(module)
+        is_stored = type(module) is SparseLinear
+        reason = _stored_problem(module) if is_stored else _unsuitable(module)
         if reason is not None:
             return reason
         if module in self._readers:
@@ -66,7 +77,8 @@ class Places:
                 f"has its weight read by {self._readers[module]}, always or on a faster path, instead of being called; "
                 "an adapter would have no part in that. Leave it out"
             )
-        others = [other for other in self._holders[cast(nn.Linear, module).weight] if other is not module]
+        weight: Any = module.weight_values if is_stored else module.weight
+        others = [other for other in self._holders[weight] if other is not module]
         if others:
             return (
                 f"shares its weight with '{self.names_of[others[0]][0]}' (tied weights): merging the adapter would "
@@ -81,7 +93,8 @@ def cannot_adapt(name: str, reason: str) -> str:
 
 
 def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
-    """List the modules of `model` to adapt, nn.Linear and transformers' Conv1D, in the model's order; changes nothing.
+    """List the modules of `model` to adapt, nn.Linear, transformers' Conv1D and SparseLinear, in the model's order;
+    changes nothing.
 
     A module that the model has under several names is listed once, with all of them; it is selected if one
     name is, and left out if one name is excluded. "all-linear" leaves out what cannot be adapted, and warns once.
@@ -104,10 +117,10 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
     left_out = []
     for module, names in places.names_of.items():
         if every:
-            selected = names[0] if is_linear(module) else None
+            selected = names[0] if _is_adaptable(module) else None
         else:
             selected = next((name for name in names if name and selects(config.target_modules, name)), None)
-        if not selected or (isinstance(config.target_modules, str) and not is_linear(module)):
+        if not selected or (isinstance(config.target_modules, str) and not _is_adaptable(module)):
             continue  # a regular expression such as ".*mlp.*" also matches containers; only its linears are meant
         if any(head is module for head in heads) or any(_excluded(config, name) for name in names):
             left_out.append(selected)
@@ -175,13 +188,35 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
     problems = []
     for target in targets:
         try:
-            check_rank(target.r, *target.weight.shape)
-            check_fits(target.weight.detach(), config.layout)
+            check_rank(target.r, *shape_of(target.module))
+            check_requantizable(target.module, config)
+            if isinstance(target.module, SparseLinear):
+                check_stored_layout(target.module.sparse_weight, config.layout)
+            else:
+                check_fits(target.weight.detach(), config.layout)
         except ValueError as error:
             problems.append(f"'{target.name}': {error}")
     if problems:
         advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
         raise ValueError(f"The model was not converted. {joined(problems)} {advice}")
+
+
+def check_requantizable(module: nn.Module, config: Any) -> None:
+    """Refuse to requantise what the configuration's `requantize` and `remainder` do not fit.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not config.requantize:
+        return
+    grid = module.sparse_weight.quantization if isinstance(module, SparseLayer) else None
+    if grid is None:
+        raise ValueError(
+            "requantize=True needs quantised weights, and this one holds values. Load a quantised checkpoint with "
+            "load_sparse_checkpoint(directory, quantized='keep'), or leave requantize out."
+        )
+    chosen = requantization(True, config.remainder or default_remainder(True, grid), config.dither_seed)
+    check_requantization(chosen, grid, has_draws=False)
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -268,9 +303,33 @@ def _excluded(config: LoRSConfig, name: str) -> bool:
     return any(config.saves(".".join(parts[: end + 1])) for end in range(len(parts)))
 
 
+def _is_adaptable(module: nn.Module) -> bool:
+    return is_linear(module) or type(module) is SparseLinear
+
+
+def _stored_problem(module: nn.Module) -> str | None:
+    values: Any = module.weight_values
+    return "is on the meta device, without values. Load the model's weights first" if values.is_meta else None
+
+
+def is_quantized_elsewhere(module: nn.Module) -> bool:
+    """Whether a layer holds codes, as another library made or loaded it."""
+    scheme = getattr(module, "quantization_scheme", None)  # of compressed-tensors
+    if getattr(scheme, "weights", None) is not None:
+        return True
+    own = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    return bool(own & _CODE_NAMES) or type(module).__module__.startswith("bitsandbytes.")
+
+
 def _unsuitable(module: nn.Module) -> str | None:
     """Say why this module cannot be replaced by an adapted one, or None; the words follow 'it'."""
     kind = type(module).__name__
+    if is_quantized_elsewhere(module):
+        return (
+            f"is {_article(kind)} whose weight another library has quantised. Load a compressed-tensors or GPTQ "
+            "checkpoint with lors_cuda.load_sparse_checkpoint(directory, quantized='keep'), which keeps codes and "
+            "mask, or load the model dequantised"
+        )
     if not is_linear(module):
         return (
             f"is {_article(kind)}, and only nn.Linear can be adapted. Name linears in target_modules, or leave it out"

@@ -21,7 +21,8 @@ from ._checks import (
     check_weight,
     check_whole,
 )
-from ._draws import Draws, rounding_draws
+from ._draws import NO_DRAWS, Draws, rounding_draws
+from ._grid import NO_GRID, NOT_REQUANTIZED, Grid, Requantization
 from ._library import check_device, lors
 from .dense_view import DenseView
 from .formats import (
@@ -31,11 +32,29 @@ from .formats import (
     check_sparse24_mask,
     compress_sparse24,
     kept_values,
+    layout_of,
     pack_mask,
+    padded_offsets,
     row_offsets,
     sparse24_mask,
     sparse24_metadata,
     unpack_mask,
+)
+from .quantization import (
+    STORED,
+    QuantizationGrid,
+    as_codes,
+    check_codes,
+    check_finite_weight,
+    check_requantization,
+    check_slots,
+    choose_grid,
+    kept_codes,
+    pack_codes,
+    quantize_codes,
+    slots,
+    stored_shape,
+    without_negative_zero,
 )
 
 
@@ -48,8 +67,13 @@ class SparseWeight:
     | "2:4"    | [N, K/2]                | None                                        | uint8 metadata [N, ceil(K/8)] |
     | "bitmap" | [number of kept]        | int32 [N, ceil(K/32)]                       | int64 row offsets [N + 1]     |
 
-    docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, or, from compressed tensors,
-    :meth:`from_sparse24` and :meth:`from_bitmap`, which check them; the constructor trusts what it is given.
+    With a ``quantization`` the values are codes on its grid, in the same places: int8 codes, bytes of e4m3 codes
+    (uint8), or two int4 codes in each uint8, where a bitmap's row offsets count codes and every row has an even number
+    of them. Such a weight has its mask bits in the layout "dense", too.
+
+    docs/formats.md describes them bit by bit. Make one with :meth:`from_dense`, :meth:`quantize` or
+    :meth:`from_quantized`, or, from compressed tensors, :meth:`from_sparse24`, :meth:`from_bitmap` and
+    :meth:`from_stored`, which check them; the constructor trusts what it is given.
     """
 
     def __init__(
@@ -59,11 +83,15 @@ class SparseWeight:
         index: Tensor | None = None,
         *,
         in_features: int | None = None,
+        quantization: QuantizationGrid | None = None,
     ) -> None:
         self.values = values
         self.mask_bits = mask_bits
         self.index = index
-        if index is None:
+        self.quantization = quantization
+        if quantization is not None:
+            self.layout, self.shape = layout_of(index), quantization.shape
+        elif index is None:
             self.layout, self.shape = "dense", values.shape
         elif index.dtype == torch.uint8:
             self.layout, self.shape = "2:4", torch.Size((values.shape[0], 2 * values.shape[1]))
@@ -96,13 +124,15 @@ class SparseWeight:
         if layout != "dense":
             bits = pack_mask(values != 0) if explicit is None else explicit
             if layout == "auto":
-                layout = _smallest_layout(values, explicit, bits)
+                explicit_bytes = 0 if explicit is None else explicit.nbytes
+                layout = _smallest_layout(values, bits, values.itemsize, explicit_bytes)
             if layout == "2:4":
                 check_sparse24_mask(bits, values.shape[1])
                 metadata = sparse24_metadata(bits, values.shape[1]).to(torch.uint8)
                 return cls(compress_sparse24(values, bits, metadata), None, metadata)
             if layout == "bitmap":
-                return _bitmap(values, bits)
+                _check_counted(values)
+                return cls(kept_values(values, bits), bits, row_offsets(bits), in_features=values.shape[1])
         return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), explicit)
 
     @classmethod
@@ -149,21 +179,29 @@ class SparseWeight:
 
     @classmethod
     def from_stored(
-        cls, values: Tensor, mask_bits: Tensor | None, index: Tensor | None, in_features: int
+        cls,
+        values: Tensor,
+        mask_bits: Tensor | None,
+        index: Tensor | None,
+        in_features: int,
+        quantization: QuantizationGrid | None = None,
     ) -> SparseWeight:
         """A weight of any layout from its tensors, checked: :meth:`from_sparse24`, :meth:`from_bitmap`, or dense values
-        that are zero off the mask.
+        that are zero off the mask; or codes on a grid, which is checked too.
 
         Raises:
-            ValueError: as they; a dense value off the mask is not zero; the mask bits' shape or dtype is wrong.
+            ValueError: as they; a dense value off the mask is not zero; the mask bits' shape or dtype is wrong; a
+                quantised weight's grid, codes or mask are none.
         """
-        if index is not None and index.dtype == torch.uint8:
-            if mask_bits is not None:
-                raise ValueError("There is a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong.")
-            return cls.from_sparse24(values, index)
+        if index is not None and index.dtype == torch.uint8 and mask_bits is not None:
+            raise ValueError("There is a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong.")
+        if index is not None and index.dtype != torch.uint8 and mask_bits is None:
+            raise ValueError("There are row offsets of a bitmap (weight_index) but no bits (weight_mask).")
+        if quantization is not None:
+            return cls._from_stored_codes(values, mask_bits, index, in_features, quantization)
         if index is not None:
             if mask_bits is None:
-                raise ValueError("There are row offsets of a bitmap (weight_index) but no bits (weight_mask).")
+                return cls.from_sparse24(values, index)
             return cls.from_bitmap(values, mask_bits, index, in_features)
         _check_values(values, 2)
         if mask_bits is not None:
@@ -172,10 +210,129 @@ class SparseWeight:
             check_dense(values, mask_bits)
         return cls(values.detach(), mask_bits)
 
+    @classmethod
+    def _from_stored_codes(
+        cls, values: Tensor, bits: Tensor | None, index: Tensor | None, in_features: int, grid: QuantizationGrid
+    ) -> SparseWeight:
+        grid.check()
+        N, K = grid.shape
+        if in_features != K:
+            raise ValueError(f"in_features is {in_features}, and the scales are those of {K}.")
+        check_tensor("values", values)
+        check_device(values.device)
+        if values.device != grid.scales.device:
+            raise ValueError(f"values are on {values.device} and scales on {grid.scales.device}; move them together.")
+        if bits is not None:
+            _check_index("weight_mask", bits, torch.int32, (N, (K + 31) // 32), values)
+        elif index is None:
+            raise ValueError(
+                "There is no weight_mask of a quantised weight of layout 'dense', whose codes do not tell it."
+            )
+        layout = layout_of(index)
+        if index is not None:
+            shape = (N, (K + 7) // 8) if layout == "2:4" else (N + 1,)
+            _check_index("weight_index", index, torch.uint8 if layout == "2:4" else torch.int64, shape, values)
+        if layout == "bitmap":
+            stored: tuple[int, ...] = (values.numel(),)  # check_bitmap counts them
+        else:
+            stored = stored_shape(grid.shape, grid.kind, layout)
+        if values.dtype != STORED[grid.kind] or values.shape != stored:
+            raise ValueError(
+                f"values are {values.dtype} with shape {tuple(values.shape)}; {grid.kind} codes of layout '{layout}' "
+                f"for a weight of shape {(N, K)} are {STORED[grid.kind]}"
+                f"{', one-dimensional' if layout == 'bitmap' else f' {stored}'}."
+            )
+        numbers = slots(values, grid.kind)
+        if layout == "bitmap":
+            assert bits is not None
+            assert index is not None
+            check_bitmap(numbers, bits, index, K, padded_offsets if grid.kind == "int4" else row_offsets)
+        elif index is not None:
+            check_sparse24(numbers, index)
+        elif bits is not None:
+            check_dense(numbers, bits)
+        check_slots(values, grid.kind, bits, index)
+        return cls(values.detach().contiguous(), bits, index, quantization=grid)
+
+    @classmethod
+    def from_quantized(cls, codes: Tensor, grid: QuantizationGrid, mask: Tensor, layout: str = "auto") -> SparseWeight:
+        """Store codes on a grid, which are not changed where they are kept. Waits for the device.
+
+        Args:
+            codes: [N, K], int8, or of an e4m3 grid float8_e4m3fn, of which -0 becomes +0.
+            grid: their grid.
+            mask: bool [N, K], True where kept; codes off it become the zero point, whatever they are.
+            layout: as in :meth:`from_dense`.
+
+        Raises:
+            ValueError: the layout is unknown or does not fit the mask, the grid is none, a code is out of range, or
+                shapes, dtypes or devices do not fit.
+        """
+        check_choice("layout", layout, LAYOUTS)
+        grid.check()
+        check_codes(codes, grid)
+        check_device(codes.device)
+        check_mask(mask, codes)
+        bits, K = pack_mask(mask), codes.shape[1]
+        if layout == "auto":
+            layout = _smallest_layout(codes, bits, 0.5 if grid.kind == "int4" else 1, bits.nbytes)
+        index = None
+        if layout == "2:4":
+            check_sparse24_mask(bits, K)
+            index = sparse24_metadata(bits, K).to(torch.uint8)
+        elif layout == "bitmap":
+            _check_counted(codes)
+            index = padded_offsets(bits) if grid.kind == "int4" else row_offsets(bits)
+        if grid.kind == "e4m3":
+            codes = without_negative_zero(codes)
+        return cls._of_codes(codes, grid, bits, index)
+
+    @classmethod
+    def _of_codes(cls, codes: Tensor, grid: QuantizationGrid, bits: Tensor, index: Tensor | None) -> SparseWeight:
+        values = pack_codes(codes, grid.kind, bits, index)
+        return cls(values, None if layout_of(index) == "2:4" else bits, index, quantization=grid)
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        kind: str = "int4",
+        group: int | None = None,
+        *,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype | None = None,
+        layout: str = "auto",
+    ) -> SparseWeight:
+        """Quantise a dense weight [N, K] with zeros by rounding to nearest; a kept weight may become the code of 0 and
+        stays kept. Waits for the device.
+
+        Args:
+            weight: as in :meth:`from_dense`; finite.
+            mask: bool [N, K], True where kept; None: kept where ``weight != 0``.
+            kind: ``"int8"``, ``"int4"`` or ``"e4m3"`` (float8_e4m3fn).
+            group: neighbouring columns that share a scale: 32, 64, 128, or None, a whole row.
+            symmetric: False, for int8 and int4: a zero point for each group.
+            scale_dtype: float32, bfloat16 or float16; None: the weight's, of float64 float32.
+            layout: as in :meth:`from_dense`.
+
+        Raises:
+            ValueError: as :meth:`from_dense`; a kind or group that is unknown or does not fit; a value is not finite.
+        """
+        dense = plain(weight)
+        check_weight(dense)
+        if mask is None:
+            mask = dense != 0
+        check_mask(mask, dense)
+        dense = torch.where(mask, dense, 0.0)
+        check_finite_weight(dense)
+        grid = choose_grid(dense, kind, group, symmetric=symmetric, scale_dtype=scale_dtype)
+        return cls.from_quantized(quantize_codes(dense, mask, grid), grid, mask, layout)
+
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self.values.dtype
+        """Of the values; of a quantised weight its scales', which is that of :meth:`to_dense`."""
+        return self.values.dtype if self.quantization is None else self.quantization.scales.dtype
 
     @property
     def device(self) -> torch.device:
@@ -184,25 +341,61 @@ class SparseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: values, and the packed mask, metadata or row offsets that go with them."""
-        tensors = (self.values, self.mask_bits, self.index)
+        """Bytes stored: values, and the packed mask, metadata or row offsets, scales and zero points with them."""
+        tensors = (self.values, self.mask_bits, self.index, self.quantization)
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
     def density(self) -> float:
         """Fraction of weights that are kept. Counted at each call, and waits for the device, except of a bitmap."""
-        kept = self.values.numel() if self.layout == "bitmap" else int(self.mask().sum())
+        is_counted = self.layout == "bitmap" and self.quantization is None
+        kept = self.values.numel() if is_counted else int(self.mask().sum())
         return kept / max(self.shape.numel(), 1)
 
-    def to_dense(self) -> Tensor:
-        """The weight as a dense tensor [N, K]; a new one, with -0.0 as +0.0."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor [N, K], with -0.0 as +0.0, in its dtype or, of a quantised one, rounded once to
+        ``dtype``."""
         check_whole("values", self.values)
-        return lors.merge(self.values, self.mask_bits, self.index, *self.no_adapter(), 0.0)
+        args = (*self.no_adapter(), 0.0, *NO_DRAWS, *self.grid(dtype=dtype))
+        dense: Tensor = lors.merge(self.values, self.mask_bits, self.index, *args)
+        return dense if dtype is None else dense.to(dtype)
 
     def no_adapter(self) -> tuple[Tensor, Tensor]:
         """lora_A [0, K] and lora_B [N, 0]: merging them is decompressing."""
         N, K = self.shape
-        return self.values.new_empty(0, K), self.values.new_empty(N, 0)
+        return self.values.new_empty(0, K, dtype=self.dtype), self.values.new_empty(N, 0, dtype=self.dtype)
+
+    def grid(self, requantize: Requantization = NOT_REQUANTIZED, dtype: torch.dtype | None = None) -> Grid:
+        """The last arguments of the operators; of a merge that is to be rounded to ``dtype``: they merge into the
+        scales' dtype, and float32 ones are the same numbers."""
+        if self.quantization is None:
+            return NO_GRID
+        grid = self.quantization.arguments(requantize)
+        return grid if dtype in (None, self.dtype) else grid._replace(scales=self.quantization.scales.float())
+
+    def codes(self) -> Tensor:
+        """The codes of a quantised weight, one for each place: int8 [N, K], or of e4m3 float8_e4m3fn; off the mask that
+        of zero.
+
+        Raises:
+            ValueError: the weight is not quantised.
+        """
+        grid = self.quantization
+        if grid is None:
+            raise ValueError(
+                f"The weight has no codes, but {self.dtype} values; quantise it with SparseWeight.quantize."
+            )
+        check_whole("values", self.values)
+        bits, index = self.mask_bits, self.index
+        if self.layout == "bitmap" and grid.kind == "int4":
+            assert bits is not None
+            assert index is not None
+            numbers, index = kept_codes(self.values, bits, index), row_offsets(bits)
+        else:
+            numbers = slots(self.values, grid.kind)
+        # As bfloat16, which holds every byte exactly, for the one way out of the layouts.
+        numbers = SparseWeight(numbers.to(torch.bfloat16), bits, index, in_features=self.shape[1]).to_dense()
+        return as_codes(numbers, self.mask(), grid)
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
@@ -219,7 +412,8 @@ class SparseWeight:
         return pack_mask(self.values != 0) if self.mask_bits is None else self.mask_bits
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SparseWeight:
-        """Move to a device or convert to a floating dtype. The mask does not change.
+        """Move to a device or convert to a floating dtype. The mask does not change, and of a quantised weight only the
+        device does: its codes and scales are what they are.
 
         Converting to a type of smaller range can round a kept value to zero, so the mask of a dense weight is made
         explicit where it was implicit and the conversion would change it.
@@ -234,9 +428,13 @@ class SparseWeight:
             values, bits, index = (
                 None if t is None else t.to(device_or_dtype) for t in (self.values, self.mask_bits, self.index)
             )
-            return self._with(values, bits, index)
+            grid = None if self.quantization is None else self.quantization.to(device_or_dtype)
+            assert values is not None
+            return SparseWeight(values, bits, index, in_features=self.shape[1], quantization=grid)
         if device_or_dtype not in DTYPES:
             raise ValueError(f"dtype is {device_or_dtype}; it must be float32, bfloat16, float16 or float64.")
+        if self.quantization is not None:
+            return self
         values = self.values.to(device_or_dtype)
         bits = self.mask_bits
         if self.layout == "dense" and bits is None and bool(((values == 0) & (self.values != 0)).any()):
@@ -251,11 +449,13 @@ class SparseWeight:
         *,
         rounding: str = "nearest",
         seed: int | None = None,
+        requantize: Requantization = NOT_REQUANTIZED,
     ) -> SparseWeight:
         """The merged weight in the same layout, ``W + s M o (B A)`` (arXiv 2501.08582, eq. 3); the mask stays.
 
         Accumulated in float32 (float64 for float64), rounded once to the weight's dtype; not differentiable. A merged
-        value that rounds to zero stays kept: a dense weight's mask is then made explicit.
+        value that rounds to zero stays kept: a dense weight's mask is then made explicit. Of a quantised weight it
+        holds values; with ``requantize`` it is quantised again, and has the codes that the layer computed with.
 
         Args:
             lora_A: [r, K], float32, bfloat16, float16 or float64.
@@ -263,32 +463,47 @@ class SparseWeight:
             scaling: s, e.g. ``lora_alpha / r``.
             rounding: as in :func:`lors_cuda.lors_linear`.
             seed: of "stochastic", likewise.
+            requantize: steps of 0, 1 or 16, and the seed of the dither: a layer's ``requantization``.
 
         Raises:
             TypeError: an adapter is no tensor.
-            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; shapes, dtypes or devices do not fit;
-                a NaN or an infinity in what is merged, or a merged value beyond the range of the weight's dtype (the
-                first place is named).
+            ValueError: ``rounding`` is unknown, or ``seed`` does not go with it; ``requantize`` does not fit the
+                weight; shapes, dtypes or devices do not fit; a NaN or an infinity in what is merged, or a merged value
+                beyond the range of the weight's dtype (the first place is named).
         """
         check_whole("values", self.values)
         check_adapters(self, lora_A, lora_B)
+        draws = rounding_draws(rounding, seed)
+        check_requantization(requantize, self.quantization, draws.any)
         with torch.no_grad():
-            merged = self._merged(lora_A, lora_B, float(scaling), rounding_draws(rounding, seed))
+            merged = self._merged(lora_A, lora_B, float(scaling), draws, requantize)
             if merged.device.type != "meta":
                 check_merge(self, lora_A, lora_B, float(scaling), merged)
         return merged
 
-    def _merged(self, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws) -> SparseWeight:
-        if self.layout == "2:4" and not draws.any:
-            return self._with(lors.sparse24_merge(self.values, self.index, lora_A, lora_B, scaling), None, self.index)
-        merged = lors.merge(self.values, self.mask_bits, self.index, lora_A, lora_B, scaling, *draws)
-        bits = self.mask_bits
-        if self.layout == "2:4":  # only a dense result is drawn
-            assert self.index is not None
-            return self._with(compress_sparse24(merged, self.packed_mask(), self.index), None, self.index)
+    def _merged(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float, draws: Draws, requantize: Requantization
+    ) -> SparseWeight:
+        bits, index, quantization = self.mask_bits, self.index, self.quantization
+        if self.layout == "2:4" and not draws.any and quantization is None:
+            return self._with(lors.sparse24_merge(self.values, index, lora_A, lora_B, scaling), None, index)
+        if quantization is not None and requantize.steps:
+            mask, grid = self.packed_mask(), quantization.coarser(requantize.steps)
+            # Into float32, where every code's value is another number.
+            wide = self.grid(requantize, torch.float32)
+            merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *wide)
+            if merged.device.type != "meta":
+                check_merge(self, lora_A, lora_B, scaling, SparseWeight(merged))
+            if self.layout == "bitmap":
+                index = padded_offsets(mask) if grid.kind == "int4" else row_offsets(mask)
+            return self._of_codes(quantize_codes(merged, self.mask(), grid), grid, mask, index)
+        merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *self.grid())
+        if self.layout == "2:4":  # only a dense result is drawn, or made of codes
+            assert index is not None
+            return self._with(compress_sparse24(merged, self.packed_mask(), index), None, index)
         if self.layout == "bitmap":
             assert bits is not None
-            return self._with(kept_values(merged, bits), bits, self.index)
+            return self._with(kept_values(merged, bits), bits, row_offsets(bits))
         if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
             bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
@@ -296,20 +511,39 @@ class SparseWeight:
     def fingerprint(self) -> str:
         """SHA-256 over the shape and the packed mask, as hex: equal exactly when the masks are, whatever the layout."""
         digest = hashlib.sha256(f"{self.shape[0]}x{self.shape[1]}:".encode())
-        bits = self.packed_mask().cpu().contiguous()
-        # Through its memory: this runs where torch has no NumPy.
-        digest.update((ctypes.c_char * bits.nbytes).from_address(bits.data_ptr()))
+        _hash(digest, self.packed_mask())
         return digest.hexdigest()
 
     def digest(self) -> Tensor:
-        """:meth:`fingerprint` as float32 [64], a hexadecimal digit each; without content on the meta device.
+        """What must never be averaged as float32 [64], a hexadecimal digit each; without content on the meta device.
 
-        Small numbers, which every floating type holds, and averages of equal ones come back by rounding.
+        :meth:`fingerprint`, and of a quantised weight a SHA-256 over its codes, scales and zero points with it. Small
+        numbers, which every floating type holds, and averages of equal ones come back by rounding.
         """
         if type(self.values) not in (Tensor, torch.nn.Parameter) or self.values.is_meta:
             return torch.empty(64, device=self.device)
-        digits = [float(int(digit, 16)) for digit in self.fingerprint()]
-        return torch.tensor(digits, device=self.device)
+        digits = self.fingerprint()
+        if self.quantization is not None:
+            digest = hashlib.sha256(digits.encode())
+            for tensor in (self.values, self.quantization.scales, self.quantization.zero_points):
+                if tensor is not None:
+                    _hash(digest, tensor)
+            digits = digest.hexdigest()
+        return torch.tensor([float(int(digit, 16)) for digit in digits], device=self.device)
+
+    def zeros(self, dtype: torch.dtype) -> SparseWeight:
+        """A weight of zeros with this mask and layout; its values are one stored number, also where autograd keeps
+        them."""
+        bits, index = None if self.layout == "2:4" else self.packed_mask(), self.index
+        if self.layout == "bitmap" and self.quantization is not None:
+            assert bits is not None
+            index = row_offsets(bits)  # without what makes int4 codes even
+            count: tuple[int, ...] = (int(index[-1]),)
+        else:
+            N, K = self.shape
+            count = {"dense": (N, K), "2:4": (N, K // 2)}.get(self.layout, self.values.shape)
+        values = torch.zeros((), dtype=dtype, device=self.device).expand(count)
+        return SparseWeight(values, bits, index, in_features=self.shape[1])
 
     def has_digest(self, digest: Tensor) -> bool:
         """Whether this is :meth:`digest`, up to rounding; also where one of them has no content."""
@@ -323,18 +557,24 @@ class SparseWeight:
         return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.index is not None and self.mask_bits is not None:
-            self.from_bitmap(self.values, self.mask_bits, self.index, self.shape[1])
-        elif self.index is not None:
-            self.from_sparse24(self.values, self.index)
+        self.__dict__.update({"quantization": None, **state})
+        if self.index is not None or self.quantization is not None:
+            self.from_stored(self.values, self.mask_bits, self.index, self.shape[1], self.quantization)
 
     def __repr__(self) -> str:
         density = "unknown" if self.device.type == "meta" else f"{self.density:.3f}"
+        quantization = "" if self.quantization is None else f", quantization={self.quantization}"
         return (
             f"SparseWeight(layout={self.layout!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device={str(self.device)!r}, density={density})"
+            f"device={str(self.device)!r}, density={density}{quantization})"
         )
+
+
+def _hash(digest: Any, tensor: Tensor) -> None:
+    """Take a tensor's bytes into a digest."""
+    content = tensor.detach().cpu().contiguous()
+    # Through its memory: this runs where torch has no NumPy.
+    digest.update((ctypes.c_char * content.nbytes).from_address(content.data_ptr()))
 
 
 def plain(weight: Tensor) -> Tensor:
@@ -366,25 +606,26 @@ def check_fits(weight: Tensor, layout: str) -> None:
         check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])
 
 
-def _smallest_layout(weight: Tensor, explicit: Tensor | None, bits: Tensor) -> str:
-    """The layout "auto" chooses. A weight on the meta device has no values to go by, and stays dense."""
+def _smallest_layout(weight: Tensor, bits: Tensor, itemsize: float, explicit_bytes: int) -> str:
+    """The layout "auto" chooses for a weight of so many bytes each, and so many for the mask of a dense one.
+
+    A weight on the meta device has no values to go by, and stays dense.
+    """
     N, K = weight.shape
     if weight.device.type == "meta":
         return "dense"
     if K % 4 == 0 and not (sparse24_metadata(bits, K) < 0).any():
         return "2:4"
-    bitmap = int(row_offsets(bits)[-1]) * weight.itemsize + bits.nbytes + 8 * (N + 1)
-    dense = weight.nbytes + (0 if explicit is None else explicit.nbytes)
-    return "bitmap" if bitmap < dense else "dense"
+    bitmap = int(row_offsets(bits)[-1]) * itemsize + bits.nbytes + 8 * (N + 1)
+    return "bitmap" if bitmap < N * K * itemsize + explicit_bytes else "dense"
 
 
-def _bitmap(weight: Tensor, bits: Tensor) -> SparseWeight:
+def _check_counted(weight: Tensor) -> None:
     if weight.device.type == "meta":
         raise ValueError(
             "weight is on the meta device, where it has no values to compress; layout 'bitmap' must know how many are "
             "kept. Use layout='dense' or '2:4', or convert the model after its weights are loaded."
         )
-    return SparseWeight(kept_values(weight, bits), bits, row_offsets(bits), in_features=weight.shape[1])
 
 
 def _check_values(values: Tensor, dimensions: int) -> None:

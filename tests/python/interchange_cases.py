@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 WRITTEN = Path(__file__).parent / "compressed_tensors"
@@ -27,3 +28,25 @@ def raw(tensor: Tensor) -> bytes:
 def raw_state(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     """The bytes of each tensor."""
     return {name: raw(tensor) for name, tensor in tensors.items()}
+
+
+@st.composite
+def damage(draw):
+    """A function of bytes: changes, removes or inserts some, more often in the header than behind it."""
+    edit = st.tuples(st.sampled_from(["set", "cut", "insert"]), st.floats(0, 1), st.integers(0, 255))
+    edits = draw(st.lists(edit, min_size=1, max_size=4))
+    within = draw(st.sampled_from([64, 1500, 10**9]))
+
+    def apply(data: bytes) -> bytes:
+        content = bytearray(data)
+        for kind, place, value in edits:
+            at = min(int(place * min(len(content), within)), max(len(content) - 1, 0))
+            if kind == "set" and content:
+                content[at] = value
+            elif kind == "cut":
+                del content[at : at + 1 + value]
+            else:
+                content[at:at] = bytes([value]) * (1 + value % 9)
+        return bytes(content)
+
+    return apply

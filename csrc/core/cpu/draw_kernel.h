@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // out[n, k] = round(merged[n, k] + kept[n, k] noise[n] normal(n, k)), to nearest or by chance: the merge's random numbers
-// (lors/random.h), over rows that it has just written in the accumulation type and that are still in a cache.
+// (lors/random.h); or round(requantised(merged[n, k])) (lors/quantization.h), for which +0 stays +0, so that no mask is read.
+// Over rows that the merge has just written in the accumulation type and that are still in a cache.
 // A pass of its own, so that the tiles of the merge stay what they are without it.
 #pragma once
 
@@ -56,6 +57,7 @@ void draw_rows(const lors::cpu::DrawJob& job) {
   alignas(64) float noise[kDrawColumns];
   for (int64_t i = 0; i < job.rows; ++i) {
     const lors::RandomRow row = lors::random_row(draws.rounding_seed, job.first_row + i);
+    const Requantize requantized(job.steps, job.first_row + i);
     const float* src = static_cast<const float*>(job.src) + i * K;
     Out* dst = static_cast<Out*>(job.dst) + i * K;
     for (int64_t first = 0; first < K; first += kDrawColumns) {
@@ -64,6 +66,7 @@ void draw_rows(const lors::cpu::DrawJob& job) {
       const auto draw_at = [&](const float* from, Out* to, int64_t j) {
         Vector<float> v = load_raw<Vector<float>>(from);
         if (draws.noise) v += load_raw<Vector<float>>(noise + j);
+        if (job.steps.requantize_steps) v = requantized(v, first + j);
         if (rounds) {
           const Words random = lors::random_word(row, lane + uint32_t(first + j));
           v = (Vector<float>)lors::round_by_chance((Words)v, random, std::is_same_v<Round, float16>);

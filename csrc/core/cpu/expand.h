@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "codes.h"
 #include "sparse24_codes.h"
 #include "vector.h"
 
@@ -157,7 +158,7 @@ LORS_EXPAND_INLINE Vector<Acc> load_sparse24(const W* slots, const uint8_t* meta
   for (int i = 0; i < kLanes<Acc>; ++i) {
     const int lane = i + int(column % 4);
     const uint32_t below = (placed >> (lane & ~3)) & ((1u << (lane & 3)) - 1);
-    v[i] = to_acc<Acc>(slots[i / 4 * 2 + (below != 0)]);
+    v[i] = element<Acc>(slots, i / 4 * 2 + (below != 0));
   }
   return v;
 #else
@@ -166,12 +167,12 @@ LORS_EXPAND_INLINE Vector<Acc> load_sparse24(const W* slots, const uint8_t* meta
 }
 
 // One vector of weights in layout "bitmap"; advances `values` by the number of bits. Always reads a whole vector.
-template <typename Acc, typename W>
-LORS_EXPAND_INLINE Vector<Acc> load_bitmap(const W*& values, uint32_t bits) {
+template <typename Acc, typename Pointer>
+LORS_EXPAND_INLINE Vector<Acc> load_bitmap(Pointer& values, uint32_t bits) {
 #if defined(LORS_EXPANDS_BY_LANE)
   Vector<Acc> v;
   for (int i = 0; i < kLanes<Acc>; ++i) {
-    v[i] = to_acc<Acc>(*values);
+    v[i] = element<Acc>(values, 0);
     values += bits >> i & 1;
   }
   return v;

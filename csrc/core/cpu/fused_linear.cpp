@@ -13,15 +13,16 @@ namespace cpu {
 namespace {
 
 // Without an adapter a value of the rounded type already needs no rounding.
-MergeJob job_of(const FusedLinearArgs& args, const PackedAdapters& adapters) {
-  MergeJob job = merge_job(args, adapters);
-  if (args.r == 0 && args.weight_dtype == args.round_to) job.round_to = DType::float32;
+MergeJob job_of(const FusedLinearArgs& args, const PackedAdapters& adapters, const PackedGrid& grid) {
+  MergeJob job = merge_job(args, adapters, grid);
+  if (args.r == 0 && job.steps.grid == Grid::none && args.weight_dtype == args.round_to) job.round_to = DType::float32;
   return job;
 }
 
 void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
   const int64_t T = args.tokens, N = args.out_features, K = args.in_features;
   const PackedAdapters adapters(table, args, table.merge_panel, false, host);
+  const PackedGrid grid(table, args, host);
   DotJob job;
   job.tokens = T;
   job.out_features = N;
@@ -31,7 +32,7 @@ void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* h
   job.src_dtype = args.activation_dtype;
   job.activation = activation.data();
   job.limits = static_cast<float*>(limits.data());
-  job.weight = job_of(args, adapters);
+  job.weight = job_of(args, adapters, grid);
   table.pack_dot(job, 0, T);
   job.weight.cursors = static_cast<int64_t*>(cursors.data());
   if (args.row_offsets) std::copy_n(args.row_offsets, N, job.weight.cursors);
@@ -61,6 +62,7 @@ Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, 
   }
 
   const PackedAdapters adapters(table, args, table.fused_columns, false, host);
+  const PackedGrid grid(table, args, host);
   const int64_t token_panels = (args.tokens + table.fused_rows - 1) / table.fused_rows;
   const Workspace activation(host, token_panels * table.fused_rows * depth * 4);
   PackActivationJob pack;
@@ -77,7 +79,7 @@ Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, 
   job.out_features = args.out_features;
   job.input_gradient = args.input_gradient;
   job.activation = static_cast<const float*>(activation.data());
-  job.weight = job_of(args, adapters);
+  job.weight = job_of(args, adapters, grid);
   job.row_offsets = args.row_offsets;
   job.bias = static_cast<const float*>(args.bias);
   job.out = static_cast<float*>(args.output);

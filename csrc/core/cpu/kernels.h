@@ -6,6 +6,7 @@
 #pragma once
 
 #include <lors/cpu.h>
+#include <lors/quantization.h>
 #include <lors/random.h>
 
 namespace lors::cpu {
@@ -25,6 +26,16 @@ struct PackJob {
   int64_t pair_stride = 0;  // not 0: dst has bfloat16 pairs instead, an element of src and the one this far behind it, unscaled
 };
 
+// The grid of a quantised weight (lors/quantization.h), its scales and zero points in float32 [N, groups]: those of column k
+// are number k >> shift of a row.
+struct GridSteps {
+  Grid grid = Grid::none;  // none: the weight holds values
+  const float *scales = nullptr, *zeros = nullptr;
+  int64_t groups = 0;
+  int shift = 0;
+  int64_t requantize_steps = 0, dither_seed = -1, first_row = 0;  // as in Quantization
+};
+
 // Where both adapters are bfloat16 and the processor multiplies pairs of such numbers (bfloat16_pairs.h), an Acc element of
 // theirs is a pair of neighbouring ranks.
 struct MergeJob {
@@ -36,6 +47,7 @@ struct MergeJob {
   const uint8_t* metadata = nullptr;  // 2:4: [N, ceil(K/8)]
   int64_t* cursors = nullptr;         // bitmap: [N], row_offsets to begin with; how far each row's values are used up
   int64_t value_count = 0;            // bitmap: row_offsets[N]
+  GridSteps steps;                    // weight_dtype is not read where it has a grid
   bool pairs = false;                 // r counts pairs
   const void* lora_A = nullptr;       // Acc [ceil(K/panel), r, panel], zero-padded
   const void* lora_B = nullptr;       // Acc [N, r], already times scaling unless in pairs
@@ -45,10 +57,14 @@ struct MergeJob {
   bool is_double = false;
 };
 
-// The merge's random numbers, over rows that `merge` has left in Acc, unrounded.
+// Whether KernelTable::merge writes what codes become in these types; else it leaves float32 for `draw`.
+constexpr bool merges_codes_to(DType merged, DType round_to) { return merged == DType::bfloat16 || round_to == DType::float32; }
+
+// What is done to rows that `merge` has left in Acc, unrounded: random numbers, or a place on the weight's grid, and rounding.
 struct DrawJob {
   int64_t first_row = 0, rows = 0, in_features = 0;
   Draws draws;
+  GridSteps steps;                   // of a weight that is requantised
   const uint32_t* kept = nullptr;    // bits [rows, ceil(K/32)] of these rows: where noise is added
   const void* kept_where = nullptr;  // where `kept` is null: [rows, K], kept where nonzero
   int64_t kept_where_size = 0;       // bytes of one element of kept_where

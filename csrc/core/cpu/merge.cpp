@@ -16,7 +16,7 @@ namespace {
 // Rows that are merged, drawn and rounded before the next: a multiple of every table's tile.
 constexpr int64_t kDrawRows = 24;
 
-// A few rows at a time: merged unrounded, then drawn while they are in a cache.
+// A few rows at a time: merged unrounded, then drawn, requantised or rounded while they are in a cache.
 void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob job, const CpuHost* host, int64_t begin,
                     int64_t end) {
   const int64_t K = args.in_features, size = dtype_size(args.merged_dtype);
@@ -26,6 +26,7 @@ void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob jo
   DrawJob draw;
   draw.in_features = K;
   draw.draws = args.draws;
+  draw.steps = job.steps;
   draw.dst_dtype = args.merged_dtype;
   draw.round_to = args.round_to;
   draw.kept_where_size = dtype_size(args.weight_dtype);
@@ -58,26 +59,28 @@ void merge_and_draw(const KernelTable& table, const MergeArgs& args, MergeJob jo
 Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost* host) {
   const int64_t N = args.out_features, K = args.in_features;
   if (N == 0 || K == 0) return {};
-  if (args.quantization.grid != Grid::none)
-    return Status::error("merge on the CPU reads values, and was given quantised codes; dequantise the weight.");
-  const bool is_double = args.weight_dtype == DType::float64;
+  const Quantization& quantization = args.quantization;
+  const bool is_quantized = quantization.grid != Grid::none, requantizes = is_quantized && quantization.requantize_steps != 0;
+  const bool is_double = !is_quantized && args.weight_dtype == DType::float64;
   if (is_double != (args.merged_dtype == DType::float64))
     return Status::error("merge writes float64 for a float64 weight only; convert the weight or ask for float64.");
   if (args.merged_dtype != DType::float32 && args.round_to != args.merged_dtype)
     return Status::error("merge can round to another type than it writes only when it writes float32.");
-  if (Status status = check_merged_layout(args); !status.ok()) return status;
+  if (Status status = is_quantized ? check_quantized_merge(args) : check_merged_layout(args); !status.ok()) return status;
   const bool is_bitmap = args.weight_layout == Layout::bitmap;
   const PackedAdapters adapters(table, args, table.merge_panel / (is_double ? 2 : 1), is_double, host);
   const Workspace cursors(host, is_bitmap ? N * 8 : 0);
   if (is_bitmap) std::copy_n(args.row_offsets, N, static_cast<int64_t*>(cursors.data()));
-  MergeJob job = merge_job(args, adapters);
+  const PackedGrid grid(table, args, host);
+  MergeJob job = merge_job(args, adapters, grid);
   job.merged_layout = args.merged_layout;
   job.cursors = static_cast<int64_t*>(cursors.data());
   job.merged = args.merged;
   job.merged_dtype = args.merged_dtype;
   job.is_double = is_double;
   // Below some ten microseconds of work a second thread does not pay.
-  const bool draws = args.draws.noise || (args.draws.rounds && dtype_size(args.round_to) == 2);
+  const bool draws = args.draws.noise || (args.draws.rounds && dtype_size(args.round_to) == 2) || requantizes ||
+                     (is_quantized && !merges_codes_to(args.merged_dtype, args.round_to));
   parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) {
     draws ? merge_and_draw(table, args, job, host, begin, end) : table.merge(job, begin, end);
   });

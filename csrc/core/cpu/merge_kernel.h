@@ -208,7 +208,20 @@ void expand_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
 }
 #endif
 
+// Codes are merged to bfloat16, or unrounded; other types are for the caller to round to.
+template <typename W>
+void merge_codes(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  if (job.merged_dtype == lors::DType::bfloat16) return merge_to_dense<float, W, bfloat16, bfloat16>(job, begin, end);
+  merge_to_dense<float, W, float, float>(job, begin, end);
+}
+
 void merge(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
+  switch (job.steps.grid) {
+    case lors::Grid::int8: return merge_codes<int8_t>(job, begin, end);
+    case lors::Grid::int4: return merge_codes<Int4Pair>(job, begin, end);
+    case lors::Grid::e4m3: return merge_codes<E4M3>(job, begin, end);
+    case lors::Grid::none: break;
+  }
 #if defined(__AVX2__)
   if (job.r == 0 && job.weight_layout != lors::Layout::dense && job.merged_layout == lors::Layout::dense &&
       job.merged_dtype == job.weight_dtype) {

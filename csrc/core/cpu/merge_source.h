@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the merge (merge_kernel.h) reads a frozen weight, and where the merged values go. A weight stored in another way
-// (quantised, one per expert) is one more Source, and one more line in merge_kernel.h. A Source<Acc, W, Rows> is a tile of Rows
-// rows and one panel of columns and offers
+// How the merge (merge_kernel.h) reads a frozen weight, and where the merged values go. A weight stored in another way (one per
+// expert) is one more Source, and one more line in merge_kernel.h; W is the type of its values, or of its codes (codes.h). A
+// Source<Acc, W, Rows> is a tile of Rows rows and one panel of columns and offers
 //   Source(job, n, k)             the tile whose first row and column these are
 //   is_readable(job, n, columns)  whether it can be read in whole vectors where all its columns exist
 //   prefetch<Columns>()           asks for it while the adapters are multiplied
@@ -27,9 +27,10 @@ template <typename Acc>
 constexpr int kMergePanel = kMergeVectors * kLanes<Acc>;
 
 template <int Count, typename W>
-inline void prefetch_elements(const W* from) {
+inline void prefetch_elements(const void* from) {
 #pragma GCC unroll 4
-  for (int byte = 0; byte < int(Count * sizeof(W)); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+  for (int byte = 0; byte < int(Count * sizeof(W) / kCodesPerElement<W>); byte += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + byte);
 }
 
 template <typename Acc, typename W, int Rows>
@@ -39,22 +40,24 @@ struct DenseSource {
   int64_t words;         // of a row of the mask
   const uint32_t* mask;  // of the first row; null: kept where the weight is not zero
   int64_t column;        // of the tile
+  TileGrid<W> grid;
 
   template <typename Job>
   DenseSource(const Job& job, int64_t n, int64_t k)
-      : weight(static_cast<const W*>(job.weight) + n * job.in_features + k),
+      : weight(forward(static_cast<const W*>(job.weight), n * job.in_features + k)),
         stride(job.in_features),
         words(lors::mask_words(stride)),
         mask(job.mask ? job.mask + n * words : nullptr),
-        column(k) {}
+        column(k),
+        grid(job.steps, n, k) {}
   static bool is_readable(const lors::cpu::MergeJob&, int64_t, int) { return true; }
   template <int Columns>
   void prefetch() const {
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns>(weight + i * stride);
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns, W>(forward(weight, i * stride));
   }
   Vector<Acc> add(int i, int u, Vector<Acc> sum) const {
-    const Vector<Acc> w = load<Acc>(weight + i * stride + u * kLanes<Acc>);
+    const Vector<Acc> w = grid.weights(i, u, load<Acc>(forward(weight, i * stride + u * kLanes<Acc>)));
     if (!mask) return w != 0 ? w + sum : Vector<Acc>{};
     // The lanes of one vector never straddle a word: 32 is a multiple of every lane count.
     const int64_t k = column + u * kLanes<Acc>, word = k / 32;
@@ -64,11 +67,11 @@ struct DenseSource {
 
   template <int Columns>
   struct Edge {
-    W weight[Columns] = {};
+    W weight[Columns / kCodesPerElement<W>] = {};
   };
   template <int Columns>
   void read_edge(Edge<Columns>& edge, int64_t columns) {
-    std::memcpy(edge.weight, weight, size_t(columns) * sizeof(W));
+    std::memcpy(edge.weight, weight, size_t(columns / kCodesPerElement<W>) * sizeof(W));
     weight = edge.weight;
   }
 };
@@ -80,35 +83,38 @@ struct Sparse24Source {
   int64_t bytes;            // of a row of metadata
   const uint8_t* metadata;  // the byte with the tile's first group
   int64_t column;           // of the tile, modulo 8
+  TileGrid<W> grid;
 
   Sparse24Source(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
-      : slots(static_cast<const W*>(job.weight) + (n * job.in_features + k) / 2),
+      : slots(forward(static_cast<const W*>(job.weight), (n * job.in_features + k) / 2)),
         stride(job.in_features / 2),
         bytes(lors::sparse24_metadata_bytes(job.in_features)),
         metadata(job.metadata + n * bytes + k / 8),
-        column(kMergePanel<Acc> % 8 ? k % 8 : 0) {}
+        column(kMergePanel<Acc> % 8 ? k % 8 : 0),
+        grid(job.steps, n, k) {}
   static bool is_readable(const lors::cpu::MergeJob&, int64_t, int) { return true; }
   template <int Columns>
   void prefetch() const {
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2>(slots + i * stride);
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2, W>(forward(slots, i * stride));
   }
   Vector<Acc> add(int i, int u, Vector<Acc> sum) const {
     const uint8_t* codes = metadata + i * bytes;
     const int64_t k = column + u * kLanes<Acc>;
-    const Vector<Acc> w = load_sparse24<Acc>(slots + i * stride + u * kLanes<Acc> / 4 * 2, codes, k);
+    const Vector<Acc> packed = load_sparse24<Acc>(forward(slots, i * stride + u * kLanes<Acc> / 4 * 2), codes, k);
+    const Vector<Acc> w = grid.weights(i, u, packed);
     return where_bits<Acc>(metadata_bits<Acc>(kSparse24Codes.kept_of_byte, codes, k), w + sum);
   }
   void finish(const lors::cpu::MergeJob&, int64_t) const {}
 
   template <int Columns>
   struct Edge {
-    W slots[Columns / 2] = {};
+    W slots[Columns / 2 / kCodesPerElement<W>] = {};
     uint8_t metadata[Columns / 8 + 2] = {};
   };
   template <int Columns>
   void read_edge(Edge<Columns>& edge, int64_t columns) {
-    std::memcpy(edge.slots, slots, size_t(columns / 2) * sizeof(W));
+    std::memcpy(edge.slots, slots, size_t(columns / 2 / kCodesPerElement<W>) * sizeof(W));
     std::memcpy(edge.metadata, metadata, size_t(lors::sparse24_metadata_bytes(column + columns)));
     slots = edge.slots;
     metadata = edge.metadata;
@@ -117,31 +123,33 @@ struct Sparse24Source {
 
 template <typename Acc, typename W, int Rows>
 struct BitmapSource {
-  int64_t cursor, left;   // where `first` is in all values, and how many there are from there on
-  const W* first;         // one row: its first value of the tile
-  const W* values[Rows];  // the tile's first in each row; in the end, the first beyond it
-  int64_t words;          // of a row of the mask
-  const uint32_t* mask;   // the word with the tile's first column
-  int64_t column;         // of the tile, modulo 32
+  int64_t cursor, left;       // where `first` is in all values, and how many there are from there on
+  PointerTo<W> first;         // one row: its first value of the tile
+  PointerTo<W> values[Rows];  // the tile's first in each row; in the end, the first beyond it
+  int64_t words;              // of a row of the mask
+  const uint32_t* mask;       // the word with the tile's first column
+  int64_t column;             // of the tile, modulo 32
+  TileGrid<W> grid;
 
   [[gnu::always_inline]] BitmapSource(const lors::cpu::MergeJob& job, int64_t n, int64_t k)
       : cursor(Rows == 1 ? job.cursors[n] : 0),  // a constant where no edge is read, for the registers' sake
         left(job.value_count - cursor),
-        first(static_cast<const W*>(job.weight) + cursor),
+        first(pointer_to<W>(job.weight, cursor)),
         words(lors::mask_words(job.in_features)),
         mask(job.mask + n * words + k / 32),
-        column(kMergePanel<Acc> % 32 ? k % 32 : 0) {
+        column(kMergePanel<Acc> % 32 ? k % 32 : 0),
+        grid(job.steps, n, k) {
     for (int i = 0; i < Rows; ++i) values[i] = first + (job.cursors[n + i] - cursor);
   }
   // Rows lie one behind the other, so that only the last can reach beyond all values.
   static bool is_readable(const lors::cpu::MergeJob& job, int64_t n, int columns) {
-    return job.cursors[n + Rows - 1] + columns <= job.value_count;
+    return job.cursors[n + Rows - 1] + columns + kReadBeyond<W> <= job.value_count;
   }
   template <int Columns>
   void prefetch() const {
     // Half of the weights are expected to be kept.
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2>(values[i]);
+    for (int i = 0; i < Rows; ++i) prefetch_elements<Columns / 2, W>(address(values[i]));
   }
   uint32_t kept_bits(int i, int u) const {
     const int64_t k = column + u * kLanes<Acc>;
@@ -149,7 +157,7 @@ struct BitmapSource {
   }
   Vector<Acc> add(int i, int u, Vector<Acc> sum) {
     const uint32_t bits = kept_bits(i, u);
-    const Vector<Acc> w = load_bitmap<Acc>(values[i], bits);
+    const Vector<Acc> w = grid.weights(i, u, load_bitmap<Acc>(values[i], bits));
     return where_bits<Acc>(bits, w + sum);
   }
   void finish(const lors::cpu::MergeJob& job, int64_t n) const {
@@ -158,14 +166,13 @@ struct BitmapSource {
 
   template <int Columns>
   struct Edge {
-    W values[Columns] = {};
+    W values[(Columns + kReadBeyond<W>) / kCodesPerElement<W>] = {};
     uint32_t mask[Columns / 32 + 1] = {};
   };
   template <int Columns>
   void read_edge(Edge<Columns>& edge, int64_t columns) {
-    if (left > 0) std::memcpy(edge.values, first, size_t(left < Columns ? left : Columns) * sizeof(W));
+    first = values[0] = copy_codes(edge.values, first, left < 0 ? 0 : left < Columns ? left : Columns);
     std::memcpy(edge.mask, mask, size_t(lors::mask_words(column + columns)) * sizeof(uint32_t));
-    first = values[0] = edge.values;
     mask = edge.mask;
   }
 };

@@ -28,6 +28,7 @@ from ._as_options import as_options
 COMMANDS = {
     "info": "show versions, devices and which kernels run on this machine",
     "prune": "make a model sparse (magnitude or Wanda; 2:4 or unstructured)",
+    "quantize": "store a sparse model's weights as codes with scales, every zero kept",
     "finetune": "train a LoRS adapter on a sparse model",
     "merge": "merge an adapter into its model, every zero kept",
     "eval": "measure perplexity, with and without an adapter",

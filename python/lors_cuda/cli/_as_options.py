@@ -15,7 +15,7 @@ from typing import Any
 # are also words of the language, only before "=" and a quoted value.
 _DESTINATIONS = {
     **{name: name for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")},
-    **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora")},
+    **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora", "mask_from")},
     "lora_alpha": "alpha",
 }
 _PLAIN = ("layout", "gradient", "rounding", "method", "format")

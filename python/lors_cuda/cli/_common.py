@@ -80,8 +80,11 @@ def pattern_entry(number: Callable[[str], Any]) -> Callable[[str], tuple[str, An
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model and --device."""
+    """--model, --mask-from and --device."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="directory of the model")
+    parser.add_argument(
+        "--mask-from", type=Path, metavar="DIR", help="sparse model that a quantized --model was made from: its zeros"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA if its kernels support this GPU")
 
 
@@ -146,16 +149,26 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(text, flush=True)
 
 
-def load_model(directory: Path, device: str = "auto", *, any_architecture: bool = False) -> nn.Module:
+def load_model(
+    directory: Path,
+    device: str = "auto",
+    *,
+    any_architecture: bool = False,
+    quantized: str = "keep",
+    mask_from: Path | None = None,
+) -> nn.Module:
     """Load a causal language model, or with ``any_architecture`` any model of transformers, from a directory, in its
-    own dtype, onto a device; never from the network.
+    own dtype, onto a device; never from the network. Quantised weights stay so unless told otherwise.
 
     Raises:
         RuntimeError: the device cannot be used; and as load_sparse_checkpoint.
     """
     target = find_device(device)
     _quiet_transformers()
-    moved: nn.Module = load_sparse_checkpoint(directory, any_architecture=any_architecture).to(target)
+    model = load_sparse_checkpoint(
+        directory, any_architecture=any_architecture, quantized=quantized, mask_from=mask_from
+    )
+    moved: nn.Module = model.to(target)
     return moved
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the model, and the model with the adapter if one is given."""
-    model = load_model(args.model, args.device)
+    model = load_model(args.model, args.device, mask_from=args.mask_from)
     sparsity = measure_sparsity(model, target_config(args))
     data = load_dataset(args, model)
     say(args, f"Data: {describe_data(data)}. Sparsity {sparsity}.")

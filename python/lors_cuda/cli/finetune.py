@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         require_safetensors()
         from . import _trainer
 
-        model = load_model(args.model, args.device)
+        model = load_model(args.model, args.device, mask_from=args.mask_from)
         _check_adapter(args, model)
         data = None
         if "ranks" in method.places():

@@ -14,10 +14,14 @@ from .._files import new_directory
 from .._linears import weight_of
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
+from ..compressed_tensors.files import stored_quantization
+from ..compressed_tensors.kept import QUANTIZED, to_plain_linears
+from ..compressed_tensors.quantized_files import quantized_files
 from ..config import LoRSConfig
 from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..sparsity import measure_sparsity
+from . import UsageError
 from ._common import (
     add_adapter,
     add_force,
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=SAVE_FORMATS,
         default="dense",
-        help="how the weights are stored; dense loads everywhere",
+        help="how the weights are stored; dense loads everywhere, quantized as --model was",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the output")
 
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Merge, verify every layer's mask, and write the result at once or not at all."""
     check_new(args.output, [args.model, args.adapter], overwrite=args.overwrite)
-    model = load_model(args.model, args.device, any_architecture=True)
+    model = load_model(args.model, args.device, any_architecture=True, mask_from=args.mask_from)
     before = measure_sparsity(model, target_config(args))
     load_adapter(model, args.adapter, strict_mask=args.strict_mask, strict_values=args.strict_values)
     # One bit per weight: a copy of the weights would be as large as the model.
@@ -64,11 +68,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config: LoRSConfig = vars(model)["lors_config"]
     rounding = args.rounding or config.rounding
     seed = None if rounding == "nearest" else config.rounding_seed if args.seed is None else args.seed
-    merge_and_unload(model, rounding=args.rounding, seed=args.seed)
-    rounded = _verify(model, masks)
+    codes = args.format == QUANTIZED
+    if codes and (args.rounding is not None or args.seed is not None):
+        raise UsageError("--rounding and --seed are of plain weights; codes are what the adapter was trained with")
+    if not codes:
+        merge_and_unload(model, rounding=args.rounding, seed=args.seed)
+        to_plain_linears(model)
+    rounded = 0 if codes else _verify(model, masks)
     after = measure_sparsity(model, target_config(args))
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, args.format)
+        if codes:
+            rounded = _verify_codes(directory, masks)
     say(args, sparsity_table(after))
     also = f" {rounded} kept weights became zero by rounding." if rounded else ""
     say(
@@ -99,11 +110,26 @@ def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
     """
     rounded = 0
     for name, bits in masks.items():
-        weight = weight_of(model.get_submodule(name))
-        mask = unpack_mask(bits, weight.shape[1])
-        nonzero = weight != 0
-        lost = int((nonzero & ~mask).sum())
-        if lost:
-            raise RuntimeError(f"Merging '{name}' turned {lost} zeros into other values; nothing was written.")
-        rounded += int((mask & ~nonzero).sum())
+        rounded += _rounded(name, weight_of(model.get_submodule(name)) != 0, bits)
     return rounded
+
+
+def _verify_codes(directory: Path, masks: dict[str, Tensor]) -> int:
+    """The same of the codes that were written."""
+    quantization = stored_quantization(directory)
+    assert quantization is not None
+    with quantized_files(directory, quantization) as files:
+        return sum(
+            _rounded(name, weight.nonzero(), masks[name])
+            for name, weight in ((stored.name.removesuffix(".weight"), stored.weight) for stored in files)
+            if name in masks
+        )
+
+
+def _rounded(name: str, nonzero: Tensor, bits: Tensor) -> int:
+    """How many weights on the mask are 0; a weight off it that is not is an error."""
+    mask = unpack_mask(bits.to(nonzero.device), nonzero.shape[1])
+    lost = int((nonzero & ~mask).sum())
+    if lost:
+        raise RuntimeError(f"Merging '{name}' turned {lost} zeros into other values; nothing was written.")
+    return int((mask & ~nonzero).sum())

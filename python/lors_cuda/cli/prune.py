@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.method == "wanda" and args.data is None:
         raise UsageError("--method wanda needs calibration text: give --data FILE, or use --method magnitude")
     check_new(args.output, [args.model], overwrite=args.overwrite)
-    model = load_model(args.model, args.device, any_architecture=True)
+    model = load_model(args.model, args.device, any_architecture=True, quantized="dequantize", mask_from=args.mask_from)
     batches = None
     if args.method == "wanda":
         data = load_dataset(args, model)

@@ -82,8 +82,8 @@ def decode_weight(parts: Mapping[str, Tensor], format: str, name: str = "weight"
     values, shape = parts["compressed"], _shape(parts["shape"], format, name)
     if values.dtype not in DTYPES:
         raise ValueError(
-            f"The values of '{name}' are {values.dtype}; float32, bfloat16, float16 and float64 are read. Decompress a "
-            "quantized checkpoint with the tool that wrote it."
+            f"The values of '{name}' are {values.dtype}; float32, bfloat16, float16 and float64 are read, and codes "
+            "of a quantized weight only where config.json says how it is quantized (config_groups)."
         )
     N, K = shape if len(shape) == 2 else (1, *shape)
     _check(parts["bitmask"], "bitmask", torch.uint8, (*shape[:-1], (K + 7) // 8), name)

@@ -20,14 +20,34 @@ from .._files import new_directory
 from ..adapter_directory import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from ..formats import pack_mask, sparse24_metadata
 from ..sparse_linear import SparseLinear
+from ..weight import SparseWeight
 from .bitmask import BITMASK, FORMATS, SPARSE24_BITMASK
-from .files import COMPRESSION_KEYS, CONFIG_NAME, DENSE, compress_files, read_tensors, require, stored_format
+from .files import (
+    COMPRESSION_KEYS,
+    CONFIG_NAME,
+    compress_files,
+    read_tensors,
+    require,
+    stored_format,
+    stored_quantization,
+)
+from .kept import QUANTIZED, check_no_conv1d, placeholders, put_kept, sparse_weight, write_quantized
+from .quantized_files import quantized_files, read_plain
+from .schemes import DENSE, Quantization
 
-SAVE_FORMATS = (DENSE, *FORMATS)
+SAVE_FORMATS = (DENSE, *FORMATS, QUANTIZED)
+KEEP = "keep"
 
 
-def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = False) -> nn.Module:
-    """Load a causal language model from a directory: dense, or compressed as `sparse-24-bitmask` or `sparse-bitmask`.
+def load_sparse_checkpoint(
+    directory: str | Path,
+    *,
+    any_architecture: bool = False,
+    quantized: str | None = None,
+    mask_from: str | Path | None = None,
+) -> nn.Module:
+    """Load a causal language model from a directory: dense, compressed as `sparse-24-bitmask` or `sparse-bitmask`, or
+    quantised, by compressed-tensors or GPTQ (docs/interchange.md lists the formats).
 
     Compressed weights are decoded to dense ones with exact zeros, one at a time, so the peak memory is the model plus
     one weight. Every byte of them is checked before the model is built. A directory that names no compressed format is
@@ -38,14 +58,21 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     Args:
         directory: with config.json.
         any_architecture: load the class of transformers that config.json names, whatever its task.
+        quantized: what becomes of quantised weights. ``"keep"``: they stay codes in memory, in frozen
+            :class:`lors_cuda.SparseLinear` layers, whose masks are the weights that are not 0. ``"dequantize"``:
+            ordinary linears, code times scale rounded once to the scales' dtype, as compressed-tensors dequantises.
+            None: they are refused. Other weights are loaded as ever.
+        mask_from: a directory of the same model, not quantised, whose zeros are the masks of quantised weights: their
+            codes alone do not tell a kept zero from a pruned weight. Codes off the masks become 0, with a warning.
 
     Returns:
         The transformers model, on the CPU, in the dtype its config.json names.
 
     Raises:
-        FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantized checkpoint or another
-            compressed format, named in the message; files that are missing, truncated, corrupted or inconsistent, with
-            the first place; a tensor of the model that no file holds. ModuleNotFoundError: no transformers.
+        FileNotFoundError: no such directory, or no config.json in it. ValueError: a quantised checkpoint without
+            ``quantized``, or a format that is not read, named in the message; files that are missing, truncated,
+            corrupted or inconsistent, with the first place; a tensor of the model that no file holds; ``mask_from`` of
+            another model, or for weights that are not quantised. ModuleNotFoundError: no transformers.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -55,13 +82,26 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
     transformers = require("transformers")
     if (directory / ADAPTER_CONFIG_NAME).is_file():
         warnings.warn(f"'{directory}' holds an adapter beside the model, which is loaded without it.", stacklevel=2)
-    format = stored_format(directory)
-    tensors = None if format is None else read_tensors(directory, format)
+    if quantized is not None:
+        check_choice("quantized", quantized, (KEEP, "dequantize"))
+    quantization = stored_quantization(directory)
+    kept: dict[str, SparseWeight] = {}
+    if quantization is not None:
+        files = _quantized_tensors(quantization, quantized, mask_from)
+        tensors: dict[str, Tensor] | None = files[0]
+        kept, activations = files[1:]
+    elif mask_from is not None:
+        raise ValueError(
+            f"The weights in '{directory}' are not quantized, so they show their masks; leave mask_from out."
+        )
+    else:
+        format = stored_format(directory)
+        tensors = None if format is None else read_tensors(directory, format)
     try:
         model, info = (
             _from_files(transformers, directory, any_architecture)
             if tensors is None
-            else _from_tensors(transformers, directory, tensors, any_architecture)
+            else _from_tensors(transformers, directory, tensors, any_architecture, kept)
         )
     except ImportError:
         raise
@@ -95,6 +135,10 @@ def load_sparse_checkpoint(directory: str | Path, *, any_architecture: bool = Fa
             f"{type(model).__name__} has no place for; they are left out. See whether config.json belongs to them.",
             stacklevel=2,
         )
+    if quantization is not None:
+        check_no_conv1d(model, directory)
+    if quantization is not None and quantized == KEEP:
+        put_kept(model, kept, tensors or {}, quantization, activations)
     return model
 
 
@@ -105,7 +149,10 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
         format: ``"dense"``: ordinary safetensors with exact zeros and no sparsity config, which every tool loads.
             ``"sparse-24-bitmask"`` compresses the linears that are 2:4, ``"sparse-bitmask"`` those that become smaller.
             All other parameters stay dense. Both are for tools that still read them (compressed-tensors 0.9 to 0.14)
-            and for :func:`load_sparse_checkpoint`.
+            and for :func:`load_sparse_checkpoint`. ``"quantized"``: of a model that was loaded with quantized="keep",
+            the same scheme, scales and zero points; adapters that were trained with ``requantize`` are merged in. Where
+            a kept weight has the code of 0, `lors_mask.safetensors` beside the model holds the mask, for
+            :func:`load_sparse_checkpoint`.
 
     Raises:
         TypeError: not a transformers model. ValueError: an unknown format, unmerged adapters, a quantized model, or no
@@ -122,6 +169,9 @@ def save_sparse_checkpoint(model: nn.Module, directory: str | Path, format: str 
 def write_model(model: nn.Module, directory: Path, format: str = DENSE) -> None:
     """:func:`save_sparse_checkpoint` into a directory that exists and is empty."""
     check_choice("format", format, SAVE_FORMATS)
+    if format == QUANTIZED:
+        write_quantized(model, directory)
+        return
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, with save_pretrained.")
     for name, module in model.named_modules():
@@ -190,6 +240,35 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
         yield Path(links)
 
 
+def _quantized_tensors(
+    quantization: Quantization, quantized: str | None, mask_from: str | Path | None
+) -> tuple[dict[str, Tensor], dict[str, SparseWeight], dict[str, Tensor]]:
+    """The model's tensors, those of quantised weights dequantised one at a time, or apart; and those of activations."""
+    if quantized is None:
+        raise ValueError(
+            f"The weights in '{quantization.directory}' are quantized ({quantization.formats}). Load it with "
+            "quantized='keep' (codes in memory, in frozen sparse layers) or quantized='dequantize' (ordinary linears)."
+        )
+    kept, lost = {}, 0
+    with quantized_files(quantization.directory, quantization, None if mask_from is None else Path(mask_from)) as files:
+        tensors = read_plain(files)
+        activations = {name: read() for name, read in files.activations.items()}
+        for stored in files:
+            if quantized == KEEP:
+                kept[stored.name] = sparse_weight(stored)
+            else:
+                dense = tensors[stored.name] = stored.weight.dequantize(stored.name)
+                lost += int((stored.mask & (dense == 0)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} kept weights of '{quantization.directory}' are 0, and count as pruned in ordinary linears; "
+            "quantized='keep' keeps them.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tensors, kept, activations
+
+
 def _config(transformers: Any, directory: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
@@ -201,9 +280,14 @@ def _named_class(transformers: Any, config: Any) -> Any:
 
 
 def _from_tensors(
-    transformers: Any, directory: Path, tensors: dict[str, Tensor], any_architecture: bool
+    transformers: Any,
+    directory: Path,
+    tensors: dict[str, Tensor],
+    any_architecture: bool,
+    kept: dict[str, SparseWeight],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The same from tensors in memory, which become the model's parameters; the config loses its compression keys."""
+    """The same from tensors in memory, which become the model's parameters; the config loses its compression keys.
+    Placeholders of the weights that are ``kept`` are added to the tensors."""
     config = _config(transformers, directory)
     for key in COMPRESSION_KEYS:
         if hasattr(config, key):
@@ -213,6 +297,9 @@ def _from_tensors(
     if model_class is None:
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    # In the model's dtype: a conversion would give them memory.
+    floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    tensors |= placeholders(kept, config.dtype or next(floating, torch.float32))
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
     )

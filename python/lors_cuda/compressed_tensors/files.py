@@ -9,7 +9,8 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from .._files import replace_file
 from .bitmask import FORMATS, PARTS, decode_weight, encode_weight
+from .schemes import DENSE, ELSE, Quantization, parse_quantization
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-DENSE = "dense"
 # The keys of compressed-tensors' configuration: since 0.7; in 0.4 to 0.6; the last two in 0.3.
 COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config", "sparseml_quantization_config")
 _PART_NAMES = frozenset(part for parts in PARTS.values() for part in parts)
@@ -55,52 +56,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def stored_format(directory: Path) -> str | None:
-    """The format that a model directory's config.json names: one of FORMATS, ``"dense"`` (a sparsity config without
-    compression), or None if it names none.
+def _blocks(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts of config.json that describe how weights are stored, by their keys.
 
     Raises:
-        ValueError: a quantized checkpoint or another compressed format, named in the message; a damaged config.json.
+        ValueError: a damaged config.json.
     """
     config = read_json(directory / CONFIG_NAME)
-    found = None
     for key in COMPRESSION_KEYS:
         block = config.get(key)
-        if not block:
-            continue
-        if not isinstance(block, dict):
+        if block and not isinstance(block, dict):
             raise ValueError(f"'{directory / CONFIG_NAME}' is corrupted: its {key} is a {type(block).__name__}.")
-        _refuse_quantized(directory, block)
+        if block:
+            yield key, block
+
+
+def stored_quantization(directory: Path) -> Quantization | None:
+    """How a model directory's config.json says that its weights are quantised; None if they are not.
+
+    Raises:
+        ValueError: a method or format that is not read, named in the message; a damaged config.json.
+    """
+    parsed = (parse_quantization(directory, block) for key, block in _blocks(directory) if key != "sparsity_config")
+    return next((found for found in parsed if found is not None), None)
+
+
+def stored_format(directory: Path) -> str | None:
+    """The format that a model directory's config.json names: one of FORMATS, ``"dense"`` (a sparsity config without
+    compression), or None if it names none. Not of quantised weights: see :func:`stored_quantization`.
+
+    Raises:
+        ValueError: another compressed format, named in the message; a damaged config.json.
+    """
+    found = None
+    for key, block in _blocks(directory):
         sparsity = block if key == "sparsity_config" else block.get("sparsity_config") or {}
         name = sparsity.get("format") or DENSE if isinstance(sparsity, dict) else sparsity
         if name != DENSE and name not in FORMATS:
             raise ValueError(
                 f"'{directory}' is stored in the compressed format {name!r}; {', '.join(FORMATS)} and dense are read. "
-                "Decompress it with the tool that wrote it, and save it as dense safetensors."
+                f"{ELSE}, or another copy of it."
             )
         found = name if found in (None, DENSE) else found
     return found
-
-
-def _refuse_quantized(directory: Path, block: dict[str, Any]) -> None:
-    method = block.get("quant_method")
-    inner = block.get("quantization_config")
-    groups = block.get("config_groups") or (isinstance(inner, dict) and inner.get("config_groups"))
-    transforms = block.get("transform_config")
-    kind = None
-    if method not in (None, "compressed-tensors"):
-        kind = f"quantized with {method!r}"
-    elif groups or block.get("kv_cache_scheme"):
-        kind = f"quantized by compressed-tensors in the format {block.get('format')!r}"
-    elif block.get("format") not in (None, DENSE, *FORMATS):
-        kind = f"stored in the compressed format {block['format']!r}"
-    elif transforms:
-        kind = "transformed by compressed-tensors (transform_config)"
-    if kind:
-        raise ValueError(
-            f"The model in '{directory}' is {kind}; its weights must be float32, bfloat16 or float16. Use the "
-            "checkpoint it was made from, or decompress it with the tool that wrote it and save that."
-        )
 
 
 def read_tensors(directory: Path, format: str) -> dict[str, Tensor]:
@@ -115,21 +113,45 @@ def read_tensors(directory: Path, format: str) -> dict[str, Tensor]:
     Raises:
         ValueError: anything missing, damaged or inconsistent, named in the message.
     """
+    with tensor_files(directory) as stored:
+        return {name: read() for name, read in dense_weights(directory, stored, format).items()}
+
+
+@contextlib.contextmanager
+def tensor_files(directory: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """What reads each tensor of a model directory's safetensors files, by its name, inside a `with` block.
+
+    Raises:
+        ValueError: shards are missing, truncated, or disagree with the index or with each other.
+    """
     with contextlib.ExitStack() as stack:
-        shards = {path: stack.enter_context(_open(path)) for path in _shard_paths(directory)}
-        where: dict[str, Any] = {}
+        shards = {path: stack.enter_context(open_file(path)) for path in _shard_paths(directory)}
+        stored: dict[str, Callable[[], Tensor]] = {}
         for path, shard in shards.items():
             for name in shard.keys():  # noqa: SIM118 (no mapping)
-                if name in where:
+                if name in stored:
                     raise ValueError(f"'{directory}' holds the tensor '{name}' twice, also in '{path.name}'.")
-                where[name] = shard
+                stored[name] = partial(_tensor, directory, shard, name)
         _check_index(directory, shards)
-        plain, compressed = _group(directory, where, format)
-        tensors = {name: _tensor(directory, where[name], name) for name in plain}
-        for name, keys in compressed.items():
-            parts = {part: _tensor(directory, where[key], key) for part, key in keys.items()}
-            tensors[name] = decode_weight(parts, format, name)
-        return tensors
+        yield stored
+
+
+def dense_weights(
+    directory: Path, stored: Mapping[str, Callable[[], Tensor]], format: str
+) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of the model, decoded from ``format``, one of FORMATS or ``"dense"``.
+
+    Raises:
+        ValueError: a compressed weight lacks a part, or is there twice.
+    """
+    plain, compressed = _group(directory, stored, format)
+
+    def decoded(name: str, keys: dict[str, str]) -> Tensor:
+        return decode_weight({part: stored[key]() for part, key in keys.items()}, format, name)
+
+    return {name: stored[name] for name in plain} | {
+        name: partial(decoded, name, keys) for name, keys in compressed.items()
+    }
 
 
 def _group(directory: Path, names: Collection[str], format: str) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -208,7 +230,7 @@ def _check_index(directory: Path, shards: Mapping[Path, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_file(path: Path) -> Iterator[Any]:
     """A safetensors file; opening it checks its header against its size."""
     safetensors = require("safetensors")
     try:
@@ -238,7 +260,7 @@ def compress_files(directory: Path, weights: Collection[str], format: str, spars
     paths = _shard_paths(directory)
     weight_map, total = {}, 0
     for path in paths:
-        with _open(path) as shard:
+        with open_file(path) as shard:
             tensors: dict[str, Tensor] = {}
             for name in shard.keys():  # noqa: SIM118
                 tensor = shard.get_tensor(name)

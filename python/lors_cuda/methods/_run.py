@@ -62,6 +62,11 @@ class Run:
                 "The model has no adapters that are trained. Convert it first, with lors_cuda.get_lors_model or "
                 "lors_cuda.peft, and start the method then."
             )
+        if "noise" in method.places() and any(pair.layer.requantize for pair in self.pairs):
+            raise ValueError(
+                f"The method '{method.name}' adds noise to the merged weight, and the layers requantise it, which "
+                "would round the noise to whole steps. Convert the model with requantize=False, or take another method."
+            )
         if any(pair.is_sharded for pair in self.pairs):
             raise ValueError("The model is sharded; start the method before fully_shard.")
         self.method, self.model, self.steps, self.seed = method, model, steps, seed

@@ -30,7 +30,8 @@ from .._checks import (
     rank_number,
 )
 from .._draws import ROUNDINGS, seed_number
-from ..adapter_directory import FORMAT_VERSION, PEFT_TYPE
+from ..adapter_directory import FORMAT_VERSION, OWN_FIELDS, PEFT_TYPE
+from ..config import check_requantize_options
 from ..fingerprints import Fingerprint, from_fields, mask_problem, to_fields, value_problem
 
 
@@ -82,6 +83,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         rounding: of the merged weight, as in :class:`lors_cuda.LoRSConfig`. Adapters of one layer must agree;
             "stochastic" cannot be trained with dropout, which needs the adapter apart from the weight.
         rounding_seed: of "stochastic", likewise.
+        requantize, remainder, dither_seed: of quantised weights (`lors_cuda.SparseLinear`), as in
+            :class:`lors_cuda.LoRSConfig`. Adapters of one layer must agree; not with dropout, likewise.
         lors: what `save_pretrained` writes, the version of the format and the fingerprints of the base; not for use.
 
     Raises:
@@ -98,6 +101,14 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         metadata={"help": "How 16-bit merged weights are rounded: 'nearest' or 'stochastic'.", "is_lora_variant": True},
     )
     rounding_seed: int = field(default=0, metadata={"help": "The seed of rounding='stochastic'."})
+    requantize: bool = field(
+        default=False,
+        metadata={"help": "Round merged weights to the base's grid.", "is_lora_variant": True},
+    )
+    remainder: str | None = field(
+        default=None, metadata={"help": "With requantize: 'dither', 'none' or 'stored'.", "is_lora_variant": True}
+    )
+    dither_seed: int = field(default=0, metadata={"help": "The seed of remainder='dither'."})
     lors: dict[str, Any] | None = field(default=None, metadata={"help": "Filled by save_pretrained."})
 
     def __post_init__(self) -> None:
@@ -131,10 +142,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
             )
         self.trained_on = trained_on or None
         # `lors_cuda.save_adapter` writes them here.
-        self.layout = saved.get("layout", self.layout)
-        self.gradient = saved.get("gradient", self.gradient)
-        self.rounding = saved.get("rounding", self.rounding)
-        self.rounding_seed = saved.get("rounding_seed", self.rounding_seed)
+        for name in OWN_FIELDS:
+            setattr(self, name, saved.get(name, getattr(self, name)))
 
     def validate(self) -> None:
         """Refuse what cannot work; called again when the configuration is used, because fields may be reassigned.
@@ -146,6 +155,7 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         self.rounding_seed = seed_number("rounding_seed", self.rounding_seed)
+        check_requantize_options(self)
         start = self.init_lora_weights
         if not isinstance(start, bool) and not (isinstance(start, str) and start in _STARTS):
             raise ValueError(

@@ -15,7 +15,6 @@ from peft import PeftModel
 from .. import gradient_init
 from .._distributed import check_gathered
 from ..model import check_no_method
-from ..sparse_linear import SparseLinear
 from ..targets import Target
 from .config import LoRSLoraConfig
 from .model import LoRSLoraModel
@@ -44,12 +43,6 @@ def estimate_gradients(
     config = tuner._prepare_adapter_config(_NoTuner, config, tuner.get_model_config(model))
     spell_out_all_linear(config, model)
     found = selected(model, config)
-    stored = next((name for name, module in found.items() if isinstance(module, SparseLinear)), None)
-    if stored is not None:
-        raise ValueError(
-            f"'{stored}' is stored sparse, and gradients are estimated with respect to dense weights. Call this on the "
-            "model before it is compressed."
-        )
     if not found:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
     check_targets(found, model, config, new=True)

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from .._checks import check_adapters, check_stored
 from .._draws import Draws
+from .._linears import make_linear
 from .._weight_reads import reads_past
 from ..fingerprints import Fingerprint
 from ..functional import layer_linear, lors_linear, merge, stored_merge
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..weight import SparseWeight
 from .config import LoRSLoraConfig
+
+# How adapters are merged: those of one layer must agree.
+MERGING_FIELDS = ("rounding", "rounding_seed", "requantize", "remainder", "dither_seed")
 
 
 class MaskedVariant(LoraVariant):  # type: ignore[misc]
@@ -38,13 +42,20 @@ class MaskedVariant(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: LoRSLoraLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if module.requantize:
+            raise ValueError(
+                "The layer's merged weight is requantised, and here no weight is merged: dropout, adapters with "
+                "different gradients or adapter_names keep adapters apart from it. Set lora_dropout=0 and use one kind "
+                "of gradient, or requantize=False."
+            )
         if module.draws(module.training).any:
             raise ValueError(
                 "The layer's merged weight is rounded by chance or has noise (rounding='stochastic', Flat-LoRA), and "
                 "here no weight is merged: dropout, adapters with different gradients or adapter_names keep adapters "
                 "apart from it. Set lora_dropout=0 and use one kind of gradient, or rounding='nearest'."
             )
-        zeros = module.zero_weight()
+        # Codes are computed with in the type of the activations.
+        zeros = module.zero_weight(result.dtype if module.base_layer.kind else None)
         lora_A, lora_B, scaling = module.stacked([active_adapter])
         x = module.lora_dropout[active_adapter](x.to(zeros.dtype))  # PEFT hands it over in the adapter's dtype
         gradient = module.gradient[active_adapter]
@@ -74,7 +85,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     base_was_linear = False
     mask_was_implicit = False
     fingerprint: Fingerprint | None = None
-    _rounding = ("nearest", 0)  # of its adapters' configurations
+    _merging: tuple[Any, ...] = ()  # how its adapters' configurations say that they are merged
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRSLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -92,14 +103,19 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
                 "use lors_cuda.peft.LoRSLoraConfig, or add the adapter to a model of its own."
             )
         self.__dict__.setdefault("gradient", {})
-        wanted = (config.rounding, config.rounding_seed)
-        if self.gradient and wanted != self._rounding:
-            raise ValueError(
-                f"The adapter '{adapter_name}' has rounding {wanted[0]!r} with seed {wanted[1]}, and the layer's "
-                f"others {self._rounding[0]!r} with seed {self._rounding[1]}; they are merged into one weight, which "
-                "is rounded once. Give all the same."
+        wanted = tuple(getattr(config, name) for name in MERGING_FIELDS)
+        if self.gradient and wanted != self._merging:
+            own, others = (
+                ", ".join(f"{name}={value!r}" for name, value in zip(MERGING_FIELDS, values, strict=True))
+                for values in (wanted, self._merging)
             )
-        self._rounding, self.rounding = wanted, config.rounding
+            raise ValueError(
+                f"The adapter '{adapter_name}' has {own}, and the layer's others {others}; they are merged into one "
+                "weight, which is rounded once. Give all the same."
+            )
+        self._merging, self.rounding = wanted, config.rounding
+        if not self.gradient:
+            self.set_requantization(config.requantize, config.remainder, config.dither_seed)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         self.gradient[adapter_name] = config.gradient
 
@@ -149,9 +165,8 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     @property
     def sparse_weight(self) -> SparseWeight:
         """The base weight, without what is merged into it."""
-        stored = self.base_layer.sparse_weight
-        values = stored.values if self.unmerged_values is None else self.unmerged_values
-        return stored._with(values, stored.mask_bits, stored.index)
+        base = self.base_layer
+        return base.sparse_weight if self.unmerged_values is None else base._stored(self.unmerged_values)
 
     @property
     def storage(self) -> nn.Module:
@@ -168,18 +183,19 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
     def merged_dense(self) -> Tensor:
         return self._merged(self.draws(training=False))
 
-    def _merged(self, draws: Draws) -> Tensor:
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    def _merged(self, draws: Draws, names: Sequence[str] | None = None) -> Tensor:
+        """With these adapters; None: those that are active."""
+        if names is None:
+            names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        dtype = self.base_layer._dense_dtype
         if not names:
-            return self.sparse_weight.to_dense()
-        return stored_merge(self.sparse_weight, *self.stacked(names), draws)
+            return self.sparse_weight.to_dense(dtype)
+        return stored_merge(self.sparse_weight, *self.stacked(names), draws, self.requantization, dtype)
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
-        """A weight of zeros with the base's mask; its values are one stored number, also where autograd keeps them."""
+        """See :meth:`lors_cuda.SparseWeight.zeros`; in the base's dtype unless another is given."""
         weight = self.sparse_weight
-        zeros = torch.zeros((), dtype=dtype or weight.dtype, device=weight.device).expand(weight.values.shape)
-        bits = None if weight.layout == "2:4" else weight.packed_mask()
-        return SparseWeight(zeros, bits, weight.index, in_features=self.in_features)
+        return weight.zeros(dtype or weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight: ``s M o (B A)`` [N, K], in lora_B's dtype."""
@@ -194,8 +210,8 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         return linear.in_features, linear.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        values = self.stored_values  # PEFT would read `weight`, which decompresses it
-        return values.device, values.dtype
+        base = self.base_layer  # PEFT would read `weight`, which decompresses it
+        return base.weight_values.device, base.dense_dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT also casts to the base's dtype: right for a new adapter, but one that was just loaded would be rounded.
@@ -227,7 +243,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         weight, (lora_A, lora_B, scaling) = base.check_mask(), self.stacked(names)
         check_adapters(weight, lora_A, lora_B)
         gradient, draws = self.gradient[names[0]], self.draws(self.training)
-        return layer_linear(x, weight, lora_A, lora_B, scaling, base.bias, gradient, kept, draws)
+        return layer_linear(x, weight, lora_A, lora_B, scaling, base.bias, gradient, kept, draws, self.requantization)
 
     def _is_one_matmul(self, names: list[str]) -> bool:
         """Whether these adapters give one merged weight: no dropout in effect, and one kind of gradients."""
@@ -242,15 +258,22 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         """Merge adapters (None: the active ones) into the base weight, rounded once, with exact zeros off the mask.
 
         The values that stood there are kept for :meth:`unmerge`. Adapters that are merged later join those merged
-        before in one sum, so that the order does not matter.
+        before in one sum, so that the order does not matter. Codes are replaced by codes, with ``requantize`` alone.
 
         Raises:
             ValueError: what is merged, or the merged weight, has a NaN or an infinity, with ``safe_merge`` or without;
-                the first place is named and nothing is changed.
+                the first place is named and nothing is changed. The base is quantised, and the result is not, or
+                has another kind of codes.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if self.base_layer.kind and self.requantization.steps != 1:
+            raise ValueError(
+                f"The base holds {self.base_layer.kind} codes, and the merged weight has none of their grid: the "
+                "adapter cannot be merged in place. Use merge_and_unload, which gives a plain linear, or train with "
+                "requantize=True and remainder 'dither' or 'none'."
+            )
         values = self.merged_values([*self.merged_adapters, *names])
         stored = self.stored_values
         if self.unmerged_values is None:
@@ -259,15 +282,31 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if self.sparse_weight.layout == "dense" and self.base_layer.weight_mask is None:
             # It must not change where a merged value is zero, or rounds to zero in a conversion.
             self.mask_was_implicit, self.base_layer.weight_mask = True, self.sparse_weight.packed_mask()
+        self._update_digest()
         self.merged_adapters.extend(names)
+
+    def _update_digest(self) -> None:
+        """The digest of a quantised base is that of its codes too, which merging changes."""
+        if self.base_layer.kind:
+            self.base_layer.mask_digest = self.base_layer.sparse_weight.digest()
+
+    def merged_sparse_weight(self, names: Sequence[str] | None = None) -> SparseWeight:
+        """The base weight with these adapters (None: the active ones) merged in, in its layout; with ``requantize`` its
+        codes are those that the layer computes with. Refused as :meth:`merge` says."""
+        if names is None:
+            names = [name for name in self.active_adapters if name in self.lora_A]
+        self.base_layer.check_mask(always=True)
+        seed = self.draws(training=False).rounding_seed
+        rounding = "nearest" if seed is None else "stochastic"
+        with torch.no_grad():
+            return self.sparse_weight.merge(
+                *self.stacked(names), rounding=rounding, seed=seed, requantize=self.requantization
+            )
 
     @torch.no_grad()
     def merged_values(self, names: Sequence[str]) -> Tensor:
         """The base's stored values with these adapters merged in; a new tensor. Refused as :meth:`merge` says."""
-        self.base_layer.check_mask(always=True)
-        seed = self.draws(training=False).rounding_seed
-        rounding = "nearest" if seed is None else "stochastic"
-        return self.sparse_weight.merge(*self.stacked(names), rounding=rounding, seed=seed).values
+        return self.merged_sparse_weight(names).values
 
     def unmerge(self) -> None:
         """Put the base's values back as they were before :meth:`merge`, bit for bit."""
@@ -277,6 +316,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         if self.unmerged_values is not None:
             self.stored_values.data = self.unmerged_values
             self.unmerged_values = None
+            self._update_digest()
         bits = self.base_layer.weight_mask
         if self.mask_was_implicit and bits is not None:
             if torch.equal(SparseWeight(self.stored_values).packed_mask(), bits):
@@ -290,6 +330,13 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         """What PEFT puts in this layer's place: a plain ``nn.Linear`` if merged, otherwise :meth:`restored_base`."""
         if not merge:
             return self.restored_base()
+        if self.base_layer.kind:
+            self.base_layer.check_mask(always=True)
+            chosen = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+            with torch.no_grad():
+                merged = self._merged(self.draws(training=False), [*self.merged_adapters, *chosen])
+            merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
+            return make_linear(merged, self.base_layer.bias, self.base_layer.conv1d).requires_grad_(False)
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         self.unmerged_values = None  # not twice in memory; the layer is dropped
         return self.base_layer.to_linear()

@@ -30,7 +30,7 @@ from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
 from ..adapter_directory import FORMER_PEFT_TYPE
 from ..advice import new_heads, warn_of_conversion
-from ..model import check_mergeable, check_no_method
+from ..model import check_mergeable, check_no_method, dither_seed_of
 from ..sparse_linear import SparseLinear
 from .config import PEFT_METHOD, LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -85,6 +85,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             layer: Any = model.get_submodule(name)
             layer.fingerprint = value
             layer.rounding_seed = derived_seed(config.rounding_seed, "rounding", name)
+            layer.dither_seed = dither_seed_of(config, name)
             layer.base_was_linear |= name in unconverted
             config.adapted[name] = (layer.r, layer.scaling, adapter_name)
         config.fingerprints, config.trained_on = found, None

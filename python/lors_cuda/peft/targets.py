@@ -16,8 +16,17 @@ from .._checks import check_rank, joined, listed
 from .._linears import is_linear, weight_of
 from ..config import ALL_LINEAR, matched
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
-from ..sparse_linear import SparseLayer, SparseLinear
-from ..targets import Places, adaptable, cannot_adapt, no_saved_module, output_heads, shape_of, warn_unused
+from ..sparse_linear import SparseLayer, SparseLinear, check_stored_layout
+from ..targets import (
+    Places,
+    adaptable,
+    cannot_adapt,
+    check_requantizable,
+    no_saved_module,
+    output_heads,
+    shape_of,
+    warn_unused,
+)
 from ..weight import SparseWeight, check_fits
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
@@ -92,6 +101,7 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
         try:
             if new:
                 check_rank(matched(config.rank_pattern, name, config.r), *shape_of(module))
+            check_requantizable(module, config)
             _check_layout(module, config)
         except ValueError as error:
             problems.append(f"'{name}': {error}")
@@ -127,9 +137,7 @@ def _problem(module: nn.Module, places: Places) -> str | None:
         return None
     if isinstance(module, BaseTunerLayer):
         return f"has an adapter of PEFT's {type(module).__name__}, which is not masked. Unload that one"
-    if type(module) is SparseLinear:
-        return "is on the meta device. Load the model's weights first" if module.weight_values.is_meta else None
-    if isinstance(module, SparseLinear):
+    if isinstance(module, SparseLinear) and type(module) is not SparseLinear:
         return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
     reason, names = places.problem(module), places.names_of[module]
     if reason is None and len(names) > 1:
@@ -150,12 +158,7 @@ def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
         if config.trained_on is None or not config.strict_mask:  # else the mask itself is compared
             check_fits(weight_of(module).detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.trained_on is None:
-        stored = module.sparse_weight.layout
-        if config.layout not in ("auto", stored):
-            raise ValueError(
-                f"it is stored in layout '{stored}' and layout='{config.layout}' was asked for. Leave layout at "
-                "'auto', or compress the model so."
-            )
+        check_stored_layout(module.sparse_weight, config.layout)
 
 
 def _check_base(found: dict[str, Fingerprint], saved: Mapping[str, Fingerprint], strict_mask: bool) -> None:

@@ -97,12 +97,12 @@ def test_quantized_and_damaged_checkpoints_are_refused_in_one_line(home, merged,
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "truncated or corrupted" in failed(capsys, *command)
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
     before = tree(model)
     run = tmp_path / "run"
     for arguments in (command, ["finetune", "--model", model, *finetune(home, run)[3:]]):
-        assert "quantized with 'gptq'" in failed(capsys, *arguments)
+        assert "quantized with 'awq'" in failed(capsys, *arguments)
     assert not run.exists()
     assert tree(model) == before
 

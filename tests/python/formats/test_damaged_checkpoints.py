@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interchange_cases import DIRECTORIES, WRITTEN, raw, sparse24
+from interchange_cases import DIRECTORIES, WRITTEN, damage, raw, sparse24
 from lors_cuda.compressed_tensors.bitmask import FORMATS, decode_weight, encode_weight
 from lors_cuda.compressed_tensors.files import INDEX_NAME, read_tensors, stored_format
 
@@ -63,28 +63,6 @@ def test_damaged_parts_decode_or_are_refused(case):
         values = parts["compressed"].reshape(-1)
         torch.testing.assert_close(dense[dense != 0], values[values != 0], rtol=0, atol=0, equal_nan=True)
     assert all(raw(part) == raw(before[name]) for name, part in parts.items())
-
-
-@st.composite
-def damage(draw):
-    """A function of bytes: changes, removes or inserts some, more often in the header than behind it."""
-    edit = st.tuples(st.sampled_from(["set", "cut", "insert"]), st.floats(0, 1), st.integers(0, 255))
-    edits = draw(st.lists(edit, min_size=1, max_size=4))
-    within = draw(st.sampled_from([64, 1500, 10**9]))
-
-    def apply(data: bytes) -> bytes:
-        content = bytearray(data)
-        for kind, place, value in edits:
-            at = min(int(place * min(len(content), within)), max(len(content) - 1, 0))
-            if kind == "set" and content:
-                content[at] = value
-            elif kind == "cut":
-                del content[at : at + 1 + value]
-            else:
-                content[at:at] = bytes([value]) * (1 + value % 9)
-        return bytes(content)
-
-    return apply
 
 
 @given(st.sampled_from(DIRECTORIES), damage(), st.sampled_from(["model.safetensors", "config.json", INDEX_NAME]))

@@ -242,7 +242,7 @@ def test_a_value_too_many_or_too_few(device, seed):
     bits = pack_mask(make_case(seed, 1, 4, 50, 1, device=device).kept)
     count = int(row_offsets(bits)[-1])
     for more in (-1, 1):
-        with pytest.raises(ValueError, match=f"it has {count + more} values, and {count} bits are set"):
+        with pytest.raises(ValueError, match=f"it has {count + more} values, and {count} by the bits that are set"):
             SparseWeight.from_bitmap(torch.zeros(count + more, device=device), bits, row_offsets(bits), 50)
 
 

@@ -215,21 +215,22 @@ def test_decoding_holds_one_weight_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("block", "fragments"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ["quantized with 'gptq'", "the checkpoint it was made from"]),
+        ({"quant_method": "awq", "bits": 4}, ["quantized with 'awq'", "the checkpoint that it was made from"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["quantized with 'bitsandbytes'"]),
         (
-            {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"group_0": {}}},
-            ["quantized by compressed-tensors in the format 'marlin-24'"],
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+             "config_groups": {"group_0": {"targets": ["Linear"]}}},
+            ["quantized by compressed-tensors in the format 'nvfp4-pack-quantized'"],
         ),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": {}},
              "sparsity_config": {"format": "sparse-24-bitmask"}},
-            ["'float-quantized'", "decompress it with the tool that wrote it"],
+            ["is corrupted", "config_groups['group_0'] must be an object with a list of targets"],
         ),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, ["compressed format 'pack-quantized'"]),
         ({"sparsity_config": {"format": "sparse-48"}}, ["'sparse-48'", "sparse-24-bitmask, sparse-bitmask and dense"]),
         ({"sparsity_config": "sparse"}, ["'sparse'"]),
-        ({"kv_cache_scheme": {"num_bits": 8}}, ["quantized by compressed-tensors"]),
+        ({"kv_cache_scheme": {"num_bits": 8}}, ["(kv_cache_scheme), which is not read"]),
         ({"transform_config": {"config_groups": {"R1": {}}}}, ["transform_config"]),
         ([1], ["quantization_config is a list"]),
     ],

@@ -375,12 +375,12 @@ def corrupt() -> list:
         (
             bitmap,
             (torch.zeros(4), bits, offsets, 12),
-            "it has 4 values, and 3 bits are set",
+            "it has 4 values, and 3 by the bits that are set",
         ),
         (
             bitmap,
             (torch.zeros(3), bits, torch.tensor([0, 1, 3]), 12),
-            "first in that of row 1: it is 1, and 2 bits are set in the rows before",
+            "first in that of row 1: it is 1, and 2 by the bits that are set in the rows before",
         ),
         (
             bitmap,

@@ -251,7 +251,7 @@ def test_a_state_of_another_layout_is_refused_and_changes_nothing(seed):
         ("bitmap", "weight_index", lambda t: t.__setitem__(-1, 3), "first in that of row 31"),
         ("bitmap", "weight_index", lambda t: t.resize_(31), r"must be torch.int32 \(30, 3\)"),
         ("bitmap", "weight_mask", lambda t: t.bitwise_not_(), "corrupted in"),
-        ("bitmap", "weight_values", lambda t: t.resize_(t.numel() - 1), "bits are set"),
+        ("bitmap", "weight_values", lambda t: t.resize_(t.numel() - 1), "bits that are set"),
     ],
 )
 def test_a_corrupt_state_is_refused_and_changes_nothing(seed, layout, name, change, message):

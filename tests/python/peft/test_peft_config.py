@@ -25,7 +25,7 @@ lora = peft.tuners.lora.config
 def test_every_field_of_peft_is_decided():
     # A new field of PEFT stands in neither set: decide it there, and test it.
     names = {item.name for item in dataclasses.fields(peft.LoraConfig)}
-    own = {"layout", "gradient", "rounding", "rounding_seed", "lors"}
+    own = {"layout", "gradient", "rounding", "rounding_seed", "requantize", "remainder", "dither_seed", "lors"}
     assert names | own | {"products"} == SUPPORTED_LORA_FIELDS | set(REFUSED_LORA_FIELDS)
     assert not SUPPORTED_LORA_FIELDS & set(REFUSED_LORA_FIELDS)
     assert {item.name for item in dataclasses.fields(LoRSLoraConfig)} - names == own
