@@ -4,6 +4,7 @@
 For each linear of the decoder layers, W [N, K], adapters of rank r, T tokens, bfloat16 weights and activations:
 
     weights      dense 2 N K;  2:4  N K + N ceil(K/8);  bitmap  N K + 4 N ceil(K/32) + 8 (N + 1), half of it kept
+                 int4 codes are a quarter of these values, int8 and e4m3 half, and scales 2 N K/128 or 2 N beside them
     adapters     a r (N + K), a bytes each: 4 (PEFT and this library), 2 (the peers that need the weight's dtype)
     gradients    as the adapters;  AdamW  twice the adapters
     saved        what the linears keep for backward: 2 T K of each input, once where linears share it, SQFT also W~
@@ -40,6 +41,8 @@ class Kind:
     adapter_bytes: int = 4
     saved_per_weight: int = 0
     float32_inputs: bool = False
+    code_bits: int = 16
+    group: int = 0  # columns that share a scale; 0: the row's
 
 
 KINDS = {
@@ -49,15 +52,21 @@ KINDS = {
     "sqft_checkpointed": Kind("the same, each linear checkpointed", adapter_bytes=2),
     "lors_cuda_24": Kind("this library, 2:4 storage", "2:4"),
     "lors_cuda_bitmap": Kind("this library, bitmap storage", "bitmap"),
+    "lors_cuda_24_int8": Kind("this library, 2:4 storage, int8 or e4m3, a scale per row", "2:4", code_bits=8),
+    "lors_cuda_24_int4": Kind("this library, 2:4 storage, int4, groups of 128", "2:4", code_bits=4, group=128),
+    "lors_cuda_bitmap_int4": Kind(
+        "this library, bitmap storage, int4, groups of 128", "bitmap", code_bits=4, group=128
+    ),
 }
 
 
-def weight_bytes(N: int, K: int, layout: str) -> int:
-    if layout == "2:4":
-        return N * K + N * -(-K // 8)
-    if layout == "bitmap":
-        return N * K + 4 * N * -(-K // 32) + 8 * (N + 1)
-    return 2 * N * K
+def weight_bytes(N: int, K: int, kind: Kind) -> int:
+    if kind.layout == "dense":
+        return 2 * N * K
+    values = N * K * kind.code_bits // 16
+    scales = 0 if kind.code_bits == 16 else 2 * N * (K // kind.group if kind.group and K % kind.group == 0 else 1)
+    index = N * -(-K // 8) if kind.layout == "2:4" else 4 * N * -(-K // 32) + 8 * (N + 1)
+    return values + scales + index
 
 
 def saved_bytes(linears: Mapping[str, tuple[int, int]], kind: Kind, rank: int, tokens: int) -> int:
@@ -80,7 +89,7 @@ def count(model: nn.Module, kind: Kind, rank: int, tokens: int) -> dict[str, int
     adapters = kind.adapter_bytes * sum(rank * (N + K) for N, K in shapes)
     rest = sum(p.numel() for p in model.parameters()) - sum(N * K for N, K in shapes)
     return {
-        "weights": 2 * rest + sum(weight_bytes(N, K, kind.layout) for N, K in shapes),
+        "weights": 2 * rest + sum(weight_bytes(N, K, kind) for N, K in shapes),
         "adapters": adapters,
         "gradients": adapters,
         "optimizer": 2 * adapters,

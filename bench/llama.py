@@ -128,9 +128,14 @@ def _frozen(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def _lors(layout: str) -> Callable[[nn.Module, int], nn.Module]:
+def _lors(layout: str, kind: str = "", group: int = 0) -> Callable[[nn.Module, int], nn.Module]:
     def make(model: nn.Module, rank: int) -> nn.Module:
         config = lors_cuda.LoRSConfig(r=rank, lora_alpha=SCALING * rank, target_modules=targets(model), layout=layout)
+        if kind:
+            for parent, child, linear in list(layer_linears(model)):
+                columns = group if group and linear.in_features % group == 0 else None
+                weight = lors_cuda.SparseWeight.quantize(linear.weight.detach(), None, kind, columns, layout=layout)
+                setattr(parent, child, lors_cuda.SparseLinear(weight, linear.bias))
         return lors_cuda.get_lors_model(model, config)
 
     return make
@@ -166,6 +171,9 @@ METHODS = {
     "lors_cuda": Method(_lors("dense"), "get_lors_model, dense weights, float32 adapters"),
     "lors_cuda_24": Method(_lors("2:4"), "get_lors_model, 2:4 weights stored compressed"),
     "lors_cuda_bitmap": Method(_lors("bitmap"), "get_lors_model, bitmap weights"),
+    "lors_cuda_24_int8": Method(_lors("2:4", "int8"), "the same, 2:4, int8 codes, a scale for each row", False),
+    "lors_cuda_24_int4": Method(_lors("2:4", "int4", 128), "2:4, int4 codes in groups of 128", False),
+    "lors_cuda_bitmap_int4": Method(_lors("bitmap", "int4", 128), "bitmap, int4 codes in groups of 128", False),
     "lors_cuda_peft": Method(
         _peft(lors_cuda.peft.LoRSLoraConfig, layout="2:4"), "lors_cuda.peft, 2:4 weights stored compressed"
     ),

@@ -94,7 +94,7 @@ def whats_next(args: argparse.Namespace) -> str:
     return f"""Written to {path()}:
   table.txt  demo.png  demo.json    the table, the plot, all numbers
   train.txt  heldout.txt            the text
-  dense/  sparse/                   the model before and after pruning
+  dense/  sparse/  sparse-int4/     the model before and after pruning, and that as int4 codes
   lors*/adapter  lors*/merged       the adapters, and the sparse models with them merged in
 
 Try next:

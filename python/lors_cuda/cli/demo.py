@@ -25,6 +25,7 @@ from .._files import new_directory, replace_file
 from .._library import build_info
 from ..adapter_directory import require_safetensors
 from ..checkpoint import load_adapter, save_adapter
+from ..compressed_tensors.kept import QUANTIZED, quantize_linears
 from ..config import LoRSConfig
 from ..data import TokenDataset, load_data
 from ..evaluation import evaluate
@@ -55,13 +56,17 @@ _LOGIT_TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune the pruned model; ``peer`` is None for LoRS."""
+    """One way to fine-tune the pruned model; ``peer`` is None for LoRS.
+
+    ``scheme``: how the pruned model is quantized before (`lors-cuda quantize`); "" if it is not.
+    """
 
     name: str
     label: str
     color: str
     gradient: str = "lors"
     init: str = "default"
+    scheme: str = ""
     peer: type[PeerLinear] | None = None
 
 
@@ -69,6 +74,7 @@ METHODS = (
     Method("lors", "LoRS", "tab:blue"),
     Method("lors-gradient-init", "LoRS, gradient init", "tab:green", init="gradient"),
     Method("lors-exact", "LoRS, exact gradient", "tab:purple", gradient="exact"),
+    Method("lors-int4", "LoRS, int4 base", "tab:cyan", scheme="int4"),
     Method("sqft", "masked by autograd (SQFT)", "tab:orange", peer=AutogradMasking),
     Method("lora", "plain LoRA", "tab:red", peer=PlainLoRA),
 )
@@ -124,6 +130,7 @@ class _Demo:
         self.data: TokenDataset
         self.held_out: TokenDataset
         self.broken: list[str] = []
+        self.bases: dict[str, nn.Module] = {}  # what is fine-tuned, by its scheme
 
     def say(self, text: str) -> None:
         """Print for a person, with the time since the start."""
@@ -153,6 +160,9 @@ class _Demo:
             f"{pruned_row.sparsity:.2%} in the linears, {pruned_row.model_sparsity:.2%} in all weights"
         )
         self.save(sparse, "sparse", tokenizer)
+        self.bases[""] = sparse
+        for scheme in sorted({method.scheme for method in METHODS if method.scheme}):
+            self.bases[scheme] = self.quantize(sparse, scheme)
 
         self.say(
             f"3/5  Repair it, {args.steps} steps with each method: same data, same order, rank {args.rank}, peak "
@@ -160,7 +170,7 @@ class _Demo:
         )
         adapted, rows = {}, []
         for method in METHODS:
-            adapted[method.name], row = self.fine_tune(method, sparse, pruned_row)
+            adapted[method.name], row = self.fine_tune(method, pruned_row)
             rows.append(row)
             self.say(f"      {method.label:<26} {row.perplexity:.3f}")
 
@@ -233,11 +243,27 @@ class _Demo:
         self.train(model, args.dense_steps, 4e-3, args.seed, report, warmup_steps=args.dense_steps // 7)
         return model
 
-    def fine_tune(self, method: Method, sparse: nn.Module, pruned: Row) -> tuple[nn.Module, Row]:
-        """Train one method's adapters on a copy of the pruned model."""
-        args = self.args
+    def quantize(self, sparse: nn.Module, scheme: str) -> nn.Module:
+        """A copy of the pruned model as codes, saved."""
         model = copy.deepcopy(sparse)
-        config = LoRSConfig(r=args.rank, lora_alpha=2 * args.rank, gradient=method.gradient)
+        quantize_linears(model, scheme, [layer.name for layer in measure_sparsity(sparse)])
+        base = self.base_directory(scheme)
+        base.mkdir()
+        save_model(model, self.directory / "sparse", base, QUANTIZED)
+        self.say(f"      rounded to {scheme} codes: held-out perplexity {self.perplexity(model):.3f}")
+        return model
+
+    def base_directory(self, scheme: str) -> Path:
+        return self.directory / (f"sparse-{scheme}" if scheme else "sparse")
+
+    def fine_tune(self, method: Method, pruned: Row) -> tuple[nn.Module, Row]:
+        """Train one method's adapters on a copy of its base."""
+        args = self.args
+        model = copy.deepcopy(self.bases[method.scheme])
+        start = self.perplexity(model) if method.scheme else pruned.perplexity
+        config = LoRSConfig(
+            r=args.rank, lora_alpha=2 * args.rank, gradient=method.gradient, requantize=bool(method.scheme)
+        )
         gradients = None
         if method.init == "gradient":
             batches = self.data.shuffled_batches(args.batch_size, 8, args.seed)
@@ -248,7 +274,7 @@ class _Demo:
             init_from_gradients(model, gradients)
         if method.peer is not None:
             replace_layers(model, method.peer)
-        curve = [(0, pruned.perplexity)]  # lora_B is zero at first
+        curve = [(0, start)]  # lora_B is zero at first
         marks = {round(args.steps * point / _POINTS) for point in range(1, _POINTS + 1)}
 
         def follow(entry: dict[str, Any]) -> None:
@@ -260,10 +286,9 @@ class _Demo:
             pruned, name=method.name, label=method.label, perplexity=curve[-1][1], curve=curve, color=method.color
         )
         row.dashed = method.peer is not None
-        if method.peer is None and not row.perplexity < pruned.perplexity:
+        if method.peer is None and not row.perplexity < start:
             self.broken.append(
-                f"{method.label} has perplexity {row.perplexity:.3f}, which is not below the pruned model's "
-                f"{pruned.perplexity:.3f}."
+                f"{method.label} has perplexity {row.perplexity:.3f}, which is not below the {start:.3f} it began with."
             )
         return model, row
 
@@ -273,13 +298,17 @@ class _Demo:
         merged.mkdir(parents=True)
         save_adapter(model, adapter)
         expected = self.logits(model)
-        merge_and_unload(model)
-        save_model(model, self.directory / "sparse", merged)
-        reloaded = load_model(merged, "cpu")
+        base = self.base_directory(method.scheme)
+        if method.scheme:
+            save_model(model, base, merged, QUANTIZED)
+        else:
+            merge_and_unload(model)
+            save_model(model, base, merged)
+        reloaded = load_model(merged, "cpu", quantized="dequantize")
         row.set_sparsity(measure_sparsity(reloaded))
         lost = sum(int(((weight != 0) & (pruned == 0)).sum()) for weight, pruned in _pruned_weights(reloaded, sparse))
         size = expected.abs().max().item()
-        adapted_again = load_adapter(load_model(self.directory / "sparse", "cpu"), adapter)
+        adapted_again = load_adapter(load_model(base, "cpu"), adapter)
         differences = {
             name: (self.logits(other) - expected).abs().max().item()
             for name, other in (("merged", reloaded), ("adapted", adapted_again))
