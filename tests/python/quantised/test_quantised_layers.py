@@ -322,6 +322,19 @@ def test_compiled_exported_checkpointed_functional(seed, grid, layout, how):
     assert torch.allclose(torch.func.grad(loss)(layer.lora_A.detach()), layer.lora_A.grad, rtol=1e-4, atol=1e-3)
 
 
+def test_a_kept_merge_is_that_of_the_requantising_in_force():
+    layer = layer_of(GRIDS[0], "2:4", requantize=True)
+    x = input_of()
+    with torch.no_grad(), merge_cache(layer):
+        dithered = layer(x)
+        for options in ((True, "none", 0), (True, "dither", 9), (False, None, 0)):
+            layer.set_requantization(*options)
+            other = layer(x)
+            assert not torch.equal(other, dithered)
+            layer.merged_weight.clear()
+            assert torch.equal(layer(x), other)
+
+
 @some_grids
 def test_autocast_and_input_dtypes(grid):
     layer = layer_of(grid, "2:4")
