@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lors_cuda import targets
+from lors_cuda import SparseLinear, SparseWeight, targets
 from lors_cuda.config import LoRSConfig
 from lors_cuda.model import get_lors_model
 
@@ -43,6 +43,18 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 
         initializer_range=0.1,  # the default 0.02 leaves a model this small with almost uniform output
     )
     return prune_two_of_four(transformers.LlamaForCausalLM(config).to(dtype).eval())
+
+
+def quantised(
+    model: nn.Module, kind: str = "int4", group: int | None = 32, layout: str = "2:4", symmetric: bool = True
+) -> nn.Module:
+    """The model with each linear's weight as codes, as one that was loaded so; a head called lm_head stays."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            weight = SparseWeight.quantize(module.weight, None, kind, group, symmetric=symmetric, layout=layout)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SparseLinear(weight, module.bias))
+    return model
 
 
 def tiny_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
