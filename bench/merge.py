@@ -29,6 +29,7 @@ NOTES = {
     "lors_cuda_stochastic": "lors_cuda.merge, rounding='stochastic'; as lors_cuda where nothing is rounded",
     "lors_cuda_24": "lors_cuda.merge from a 2:4 weight to a dense one",
     "lors_cuda_24_values": "SparseWeight.merge, 2:4 to 2:4",
+    "lors_cuda_24_int4": "lors_cuda.merge from a 2:4 weight of int4 codes in groups of 128 to a dense one",
     "lors_cuda_bitmap": "lors_cuda.merge from a bitmap weight to a dense one",
     "clone": "weight.clone(): as many bytes read and written as the merge must, allocation included",
     "copy": "the same into memory allocated once: no merge that allocates its result can be faster",
@@ -64,6 +65,11 @@ def _merges(weight: Tensor, sparse24: bool) -> dict[str, Merge]:
             merges["lors_cuda_24_values"] = Merge(
                 lambda stored, *adapter: stored.merge(*adapter), layout("2:4"), lambda stored, _: stored.values.nbytes
             )
+            if weight.shape[1] % 128 == 0:
+                merges["lors_cuda_24_int4"] = Merge(
+                    lors_cuda.merge,
+                    lambda weight: lors_cuda.SparseWeight.quantize(weight, None, "int4", 128, layout="2:4"),
+                )
         merges["lors_cuda_bitmap"] = Merge(lors_cuda.merge, layout("bitmap"))
     return merges
 
@@ -74,6 +80,16 @@ def floor_bytes(merge: Merge, weight: Tensor, lora_A: Tensor, lora_B: Tensor) ->
     return stored.nbytes + merge.written(stored, weight) + lora_A.nbytes + lora_B.nbytes
 
 
+def _frozen(stored: Any, weight: Tensor) -> Tensor:
+    """What is merged: the weight, or what its codes stand for, unrounded."""
+    grid = getattr(stored, "quantization", None)
+    if grid is None:
+        return weight
+    from lors_cuda import reference
+
+    return reference.dequantize(stored.codes(), grid.scales, grid.zero_points, stored.mask())
+
+
 def check(merge: Merge, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Any]:
     """Relative L2 error against float64, and whether every masked element is +0 bit for bit."""
     stored = merge.stored(weight)
@@ -81,7 +97,7 @@ def check(merge: Merge, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
         merged = merge.run(stored, lora_A, lora_B, scaling)
     merged = merged if isinstance(merged, Tensor) else merged.to_dense()
     mask = weight != 0
-    expected = weight.double() + scaling * mask * (lora_B.double() @ lora_A.double())
+    expected = _frozen(stored, weight).double() + scaling * mask * (lora_B.double() @ lora_A.double())
     masked = merged[~mask]
     zeros = bool((masked == 0).all()) and not bool(masked.signbit().any())
     return {"error": {"output": relative_error(merged, expected)}, "masked_positive_zero": zeros}

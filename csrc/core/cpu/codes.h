@@ -112,17 +112,24 @@ inline Vector<float> numbers_of(Keep<float> codes) {
   return load_raw<Vector<float>>(&out);
 }
 
-// Eight codes of `low` in the first eight lanes, then those of `high`.
-inline Keep<float> nibbles(uint32_t low, uint32_t high) {
-  using Words = VectorOf<float>::bits;
-  Words words = Words{} + low, shifts;
-#if LORS_VECTOR_BYTES == 64
-  words = __builtin_shufflevector(words, Words{} + high, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31);
-#else
-  (void)high;
-#endif
+// The codes of words that hold eight each, of which lane i wants number i % 8.
+inline Keep<float> nibbles(VectorOf<float>::bits words) {
+  VectorOf<float>::bits shifts;
   for (int i = 0; i < kLanes<float>; ++i) shifts[i] = uint32_t(28 - 4 * (i % 8));
   return Keep<float>(words << shifts) >> 28;
+}
+inline Keep<float> nibbles(uint32_t codes) { return nibbles(VectorOf<float>::bits{} + codes); }
+inline Keep<float> nibbles(uint64_t codes) {
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512i word_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i both = _mm512_castsi128_si512(_mm_cvtsi64_si128(int64_t(codes)));
+  return nibbles(VectorOf<float>::bits(_mm512_maskz_permutexvar_epi32(0xffff, word_of_lane, both)));
+#else
+  if constexpr (kLanes<float> <= 8) return nibbles(uint32_t(codes));
+  VectorOf<float>::bits words;
+  for (int i = 0; i < kLanes<float>; ++i) words[i] = uint32_t(i < 8 ? codes : codes >> 32);
+  return nibbles(words);
+#endif
 }
 template <typename T>
 inline T load_as(const void* p) {
@@ -137,27 +144,24 @@ template <typename W>
 inline Keep<float> load_codes(const W* p) {
   return widen_codes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Keep<float> load_codes(const Int4Pair* p) { return nibbles(load_as<uint32_t>(p), load_as<uint32_t>(p + 4)); }
+inline Keep<float> load_codes(const Int4Pair* p) { return nibbles(load_as<uint64_t>(p)); }
 template <typename W>
 inline Keep<float> load_half_codes(const W* p) {
   return widen_codes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline Keep<float> load_half_codes(const Int4Pair* p) {
-  const auto word = load_as<uint32_t>(p);
-  return nibbles(word, word);
-}
+inline Keep<float> load_half_codes(const Int4Pair* p) { return nibbles(load_as<uint32_t>(p)); }
 #elif LORS_VECTOR_BYTES == 32 && defined(__AVX2__)
 inline Keep<float> widen_codes(__m128i bytes) { return Keep<float>(_mm256_cvtepi8_epi32(bytes)); }
 template <typename W>
 inline Keep<float> load_codes(const W* p) {
   return widen_codes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline Keep<float> load_codes(const Int4Pair* p) { return nibbles(load_as<uint32_t>(p), 0); }
+inline Keep<float> load_codes(const Int4Pair* p) { return nibbles(load_as<uint32_t>(p)); }
 template <typename W>
 inline Keep<float> load_half_codes(const W* p) {
   return widen_codes(_mm_cvtsi32_si128(load_as<int>(p)));
 }
-inline Keep<float> load_half_codes(const Int4Pair* p) { return nibbles(load_as<uint16_t>(p), 0); }
+inline Keep<float> load_half_codes(const Int4Pair* p) { return nibbles(uint32_t(load_as<uint16_t>(p))); }
 #else
 template <typename W>
 inline Keep<float> load_codes(const W* p) {
@@ -166,8 +170,8 @@ inline Keep<float> load_codes(const W* p) {
   return codes;
 }
 inline Keep<float> load_codes(const Int4Pair* p) {
-  if constexpr (kLanes<float> == 16) return nibbles(load_as<uint32_t>(p), load_as<uint32_t>(p + 4));
-  return nibbles(kLanes<float> == 8 ? load_as<uint32_t>(p) : load_as<uint16_t>(p), 0);
+  if constexpr (kLanes<float> == 16) return nibbles(load_as<uint64_t>(p));
+  return nibbles(kLanes<float> == 8 ? load_as<uint32_t>(p) : load_as<uint16_t>(p));
 }
 #endif
 
@@ -188,9 +192,8 @@ template <typename Acc>
 inline Vector<Acc> load(const Int4Pointer& p) {
   const Int4Pair* from = p.element();
   const int shift = int(p.at & 1) * 4;
-  const auto low = uint32_t(load_as<uint64_t>(from) >> shift);
-  const auto high = kLanes<Acc> > 8 ? uint32_t(load_as<uint64_t>(from + 4) >> shift) : 0;
-  return numbers_of<Int4Pair>(nibbles(low, high));
+  const uint64_t beyond = uint64_t(from[8].bits) << 1 << (63 - shift);
+  return numbers_of<Int4Pair>(nibbles(load_as<uint64_t>(from) >> shift | beyond));
 }
 #if (LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (LORS_VECTOR_BYTES == 32 && defined(__AVX2__))
 inline Vector<float> load_half(const int8_t* p) { return numbers_of<int8_t>(load_half_codes(p)); }
