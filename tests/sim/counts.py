@@ -210,7 +210,7 @@ def cases() -> list[Case]:
                 merge_quantized(layout, group),
                 quantized_floor(layout, group) | adapter_bytes,
             )
-            for layout, group in (("2:4", 128), ("2:4", K), ("dense", 128), ("bitmap", 128))
+            for layout, group in (("2:4", 128), ("dense", 128), ("bitmap", 128))
         ),
         Case(
             f"fused_linear, Y, T = {16}",

@@ -68,8 +68,8 @@ inline cudaError_t raise_shared_limit(const void* kernel) {
 
 // kernel(arguments...) on host.stream; `name` is for the error message.
 template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), LaunchGrid grid, dim3 block, int shared_bytes, const CudaHost& host,
-              Arguments... arguments) {
+Status launch(const char* name, void (*kernel)(Parameters...), LaunchGrid grid, dim3 block, int shared_bytes,
+              const CudaHost& host, Arguments... arguments) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) error = raise_shared_limit(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute cluster{};

@@ -17,8 +17,8 @@ inline Status device_limits(DeviceLimits& limits) {
 }
 
 template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), LaunchGrid grid, dim3 block, int shared_bytes, const CudaHost& host,
-              Arguments... arguments) {
+Status launch(const char* name, void (*kernel)(Parameters...), LaunchGrid grid, dim3 block, int shared_bytes,
+              const CudaHost& host, Arguments... arguments) {
   static_assert((0 + ... + sizeof(Parameters)) <= 4096, "CUDA passes at most 4096 bytes of parameters.");
   auto body = [&] { kernel(arguments...); };
   std::string refusal = sim::run_grid(
