@@ -54,7 +54,7 @@ with_compilers() {
     done
     # The tables of CMakeLists.txt.
     local avx512='-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512'
-    for table in 'baseline' 'avx2 -mavx2 -mfma -mf16c' "avx512 $avx512" "avx512_bf16 $avx512 -mavx512bf16 -mavx512vbmi2"; do
+    for table in 'baseline' 'avx2 -mavx2 -mfma -mf16c' "avx512 $avx512" "avx512_bf16 $avx512 -mavx512bf16 -mavx512vbmi -mavx512vbmi2"; do
       name=${table%% *}
       [ "$(uname -m)" = x86_64 ] || [ "$name" = baseline ] || continue
       echo "kernels_$name ${cxx[*]} ${table#"$name"} -DLORS_CPU_TABLE=$name -c $root/csrc/core/cpu/kernels.cpp"

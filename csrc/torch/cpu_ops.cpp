@@ -88,7 +88,8 @@ struct Cpu {
 
   static bool prefers_fused_linear(const Tensor& activation, const AdaptedWeight<Cpu>& adapted, bool input_gradient,
                                    bool is_plain) {
-    if (adapted.weight.scalar_type() == ScalarType::Double || adapted.is_quantized()) return false;
+    if (adapted.weight.scalar_type() == ScalarType::Double) return false;
+    if (adapted.is_quantized() && activation.scalar_type() == ScalarType::Half) return false;  // it has no kernels for that
     return cpu_prefers_fused_linear(activation.size(0), input_gradient,
                                     matmul_dtype(activation.scalar_type()) == ScalarType::Float, is_plain);
   }

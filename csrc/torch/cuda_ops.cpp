@@ -140,7 +140,9 @@ class Cuda {
     return 10 * major + minor;
   }
 
+  // Records are of weights that are not quantised.
   cuda::Path recorded_path(const Tensor& activation, const AdaptedWeight<Cuda>& adapted, bool input_gradient) const {
+    if (adapted.is_quantized()) return cuda::Path::merge_matmul;
     const cuda::PathShape shape{dtype_of(activation),   adapted.layout,        input_gradient,
                                 adapted.out_features(), adapted.in_features(), activation.size(0)};
     return cuda::recorded_path(cuda::path_records(architecture()), shape);

@@ -200,7 +200,7 @@ def _adapter_tangents(
     lora_B_tangent: Tensor | None,
     grid: Grid,
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]:
-    """``M o (B dA)`` and ``M o (dB A)``, each as an adapter of a weight of zeros with the same mask, on ``grid`` if any."""
+    """``M o (B dA)`` and ``M o (dB A)``, as adapters of a weight of zeros with its mask, on ``grid`` if any."""
     candidates = ((lora_A_tangent, lora_B), (lora_A, lora_B_tangent))
     pairs = [(A, B) for A, B in candidates if A is not None and B is not None]
     if pairs and index is None and mask is None:
@@ -364,7 +364,7 @@ def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     _refuse_tangents(weight=weight_tangent, scales=tangents[9])
     *adapted, scales, zero_points = _primals(ctx)
     grid = Grid(scales, zero_points, *ctx.grid)
-    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid)
+    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid=grid)
     parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 

@@ -52,7 +52,8 @@ def estimate_gradients(
     processes; an error in one process raises in all.
 
     Args:
-        model: the sparse model; its target weights are floating-point [N, K].
+        model: the sparse model; its target weights are floating-point [N, K], or those of SparseLinear layers, also
+            quantised.
         batches: arguments for `loss_fn`; at most `steps` of them are used.
         steps: number of batches, at least 1 (per process).
         loss_fn: `loss_fn(model, batch)` returns the scalar loss; None: `model(**batch).loss`, the batch moved to the
@@ -81,13 +82,8 @@ def estimate_gradients(
         raise TypeError(f"batches must be an iterable of batches, but is {type(batches).__name__}.")
     if targets is None:
         targets = find_targets(model, LoRSConfig(r=1) if config is None else config)  # any rank may follow
-    stored = next((target for target in targets if isinstance(target.module, SparseLinear)), None)
-    if stored is not None:
-        raise ValueError(
-            f"'{stored.name}' is stored sparse, and gradients are estimated with respect to dense weights. Call this "
-            "on the model before it is compressed."
-        )
-    packed = next((target for target in targets if is_packed(target.module.weight)), None)
+    plain = [target for target in targets if not isinstance(target.module, SparseLinear)]
+    packed = next((target for target in plain if is_packed(target.module.weight)), None)
     if packed is not None:
         raise ValueError(
             f"The weight of '{packed.name}' is of the class {type(packed.module.weight).__name__}, and gradients are "
@@ -98,7 +94,7 @@ def estimate_gradients(
     # An error in one process must raise in all: the others would wait for it in the next collective.
     with (
         together(),
-        _only_weights_require_grad(model, targets),
+        _only_weights_require_grad(model, plain),
         _collected(targets, sums) as first_bad,
         torch.enable_grad(),
     ):
@@ -260,19 +256,37 @@ def _collected(targets: Sequence[Target], sums: dict[str, Tensor]) -> Iterator[l
     """
     first_bad: list[str] = []
 
+    def add(target: Target, gradient: Tensor) -> None:
+        if not first_bad and not all_finite(gradient):
+            first_bad.append(target.name)
+        sums[target.name] += (gradient.t() if is_conv1d(target.module) else gradient).to("cpu")
+
     def hook_for(target: Target) -> Callable[[Tensor], None]:
         def add_and_free(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
-            if gradient is None:
-                return
-            if not first_bad and not all_finite(gradient):
-                first_bad.append(target.name)
-            sums[target.name] += (gradient.t() if is_conv1d(target.module) else gradient).to("cpu")
+            if gradient is not None:
+                add(target, gradient)
 
         return add_and_free
 
+    # A layer that is stored sparse has no dense weight to differentiate by: its gradient is dY^T X.
+    def with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        input, *others = inputs
+        return (input if input.requires_grad else input.detach().requires_grad_(), *others)
+
+    def product_for(target: Target) -> Callable[..., None]:
+        def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            input = inputs[0].detach().flatten(0, -2)
+            output.register_hook(lambda gradient: add(target, gradient.flatten(0, -2).t() @ input.to(gradient.dtype)))
+
+        return on_output
+
     handles = []
     for target in targets:
+        if isinstance(target.module, SparseLinear):
+            handles.append(target.module.register_forward_pre_hook(with_gradient))
+            handles.append(target.module.register_forward_hook(product_for(target)))
+            continue
         weight: Any = target.module.weight  # torch's method for the hook is untyped
         handles.append(weight.register_post_accumulate_grad_hook(hook_for(target)))
     try:

@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 from conftest import simulator  # noqa: E402
 from formats import compress, pack_bitmap, sparse_weight  # noqa: E402
 from numerics import empty, random, upload  # noqa: E402
+from quantized import quantized  # noqa: E402
 
 sim = simulator()
 DOCS = HERE.parents[1] / "docs" / "cuda.md"
@@ -72,6 +73,9 @@ def merge(device: Any, explicit: bool = False) -> None:
 KEPT = sparse_weight(3, N, K, DTYPE, explicit=False, sparse24=False)[1].sum().item()  # of the bitmap's weights
 
 
+KEPT_CODES = sparse_weight(3, N, K, "float32", explicit=True, sparse24=False)[1].sum().item()  # of the quantised one's
+
+
 def compressed(device: Any, sparse24: bool) -> dict[str, Any]:
     given, kept = sparse_weight(3, N, K, DTYPE, explicit=False, sparse24=sparse24)
     if sparse24:
@@ -91,6 +95,26 @@ def merge_compressed(sparse24: bool, to_sparse24: bool = False) -> Callable[[Any
         sim.merge(device, **ADAPTED, **adapters(device), **values, **stored, **result)
 
     return call
+
+
+def merge_quantized(layout: str, group: int) -> Callable[[Any], None]:
+    """int4 with scales in bfloat16, requantised with a dither."""
+
+    def call(device: Any) -> None:
+        stored = quantized(3, layout, "int4", (N, K), group).uploaded(device)
+        merged = empty(device, "merged", (N, K), DTYPE)
+        result = {"merged": merged, "merged_dtype": DTYPE, "round_to": DTYPE}
+        stored |= {"requantize_steps": 1, "dither_seed": 1}
+        sim.merge(device, **(ADAPTED | adapters(device) | stored | result))
+
+    return call
+
+
+def quantized_floor(layout: str, group: int) -> dict[str, int]:
+    codes = {"dense": N * K // 2, "2:4": N * K // 4, "bitmap": KEPT_CODES // 2}[layout]
+    index = {"metadata" if layout == "2:4" else "mask": N * K // 8}
+    rows = {"row_offsets": 8 * N} if layout == "bitmap" else {}
+    return {"values": codes, **index, **rows, "scales": 2 * N * K // group, "merged": 2 * N * K}
 
 
 def fused_linear(tokens: int, input_gradient: bool, sparse24: bool | None = None) -> Callable[[Any], None]:
@@ -179,6 +203,14 @@ def cases() -> list[Case]:
             "merge, bitmap to dense",
             merge_compressed(False),
             {"values": 2 * KEPT, "mask": N * K // 8, "row_offsets": 8 * N, "merged": 2 * N * K, **adapter_bytes},
+        ),
+        *(
+            Case(
+                f"merge, {layout} int4, groups of {group}, to dense",
+                merge_quantized(layout, group),
+                quantized_floor(layout, group) | adapter_bytes,
+            )
+            for layout, group in (("2:4", 128), ("2:4", K), ("dense", 128), ("bitmap", 128))
         ),
         Case(
             f"fused_linear, Y, T = {16}",

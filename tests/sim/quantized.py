@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised weights, as lors/quantization.h has them: codes in memory, what they stand for, and requantising, in torch."""
+"""Quantised weights as lors/quantization.h has them: codes in memory, what they stand for, and requantising."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,7 +127,3 @@ def quantized(
         spread = 4 if steps == 16 else RANGE[grid][1] // 2
         zeros = (torch.randint(-spread, spread + 1, scales.shape, generator=generator) * steps).to(torch.int8)
     return Quantized(layout, grid, group, codes, kept, scales.to(DTYPES[scale_dtype]), zeros)
-
-
-def as_dense(weight: Quantized) -> Quantized:
-    return replace(weight, layout="dense")

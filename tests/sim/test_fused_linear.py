@@ -349,6 +349,8 @@ def test_an_empty_reduction_is_the_bias(sim: Any, gradient: bool) -> None:
 
 def test_refusals_are_sentences(sim: Any) -> None:
     p = Problem(4, 8, 8, 2, False)
+    with pytest.raises(sim.StatusError, match="given quantised codes; merge, then multiply"):
+        sim.fused_linear(sim.Device(), tokens=1, out_features=8, in_features=8, r=1, grid="int4")
     with pytest.raises(sim.StatusError, match="takes float32, bfloat16 and float16, and was given float64"):
         run(sim, sim.Device(), p, weight_dtype="float64")
     with pytest.raises(sim.StatusError, match="activation's dtype, bfloat16, and was asked for float32 and bfloat16"):

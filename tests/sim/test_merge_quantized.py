@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA merge of quantised weights, simulated: the bits of the merge of what they stand for, requantised in torch."""
+"""The CUDA merge of quantised weights, simulated: the bits of merging what they stand for, requantised in torch."""
 
 from __future__ import annotations
 
@@ -159,12 +159,14 @@ def test_the_fast_path_gives_the_general_kernels_bits(sim: Any, grid: str, layou
         given = adapters(seed, shape, (16, 64)[seed % 2], "bfloat16")
         given["lora_B"][3, 0] = torch.inf
         given["lora_B"][5] *= 1e4
-        results = []
+        results, threads = [], []
         for misalign in (0, 1):
             device = sim.Device(multiprocessors=1)
             stored = weight.uploaded(device, misalign)
             stored |= {"requantize_steps": steps, "dither_seed": dither_seed}
             results.append(call(sim, device, stored, given, out, misalign))
+            threads.append(device.launches()[-1]["block"][0])
+        assert threads == [256, 512]  # the fast path's, the general kernel's for so wide a weight
         finite = results[0].isfinite()
         assert torch.equal(results[0].isnan(), results[1].isnan())
         assert results[0].isnan().any() or steps == 0
@@ -205,3 +207,31 @@ def test_what_it_does_not_take_is_refused_with_a_sentence(sim: Any) -> None:
     del stored["metadata"]
     with pytest.raises(sim.StatusError, match="mask bits"):
         sim.merge(device, **stored)
+
+
+@pytest.mark.parametrize("group", [32, 128, 2048])
+@pytest.mark.parametrize("grid", ["int8", "int4"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_is_near_the_floor(sim: Any, layout: str, grid: str, group: int) -> None:
+    """Above the floor are the adapters, read again by each block.
+
+    Of groups of 128, a block's columns have fewer scales than a sector; a bitmap's bits are read twice.
+    """
+    N, K, r = 1024, 2048, 16
+    weight = quantized(1, layout, grid, (N, K), group, zero_points=True)
+    device = sim.Device(multiprocessors=4)
+    call(sim, device, weight.uploaded(device) | {"requantize_steps": 1}, adapters(1, (N, K), r, "bfloat16"), "bfloat16")
+    counted: dict[str, int] = {}
+    for kernel in device.stats().values():
+        for name, of in kernel["buffers"].items():
+            counted[name] = counted.get(name, 0) + 32 * (of["sectors_read"] + of["sectors_written"])
+        if layout != "bitmap":
+            conflicts = {kind: count for kind, count in kernel.items() if kind.endswith("_conflicts") and count}
+            assert not conflicts, conflicts
+    codes = {"dense": 1.0, "2:4": 0.5, "bitmap": weight.kept.double().mean().item()}[layout]
+    codes *= 0.5 if grid == "int4" else 1
+    floor = N * K * (2 + codes + 1 / 8 + 3 / group) + 2 * r * (N + K)
+    if layout != "bitmap":
+        assert counted["values"] == codes * N * K
+    limit = 1.15 if layout == "bitmap" else 1.07 if group == 128 else 1.05
+    assert sum(counted.values()) <= limit * floor, (sum(counted.values()) / floor, counted)

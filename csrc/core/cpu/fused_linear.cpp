@@ -47,9 +47,10 @@ void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* h
 }  // namespace
 
 Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
-  if (args.quantization.grid != Grid::none)
-    return Status::error("fused_linear on the CPU reads values, and was given quantised codes; dequantise the weight.");
-  if (args.weight_dtype == DType::float64 || args.activation_dtype == DType::float64)
+  const bool is_quantized = args.quantization.grid != Grid::none;
+  if (is_quantized && (args.quantization.requantize_steps != 0 || args.round_to == DType::float16))
+    return Status::error("fused_linear of quantised codes rounds to bfloat16 or float32, and requantises nothing; use merge.");
+  if ((!is_quantized && args.weight_dtype == DType::float64) || args.activation_dtype == DType::float64)
     return Status::error("fused_linear accumulates in float32; use merge and a float64 matmul for float64 tensors.");
   if (args.output_dtype != DType::float32 || (args.bias && args.bias_dtype != DType::float32))
     return Status::error("fused_linear takes its bias and writes its output in float32 on the CPU; convert them.");

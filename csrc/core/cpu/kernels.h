@@ -57,9 +57,6 @@ struct MergeJob {
   bool is_double = false;
 };
 
-// Whether KernelTable::merge writes what codes become in these types; else it leaves float32 for `draw`.
-constexpr bool merges_codes_to(DType merged, DType round_to) { return merged == DType::bfloat16 || round_to == DType::float32; }
-
 // What is done to rows that `merge` has left in Acc, unrounded: random numbers, or a place on the weight's grid, and rounding.
 struct DrawJob {
   int64_t first_row = 0, rows = 0, in_features = 0;
@@ -142,7 +139,7 @@ struct KernelTable {
   const char* name;     // "baseline", "avx2", "avx512", "avx512_bf16"
   int64_t merge_panel;  // columns of a merge panel in float32; half of it in float64
   void (*pack)(const PackJob&, int64_t row_begin, int64_t row_end);
-  void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);
+  void (*merge)(const MergeJob&, int64_t row_begin, int64_t row_end);  // codes: to bfloat16, or unrounded
   void (*contract_rows)(const ContractJob&, int64_t row_begin, int64_t row_end);
   void (*contract_columns)(const ContractJob&, int64_t column_begin, int64_t column_end);
   void (*store)(const StoreJob&, int64_t row_begin, int64_t row_end);

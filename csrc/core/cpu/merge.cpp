@@ -80,7 +80,7 @@ Status merge_with(const KernelTable& table, const MergeArgs& args, const CpuHost
   job.is_double = is_double;
   // Below some ten microseconds of work a second thread does not pay.
   const bool draws = args.draws.noise || (args.draws.rounds && dtype_size(args.round_to) == 2) || requantizes ||
-                     (is_quantized && !merges_codes_to(args.merged_dtype, args.round_to));
+                     (is_quantized && args.round_to != DType::float32 && args.merged_dtype != DType::bfloat16);
   parallel_for(host, N, 1 + 65536 / K, [&](int64_t begin, int64_t end) {
     draws ? merge_and_draw(table, args, job, host, begin, end) : table.merge(job, begin, end);
   });

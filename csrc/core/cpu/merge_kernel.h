@@ -208,7 +208,6 @@ void expand_rows(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
 }
 #endif
 
-// Codes are merged to bfloat16, or unrounded; other types are for the caller to round to.
 template <typename W>
 void merge_codes(const lors::cpu::MergeJob& job, int64_t begin, int64_t end) {
   if (job.merged_dtype == lors::DType::bfloat16) return merge_to_dense<float, W, bfloat16, bfloat16>(job, begin, end);
@@ -256,8 +255,20 @@ inline auto with_rounding(const lors::cpu::MergeJob& job, const F& f) {
   }
 }
 
+template <template <typename, typename, int> typename Source, typename W, typename F>
+inline auto with_rounding_of_codes(const lors::cpu::MergeJob& job, const F& f) {
+  return job.round_to == lors::DType::bfloat16 ? f.template operator()<Source, W, bfloat16>()
+                                               : f.template operator()<Source, W, float>();
+}
+
 template <template <typename, typename, int> typename Source, typename F>
 inline auto with_weight_dtype(const lors::cpu::MergeJob& job, const F& f) {
+  switch (job.steps.grid) {
+    case lors::Grid::int8: return with_rounding_of_codes<Source, int8_t>(job, f);
+    case lors::Grid::int4: return with_rounding_of_codes<Source, Int4Pair>(job, f);
+    case lors::Grid::e4m3: return with_rounding_of_codes<Source, E4M3>(job, f);
+    case lors::Grid::none: break;
+  }
   switch (job.weight_dtype) {
     case lors::DType::bfloat16: return with_rounding<Source, bfloat16>(job, f);
     case lors::DType::float16: return with_rounding<Source, float16>(job, f);

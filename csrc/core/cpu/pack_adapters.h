@@ -5,6 +5,8 @@
 // call's rows, so that a panel of rows could come to lie on other codes than the whole.
 #pragma once
 
+#include <algorithm>
+
 #include "in_pairs.h"
 #include "kernels.h"
 #include "workspace.h"
@@ -82,6 +84,8 @@ class PackedGrid {
     steps.requantize_steps = quantization.requantize_steps;
     steps.dither_seed = quantization.dither_seed;
     steps.first_row = quantization.first_row;
+    for (const Workspace* packed : {&scales_, &zeros_})
+      std::fill_n(static_cast<float*>(packed->data()) + args.out_features * groups_, kBeyond, 0.0f);
     PackJob job;
     job.src = quantization.scales;
     job.src_dtype = quantization.scales_dtype;
@@ -99,7 +103,9 @@ class PackedGrid {
   GridSteps steps;
 
  private:
-  static constexpr int64_t kBeyond = 2;  // a tile reads the groups of all of its columns, also where the weight has ended
+  // A tile reads the groups of all of its columns, also where the weight has ended; there activations are 0, so that any
+  // number will do.
+  static constexpr int64_t kBeyond = 2;
   int64_t groups_;
   Workspace scales_, zeros_;
 };

@@ -224,7 +224,9 @@ inline StoredDot stored_dot_of(const lors::cpu::DotJob& job) {
 // Whether the stored values are multiplied as they are: each is one that rounding would not change.
 inline bool is_stored_dot(const lors::cpu::DotJob& job) {
   const lors::cpu::MergeJob& weight = job.weight;
-  if (weight.r > 0 || (weight.round_to != lors::DType::float32 && weight.round_to != weight.weight_dtype)) return false;
+  if (weight.r > 0 || weight.steps.grid != lors::Grid::none ||
+      (weight.round_to != lors::DType::float32 && weight.round_to != weight.weight_dtype))
+    return false;
 #if defined(__AVX512VBMI2__)
   if (weight.weight_dtype == lors::DType::bfloat16) return job.src_dtype == lors::DType::bfloat16;
 #endif

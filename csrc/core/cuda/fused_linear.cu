@@ -65,7 +65,7 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   const bool gradient = args.input_gradient;
   const int64_t N = args.out_features, K = args.in_features;
   if (args.quantization.grid != Grid::none)
-    return Status::error("fused_linear on CUDA reads values, and was given quantised codes; dequantise the weight.");
+    return Status::error("fused_linear on CUDA reads values, and was given quantised codes; merge, then multiply.");
   if (Status status = check_supported(args); !status.ok()) return status;
 
   FusedShape shape;

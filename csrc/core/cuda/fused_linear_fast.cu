@@ -21,8 +21,7 @@ Status run(const MergeProblem& p, const FusedProblem& f, const MergeConfig& conf
 template <template <typename, typename> typename Source>
 Status run(const FusedLinearArgs& args, const MergeProblem& p, const FusedProblem& f, const MergeConfig& config,
            const CudaHost& host) {
-  const int extra_at = config.tile_at + merge_fast_tile_bytes(args.weight_layout, args.mask != nullptr, config.columns,
-                                                              config.panel_rows, kFusedFastThreads);
+  const int extra_at = config.tile_at + fast_tile_bytes(args, config.columns, config.panel_rows, kFusedFastThreads);
   const bool bf16 = args.activation_dtype == DType::bfloat16;
   if (args.input_gradient)
     return bf16 ? run<Source, bfloat16, true>(p, f, config, extra_at, host)

@@ -30,6 +30,38 @@ constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, i
   return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
 }
 
+// Of quantised codes (merge_fast_quantized.cuh). Bytes of one row's codes of a block in shared memory: behind them up to 31
+// bytes before a bitmap's and 8 that are read beyond, and so many that lanes which read neighbouring rows meet in no bank; how
+// many groups, of four floats each, a row of a block has, and as many places as begin in different banks.
+LORS_HOST_DEVICE constexpr int code_bits(Grid grid) { return grid == Grid::int4 ? 4 : 8; }
+LORS_HOST_DEVICE constexpr int fast_code_bytes(Layout layout, Grid grid, int64_t columns) {
+  return static_cast<int>(columns * code_bits(grid) / (layout == Layout::sparse24 ? 16 : 8));
+}
+LORS_HOST_DEVICE constexpr int fast_code_pitch(Layout layout, Grid grid, int columns) {
+  return fast_code_bytes(layout, grid, columns) + (layout == Layout::bitmap                        ? 48
+                                                   : layout == Layout::dense && grid != Grid::int4 ? 32
+                                                                                                   : 16);
+}
+LORS_HOST_DEVICE constexpr int fast_groups(int columns, int64_t group) {
+  return group == 32 || group == 64 || group == 128 ? columns / static_cast<int>(group) : 1;
+}
+LORS_HOST_DEVICE constexpr int fast_group_pitch(int columns, int64_t group) {
+  const int groups = fast_groups(columns, group);
+  return groups < 8 ? groups : groups + 1;
+}
+
+// merge_fast_tile_bytes of MergeArgs or FusedLinearArgs. Quantised: the tables; the index, and for a bitmap how many codes are
+// before each word; the groups; two steps of codes; per row where a bitmap's codes begin and the key of the dither.
+template <typename Args>
+constexpr int fast_tile_bytes(const Args& a, int columns, int panel_rows, int threads) {
+  const Quantization& q = a.quantization;
+  if (q.grid == Grid::none) return merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, panel_rows, threads);
+  const int index = 4 * panel_rows * merge_tile_pitch(columns);
+  return kMergeFastTables + index * (a.weight_layout == Layout::bitmap ? 2 : 1) +
+         16 * panel_rows * fast_group_pitch(columns, q.group) +
+         2 * merge_fast_step(columns, threads) * fast_code_pitch(a.weight_layout, q.grid, columns) + 16 * panel_rows;
+}
+
 // What the tiling of a fast path depends on beside the weight: `threads` and `blocks` per multiprocessor; the bytes that a
 // block moves for each of its weights, rows and columns; and its shared memory behind that of the weight and the adapters, in
 // all, for each row of a panel, and the least that a block has.
@@ -39,11 +71,15 @@ struct FastBlocks {
   int shared = 0, panel_row_shared = 0, least_shared = 0;
 };
 
-// 16-bit weights and results of one dtype, in rows of whole 16 bytes; any adapters of up to 64 ranks.
+// 16-bit results, and weights of their dtype or quantised, in rows of whole 16 bytes; any adapters of up to 64 ranks.
 template <typename Args>
 bool fast_path_takes(const Args& a, DType result) {
-  return a.quantization.grid == Grid::none && a.weight_dtype == result && dtype_size(result) == 2 && a.r > 0 &&
-         a.r <= kMergeFastRanks && a.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  const Grid grid = a.quantization.grid;
+  if (dtype_size(result) != 2 || a.r == 0 || a.r > kMergeFastRanks || a.in_features % 8 != 0 ||
+      reinterpret_cast<uintptr_t>(a.weight) % 16 != 0)
+    return false;
+  if (grid == Grid::none) return a.weight_dtype == result;
+  return a.weight_layout == Layout::bitmap || fast_code_bytes(a.weight_layout, grid, a.in_features) % 16 == 0;
 }
 
 // Of MergeArgs or FusedLinearArgs with a weight and an adapter; columns = 0 where nothing fits.
@@ -66,9 +102,8 @@ MergeConfig fast_path_config(const Args& a, int terms_A, int terms_B, const Fast
         c.rows = c.panel_rows * panels;
         c.chunk = chunk;
         c.tile_at = merge_shared_bytes(columns, c.panel_rows, chunk, terms_A, terms_B);
-        c.shared_bytes = c.tile_at +
-                         merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, c.panel_rows, of.threads) +
-                         of.shared + of.panel_row_shared * c.panel_rows;
+        c.shared_bytes =
+            c.tile_at + fast_tile_bytes(a, columns, c.panel_rows, of.threads) + of.shared + of.panel_row_shared * c.panel_rows;
         if (c.shared_bytes < of.least_shared) c.shared_bytes = of.least_shared;
         // The system takes 1 KiB for each block beyond the first.
         if (c.shared_bytes > (limits.shared_bytes - 1024 * (of.per_multiprocessor - 1)) / of.per_multiprocessor) {
@@ -84,8 +119,8 @@ MergeConfig fast_path_config(const Args& a, int terms_A, int terms_B, const Fast
         break;
       }
     }
-    // A bitmap's rows share a sector with the next block at each end: the wider, the fewer.
-    if (best.columns && a.weight_layout == Layout::bitmap) break;
+    // A bitmap's rows share a sector with the next block at each end, and so do scales: the wider, the fewer.
+    if (best.columns && (a.weight_layout == Layout::bitmap || a.quantization.grid != Grid::none)) break;
   }
   return best;
 }

@@ -187,6 +187,15 @@ struct FastMasked : FastRows<uint4, Lanes>, FastIndex<Lanes> {
   }
 };
 
+// Of a 2:4 code: how ptx::pick_bytes(slots, 0) fills columns 0 and 1, and 2 and 3, from two 16-bit slots.
+__device__ __forceinline__ uint2 placed_slots(uint32_t code) {
+  uint32_t position[2], selectors = 0;
+  slots_of(code, position);
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) selectors |= (position[0] == i ? 0x10u : position[1] == i ? 0x32u : 0x44u) << (8 * i);
+  return make_uint2(selectors & 0xffff, selectors >> 16);
+}
+
 // From 2:4 to dense (Merged = uint4) or to 2:4 values in the same slots (uint2).
 template <typename T, typename Lanes, typename Merged_>
 struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
@@ -210,16 +219,12 @@ struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
   }
 
  private:
-  // Of a code: to dense, how ptx::pick_bytes(slots, 0) fills columns 0 and 1, and 2 and 3; else ones in the slots that hold a
-  // weight.
+  // Of a code: to dense, placed_slots; else ones in the slots that hold a weight.
   static __device__ __forceinline__ uint2 entry(uint32_t code) {
+    if constexpr (kToDense) return placed_slots(code);
     uint32_t position[2];
     slots_of(code, position);
-    if constexpr (!kToDense) return make_uint2((position[0] < 4 ? 0xffffu : 0u) | (position[1] < 4 ? 0xffff0000u : 0u), 0);
-    uint32_t selectors = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) selectors |= (position[0] == i ? 0x10u : position[1] == i ? 0x32u : 0x44u) << (8 * i);
-    return make_uint2(selectors & 0xffff, selectors >> 16);
+    return make_uint2((position[0] < 4 ? 0xffffu : 0u) | (position[1] < 4 ? 0xffff0000u : 0u), 0);
   }
   // Both slots of a group, of whose columns `sum` is the product; the code begins at bit 3. A slot without a weight gets
   // anything.

@@ -58,7 +58,9 @@ struct QuantizedSource : BitmapTile {
                                              float (&values)[8]) const {
     const Quantization& q = p.quantization;
     if (q.requantize_steps == 0 || at.column + 32 * c >= p.in_features) return;
-    const Requantized onto(q, load_group(p, at, h, c));
+    const CodeGroup group = load_group(p, at, h, c);
+    const Requantized onto(q, group.scale, Requantized::zero_of(q, group.zero), Requantized::inverse_of(q, group.scale),
+                           q.grid == Grid::e4m3);
     const RandomRow row = random_row(static_cast<uint64_t>(q.dither_seed), q.first_row + at.n(h));
     const uint32_t first = static_cast<uint32_t>(lane_column<kSplit>(at, c));
 #pragma unroll

@@ -13,10 +13,6 @@
 
 namespace lors::cuda {
 
-__host__ __device__ constexpr int code_bits(Grid grid) { return grid == Grid::int4 ? 4 : 8; }
-// Bytes of `codes` codes that begin with a whole byte.
-__host__ __device__ constexpr int64_t code_bytes(Grid grid, int64_t codes) { return (codes * code_bits(grid) + 7) / 8; }
-
 // A code, or a nibble for int4, without its zero point. Integers through the significand of 2^23.
 __device__ __forceinline__ float code_value(Grid grid, uint32_t code) {
   if (grid == Grid::e4m3) return ptx::e4m3_values(code).x;
@@ -47,12 +43,19 @@ struct Requantized {
   float step, inverse, low, high;  // codes without their zero point are in [low, high]
   bool e4m3;
 
-  __device__ __forceinline__ Requantized(const Quantization& q, const CodeGroup& group)
-      : step(group.scale * static_cast<float>(q.requantize_steps)), inverse(1.f / step), e4m3(q.grid == Grid::e4m3) {
-    const float zero = group.zero / static_cast<float>(q.requantize_steps);  // exact: of a multiple of 16, or by 1
+  // `zero`: of the result; `inverse`: inverse_of(q, scale).
+  __device__ __forceinline__ Requantized(const Quantization& q, float scale, float zero, float inverse_, bool e4m3_)
+      : step(scale * static_cast<float>(q.requantize_steps)), inverse(inverse_), e4m3(e4m3_) {
     const float half = q.grid == Grid::int4 || q.requantize_steps == 16 ? 8.f : 128.f;
     low = e4m3 ? -448.f : -half - zero;
     high = e4m3 ? 448.f : half - 1.f - zero;
+  }
+  static __device__ __forceinline__ float inverse_of(const Quantization& q, float scale) {
+    return 1.f / (scale * static_cast<float>(q.requantize_steps));
+  }
+  // Of a stored one: exact, a multiple of 16 where steps are 16.
+  static __device__ __forceinline__ float zero_of(const Quantization& q, float zero) {
+    return zero / static_cast<float>(q.requantize_steps);
   }
   // u: the dither. Clamped first, for the ends are on the grid; then rounded to nearest even where the significand of 1.5 2^23
   // ends, or, of e4m3, of 1.5 2^20 times the value's power of 2, which is at least 2^-6. There is no -0.

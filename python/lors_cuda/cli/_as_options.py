@@ -15,10 +15,12 @@ from typing import Any
 # are also words of the language, only before "=" and a quoted value.
 _DESTINATIONS = {
     **{name: name for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")},
-    **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora", "mask_from")},
+    **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora")},
     "lora_alpha": "alpha",
+    "mask_from": "mask_from",
+    "requantize": "requantize",
 }
-_PLAIN = ("layout", "gradient", "rounding", "method", "format")
+_PLAIN = ("remainder", "layout", "gradient", "rounding", "method", "format")
 _VALUE = r"""\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|True|False|None|[\d.]+"""
 _ARGUMENT = re.compile(
     rf"(?<![\w.-])(?:(?P<name>{'|'.join(_DESTINATIONS)})(?:=(?P<value>{_VALUE}))?"

@@ -43,6 +43,8 @@ _OF_ADAPTER = {
     "gradient": "lors",
     "layout": "auto",
     "rounding": "nearest",
+    "requantize": False,
+    "remainder": None,
 }
 _NOT_BESIDE_ADAPTER = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
 
@@ -71,6 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounding", choices=ROUNDINGS,
         help="of 16-bit merged weights, in training and when the adapter is merged; nearest if left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--requantize", action="store_true", default=None,
+        help="of a quantized --model: round merged weights to its codes, also in training, so that merge --format "
+        "quantized loses nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remainder", choices=("dither", "none"),
+        help="what stands for the weight between two codes, with --requantize; dither for int4, none for 8 bits if "
+        "left out",
     )  # fmt: skip
     parser.add_argument(
         "--method", default="lors", metavar="NAME",
@@ -201,6 +213,9 @@ def configuration(args: argparse.Namespace) -> LoRSConfig:
         gradient=args.gradient,
         rounding=args.rounding,
         rounding_seed=args.seed,
+        requantize=args.requantize,
+        remainder=args.remainder,
+        dither_seed=args.seed,
         use_rslora=args.use_rslora,
         rank_pattern=dict(args.rank_pattern or ()),
         alpha_pattern=dict(args.alpha_pattern or ()),

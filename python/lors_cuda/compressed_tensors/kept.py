@@ -95,7 +95,11 @@ def put_kept(
             )
         linear: Any = model.get_submodule(place)
         parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, SparseLinear(weight, linear.bias).train(linear.training))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            SparseLinear(weight, linear.bias, dtype=linear.weight.dtype).train(linear.training),
+        )
         schemes[place] = quantization.scheme(name.rpartition(".")[0])
     vars(model)["lors_quantization"] = Stored(quantization.block, schemes, activations)
 
@@ -130,7 +134,11 @@ def quantize_linears(model: nn.Module, scheme: str, names: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"'{name}' cannot be quantized to {scheme}: {error}") from error
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SparseLinear(weight, linear.bias).train(linear.training))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            SparseLinear(weight, linear.bias, dtype=linear.weight.dtype).train(linear.training),
+        )
     kind = {
         "num_bits": how.bits, "type": "float" if how.kind == "e4m3" else "int", "symmetric": True,
         "strategy": how.strategy, "group_size": how.group, "dynamic": False,

@@ -173,7 +173,7 @@ def test_what_torch_refuses_is_said_in_its_words(ops, monkeypatch, seed):
     assert "a 2:4 weight of shape [32, 64] failed" in message
     assert message.endswith("Set LORS_SPARSE_PRODUCT=dense for the dense matmul.")
     known = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    assert ("cuSPARSELt not supported on your machine." if known else "stands on stderr") in message
+    assert ("cuSPARSELt not supported on your machine." if known else "is on stderr") in message
 
 
 def test_another_value_is_refused_by_the_forward_and_by_the_command_line(ops, kernels, monkeypatch, seed, capsys):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lors_cuda.config import LoRSConfig
 from lors_cuda.gradient_init import estimate_gradients, init_from_gradients
 from lors_cuda.model import get_lors_model, named_lors_layers
+from lors_cuda.sparse_linear import SparseLinear
 from models import assert_unchanged, batch, fill_adapters, logits, refused, snapshot, tiny_llama, tiny_net
 
 
@@ -133,3 +134,20 @@ def test_wrong_arguments_are_refused():
     refused(ValueError, lambda: init_from_gradients(tiny_net(), {}), "no LoRS layers")
     refused(TypeError, lambda: init_from_gradients(tiny_net(), []), "gradients must map module names")
     refused(TypeError, lambda: init_from_gradients(3, {}), "torch.nn.Module")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_stored_sparse_have_the_gradients_of_plain_ones(dtype):
+    model = tiny_llama(dtype=dtype)
+    expected = estimate_gradients(model, [batch(0), batch(1)], progress=False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SparseLinear.compress(module))
+    before = snapshot(model)
+    gradients = estimate_gradients(model, [batch(0), batch(1)], progress=False)
+    assert gradients.keys() == expected.keys()
+    eps = torch.finfo(dtype).eps
+    for name, gradient in gradients.items():
+        assert float((gradient - expected[name]).norm()) <= 4 * eps * float(expected[name].norm()), name
+    assert_unchanged(model, before)

@@ -44,7 +44,10 @@ print(json.dumps({"done": done, **build_info()}))
 
 def python(program: str, *arguments: object, **environment: str) -> str:
     """What a program beside the tests prints, with these LORS_ variables and no others."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("LORS_")} | {"PYTHONPATH": str(HERE.parent)}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LORS_")}
+    clean["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(HERE.parent), clean.get("PYTHONPATH")))
+    )  # lors_cuda may be on it
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, cwd=HERE, env=clean | environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

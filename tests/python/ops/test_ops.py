@@ -220,7 +220,7 @@ def test_a_failure_inside_torch_is_explained():
     with pytest.raises(RuntimeError, match=r"torch failed inside an operator of lors_cuda") as caught:
         lors.linear(**args)
     known = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    assert ("allocate memory" if known else "stands on stderr") in str(caught.value)
+    assert ("allocate memory" if known else "is on stderr") in str(caught.value)
 
 
 CRASH = """

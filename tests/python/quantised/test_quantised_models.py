@@ -13,7 +13,6 @@ from lors_cuda import (
     LoRSConfig,
     LoRSLinear,
     SparseLinear,
-    estimate_gradients,
     get_lors_model,
     load_adapter,
     merge_and_unload,
@@ -171,11 +170,6 @@ def test_methods():
     x = torch.randn(3, 64)
     plain[0].lora_B.data += 1
     assert not torch.equal(plain(x), plain.eval()(x))
-
-
-def test_gradients_of_codes_are_not_estimated():
-    with pytest.raises(ValueError, match="'0' is stored sparse, and gradients are estimated with respect to dense"):
-        estimate_gradients(net(), [], loss_fn=lambda model, batch: model(batch).sum())
 
 
 def test_sparsity_counts_the_zeros_that_codes_stand_for():

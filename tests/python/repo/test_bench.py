@@ -277,10 +277,15 @@ def test_a_machine_without_a_gpu_is_described(tmp_path: Path) -> None:
         assert "first/machine.json" in archive.getnames()
 
 
-def test_the_build_without_cmake_knows_every_source() -> None:
+def test_the_build_without_cmake_has_the_tables_and_flags_of_cmake() -> None:
     script, cmake = (BENCH / "gpu" / "build.sh").read_text(), (BENCH.parent / "CMakeLists.txt").read_text()
-    for table in re.findall(r"^ *lors_cpu_table\((\w+)", cmake, re.MULTILINE):
-        assert re.search(rf"['\"]{table}\b", script), f"bench/gpu/build.sh lacks the CPU table {table}"
+    tables = re.findall(r"^ *lors_cpu_table\((\w+)(.*)\)", cmake, re.MULTILINE)
+    assert len(tables) == 4
+    for table, flags in tables:
+        given = re.search(rf"['\"]({table}\b[^'\"]*)['\"]", script)
+        assert given is not None, f"bench/gpu/build.sh lacks the CPU table {table}"
+        own = [flag for flag in flags.split() if flag.startswith("-")]
+        assert [flag for flag in given[1].split() if flag.startswith("-")] == own, f"flags of {table}"
 
 
 def test_the_core_without_torch_compiles() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import codes
 import numpy as np
 from bits import SIZE, loaded, stored
 
@@ -43,6 +44,17 @@ PLANTED = [
     ("merge_fast_source.cuh", "first += __popc(mask & 0x78)", "first += 4"),
     ("merge_fast_source.cuh", "shift = 16 * first", "shift = 0 * first"),
     ("merge_fast_source.cuh", "left - e < 8 ?", "left - e < 0 ?"),
+    ("merge_fast_quantized.cuh", "0x0f0fu, 0x5140", "0x0f0fu, 0x1504"),
+    ("merge_fast_quantized.cuh", "(four_bits ? 8.f : 128.f) + group.zero", "(four_bits ? 8.f : 128.f) - group.zero"),
+    ("merge_fast_quantized.cuh", "(first >> group_shift));", "((first + 32) >> group_shift));"),
+    ("merge_fast_quantized.cuh", "(row + i) * in_row", "(row + (i + 1 < rows ? i + 1 : i)) * in_row"),
+    ("merge_fast_quantized.cuh", "onto(values[i], dither(key, column(i)))", "onto(values[i], 0.f)"),
+    ("merge_fast_quantized.cuh", "q.first_row + row + i", "row + i"),
+    ("merge_fast_quantized.cuh", "code & 64 ? 2 + (code >> 5 & 1) : 1u", "code & 64 ? 2u : 1u"),
+    ("merge_fast_quantized.cuh", "codes ^ 0x80808080u", "codes"),
+    ("merge_fast_quantized.cuh", "this->four_bits ? 2 : 3", "3"),
+    ("merge_fast_quantized.cuh", "left - e < 16 ?", "left - e < 0 ?"),
+    ("merge_fast_quantized.cuh", "p.quantization.grid, block_column)", "p.quantization.grid, 0)"),
 ]
 
 
@@ -84,3 +96,5 @@ def check(sim: Any) -> None:
             got = loaded(device.download(merged), dtype).reshape(want.shape)
             np.testing.assert_allclose(got, want, rtol=2.0**-7, atol=2.0**-7)
             assert not got[want == 0].any(), path
+    for shape in ((41, 640, 16), (310, 384, 5)):
+        codes.check(sim, shape, "bfloat16", patterns, compress, sum(shape))
