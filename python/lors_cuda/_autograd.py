@@ -364,7 +364,7 @@ def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     _refuse_tangents(weight=weight_tangent, scales=tangents[9])
     *adapted, scales, zero_points = _primals(ctx)
     grid = Grid(scales, zero_points, *ctx.grid)
-    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid=grid)
+    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid)
     parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 
