@@ -191,6 +191,7 @@ def _all_zero(grid: Grid) -> Grid:
 
 
 def _adapter_tangents(
+    grid: Grid,
     weight: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
@@ -198,7 +199,6 @@ def _adapter_tangents(
     lora_B: Tensor,
     lora_A_tangent: Tensor | None,
     lora_B_tangent: Tensor | None,
-    grid: Grid,
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]:
     """``M o (B dA)`` and ``M o (dB A)``, as adapters of a weight of zeros with its mask, on ``grid`` if any."""
     candidates = ((lora_A_tangent, lora_B), (lora_A, lora_B_tangent))
@@ -316,7 +316,7 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
     if tangents[_INPUT] is not None:
         adapted = (weight, mask, index, lora_A, lora_B)
         parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws, *grid))
-    for adapter in _adapter_tangents(weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B], grid):
+    for adapter in _adapter_tangents(grid, weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
         parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *_all_zero(grid)))
     if tangents[_BIAS] is not None:
         parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
@@ -364,7 +364,7 @@ def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
     _refuse_tangents(weight=weight_tangent, scales=tangents[9])
     *adapted, scales, zero_points = _primals(ctx)
     grid = Grid(scales, zero_points, *ctx.grid)
-    adapters = _adapter_tangents(*adapted, *adapter_tangents, grid)
+    adapters = _adapter_tangents(grid, *adapted, *adapter_tangents)
     parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 

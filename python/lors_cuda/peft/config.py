@@ -83,8 +83,10 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         rounding: of the merged weight, as in :class:`lors_cuda.LoRSConfig`. Adapters of one layer must agree;
             "stochastic" cannot be trained with dropout, which needs the adapter apart from the weight.
         rounding_seed: of "stochastic", likewise.
-        requantize, remainder, dither_seed: of quantised weights (`lors_cuda.SparseLinear`), as in
-            :class:`lors_cuda.LoRSConfig`. Adapters of one layer must agree; not with dropout, likewise.
+        requantize: of quantised weights (`lors_cuda.SparseLinear`), as in :class:`lors_cuda.LoRSConfig`. Adapters of
+            one layer must agree; not with dropout, likewise.
+        remainder: with `requantize`, likewise.
+        dither_seed: of "dither", likewise.
         lors: what `save_pretrained` writes, the version of the format and the fingerprints of the base; not for use.
 
     Raises:

@@ -30,11 +30,11 @@ def estimate_gradients(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """:func:`lors_cuda.estimate_gradients` for the modules that `config` selects; on the dense sparse model, before
+    """:func:`lors_cuda.estimate_gradients` for the modules that `config` selects; on the sparse model, before
     ``get_peft_model``.
 
     Raises:
-        ValueError, TypeError: as there; a selected module is no nn.Linear with a dense weight.
+        ValueError, TypeError: as there; a selected module cannot be adapted.
     """
     if not isinstance(config, LoRSLoraConfig):
         raise TypeError(f"config must be a LoRSLoraConfig, but is {type(config).__name__}.")

@@ -13,7 +13,6 @@ from lors_cuda import (
     LoRSConfig,
     LoRSLinear,
     SparseLinear,
-    estimate_gradients,
     get_lors_model,
     load_adapter,
     merge_and_unload,
@@ -173,11 +172,6 @@ def test_methods():
     assert not torch.equal(plain(x), plain.eval()(x))
 
 
-def test_gradients_of_codes_are_not_estimated():
-    with pytest.raises(ValueError, match="'0' is stored sparse, and gradients are estimated with respect to dense"):
-        estimate_gradients(net(), [], loss_fn=lambda model, batch: model(batch).sum())
-
-
 def test_sparsity_counts_the_zeros_that_codes_stand_for():
     model = net("int8")
     measured = measure_sparsity(model)
@@ -274,3 +268,22 @@ def test_save_adapter_and_peft_read_each_other(tmp_path):
     loaded.save_pretrained(tmp_path / "peft")
     again = load_adapter(base(dtype=BF16), tmp_path / "peft")
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_peft_estimates_gradients_of_what_is_stored_as_of_what_it_stands_for():
+    pytest.importorskip("peft")
+    import lors_cuda.peft as lors_peft
+
+    config = lors_peft.LoRSLoraConfig(r=2, target_modules=["0", "2"])
+    stored, plain = net(), net()
+    for name in ("0", "2"):
+        setattr(plain, name, plain.get_submodule(name).to_linear())
+    batches = [torch.randn(5, 64, generator=torch.Generator().manual_seed(0))]
+    ours, wanted = (
+        lors_peft.estimate_gradients(
+            model, batches, config, steps=1, loss_fn=lambda model, batch: model(batch).square().sum()
+        )
+        for model in (stored, plain)
+    )
+    for name in ("0", "2"):
+        torch.testing.assert_close(ours[name], wanted[name], rtol=1e-4, atol=1e-4)
