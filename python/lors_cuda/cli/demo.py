@@ -304,7 +304,7 @@ class _Demo:
         else:
             merge_and_unload(model)
             save_model(model, base, merged)
-        reloaded = load_model(merged, "cpu", quantized="dequantize")
+        reloaded = load_model(merged, "cpu")
         row.set_sparsity(measure_sparsity(reloaded))
         lost = sum(int(((weight != 0) & (pruned == 0)).sum()) for weight, pruned in _pruned_weights(reloaded, sparse))
         size = expected.abs().max().item()
