@@ -13,6 +13,10 @@
 #include "kernels.h"
 #include "vector.h"
 
+#if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#define LORS_LOOKS_UP_INT4
+#endif
+
 namespace {
 
 struct E4M3 {
@@ -96,9 +100,13 @@ inline Acc element(const Int4Pointer& from, int64_t i) {
   return element<Acc>(from.first, from.at + i);
 }
 
-// Codes as integers to their numbers; of an E4M3 its bits, whichever way they were widened.
+// Codes as integers to their numbers; of an E4M3 its bits, whichever way they were widened. An int4 that is looked up stays
+// what it is, for TileGrid.
 template <typename W>
 inline Vector<float> numbers_of(Keep<float> codes) {
+#if defined(LORS_LOOKS_UP_INT4)
+  if constexpr (std::is_same_v<W, Int4Pair>) return load_raw<Vector<float>>(&codes);
+#endif
   if constexpr (!std::is_same_v<W, E4M3>) return __builtin_convertvector(codes, Vector<float>);
   const Keep<float> magnitude = codes & 0x7f;
   // Subnormal ones are given a leading one by the exponent 1, which is then taken away.
@@ -112,11 +120,17 @@ inline Vector<float> numbers_of(Keep<float> codes) {
   return load_raw<Vector<float>>(&out);
 }
 
-// The codes of words that hold eight each, of which lane i wants number i % 8.
+// The codes of words that hold eight each, of which lane i wants number i % 8. Where they are looked up, in the lowest four
+// bits of a lane, below anything.
 inline Keep<float> nibbles(VectorOf<float>::bits words) {
   VectorOf<float>::bits shifts;
+#if defined(LORS_LOOKS_UP_INT4)
+  for (int i = 0; i < kLanes<float>; ++i) shifts[i] = uint32_t(4 * (i % 8));
+  return Keep<float>(words >> shifts);
+#else
   for (int i = 0; i < kLanes<float>; ++i) shifts[i] = uint32_t(28 - 4 * (i % 8));
   return Keep<float>(words << shifts) >> 28;
+#endif
 }
 inline Keep<float> nibbles(uint32_t codes) { return nibbles(VectorOf<float>::bits{} + codes); }
 inline Keep<float> nibbles(uint64_t codes) {
@@ -239,6 +253,30 @@ struct TileGrid<W> {
     return multiply_alone(codes - splat(zeros[at]), splat(scales[at]));
   }
 };
+#if defined(LORS_LOOKS_UP_INT4)
+// The sixteen weights that a group's codes can be are one vector, made where a row of the tile enters the group.
+template <>
+struct TileGrid<Int4Pair> {
+  const float *scales, *zeros;
+  int64_t groups, columns;  // of a row, of a group less one
+  int shift;
+  mutable Vector<float> weight_of_code{};
+  TileGrid(const lors::cpu::GridSteps& steps, int64_t n, int64_t k)
+      : scales(steps.scales + n * steps.groups + (k >> steps.shift)),
+        zeros(steps.zeros + n * steps.groups + (k >> steps.shift)),
+        groups(steps.groups),
+        columns((int64_t{1} << steps.shift) - 1),
+        shift(steps.shift) {}
+  Vector<float> weights(int i, int u, Vector<float> codes) const {
+    if (u == 0 || (u * kLanes<float> & columns) == 0) {
+      const Vector<float> numbers = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+      const int64_t at = i * groups + (int64_t(u * kLanes<float>) >> shift);
+      weight_of_code = multiply_alone(numbers - splat(zeros[at]), splat(scales[at]));
+    }
+    return _mm512_maskz_permutexvar_ps(0xffff, _mm512_castps_si512(codes), weight_of_code);
+  }
+};
+#endif
 
 inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if LORS_VECTOR_BYTES == 64 && defined(__AVX512F__)
@@ -258,50 +296,55 @@ class Requantize {
       : steps_(steps), row_(n * steps.groups), dither_(lors::random_row(uint64_t(steps.dither_seed), steps.first_row + n)) {}
 
   // Of the vector at column k.
-  Vector<float> operator()(Vector<float> v, int64_t k) const {
-    const int64_t at = row_ + (k >> steps_.shift);
-    const float step = steps_.scales[at] * float(steps_.requantize_steps);
-    const Vector<float> inverse = splat(1.0f / step);
+  Vector<float> operator()(Vector<float> v, int64_t k) {
+    if (const int64_t at = row_ + (k >> steps_.shift); at != at_) enter(at);
     // What is not finite stays visible: v - v is 0, or else NaN.
-    return multiply_alone(steps_.grid == lors::Grid::e4m3 ? round_to_e4m3(multiply_alone(v, inverse))
-                                                          : round_to_integer(v, inverse, at, k),
-                          splat(step)) +
+    return multiply_alone(steps_.grid == lors::Grid::e4m3 ? round_to_e4m3(multiply_alone(v, inverse_)) : round_to_integer(v, k),
+                          step_) +
            (v - v);
   }
 
  private:
+  void enter(int64_t group) {
+    at_ = group;
+    const float steps = float(steps_.requantize_steps), step = steps_.scales[group] * steps;
+    step_ = splat(step);
+    inverse_ = splat(1.0f / step);
+    const float zero = steps_.zeros[group] / steps;
+    const bool is_int4 = steps_.grid == lors::Grid::int4 || steps_.requantize_steps == 16;
+    least_ = splat((is_int4 ? -8.0f : -128.0f) - zero);
+    most_ = splat((is_int4 ? 7.0f : 127.0f) - zero);
+  }
   // Less the zero point. To clamp before rounding is the same, for the limits are integers; to add and subtract 1.5 2^23 rounds
   // to the nearest even integer, and leaves no -0.
-  Vector<float> round_to_integer(Vector<float> v, Vector<float> inverse, int64_t at, int64_t k) const {
-    Vector<float> x = multiply_alone(v, inverse);
+  Vector<float> round_to_integer(Vector<float> v, int64_t k) const {
+    Vector<float> x = multiply_alone(v, inverse_);
     if (steps_.dither_seed >= 0) {
       VectorOf<float>::bits column;
       for (int i = 0; i < kLanes<float>; ++i) column[i] = uint32_t(i);
       const auto word = Keep<float>(lors::random_dither(dither_, column + uint32_t(k)));
-      x = multiply_add(v, inverse, __builtin_convertvector(word, Vector<float>) * lors::kDitherUnit);
+      x = multiply_add(v, inverse_, __builtin_convertvector(word, Vector<float>) * lors::kDitherUnit);
     }
-    const float zero = steps_.zeros[at] / float(steps_.requantize_steps);
-    const bool is_int4 = steps_.grid == lors::Grid::int4 || steps_.requantize_steps == 16;
     const Vector<float> magic = splat(0x1.8p23f);
-    return clamp(x, (is_int4 ? -8.0f : -128.0f) - zero, (is_int4 ? 7.0f : 127.0f) - zero) + magic - magic;
+    return clamp(x, least_, most_) + magic - magic;
   }
   // To three bits after the leading one, and to multiples of 2^-9: the same trick, with 1.5 2^20 times the power of 2 below x.
   static Vector<float> round_to_e4m3(Vector<float> x) {
-    x = clamp(x, -448.0f, 448.0f);
+    x = clamp(x, splat(-448.0f), splat(448.0f));
     using Words = VectorOf<float>::bits;
     const Words exponent = load_raw<Words>(&x) & 0x7f800000u, lowest = Words{} + (121u << 23);
     const Words bits = ((exponent > lowest ? exponent : lowest) + (20u << 23)) | 0x400000u;
     const auto magic = load_raw<Vector<float>>(&bits);
     return x + magic - magic;
   }
-  static Vector<float> clamp(Vector<float> x, float least, float most) {
-    const Vector<float> low = splat(least), high = splat(most);
-    x = x < low ? low : x;
-    return x > high ? high : x;
+  static Vector<float> clamp(Vector<float> x, Vector<float> least, Vector<float> most) {
+    x = x < least ? least : x;
+    return x > most ? most : x;
   }
 
   const lors::cpu::GridSteps& steps_;
-  int64_t row_;
+  int64_t row_, at_ = -1;  // the row's first group, and the one that the next four belong to
+  Vector<float> step_{}, inverse_{}, least_{}, most_{};
   lors::RandomRow dither_;
 };
 

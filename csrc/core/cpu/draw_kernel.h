@@ -57,7 +57,7 @@ void draw_rows(const lors::cpu::DrawJob& job) {
   alignas(64) float noise[kDrawColumns];
   for (int64_t i = 0; i < job.rows; ++i) {
     const lors::RandomRow row = lors::random_row(draws.rounding_seed, job.first_row + i);
-    const Requantize requantized(job.steps, job.first_row + i);
+    Requantize requantized(job.steps, job.first_row + i);
     const float* src = static_cast<const float*>(job.src) + i * K;
     Out* dst = static_cast<Out*>(job.dst) + i * K;
     for (int64_t first = 0; first < K; first += kDrawColumns) {
