@@ -17,12 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from ._checks import DTYPES, check_rank, is_packed, joined, listed
 from ._distributed import is_offloaded, is_sharded
-from ._linears import computes_linear, is_linear, weight_of
+from ._linears import check_fits, check_stored_layout, computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
 from .quantization import check_requantization, default_remainder, requantization
-from .sparse_linear import SparseLayer, SparseLinear, check_stored_layout
-from .weight import SparseWeight, check_fits
+from .sparse_linear import SparseLayer, SparseLinear
+from .weight import SparseWeight
 
 # Classification models of transformers report no output embeddings; their head has one of these names (as in PEFT).
 _CLASSIFIER_HEADS = ("score", "classifier")

@@ -13,10 +13,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._checks import check_rank, joined, listed
-from .._linears import is_linear, weight_of
+from .._linears import check_fits, check_stored_layout, is_linear, weight_of
 from ..config import ALL_LINEAR, matched
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
-from ..sparse_linear import SparseLayer, SparseLinear, check_stored_layout
+from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import (
     Places,
     adaptable,
@@ -27,7 +27,7 @@ from ..targets import (
     shape_of,
     warn_unused,
 )
-from ..weight import SparseWeight, check_fits
+from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
 
