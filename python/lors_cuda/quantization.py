@@ -263,7 +263,10 @@ def check_remainder(requantize: bool, remainder: str | None) -> None:
         return
     check_choice("remainder", remainder, REMAINDERS)
     if not requantize and remainder != "none":
-        raise ValueError(f"remainder is {remainder!r} and requantize is False, which has none; leave remainder out.")
+        raise ValueError(
+            f"remainder={remainder!r} says what stands for what requantize=True rounds away; without that nothing is "
+            f"rounded. Leave remainder={remainder!r} out, or set requantize=True."
+        )
 
 
 def default_remainder(requantize: bool, grid: QuantizationGrid | None) -> str:
