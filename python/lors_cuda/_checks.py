@@ -91,6 +91,11 @@ def joined(problems: Sequence[str]) -> str:
     return shown if rest <= 0 else f"{shown} And {rest} more like these."
 
 
+def grouped(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for each reason, with the names that it is of."""
+    return [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
+
+
 # ---- options ----
 
 

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import LAYOUTS, check_choice, check_weight
 from ._distributed import original_forward
+from .dense_view import DenseView
+from .formats import check_sparse24_mask, pack_mask
+
+if TYPE_CHECKING:
+    from .weight import SparseWeight
 
 CONV1D_MODULE = "transformers.pytorch_utils"
 
@@ -85,3 +91,53 @@ def computes_linear(module: nn.Module) -> bool:
     except Exception:
         return False
     return True
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as an ordinary tensor without a gradient: a layer's ``weight`` and torch's semi-structured tensors are
+    decompressed. What else is no ordinary tensor comes back as it is, for `check_weight` to refuse.
+
+    Raises:
+        ValueError: a semi-structured tensor that is transposed, or that torch cannot read where it is.
+    """
+    if isinstance(weight, DenseView):
+        return weight[:]
+    if not isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
+        return weight.detach() if isinstance(weight, Tensor) else weight
+    try:
+        return weight.detach().to_dense()
+    except Exception as error:  # assertions, and what cuSPARSELt raises
+        raise ValueError(
+            f"weight is a {type(weight).__name__} that torch cannot decompress here ({error}). Give the tensor that "
+            "to_sparse_semi_structured returned, on the device it was made on, or the dense weight."
+        ) from error
+
+
+def check_fits(weight: Tensor, layout: str) -> None:
+    """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
+    check_choice("layout", layout, LAYOUTS)
+    weight = plain(weight)
+    check_weight(weight)
+    if layout == "2:4":
+        check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])
+
+
+def check_stored_layout(weight: SparseWeight, layout: str) -> None:
+    """Refuse to store anew what is stored in another layout."""
+    if layout not in ("auto", weight.layout):
+        raise ValueError(
+            f"it is stored in layout '{weight.layout}' and layout='{layout}' was asked for. Leave layout at 'auto', or "
+            "compress the model so."
+        )
+
+
+def stored_form(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied.
+
+    Raises:
+        TypeError: it is no nn.Linear and no Conv1D.
+    """
+    if not is_linear(linear):
+        raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
+    weight = weight_of(linear).detach()
+    return weight.contiguous() if is_conv1d(linear) else weight

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ._checks import check_has_values, listed
-from .weight import SparseWeight
+
+if TYPE_CHECKING:
+    from .weight import SparseWeight
 
 # Weights at a time: on the CPU, of each thread, so that their integers, 8 bytes each, stay in its cache.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 16, 1 << 22
@@ -56,9 +60,18 @@ def fingerprint(weight: SparseWeight) -> Fingerprint:
         # The low bits of what was a 16-bit value are zero, and so would those of the sum be.
         scrambled = (bits >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(bits)
         sums.append(scrambled.mul_(places).sum(dim=1))
-    digest = hashlib.sha256(f"{N}x{K}:".encode())
-    digest.update(torch.cat(sums).cpu().numpy().tobytes())
-    return Fingerprint(weight.fingerprint(), digest.hexdigest(), str(weight.dtype).removeprefix("torch."))
+    return Fingerprint(
+        weight.fingerprint(), sha256(f"{N}x{K}:", torch.cat(sums)), str(weight.dtype).removeprefix("torch.")
+    )
+
+
+def sha256(text: str, *tensors: Tensor | None) -> str:
+    """SHA-256 of a text and the tensors' bytes, as hex."""
+    digest = hashlib.sha256(text.encode())
+    for content in (tensor.detach().cpu().contiguous() for tensor in tensors if tensor is not None):
+        # Through its memory: this runs where torch has no NumPy.
+        digest.update((ctypes.c_char * content.nbytes).from_address(content.data_ptr()))
+    return digest.hexdigest()
 
 
 def to_fields(found: Mapping[str, Fingerprint]) -> dict[str, dict[str, str]]:

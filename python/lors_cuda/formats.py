@@ -44,6 +44,46 @@ def layout_of(index: Tensor | None) -> str:
     return "dense" if index is None else "2:4" if index.dtype == torch.uint8 else "bitmap"
 
 
+def index_for(
+    layout: str,
+    bits: Tensor,
+    in_features: int,
+    itemsize: float,
+    explicit_bytes: int,
+    offsets: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """The metadata or row offsets that a mask has in a layout; of "auto" in the smallest one.
+
+    Args:
+        itemsize: bytes of each stored value.
+        explicit_bytes: of the mask, where a dense weight would be stored with it.
+        offsets: how row offsets are counted; None: :func:`row_offsets`.
+
+    Raises:
+        ValueError: the mask does not fit the layout, or is on the meta device, where it has no values to go by (there
+            "auto" is dense).
+    """
+    N, K = bits.shape[0], in_features
+    offsets = row_offsets if offsets is None else offsets
+    if layout == "auto" and bits.device.type != "meta":
+        metadata = sparse24_metadata(bits, K) if K % 4 == 0 else None
+        if metadata is not None and not (metadata < 0).any():
+            return metadata.to(torch.uint8)
+        bitmap = int(row_offsets(bits)[-1]) * itemsize + bits.nbytes + 8 * (N + 1)
+        return offsets(bits) if bitmap < N * K * itemsize + explicit_bytes else None
+    if layout == "2:4":
+        check_sparse24_mask(bits, K)
+        return sparse24_metadata(bits, K).to(torch.uint8)
+    if layout != "bitmap":
+        return None
+    if bits.device.type == "meta":
+        raise ValueError(
+            "weight is on the meta device, where it has no values to compress; layout 'bitmap' must know how many are "
+            "kept. Use layout='dense' or '2:4', or convert the model after its weights are loaded."
+        )
+    return offsets(bits)
+
+
 # ---- masks as bits --------------------------------------------------------------------------------------------------
 
 

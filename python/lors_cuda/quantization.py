@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # csrc/core/include/lors/quantization.h has the formulas of what is computed with codes. Here: which grid a weight gets,
-# its codes, and how they lie in each layout. Codes of e4m3 are kept as bytes: torch converts float8 tensors with a
-# model's floating numbers, fully_shard casts them, and not every backend of torch.distributed can send them.
+# and its codes. How they lie in each layout: codes.py.
 """Grids of quantised weights: their checks, how one is chosen for a weight, and its codes."""
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ from torch import Tensor
 
 from ._checks import all_finite, check_choice, check_flag, check_tensor
 from ._grid import NOT_REQUANTIZED, Grid, Requantization
-from .formats import compress_sparse24, kept_values, row_offsets, unpack_mask
 
 REMAINDERS = ("dither", "none", "stored")
 KINDS = ("int8", "int4", "e4m3")
 GROUPS = (32, 64, 128)
 LIMITS = {"int8": (-128, 127), "int4": (-8, 7), "e4m3": (-448, 448)}
-STORED = {"int8": torch.int8, "int4": torch.uint8, "e4m3": torch.uint8}  # of SparseWeight.values
 CODES = {"int8": torch.int8, "int4": torch.int8, "e4m3": torch.float8_e4m3fn}  # one for each weight
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Between these a scale's product with any code's distance from zero, and 1 / (16 scale), are normal float32 numbers.
@@ -128,23 +125,22 @@ class QuantizationGrid:
             return
         scales = self.scales.float()
         wrong = ~((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE))  # NaN too
-        if wrong.any():
-            row, group = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"{int(wrong.sum())} of {wrong.numel()} scales are out of range, first that of row {row}, columns from "
-                f"{group * self.group}: it is {self.scales[row, group].item()}, and a scale is positive, from 2^-117 "
-                "to 2^118. Quantise the weight again, or load another copy of the file."
-            )
+        _check_range("scales", self.scales, wrong, self.group, "a scale is positive, from 2^-117 to 2^118")
         if self.zero_points is not None and self.kind == "int4":
             low, high = LIMITS[self.kind]
             wrong = (self.zero_points < low) | (self.zero_points > high)
-            if wrong.any():
-                row, group = wrong.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{int(wrong.sum())} of {wrong.numel()} zero_points are out of range, first that of row {row}, "
-                    f"columns from {group * self.group}: it is {int(self.zero_points[row, group])}, and one of int4 is "
-                    "from -8 to 7."
-                )
+            _check_range("zero_points", self.zero_points, wrong, self.group, "one of int4 is from -8 to 7")
+
+
+def _check_range(name: str, tensor: Tensor, wrong: Tensor, group: int, rule: str) -> None:
+    """Refuse a tensor of numbers for ``group`` columns each that has wrong ones."""
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(wrong.sum())} of {wrong.numel()} {name} are out of range, first that of row {row}, "
+            f"{'column' if group == 1 else 'columns from'} {place * group}: it is {tensor[row, place].item()}, and "
+            f"{rule}. Quantise the weight again, or load another copy of the file."
+        )
 
 
 def check_group(group: object, in_features: int, kind: str) -> None:
@@ -178,15 +174,18 @@ def choose_grid(
     the scale 2^-23.
 
     Args:
-        weight: floating, finite; zero where it is not kept.
+        weight: floating; zero where it is not kept.
         kind: ``"int8"``, ``"int4"`` or ``"e4m3"``.
         group: as in :class:`QuantizationGrid`; None: one for each row.
         symmetric: False, of int8 and int4: with zero points.
         scale_dtype: float32, bfloat16 or float16; None: the weight's, of float64 float32.
 
     Raises:
-        ValueError: an argument is unknown, or does not fit; a scale would be out of range.
+        ValueError: a value is not finite; an argument is unknown, or does not fit; a scale would be out of range.
     """
+    if weight.device.type != "meta" and not all_finite(weight):
+        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        raise ValueError(f"weight[{row}, {column}] is {weight[row, column].item()}; only finite numbers have a code.")
     check_choice("kind", kind, KINDS)
     N, K = weight.shape
     group = K if group is None else group
@@ -254,12 +253,7 @@ def check_codes(codes: Tensor, grid: QuantizationGrid) -> None:
         return
     low, high = LIMITS[grid.kind]
     wrong = codes.float().isnan() if grid.kind == "e4m3" else (codes < low) | (codes > high)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{int(wrong.sum())} of {wrong.numel()} codes are out of range, first that of row {row}, column {column}: "
-            f"it is {codes[row, column].item()}, and a code of {grid.kind} is from {low} to {high}."
-        )
+    _check_range("codes", codes, wrong, 1, f"a code of {grid.kind} is from {low} to {high}")
 
 
 def check_remainder(requantize: bool, remainder: str | None) -> None:
@@ -269,7 +263,10 @@ def check_remainder(requantize: bool, remainder: str | None) -> None:
         return
     check_choice("remainder", remainder, REMAINDERS)
     if not requantize and remainder != "none":
-        raise ValueError(f"remainder is {remainder!r} and requantize is False, which has none; leave remainder out.")
+        raise ValueError(
+            f"remainder={remainder!r} says what stands for what requantize=True rounds away; without that nothing is "
+            f"rounded. Leave remainder={remainder!r} out, or set requantize=True."
+        )
 
 
 def default_remainder(requantize: bool, grid: QuantizationGrid | None) -> str:
@@ -314,99 +311,3 @@ def check_requantization(requantize: Requantization, grid: QuantizationGrid | No
                 "remainder is 'stored', and the weight is no int8 one on a grid 16 times finer than an int4 grid, "
                 "with zero points that are multiples of 16. Make it by QuantizationGrid.finer()."
             )
-
-
-# ---- how codes lie in memory ----------------------------------------------------------------------------------------
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """int8 [..., n] from -8 to 7, n even, as uint8 [..., n / 2]: two's complement, the first code in the low half."""
-    low, high = codes[..., 0::2], codes[..., 1::2]
-    return (low & 15 | high << 4).view(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The int8 codes [..., n] of :func:`pack_nibbles`."""
-    low = ((packed & 15) ^ 8).view(torch.int8) - 8
-    return torch.stack([low, packed.view(torch.int8) >> 4], -1).flatten(-2)
-
-
-def pack_codes(codes: Tensor, kind: str, bits: Tensor, index: Tensor | None) -> Tensor:
-    """The values of a quantised weight from its codes [N, K], which are read on the mask ``bits`` alone.
-
-    Args:
-        index: what the layout has: None, 2:4 metadata, or row offsets, of int4 those of ``formats.padded_offsets``.
-    """
-    K = codes.shape[1]
-    # As bfloat16, which holds every byte exactly, for the one way into the layouts.
-    numbers = codes.view(torch.int8).to(torch.bfloat16)
-    if index is None:
-        values = torch.where(unpack_mask(bits, K), numbers, 0.0)
-    elif index.dtype == torch.uint8:
-        values = compress_sparse24(numbers, bits, index)
-    else:
-        values = kept_values(numbers, bits)
-        if kind == "int4":
-            padded = values.new_zeros(int(index[-1]))
-            padded[_is_code(bits, index)] = values
-            values = padded
-    stored = values.to(torch.int8)
-    return pack_nibbles(stored) if kind == "int4" else stored.view(STORED[kind])
-
-
-def stored_shape(shape: torch.Size, kind: str, layout: str) -> tuple[int, int]:
-    """The shape of the values of a quantised weight [N, K] of layout "dense" or "2:4"."""
-    per_byte = (2 if kind == "int4" else 1) * (2 if layout == "2:4" else 1)
-    return shape[0], shape[1] // per_byte
-
-
-def slots(values: Tensor, kind: str) -> Tensor:
-    """The int8 number in each slot of stored values; of e4m3 the code's byte."""
-    return unpack_nibbles(values) if kind == "int4" else values.view(torch.int8)
-
-
-def kept_codes(values: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
-    """The int4 codes of a bitmap's kept weights, without what makes their number even."""
-    return unpack_nibbles(values)[_is_code(bits, offsets)]
-
-
-def as_codes(numbers: Tensor, mask: Tensor, grid: QuantizationGrid) -> Tensor:
-    """Codes [N, K] from their numbers (of e4m3: bytes) as any floating type; off the mask that of zero."""
-    stored = numbers.to(torch.int8)
-    if grid.zero_points is not None:
-        stored = torch.where(mask, stored, grid.zero_points.repeat_interleave(grid.group, 1))
-    return stored.view(CODES[grid.kind])
-
-
-def _is_code(bits: Tensor, offsets: Tensor) -> Tensor:
-    """bool [number of slots]: False where a slot is there for an even number alone."""
-    odd = row_offsets(bits).diff() % 2 == 1
-    result = torch.ones(int(offsets[-1]), dtype=torch.bool, device=bits.device)
-    result[offsets[1:][odd] - 1] = False
-    return result
-
-
-def check_slots(values: Tensor, kind: str, bits: Tensor | None, index: Tensor | None) -> None:
-    """Refuse stored values that hold a byte of no e4m3 code (NaN; -0, which is stored as 0), or, of a bitmap of int4,
-    a code in a slot that is there for an even number alone."""
-    if values.device.type == "meta":
-        return
-    what = None
-    if kind == "e4m3":
-        wrong = (values & 127 == 127) | (values == 128)
-        what = "are NaN or -0, which it cannot hold"
-    elif kind == "int4" and bits is not None and index is not None:
-        wrong = (unpack_nibbles(values) != 0) & ~_is_code(bits, index)
-        what = "belong to no kept weight and must be 0"
-    if what is not None and wrong.any():
-        raise ValueError(
-            f"{int(wrong.sum())} of the {kind} weight's codes {what}. Quantise the weight again, or load another copy "
-            "of the file."
-        )
-
-
-def check_finite_weight(weight: Tensor) -> None:
-    """Refuse a weight [N, K] that is not finite."""
-    if weight.device.type != "meta" and not all_finite(weight):
-        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-        raise ValueError(f"weight[{row}, {column}] is {weight[row, column].item()}; only finite numbers have a code.")

@@ -9,17 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES
 from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
 from ._draws import NO_DRAWS, Draws, seed_number
 from ._grid import Requantization
-from ._linears import is_conv1d, is_linear, make_linear, weight_of
+from ._linears import check_stored_layout, is_conv1d, make_linear, stored_form
+from ._sparse_state import GRID, NO_NUMBERS, STATE, fitted_state
 from .dense_view import DenseView, dense_tensor
 from .formats import layout_of
 from .functional import GivesMergedWeight, sparse_linear
 from .quantization import (
-    SCALE_DTYPES,
-    STORED,
     QuantizationGrid,
     check_remainder,
     check_requantization,
@@ -29,21 +27,6 @@ from .quantization import (
 from .weight import SparseWeight
 
 _Self = TypeVar("_Self", bound="SparseLinear")
-_GRID = ("weight_scales", "weight_zero_points")
-_BUFFERS = ("weight_mask", "weight_index", *_GRID)
-_STATE = ("weight_values", *_BUFFERS, "mask_digest")
-_DTYPES = {
-    "weight_values": DTYPES,
-    "weight_mask": (torch.int32,),
-    "weight_index": (torch.uint8, torch.int64),
-    "weight_scales": SCALE_DTYPES,
-    "weight_zero_points": (torch.int8,),
-}
-_NO_NUMBERS = (
-    "Masks are not numbers, nor are codes: average, decay or convert lora_A and lora_B, or weight_values that are "
-    "floating, alone, and take weight_mask, weight_index, mask_digest and a quantised weight unchanged from a model of "
-    "the same mask."
-)
 
 
 class SparseLayer:
@@ -208,7 +191,6 @@ class SparseLinear(SparseLayer, nn.Module):
             TypeError: ``linear`` is no ``nn.Linear`` and no Conv1D of transformers.
             ValueError: as :meth:`SparseWeight.from_dense`.
         """
-        check_linear(linear)
         layer = SparseLinear(SparseWeight.from_dense(stored_form(linear), layout, mask), linear.bias)
         layer.conv1d = is_conv1d(linear)
         return layer.train(linear.training)
@@ -218,12 +200,12 @@ class SparseLinear(SparseLayer, nn.Module):
         return self._stored(self.weight_values)
 
     def _stored(self, values: Tensor) -> SparseWeight:
-        grid = self._grid(self.weight_scales, self.weight_zero_points)
+        grid = self.grid_of(self.weight_scales, self.weight_zero_points)
         return SparseWeight(
             values, self.weight_mask, self.weight_index, in_features=self.in_features, quantization=grid
         )
 
-    def _grid(self, scales: Tensor | None, zero_points: Tensor | None) -> QuantizationGrid | None:
+    def grid_of(self, scales: Tensor | None, zero_points: Tensor | None) -> QuantizationGrid | None:
         """The grid with these scales; what they may not be, its ``check`` says."""
         if scales is None:
             return None
@@ -281,7 +263,7 @@ class SparseLinear(SparseLayer, nn.Module):
         end_buffer_broadcasts(SparseLinear)
         if not always and self._checked == _versions(weight):
             return weight
-        tensors = [getattr(self, name) for name in _STATE if getattr(self, name) is not None]
+        tensors = [getattr(self, name) for name in STATE if getattr(self, name) is not None]
         if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
             return weight
         if not always:
@@ -305,7 +287,7 @@ class SparseLinear(SparseLayer, nn.Module):
         if problem is not None:
             raise ValueError(
                 f"The stored weight of {type(self).__name__}({self.extra_repr()}) has another mask than it was made or "
-                f"loaded with: {problem} {_NO_NUMBERS} Load a "
+                f"loaded with: {problem} {NO_NUMBERS} Load a "
                 "sound state, or convert the sparse model again. torch.optim.swa_utils.AveragedModel needs "
                 "use_buffers=False."
             )
@@ -348,7 +330,7 @@ class SparseLinear(SparseLayer, nn.Module):
                 self.register_buffer(name, None if tensor is None else tensor.detach())
             stored = SparseWeight(self.weight_values, self.weight_mask, self.weight_index, in_features=self.in_features)
             self.register_buffer("mask_digest", stored.digest())
-        for name in _GRID:  # of a version without quantised weights
+        for name in GRID:  # of a version without quantised weights
             if name not in self._buffers:
                 self.register_buffer(name, None)
 
@@ -356,104 +338,16 @@ class SparseLinear(SparseLayer, nn.Module):
         self.check_mask()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            for name in (*_BUFFERS, "mask_digest"):  # so that averages over a state in place do not reach the layer
+            for name in STATE[1:]:  # so that averages over a state in place do not reach the layer
                 if prefix + name in destination:
                     destination[prefix + name] = destination[prefix + name].clone()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        # Which weights are kept, and so how many values are stored, is a property of the stored weight: it decides the
-        # shapes of the tensors. But only where it fits, because a refused state must leave the layer as it was.
-        errors: list[str] = args[-1]
-        given = {name: state_dict[prefix + name] for name in _STATE if prefix + name in state_dict}
-        if given:
-            try:
-                loaded = self._fitting(given, bool(local_metadata.get("assign_to_params_buffers")))
-            except ValueError as error:
-                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-                return
-            state_dict = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in given}
-            state_dict.update({prefix + name: tensor for name, tensor in loaded.items() if tensor is not None})
-            for name, tensor in loaded.items():
-                own = getattr(self, name)
-                dtype = getattr(tensor, "dtype", None)
-                if name in ("weight_values", "mask_digest"):  # which are converted to what the layer has
-                    dtype = getattr(self, name).dtype
-                if tensor is None or own is None or (own.shape, own.dtype) != (tensor.shape, dtype):
-                    device = self.weight_values.device
-                    new = None if tensor is None else torch.empty_like(tensor, dtype=dtype, device=device)
-                    setattr(self, name, _frozen(new) if name == "weight_values" else new)
-            self._checked = None
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def _fitting(self, given: dict[str, Tensor], assign: bool) -> dict[str, Tensor | None]:
-        """The tensors of a state as this layer takes them: with a digest, and a mask that its dtype cannot lose.
-
-        Where both are sharded the values are gathered to be checked, so that all processes must load together.
-
-        Raises:
-            ValueError: they are no stored weight, or not one that this layer can hold.
-        """
-        values, bits, index, scales, zero_points, digest = (given.get(name) for name in _STATE)
-        if values is not None and (scales is None) != (self.kind == ""):
-            raise ValueError(
-                f"the state has a weight {'of values' if scales is None else 'of codes with scales'} and the layer one "
-                f"{f'of {self.kind} codes' if self.kind else 'of values'}; make the layer from a weight that is "
-                "quantised as the saved one."
-            )
-        for name, dtypes in _DTYPES.items():
-            if name == "weight_values" and self.kind:
-                dtypes = (STORED[self.kind],)
-            if name in given and given[name].dtype not in dtypes:
-                allowed = " or ".join(map(str, dtypes))
-                raise ValueError(f"{name} has dtype {given[name].dtype}; it must be {allowed}. {_NO_NUMBERS}")
-        if values is None:  # a state without frozen parameters
-            for name in given.keys() & set(_BUFFERS):
-                own_tensor = getattr(self, name)
-                if own_tensor is None or not torch.equal(given[name].to(own_tensor.device), own_tensor):
-                    raise ValueError(
-                        f"the state has another {name} than the layer, and no weight_values. {_NO_NUMBERS}"
-                    )
-            return {}
-        layout, own = layout_of(index), layout_of(self.weight_index)
-        if layout != own:
-            raise ValueError(
-                f"the state has a weight of layout '{layout}' and the layer one of layout '{own}'; convert the model "
-                f"with layout='{layout}' before loading it."
-            )
-        self._check_sharding(values)
-        all_values = whole(values)  # before what only one process may refuse
-        try:
-            grid = self._grid(scales, zero_points)
-            weight = SparseWeight.from_stored(all_values, bits, index, self.in_features, grid)
-        except ValueError as error:  # of an average that was cast to integers, too
-            raise ValueError(f"{error} {_NO_NUMBERS}") from error
-        if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
-                f"{(self.out_features, self.in_features)}."
-            )
-        if digest is not None and not weight.has_digest(digest):
-            raise ValueError(f"the mask is not the one that was saved: its digest is another one. {_NO_NUMBERS}")
-        if not assign and grid is None:
-            bits = weight.to(self.weight_values.dtype).mask_bits
-        return dict(zip(_STATE, (values, bits, index, scales, zero_points, weight.digest()), strict=True))
-
-    def _check_sharding(self, values: Tensor) -> None:
-        if is_sharded(self.weight_values) != is_sharded(values):
-            sharded = "the layer is sharded and the state is not"
-            if is_sharded(values):
-                sharded = "the state is sharded and the layer is not"
-            raise ValueError(
-                f"{sharded}; load it by set_model_state_dict of torch.distributed.checkpoint.state_dict, a whole state "
-                "with StateDictOptions(full_state_dict=True)."
-            )
-        if is_sharded(values) and values.shape != self.weight_values.shape:
-            raise ValueError(
-                "the state's weight_values does not have the layer's shape, so its weight has another mask, and a "
-                "layer that is sharded cannot take that on. Load it before fully_shard."
-            )
+        fitted = fitted_state(self, state_dict, prefix, local_metadata, args[-1])
+        if fitted is not None:
+            super()._load_from_state_dict(fitted, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         return (
@@ -470,34 +364,12 @@ def stored_sparse(linear: nn.Module, layout: str, mask: Tensor | None) -> Sparse
         ValueError: as :meth:`SparseWeight.from_dense`; a weight that is stored has another layout, or a mask was given.
     """
     if type(linear) is not SparseLinear:
-        check_linear(linear)
         return SparseWeight.from_dense(stored_form(linear), layout, mask)
     weight = linear.check_mask(always=True)
     if mask is not None:
         raise ValueError("mask was given with a layer that is stored sparse, which has its own; leave mask out.")
     check_stored_layout(weight, layout)
     return weight
-
-
-def check_stored_layout(weight: SparseWeight, layout: str) -> None:
-    """Refuse to store anew what is stored in another layout."""
-    if layout not in ("auto", weight.layout):
-        raise ValueError(
-            f"it is stored in layout '{weight.layout}' and layout='{layout}' was asked for. Leave layout at 'auto', or "
-            "compress the model so."
-        )
-
-
-def check_linear(linear: nn.Module) -> None:
-    """Refuse what is no nn.Linear and no Conv1D."""
-    if not is_linear(linear):
-        raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear.")
-
-
-def stored_form(linear: nn.Module) -> Tensor:
-    """The weight [N, K] of a plain layer, contiguous: that of a Conv1D is copied."""
-    weight = weight_of(linear).detach()
-    return weight.contiguous() if is_conv1d(linear) else weight
 
 
 def _versions(weight: SparseWeight) -> list[tuple[int, int]]:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ._checks import check_whole, is_packed, listed
-from ._linears import is_conv1d, is_linear
+from ._linears import is_conv1d, is_linear, plain
 from .config import ALL_LINEAR, LoRSConfig, selects
 from .sparse_linear import SparseLinear
 from .targets import Target, output_heads
-from .weight import plain
 
 LINEAR, EXPERTS, HEAD, EMBEDDING, OTHER = "linear", "experts", "output head", "embedding", "other"
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._checks import DTYPES, check_rank, is_packed, joined, listed
+from ._checks import DTYPES, check_rank, grouped, is_packed, joined, listed
 from ._distributed import is_offloaded, is_sharded
-from ._linears import computes_linear, is_linear, weight_of
+from ._linears import check_fits, check_stored_layout, computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
 from .quantization import check_requantization, default_remainder, requantization
-from .sparse_linear import SparseLayer, SparseLinear, check_stored_layout
-from .weight import SparseWeight, check_fits
+from .sparse_linear import SparseLayer, SparseLinear
+from .weight import SparseWeight
 
 # Classification models of transformers report no output embeddings; their head has one of these names (as in PEFT).
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -168,7 +168,7 @@ def adaptable(
     if not skipped:
         return linears
     share = sum(sizes[name] for name in skipped) / max(sum(sizes.values()), 1)
-    causes = joined([f"{listed(names)}: {reason}." for reason, names in reasons.items()])
+    causes = joined(grouped({f"{reason}.": names for reason, names in reasons.items()}))
     text = (
         f"target_modules='{ALL_LINEAR}' leaves out {len(skipped)} of {len(linears)} linears, {share:.1%} of their "
         f"weights. {causes}"
@@ -185,7 +185,7 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
     Raises:
         ValueError: a rank is too large or a weight does not fit the layout; every module concerned is named.
     """
-    problems = []
+    problems: dict[str, list[str]] = {}
     for target in targets:
         try:
             check_rank(target.r, *shape_of(target.module))
@@ -195,10 +195,10 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
             else:
                 check_fits(target.weight.detach(), config.layout)
         except ValueError as error:
-            problems.append(f"'{target.name}': {error}")
+            problems.setdefault(str(error), []).append(target.name)
     if problems:
         advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
-        raise ValueError(f"The model was not converted. {joined(problems)} {advice}")
+        raise ValueError(f"The model was not converted. {joined(grouped(problems))} {advice}")
 
 
 def check_requantizable(module: nn.Module, config: Any) -> None:
@@ -212,8 +212,9 @@ def check_requantizable(module: nn.Module, config: Any) -> None:
     grid = module.sparse_weight.quantization if isinstance(module, SparseLayer) else None
     if grid is None:
         raise ValueError(
-            "requantize=True needs quantised weights, and this one holds values. Load a quantised checkpoint with "
-            "load_sparse_checkpoint(directory, quantized='keep'), or leave requantize out."
+            "requantize=True needs a quantised weight, and this one holds values. Make a quantised model with "
+            "`lors-cuda quantize` (in Python, load_sparse_checkpoint(directory, quantized='keep') loads it and "
+            "SparseWeight.quantize makes one weight), or leave requantize out."
         )
     chosen = requantization(True, config.remainder or default_remainder(True, grid), config.dither_seed)
     check_requantization(chosen, grid, has_draws=False)

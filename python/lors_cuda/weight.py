@@ -3,57 +3,36 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import (
-    DTYPES,
-    LAYOUTS,
-    check_adapters,
-    check_choice,
-    check_mask,
-    check_merge,
-    check_tensor,
-    check_weight,
-    check_whole,
-)
+from ._checks import DTYPES, LAYOUTS, check_adapters, check_choice, check_mask, check_merge, check_weight, check_whole
 from ._draws import NO_DRAWS, Draws, rounding_draws
 from ._grid import NO_GRID, NOT_REQUANTIZED, Grid, Requantization
 from ._library import check_device, lors
-from .dense_view import DenseView
+from ._linears import plain
+from ._stored_checks import check_stored
+from .codes import as_codes, pack_codes, unpadded
+from .fingerprints import sha256
 from .formats import (
-    check_bitmap,
-    check_dense,
-    check_sparse24,
-    check_sparse24_mask,
     compress_sparse24,
+    index_for,
     kept_values,
     layout_of,
     pack_mask,
     padded_offsets,
     row_offsets,
     sparse24_mask,
-    sparse24_metadata,
     unpack_mask,
 )
 from .quantization import (
-    STORED,
     QuantizationGrid,
-    as_codes,
     check_codes,
-    check_finite_weight,
     check_requantization,
-    check_slots,
     choose_grid,
-    kept_codes,
-    pack_codes,
     quantize_codes,
-    slots,
-    stored_shape,
     without_negative_zero,
 )
 
@@ -123,17 +102,17 @@ class SparseWeight:
         explicit = None if mask is None else pack_mask(mask)
         if layout != "dense":
             bits = pack_mask(values != 0) if explicit is None else explicit
-            if layout == "auto":
-                explicit_bytes = 0 if explicit is None else explicit.nbytes
-                layout = _smallest_layout(values, bits, values.itemsize, explicit_bytes)
-            if layout == "2:4":
-                check_sparse24_mask(bits, values.shape[1])
-                metadata = sparse24_metadata(bits, values.shape[1]).to(torch.uint8)
-                return cls(compress_sparse24(values, bits, metadata), None, metadata)
-            if layout == "bitmap":
-                _check_counted(values)
-                return cls(kept_values(values, bits), bits, row_offsets(bits), in_features=values.shape[1])
+            explicit_bytes = 0 if explicit is None else explicit.nbytes
+            index = index_for(layout, bits, values.shape[1], values.itemsize, explicit_bytes)
+            if index is not None:
+                return cls._compressed(values, bits, index)
         return cls(values.contiguous() if mask is None else torch.where(mask, values, 0.0).contiguous(), explicit)
+
+    @classmethod
+    def _compressed(cls, dense: Tensor, bits: Tensor, index: Tensor) -> SparseWeight:
+        if layout_of(index) == "2:4":
+            return cls(compress_sparse24(dense, bits, index), None, index)
+        return cls(kept_values(dense, bits), bits, index, in_features=dense.shape[1])
 
     @classmethod
     def from_sparse24(cls, values: Tensor, metadata: Tensor) -> SparseWeight:
@@ -143,13 +122,7 @@ class SparseWeight:
             ValueError: the metadata has a code that does not occur or a slot off the mask is not zero (the first place
                 is named), or dtypes, shapes or devices do not fit.
         """
-        _check_values(values, 2)
-        check_tensor("metadata", metadata)
-        N, half = values.shape
-        if half % 2:
-            raise ValueError(f"values have shape {tuple(values.shape)}; 2:4 has an even number in each row.")
-        _check_index("metadata", metadata, torch.uint8, (N, (2 * half + 7) // 8), values)
-        check_sparse24(values, metadata)
+        check_stored("2:4", values, None, metadata)
         return cls(values.detach().contiguous(), None, metadata.contiguous())
 
     @classmethod
@@ -161,21 +134,9 @@ class SparseWeight:
             ValueError: bits and offsets disagree (the first row is named), the number of values is another, or dtypes,
                 shapes or devices do not fit.
         """
-        _check_values(values, 1)
-        check_tensor("mask_bits", mask_bits)
-        check_tensor("row_offsets", row_offsets)
-        N = row_offsets.shape[0] - 1 if row_offsets.dim() == 1 else 0
-        if N < 1 or in_features < 1:
-            raise ValueError(
-                f"row_offsets has shape {tuple(row_offsets.shape)} and in_features is {in_features}; row_offsets must "
-                "be [out_features + 1], and out_features and in_features at least 1."
-            )
-        _check_index("row_offsets", row_offsets, torch.int64, (N + 1,), values)
-        _check_index("mask_bits", mask_bits, torch.int32, (N, (in_features + 31) // 32), values)
-        check_bitmap(values, mask_bits, row_offsets, in_features)
-        return cls(
-            values.detach().contiguous(), mask_bits.contiguous(), row_offsets.contiguous(), in_features=in_features
-        )
+        check_stored("bitmap", values, mask_bits, row_offsets, in_features)
+        parts = (values.detach().contiguous(), mask_bits.contiguous(), row_offsets.contiguous())
+        return cls(*parts, in_features=in_features)
 
     @classmethod
     def from_stored(
@@ -193,66 +154,9 @@ class SparseWeight:
             ValueError: as they; a dense value off the mask is not zero; the mask bits' shape or dtype is wrong; a
                 quantised weight's grid, codes or mask are none.
         """
-        if index is not None and index.dtype == torch.uint8 and mask_bits is not None:
-            raise ValueError("There is a weight_mask beside 2:4 metadata, which is its mask; one of them is wrong.")
-        if index is not None and index.dtype != torch.uint8 and mask_bits is None:
-            raise ValueError("There are row offsets of a bitmap (weight_index) but no bits (weight_mask).")
-        if quantization is not None:
-            return cls._from_stored_codes(values, mask_bits, index, in_features, quantization)
-        if index is not None:
-            if mask_bits is None:
-                return cls.from_sparse24(values, index)
-            return cls.from_bitmap(values, mask_bits, index, in_features)
-        _check_values(values, 2)
-        if mask_bits is not None:
-            N, K = values.shape
-            _check_index("weight_mask", mask_bits, torch.int32, (N, (K + 31) // 32), values)
-            check_dense(values, mask_bits)
-        return cls(values.detach(), mask_bits)
-
-    @classmethod
-    def _from_stored_codes(
-        cls, values: Tensor, bits: Tensor | None, index: Tensor | None, in_features: int, grid: QuantizationGrid
-    ) -> SparseWeight:
-        grid.check()
-        N, K = grid.shape
-        if in_features != K:
-            raise ValueError(f"in_features is {in_features}, and the scales are those of {K}.")
-        check_tensor("values", values)
-        check_device(values.device)
-        if values.device != grid.scales.device:
-            raise ValueError(f"values are on {values.device} and scales on {grid.scales.device}; move them together.")
-        if bits is not None:
-            _check_index("weight_mask", bits, torch.int32, (N, (K + 31) // 32), values)
-        elif index is None:
-            raise ValueError(
-                "There is no weight_mask of a quantised weight of layout 'dense', whose codes do not tell it."
-            )
-        layout = layout_of(index)
-        if index is not None:
-            shape = (N, (K + 7) // 8) if layout == "2:4" else (N + 1,)
-            _check_index("weight_index", index, torch.uint8 if layout == "2:4" else torch.int64, shape, values)
-        if layout == "bitmap":
-            stored: tuple[int, ...] = (values.numel(),)  # check_bitmap counts them
-        else:
-            stored = stored_shape(grid.shape, grid.kind, layout)
-        if values.dtype != STORED[grid.kind] or values.shape != stored:
-            raise ValueError(
-                f"values are {values.dtype} with shape {tuple(values.shape)}; {grid.kind} codes of layout '{layout}' "
-                f"for a weight of shape {(N, K)} are {STORED[grid.kind]}"
-                f"{', one-dimensional' if layout == 'bitmap' else f' {stored}'}."
-            )
-        numbers = slots(values, grid.kind)
-        if layout == "bitmap":
-            assert bits is not None
-            assert index is not None
-            check_bitmap(numbers, bits, index, K, padded_offsets if grid.kind == "int4" else row_offsets)
-        elif index is not None:
-            check_sparse24(numbers, index)
-        elif bits is not None:
-            check_dense(numbers, bits)
-        check_slots(values, grid.kind, bits, index)
-        return cls(values.detach().contiguous(), bits, index, quantization=grid)
+        check_stored(layout_of(index), values, mask_bits, index, in_features, quantization)
+        values = values.detach().contiguous()
+        return cls(values, mask_bits, index, in_features=in_features, quantization=quantization)
 
     @classmethod
     def from_quantized(cls, codes: Tensor, grid: QuantizationGrid, mask: Tensor, layout: str = "auto") -> SparseWeight:
@@ -273,22 +177,14 @@ class SparseWeight:
         check_codes(codes, grid)
         check_device(codes.device)
         check_mask(mask, codes)
-        bits, K = pack_mask(mask), codes.shape[1]
-        if layout == "auto":
-            layout = _smallest_layout(codes, bits, 0.5 if grid.kind == "int4" else 1, bits.nbytes)
-        index = None
-        if layout == "2:4":
-            check_sparse24_mask(bits, K)
-            index = sparse24_metadata(bits, K).to(torch.uint8)
-        elif layout == "bitmap":
-            _check_counted(codes)
-            index = padded_offsets(bits) if grid.kind == "int4" else row_offsets(bits)
         if grid.kind == "e4m3":
             codes = without_negative_zero(codes)
-        return cls._of_codes(codes, grid, bits, index)
+        return cls._of_codes(codes, grid, pack_mask(mask), layout)
 
     @classmethod
-    def _of_codes(cls, codes: Tensor, grid: QuantizationGrid, bits: Tensor, index: Tensor | None) -> SparseWeight:
+    def _of_codes(cls, codes: Tensor, grid: QuantizationGrid, bits: Tensor, layout: str) -> SparseWeight:
+        itemsize, offsets = (0.5, padded_offsets) if grid.kind == "int4" else (1, row_offsets)
+        index = index_for(layout, bits, codes.shape[1], itemsize, bits.nbytes, offsets)
         values = pack_codes(codes, grid.kind, bits, index)
         return cls(values, None if layout_of(index) == "2:4" else bits, index, quantization=grid)
 
@@ -325,7 +221,6 @@ class SparseWeight:
             mask = dense != 0
         check_mask(mask, dense)
         dense = torch.where(mask, dense, 0.0)
-        check_finite_weight(dense)
         grid = choose_grid(dense, kind, group, symmetric=symmetric, scale_dtype=scale_dtype)
         return cls.from_quantized(quantize_codes(dense, mask, grid), grid, mask, layout)
 
@@ -386,16 +281,9 @@ class SparseWeight:
                 f"The weight has no codes, but {self.dtype} values; quantise it with SparseWeight.quantize."
             )
         check_whole("values", self.values)
-        bits, index = self.mask_bits, self.index
-        if self.layout == "bitmap" and grid.kind == "int4":
-            assert bits is not None
-            assert index is not None
-            numbers, index = kept_codes(self.values, bits, index), row_offsets(bits)
-        else:
-            numbers = slots(self.values, grid.kind)
         # As bfloat16, which holds every byte exactly, for the one way out of the layouts.
-        numbers = SparseWeight(numbers.to(torch.bfloat16), bits, index, in_features=self.shape[1]).to_dense()
-        return as_codes(numbers, self.mask(), grid)
+        numbers, index = unpadded(self.values, grid.kind, self.mask_bits, self.index)
+        return as_codes(self._with(numbers.to(torch.bfloat16), self.mask_bits, index).to_dense(), self.mask(), grid)
 
     def mask(self) -> Tensor:
         """bool [N, K], True where the weight is kept."""
@@ -441,6 +329,7 @@ class SparseWeight:
             bits = pack_mask(self.values != 0)
         return self._with(values, bits, self.index)
 
+    @torch.no_grad()
     def merge(
         self,
         lora_A: Tensor,
@@ -475,10 +364,9 @@ class SparseWeight:
         check_adapters(self, lora_A, lora_B)
         draws = rounding_draws(rounding, seed)
         check_requantization(requantize, self.quantization, draws.any)
-        with torch.no_grad():
-            merged = self._merged(lora_A, lora_B, float(scaling), draws, requantize)
-            if merged.device.type != "meta":
-                check_merge(self, lora_A, lora_B, float(scaling), merged)
+        merged = self._merged(lora_A, lora_B, float(scaling), draws, requantize)
+        if merged.device.type != "meta":
+            check_merge(self, lora_A, lora_B, float(scaling), merged)
         return merged
 
     def _merged(
@@ -487,32 +375,25 @@ class SparseWeight:
         bits, index, quantization = self.mask_bits, self.index, self.quantization
         if self.layout == "2:4" and not draws.any and quantization is None:
             return self._with(lors.sparse24_merge(self.values, index, lora_A, lora_B, scaling), None, index)
+        # Codes are read off what is merged into float32, where each one's value is another number.
+        grid = self.grid(requantize, torch.float32 if requantize.steps else None)
+        merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *grid)
         if quantization is not None and requantize.steps:
-            mask, grid = self.packed_mask(), quantization.coarser(requantize.steps)
-            # Into float32, where every code's value is another number.
-            wide = self.grid(requantize, torch.float32)
-            merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *wide)
             if merged.device.type != "meta":
                 check_merge(self, lora_A, lora_B, scaling, SparseWeight(merged))
-            if self.layout == "bitmap":
-                index = padded_offsets(mask) if grid.kind == "int4" else row_offsets(mask)
-            return self._of_codes(quantize_codes(merged, self.mask(), grid), grid, mask, index)
-        merged = lors.merge(self.values, bits, index, lora_A, lora_B, scaling, *draws, *self.grid())
-        if self.layout == "2:4":  # only a dense result is drawn, or made of codes
-            assert index is not None
-            return self._with(compress_sparse24(merged, self.packed_mask(), index), None, index)
-        if self.layout == "bitmap":
-            assert bits is not None
-            return self._with(kept_values(merged, bits), bits, row_offsets(bits))
+            coarser = quantization.coarser(requantize.steps)
+            codes = quantize_codes(merged, self.mask(), coarser)
+            return self._of_codes(codes, coarser, self.packed_mask(), self.layout)
+        if index is not None:  # a result that is drawn, or made of codes, is dense
+            mask = self.packed_mask()
+            return self._compressed(merged, mask, index if self.layout == "2:4" else row_offsets(mask))
         if bits is None and bool(((merged == 0) & (self.values != 0)).any()):
             bits = pack_mask(self.values != 0)
         return self._with(merged, bits, None)
 
     def fingerprint(self) -> str:
         """SHA-256 over the shape and the packed mask, as hex: equal exactly when the masks are, whatever the layout."""
-        digest = hashlib.sha256(f"{self.shape[0]}x{self.shape[1]}:".encode())
-        _hash(digest, self.packed_mask())
-        return digest.hexdigest()
+        return sha256(f"{self.shape[0]}x{self.shape[1]}:", self.packed_mask())
 
     def digest(self) -> Tensor:
         """What must never be averaged as float32 [64], a hexadecimal digit each; without content on the meta device.
@@ -524,24 +405,18 @@ class SparseWeight:
             return torch.empty(64, device=self.device)
         digits = self.fingerprint()
         if self.quantization is not None:
-            digest = hashlib.sha256(digits.encode())
-            for tensor in (self.values, self.quantization.scales, self.quantization.zero_points):
-                if tensor is not None:
-                    _hash(digest, tensor)
-            digits = digest.hexdigest()
+            digits = sha256(digits, self.values, self.quantization.scales, self.quantization.zero_points)
         return torch.tensor([float(int(digit, 16)) for digit in digits], device=self.device)
 
     def zeros(self, dtype: torch.dtype) -> SparseWeight:
         """A weight of zeros with this mask and layout; its values are one stored number, also where autograd keeps
         them."""
         bits, index = None if self.layout == "2:4" else self.packed_mask(), self.index
+        N, K = self.shape
+        count = {"dense": (N, K), "2:4": (N, K // 2)}.get(self.layout, tuple(self.values.shape))
         if self.layout == "bitmap" and self.quantization is not None:
-            assert bits is not None
-            index = row_offsets(bits)  # without what makes int4 codes even
-            count: tuple[int, ...] = (int(index[-1]),)
-        else:
-            N, K = self.shape
-            count = {"dense": (N, K), "2:4": (N, K // 2)}.get(self.layout, self.values.shape)
+            index = row_offsets(self.packed_mask())  # without what makes the number of int4 codes even
+            count = (int(index[-1]),)
         values = torch.zeros((), dtype=dtype, device=self.device).expand(count)
         return SparseWeight(values, bits, index, in_features=self.shape[1])
 
@@ -551,9 +426,8 @@ class SparseWeight:
             return True
         return torch.equal(digest.detach().cpu().float().round(), self.digest().cpu())
 
-    def _with(self, values: Tensor | None, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
+    def _with(self, values: Tensor, mask_bits: Tensor | None, index: Tensor | None) -> SparseWeight:
         """Another weight of this layout and shape."""
-        assert values is not None
         return SparseWeight(values, mask_bits, index, in_features=self.shape[1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -568,78 +442,3 @@ class SparseWeight:
             f"SparseWeight(layout={self.layout!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"device={str(self.device)!r}, density={density}{quantization})"
         )
-
-
-def _hash(digest: Any, tensor: Tensor) -> None:
-    """Take a tensor's bytes into a digest."""
-    content = tensor.detach().cpu().contiguous()
-    # Through its memory: this runs where torch has no NumPy.
-    digest.update((ctypes.c_char * content.nbytes).from_address(content.data_ptr()))
-
-
-def plain(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor without a gradient: a layer's ``weight`` and torch's semi-structured tensors are
-    decompressed. What else is no ordinary tensor comes back as it is, for `check_weight` to refuse.
-
-    Raises:
-        ValueError: a semi-structured tensor that is transposed, or that torch cannot read where it is.
-    """
-    if isinstance(weight, DenseView):
-        return weight[:]
-    if not isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
-        return weight.detach() if isinstance(weight, Tensor) else weight
-    try:
-        return weight.detach().to_dense()
-    except Exception as error:  # assertions, and what cuSPARSELt raises
-        raise ValueError(
-            f"weight is a {type(weight).__name__} that torch cannot decompress here ({error}). Give the tensor that "
-            "to_sparse_semi_structured returned, on the device it was made on, or the dense weight."
-        ) from error
-
-
-def check_fits(weight: Tensor, layout: str) -> None:
-    """Refuse what ``SparseWeight.from_dense(weight, layout)`` would refuse, without compressing anything."""
-    check_choice("layout", layout, LAYOUTS)
-    weight = plain(weight)
-    check_weight(weight)
-    if layout == "2:4":
-        check_sparse24_mask(pack_mask(weight != 0), weight.shape[1])
-
-
-def _smallest_layout(weight: Tensor, bits: Tensor, itemsize: float, explicit_bytes: int) -> str:
-    """The layout "auto" chooses for a weight of so many bytes each, and so many for the mask of a dense one.
-
-    A weight on the meta device has no values to go by, and stays dense.
-    """
-    N, K = weight.shape
-    if weight.device.type == "meta":
-        return "dense"
-    if K % 4 == 0 and not (sparse24_metadata(bits, K) < 0).any():
-        return "2:4"
-    bitmap = int(row_offsets(bits)[-1]) * itemsize + bits.nbytes + 8 * (N + 1)
-    return "bitmap" if bitmap < N * K * itemsize + explicit_bytes else "dense"
-
-
-def _check_counted(weight: Tensor) -> None:
-    if weight.device.type == "meta":
-        raise ValueError(
-            "weight is on the meta device, where it has no values to compress; layout 'bitmap' must know how many are "
-            "kept. Use layout='dense' or '2:4', or convert the model after its weights are loaded."
-        )
-
-
-def _check_values(values: Tensor, dimensions: int) -> None:
-    check_tensor("values", values)
-    if values.dim() != dimensions or (dimensions == 2 and 0 in values.shape):
-        needed = "[out_features, in_features / 2], both at least 1" if dimensions == 2 else "one-dimensional"
-        raise ValueError(f"values have shape {tuple(values.shape)}; they must be {needed}.")
-    if values.dtype not in DTYPES:
-        raise ValueError(f"values have dtype {values.dtype}; they must be float32, bfloat16, float16 or float64.")
-    check_device(values.device)
-
-
-def _check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], values: Tensor) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise ValueError(f"{name} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be {dtype} {shape}.")
-    if tensor.device != values.device:
-        raise ValueError(f"{name} is on {tensor.device} and values on {values.device}; move them to the same device.")

@@ -9,7 +9,6 @@ import argparse
 import ast
 import re
 import shlex
-from typing import Any
 
 # Of an argument the option's destination. Those of several words are replaced wherever they occur, the others, which
 # are also words of the language, only before "=" and a quoted value.
@@ -37,24 +36,22 @@ def as_options(text: str, command: argparse.ArgumentParser, trains: argparse.Arg
     def replaced(match: re.Match[str]) -> str:
         name = match["name"] or match["plain"]
         for parser in (command, trains):
-            option = _option(parser, _DESTINATIONS.get(name, name))
-            if option is not None:
-                told = f"{option}{_words(match['value'] or match['quoted'])}"
+            told = _told(parser, _DESTINATIONS.get(name, name), match["value"] or match["quoted"])
+            if told is not None:
                 return told if parser is command else f"{told} of '{parser.prog}'"
         return match[0]
 
     return _ARGUMENT.sub(replaced, text)
 
 
-def _option(parser: argparse.ArgumentParser, destination: str) -> str | None:
-    return next((action.option_strings[-1] for action in parser._actions if action.dest == destination), None)
-
-
-def _words(literal: str | None) -> str:
-    """The values of an option, as a shell takes them, after a space; "" for a flag."""
-    value: Any = None if literal is None else ast.literal_eval(literal)
+def _told(parser: argparse.ArgumentParser, destination: str, literal: str | None) -> str | None:
+    """The parser's option and its values, as a shell takes them; "no --flag" for what a flag does not set."""
+    action = next((action for action in parser._actions if action.dest == destination), None)
+    if action is None:
+        return None
+    option, value = action.option_strings[-1], None if literal is None else ast.literal_eval(literal)
     if value is None or isinstance(value, bool):
-        return ""
+        return f"no {option}" if value is (not action.const) else option
     if isinstance(value, dict):
         value = [f"{key}={one}" for key, one in value.items()]
-    return " " + shlex.join(map(str, value if isinstance(value, list) else [value]))
+    return f"{option} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if codes:
             rounded = _verify_codes(directory, masks)
     say(args, sparsity_table(after))
-    also = f" {rounded} kept weights became zero by rounding." if rounded else ""
+    also = f" {rounded} kept weights are rounded to zero." if rounded else ""
     say(
         args,
         f"Mask unchanged in all {len(masks)} merged linears: sparsity {before.sparsity:.4%} before, "
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
-    """Check that every weight off its mask is exactly zero; returns how many on it became zero.
+    """Check that every weight off its mask is exactly zero; returns how many on it are zero.
 
     Raises:
         RuntimeError: a zero was lost (the layer is named); nothing has been written yet.

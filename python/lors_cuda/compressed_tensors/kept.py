@@ -132,7 +132,9 @@ def quantize_linears(model: nn.Module, scheme: str, names: list[str]) -> None:
         try:
             weight = SparseWeight.quantize(linear.weight.detach(), None, how.kind, how.group)
         except ValueError as error:
-            raise ValueError(f"'{name}' cannot be quantized to {scheme}: {error}") from error
+            raise ValueError(
+                f"'{name}' cannot be quantized to {scheme}: {error} Take another scheme, or exclude_modules=['{name}']."
+            ) from error
         parent, _, child = name.rpartition(".")
         setattr(
             model.get_submodule(parent),

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .._checks import check_rank, joined, listed
-from .._linears import is_linear, weight_of
+from .._checks import check_rank, grouped, joined, listed
+from .._linears import check_fits, check_stored_layout, is_linear, weight_of
 from ..config import ALL_LINEAR, matched
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
-from ..sparse_linear import SparseLayer, SparseLinear, check_stored_layout
+from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import (
     Places,
     adaptable,
@@ -27,7 +27,7 @@ from ..targets import (
     shape_of,
     warn_unused,
 )
-from ..weight import SparseWeight, check_fits
+from ..weight import SparseWeight
 from .config import LoRSLoraConfig
 from .layer import LoRSLoraLinear
 
@@ -93,6 +93,7 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
     """
     places = Places(model)
     problems = _unknown_saved(model, config)
+    refused: dict[str, list[str]] = {}
     for name, module in targets.items():
         reason = _problem(module, places)
         if reason is not None:
@@ -104,7 +105,8 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
             check_requantizable(module, config)
             _check_layout(module, config)
         except ValueError as error:
-            problems.append(f"'{name}': {error}")
+            refused.setdefault(str(error), []).append(name)
+    problems += grouped(refused)
     if problems:
         raise ValueError(f"The model was not adapted. {joined(problems)}")
     if new:

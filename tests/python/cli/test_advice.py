@@ -102,6 +102,7 @@ def test_arguments_become_options():
         ("rank_pattern={'q': 2, 'v': 3} and", "--rank-pattern q=2 v=3 and"),
         ("the layout and my_target_modules", "the layout and my_target_modules"),
         ("its lora_alpha=8, use_rslora=True", "its --alpha 8, --use-rslora"),
+        ("with requantize=False, not requantize=True", "with no --requantize, not --requantize"),
     ]:
         assert as_options(said, finetune, finetune) == printed
     assert as_options("Use rank_pattern.", merge, finetune) == "Use --rank-pattern of 'lors-cuda finetune'."

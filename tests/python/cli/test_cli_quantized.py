@@ -111,9 +111,13 @@ def test_codes_are_merged_without_loss(home, int4, tmp_path, capsys):
     assert call(*merge, "--overwrite", "--seed", "1") == 2
     assert "--rounding and --seed are of plain weights" in capsys.readouterr().err
     error = failed(capsys, *finetune(home, tmp_path / "run", "--requantize"))
-    assert "--requantize" in error
-    assert "quantis" in error or "quantiz" in error
-    assert "remainder is 'dither'" in failed(capsys, *finetune(home, tmp_path / "run", "--remainder", "dither"))
+    assert error.count("--requantize needs a quantised weight") == 1
+    assert "`lors-cuda quantize`" in error
+    assert "q_proj'" in error
+    assert "and 8 more" in error
+    assert "Leave --remainder dither out, or set --requantize." in failed(
+        capsys, *finetune(home, tmp_path / "run", "--remainder", "dither")
+    )
     assert call(*finetune(home, tmp_path / "run", "--remainder", "all")) == 2
     assert not (tmp_path / "run").exists()
 

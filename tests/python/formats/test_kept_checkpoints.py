@@ -133,7 +133,7 @@ def test_what_is_kept_is_written_as_it_was(tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", ["int4 groups", "int8", "fp8", "marlin int4"])
 def test_transformers_loads_what_is_written(tmp_path, scheme):
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors.compressors")
     write_quantized(small_llama(), tmp_path / "q", SCHEMES[scheme])
     model = keep(tmp_path / "q")
     save_sparse_checkpoint(model, tmp_path / "again", "quantized")
@@ -273,7 +273,7 @@ def test_nothing_is_lost_by_merging_codes(tmp_path, scheme, remainder):
             if name.endswith(part):
                 assert torch.equal(before[name], after[name]), name
     if scheme in ("int4 groups", "int8", "fp8"):
-        pytest.importorskip("compressed_tensors")
+        pytest.importorskip("compressed_tensors.compressors")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "merged", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
         )

@@ -59,7 +59,7 @@ def test_every_format_dequantises_to_code_times_scale(tmp_path, scheme):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_of_compressed_tensors_are_read_bit_for_bit(scheme, dtype):
     """Its own compressor writes, its own dequantises, and ours reads the same; also where no whole word is filled."""
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -83,7 +83,7 @@ def test_weights_of_compressed_tensors_are_read_bit_for_bit(scheme, dtype):
 
 @pytest.mark.parametrize("scheme", ["int4 groups", "int8", "fp8"])
 def test_models_are_what_transformers_dequantises(tmp_path, scheme):
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors.compressors")
     write_quantized(small_llama(), tmp_path / "q", SCHEMES[scheme])
     ours = load_sparse_checkpoint(tmp_path / "q", quantized="dequantize").state_dict()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

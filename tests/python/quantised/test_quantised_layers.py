@@ -361,7 +361,7 @@ def test_on_the_meta_device_and_back(seed, grid, layout):
     ("options", "message"),
     [
         ({"requantize": 1}, "requantize must be True or False"),
-        ({"remainder": "dither"}, "remainder is 'dither' and requantize is False"),
+        ({"remainder": "dither"}, "Leave remainder='dither' out, or set requantize=True"),
         ({"requantize": True, "remainder": "most"}, "remainder is 'most'"),
         ({"requantize": True, "rounding": "stochastic"}, "rounded by chance"),
         ({"requantize": True, "dither_seed": -1}, "dither_seed is -1"),

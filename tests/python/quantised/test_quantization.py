@@ -12,16 +12,15 @@ import torch
 from quantised_cases import GRIDS, dense_and_mask, every_grid, every_layout, make, same_codes, values_of
 
 from lors_cuda import QuantizationGrid, SparseWeight, reference
+from lors_cuda.codes import pack_nibbles, unpack_nibbles
 from lors_cuda.formats import unpack_mask
 from lors_cuda.quantization import (
     LIMITS,
     check_codes,
     check_requantization,
     choose_grid,
-    pack_nibbles,
     quantize_codes,
     requantization,
-    unpack_nibbles,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -317,7 +316,7 @@ DAMAGES = [
     ("dense", GRIDS[0], lambda p: p.update(mask_bits=None), "no weight_mask of a quantised weight"),
     ("dense", GRIDS[0], lambda p: p.update(values=p["values"][:, :-1]), "int4 codes of layout 'dense'"),
     ("2:4", GRIDS[3], lambda p: p.update(values=p["values"].view(torch.uint8)), "are torch.int8"),
-    ("2:4", GRIDS[3], lambda p: p.update(index=p["index"][:, :-1]), "weight_index is torch.uint8"),
+    ("2:4", GRIDS[3], lambda p: p.update(index=p["index"][:, :-1]), "metadata is torch.uint8"),
     ("bitmap", GRIDS[3], lambda p: p.update(mask_bits=None), "row offsets of a bitmap .* but no bits"),
 ]
 
