@@ -15,7 +15,7 @@ constexpr int kMergeFastRanks = 64;
 // Rows of a block at a time.
 constexpr int merge_fast_step(int columns, int threads = kMergeFastThreads) { return 16 * (threads / 32) / (columns / 64); }
 
-// Bytes of the codes of so many columns of a row, all kept but for 2:4, where half are.
+// Bytes of a row's codes of so many columns: 2:4 stores half of them, dense all, and a bitmap at most all.
 LORS_HOST_DEVICE constexpr int fast_code_bytes(Layout layout, Grid grid, int64_t columns) {
   return static_cast<int>(columns * (grid == Grid::int4 ? 4 : 8) / (layout == Layout::sparse24 ? 16 : 8));
 }
