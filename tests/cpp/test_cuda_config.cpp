@@ -173,7 +173,7 @@ TEST(FusedFastConfig, CoversTheWeightAndFitsTheDevice) {
               if (layout == Layout::bitmap && r == 64 && c.columns == 0) continue;  // its values leave too little memory
               ASSERT_TRUE(c.columns == 256 || c.columns == 512);
               ASSERT_LE(c.shared_bytes, limits.shared_bytes);
-              const int behind = c.tile_at + merge_fast_tile_bytes(layout, false, c.columns, c.panel_rows, kFusedFastThreads);
+              const int behind = c.tile_at + fast_tile_bytes(args, c.columns, c.panel_rows, kFusedFastThreads);
               const int activation = 2 * kFusedFastTokens * (c.panel_rows + kFusedFastPad);
               const int sums = 4 * kFusedFastTokens * (kFusedFastWarps / (c.columns / 64)) * (c.columns + kFusedFastSumsPad);
               ASSERT_GE(c.shared_bytes, behind + (gradient ? activation : kFusedFastSumsBytes + kFusedFastActivationBytes));

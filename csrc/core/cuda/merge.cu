@@ -66,7 +66,7 @@ Status merge(const MergeArgs& args, const CudaHost& host) {
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
   const int terms_A = split_terms(args.lora_A_dtype), terms_B = split_terms(args.lora_B_dtype);
-  // A quantised weight always has an index, and no values in shared memory.
+  // A quantised weight always has an index. Its codes count as a byte each; they do not go through shared memory.
   const Layout tile_layout = quantized && args.weight_layout == Layout::dense ? Layout::sparse24 : args.weight_layout;
   const int value_bytes = quantized ? 1 : static_cast<int>(dtype_size(args.weight_dtype));
   const MergeConfig fast = merge_fast_config(args, terms_A, terms_B, limits);

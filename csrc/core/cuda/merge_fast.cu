@@ -14,7 +14,8 @@ constexpr bool kReadsCodes = requires { Source<bfloat16, FastLanes<false, kMerge
 template <template <typename, typename> typename Source, typename T>
 Status run(const MergeProblem& p, const MergeConfig& config, const CudaHost& host) {
   auto* kernel = merge_fast_kernel<Source, T, false>;
-  // Adapters of one split term are bfloat16, and seldom beside a float16 result: not for quantised weights.
+  // Adapters of one split term are bfloat16. They seldom meet a float16 result: of quantised weights that has no kernel of its
+  // own.
   if constexpr (std::is_same_v<T, bfloat16> || !kReadsCodes<Source>)
     if (split_terms(p.lora_A.dtype) == 1 && split_terms(p.lora_B.dtype) == 1 && config.chunk == 16)
       kernel = merge_fast_kernel<Source, T, true>;

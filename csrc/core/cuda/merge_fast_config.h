@@ -15,33 +15,22 @@ constexpr int kMergeFastRanks = 64;
 // Rows of a block at a time.
 constexpr int merge_fast_step(int columns, int threads = kMergeFastThreads) { return 16 * (threads / 32) / (columns / 64); }
 
-// Elements that a row of a bitmap's values in shared memory has beside the kept ones: up to 15 before them and up to 7 behind,
-// in whole 16 bytes; and eight rows begin in different banks.
-constexpr int kMergeFastValuesPad = 40;
-
-// Beside the adapters: two tables of 16 x 8 bytes; the index of a panel (merge_config.h); for a bitmap also how many values are
-// before each word and where each row begins, and the values of two steps.
-constexpr int kMergeFastTables = 2 * 16 * 8;
-constexpr int merge_fast_tile_bytes(Layout layout, bool has_mask, int columns, int panel_rows, int threads) {
-  const int index = 4 * panel_rows * merge_tile_pitch(columns);
-  if (layout == Layout::bitmap)
-    return kMergeFastTables + 2 * index + 8 * panel_rows +
-           4 * merge_fast_step(columns, threads) * (columns + kMergeFastValuesPad);
-  return layout == Layout::sparse24 || has_mask ? kMergeFastTables + index : 0;
-}
-
-// Of quantised codes (merge_fast_quantized.cuh). Bytes of one row's codes of a block in shared memory: behind them up to 31
-// bytes before a bitmap's and 8 that are read beyond, and so many that lanes which read neighbouring rows meet in no bank; how
-// many groups, of four floats each, a row of a block has, and as many places as begin in different banks.
-LORS_HOST_DEVICE constexpr int code_bits(Grid grid) { return grid == Grid::int4 ? 4 : 8; }
+// Bytes of a row's codes of so many columns: 2:4 stores half of them, dense all, and a bitmap at most all.
 LORS_HOST_DEVICE constexpr int fast_code_bytes(Layout layout, Grid grid, int64_t columns) {
-  return static_cast<int>(columns * code_bits(grid) / (layout == Layout::sparse24 ? 16 : 8));
+  return static_cast<int>(columns * (grid == Grid::int4 ? 4 : 8) / (layout == Layout::sparse24 ? 16 : 8));
 }
-LORS_HOST_DEVICE constexpr int fast_code_pitch(Layout layout, Grid grid, int columns) {
-  return fast_code_bytes(layout, grid, columns) + (layout == Layout::bitmap                        ? 48
-                                                   : layout == Layout::dense && grid != Grid::int4 ? 32
-                                                                                                   : 16);
+
+// Bytes of a row in shared memory where rows are copied ahead: a bitmap's values, or codes. Beside what a block's columns have
+// at most, a bitmap's row has up to 31 bytes before its first value, from where a sector begins, and up to 12 are read from its
+// last value on. Each pad makes rows that lanes read at the same time begin in different banks.
+LORS_HOST_DEVICE constexpr int fast_row_pitch(Layout layout, Grid grid, int columns) {
+  if (grid == Grid::none) return 2 * columns + 80;
+  const int pad = layout == Layout::bitmap ? 48 : layout == Layout::dense && grid != Grid::int4 ? 32 : 16;
+  return fast_code_bytes(layout, grid, columns) + pad;
 }
+
+// Groups of codes that a block's columns have, and their places in a row of shared memory, 16 bytes each: as many, but for
+// multiples of 8, which would make neighbouring rows begin in the same bank.
 LORS_HOST_DEVICE constexpr int fast_groups(int columns, int64_t group) {
   return group == 32 || group == 64 || group == 128 ? columns / static_cast<int>(group) : 1;
 }
@@ -50,16 +39,21 @@ LORS_HOST_DEVICE constexpr int fast_group_pitch(int columns, int64_t group) {
   return groups < 8 ? groups : groups + 1;
 }
 
-// merge_fast_tile_bytes of MergeArgs or FusedLinearArgs. Quantised: the tables; the index, and for a bitmap how many codes are
-// before each word; the groups; two steps of codes; per row where a bitmap's codes begin and the key of the dither.
+// What the weight of MergeArgs or FusedLinearArgs has in shared memory beside the adapters, in this order: two tables of 16 x 8
+// bytes; the index of a panel (merge_config.h); of a bitmap how many values are before each of its words, and where each row
+// begins; of a bitmap or codes the rows of two steps; of codes each row's groups and the key of its dither.
+constexpr int kMergeFastTables = 2 * 16 * 8;
 template <typename Args>
 constexpr int fast_tile_bytes(const Args& a, int columns, int panel_rows, int threads) {
   const Quantization& q = a.quantization;
-  if (q.grid == Grid::none) return merge_fast_tile_bytes(a.weight_layout, a.mask != nullptr, columns, panel_rows, threads);
+  const bool bitmap = a.weight_layout == Layout::bitmap, codes = q.grid != Grid::none;
+  if (a.weight_layout == Layout::dense && a.mask == nullptr) return 0;
   const int index = 4 * panel_rows * merge_tile_pitch(columns);
-  return kMergeFastTables + index * (a.weight_layout == Layout::bitmap ? 2 : 1) +
-         16 * panel_rows * fast_group_pitch(columns, q.group) +
-         2 * merge_fast_step(columns, threads) * fast_code_pitch(a.weight_layout, q.grid, columns) + 16 * panel_rows;
+  int bytes = kMergeFastTables + index;
+  if (bitmap) bytes += index + 8 * panel_rows;
+  if (bitmap || codes) bytes += 2 * merge_fast_step(columns, threads) * fast_row_pitch(a.weight_layout, q.grid, columns);
+  if (codes) bytes += (16 * fast_group_pitch(columns, q.group) + 8) * panel_rows;
+  return bytes;
 }
 
 // What the tiling of a fast path depends on beside the weight: `threads` and `blocks` per multiprocessor; the bytes that a

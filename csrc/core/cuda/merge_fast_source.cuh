@@ -196,6 +196,12 @@ __device__ __forceinline__ uint2 placed_slots(uint32_t code) {
   return make_uint2(selectors & 0xffff, selectors >> 16);
 }
 
+// What belongs to each slot of a group, of the four columns' sums; the code begins at bit 3. To a slot without a weight,
+// anything.
+__device__ __forceinline__ float2 slot_sums(uint32_t code, const float (&sum)[4]) {
+  return make_float2(code & 16 ? sum[2] : code & 8 ? sum[1] : sum[0], code & 64 ? (code & 32 ? sum[3] : sum[2]) : sum[1]);
+}
+
 // From 2:4 to dense (Merged = uint4) or to 2:4 values in the same slots (uint2).
 template <typename T, typename Lanes, typename Merged_>
 struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
@@ -213,7 +219,8 @@ struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
   __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
     const uint32_t code = this->bits(h, c) >> (4 * half);
     const uint2 at = this->look_up(0, code);
-    const uint32_t slots = merged_slots(half ? this->tile[h][c].y : this->tile[h][c].x, code, sum, scaling);
+    const float2 sums = slot_sums(code, sum);
+    const uint32_t slots = merge_pair<T>(half ? this->tile[h][c].y : this->tile[h][c].x, sums.x, sums.y, scaling);
     if constexpr (kToDense) return make_uint2(ptx::pick_bytes(slots, 0, at.x), ptx::pick_bytes(slots, 0, at.y));
     return make_uint2(slots & at.x, 0);
   }
@@ -226,13 +233,6 @@ struct FastGroups : FastRows<uint2, Lanes>, FastIndex<Lanes> {
     slots_of(code, position);
     return make_uint2((position[0] < 4 ? 0xffffu : 0u) | (position[1] < 4 ? 0xffff0000u : 0u), 0);
   }
-  // Both slots of a group, of whose columns `sum` is the product; the code begins at bit 3. A slot without a weight gets
-  // anything.
-  static __device__ __forceinline__ uint32_t merged_slots(uint32_t slots, uint32_t code, const float (&sum)[4], float scaling) {
-    const float first = code & 16 ? sum[2] : code & 8 ? sum[1] : sum[0];
-    const float second = code & 64 ? (code & 32 ? sum[3] : sum[2]) : sum[1];
-    return merge_pair<T>(slots, first, second, scaling);
-  }
 };
 template <typename T, typename Lanes>
 struct FastSparse24 : FastGroups<T, Lanes, uint4> {
@@ -243,58 +243,61 @@ struct FastSparse24Values : FastGroups<T, Lanes, uint2> {
   using FastGroups<T, Lanes, uint2>::FastGroups;
 };
 
-// Bitmap. The values of a block's rows come into shared memory in whole sectors, one step ahead.
-template <typename T, typename Lanes>
-struct FastBitmap : FastIndex<Lanes> {
-  using Merged = uint4;
+// Stored weights that are copied to shared memory in whole sectors of 32 bytes, one step ahead: the values of a bitmap, or
+// codes in any layout (merge_fast_quantized.cuh), here called values too. A bitmap's row begins there with the sector that has
+// its first value.
+template <typename Lanes>
+struct FastCopies : FastIndex<Lanes> {
   using FastIndex<Lanes>::pitch, FastIndex<Lanes>::words;
-  const T* values;
-  int64_t count;     // of all values
-  uint32_t* before;  // [panel_rows, pitch]: where the values of a word begin in the row in shared memory; behind the last word,
-                     // the end
-  int64_t* begin;    // [panel_rows]: where the row in shared memory begins in `values`
-  uint8_t* fetched;  // [2, step_rows, values_pitch] of T
-  int step_rows, values_pitch;
+  const uint8_t* weight;
+  bool is_bitmap;
+  int value_shift;  // log2 of the bits of a value
+  int row_shift;    // log2 of how many threads copy a row
+  int step_rows, row_pitch;
+  uint32_t* before;  // bitmap: [panel_rows, pitch]: how many values the row in shared memory has before each word's, and behind
+                     // the last word how many in all
+  int64_t* begin;    // bitmap: [panel_rows]: the byte of the weight with which the row in shared memory begins
+  uint8_t* fetched;  // [2, step_rows, row_pitch] bytes: two steps in turn
+  int64_t weight_bytes;  // bitmap: of all values
+  int64_t row_bytes;     // other layouts: of a whole row
+  int64_t first_byte;    // other layouts: with which the block's columns begin in the panel's first row
+  int block_bytes;       // other layouts: of the block's columns in a row
   int lane_row, lane_place;
-  const uint8_t* lane_values[2];  // of h and c = 0
-  uint2 starts[2];
+  const uint8_t* lane_values;  // the lane's first row in `fetched`
+  uint2 starts[2];             // bitmap: `before` of the lane's words of h, c = 0 and 1
 
-  __device__ __forceinline__ FastBitmap(const MergeProblem& p, int columns, int64_t, int64_t, int step)
-      : FastIndex<Lanes>(p, step), values(static_cast<const T*>(p.weight)), step_rows(step) {
-    count = ptx::load_global(p.row_offsets + p.out_features);
+  __device__ __forceinline__ FastCopies(const MergeProblem& p, int step, bool is_bitmap_, int value_shift_, int row_shift_,
+                                        int row_pitch_)
+      : FastIndex<Lanes>(p, step),
+        weight(static_cast<const uint8_t*>(p.weight)),
+        is_bitmap(is_bitmap_),
+        value_shift(value_shift_),
+        row_shift(row_shift_),
+        step_rows(step),
+        row_pitch(row_pitch_) {
     before = words + p.panel_rows * pitch;
-    begin = reinterpret_cast<int64_t*>(before + p.panel_rows * pitch);
-    fetched = reinterpret_cast<uint8_t*>(begin + p.panel_rows);
-    values_pitch = columns + kMergeFastValuesPad;
-    // Words behind a row's last value are read too, and what they hold is dropped.
-    for (int i = threadIdx.x; i < int{sizeof(T)} * values_pitch * step_rows / 8; i += Lanes::kThreads)
+    begin = reinterpret_cast<int64_t*>(before + (is_bitmap ? p.panel_rows * pitch : 0));
+    fetched = reinterpret_cast<uint8_t*>(begin + (is_bitmap ? p.panel_rows : 0));
+    if (is_bitmap) weight_bytes = bytes_of(ptx::load_global(p.row_offsets + p.out_features));
+    // What lies behind a row's last value is read too, and dropped.
+    for (int i = threadIdx.x; i < 2 * step_rows * row_pitch / 16; i += Lanes::kThreads)
       ptx::store_shared(reinterpret_cast<uint4*>(fetched) + i, uint4{});
-    if (threadIdx.x < 16) {
-      this->set_table(0, threadIdx.x, kept_halves(threadIdx.x));
-      this->set_table(1, threadIdx.x, placed(threadIdx.x));
-    }
   }
   __device__ __forceinline__ void load(int, int, int, int) const {}
   __device__ __forceinline__ void clear() const {}
   __device__ __forceinline__ void stage(const MergeProblem& p, int64_t row, int64_t column, int rows) const {
     IndexTile::stage(p, row, column);
-    __syncthreads();
-    const int quads = pitch / 4 - 1;
+    if (!is_bitmap) return;
+    __syncthreads();  // the index is there
+    const int columns = 32 * (pitch - 4);
     for (int i = threadIdx.x; i < p.panel_rows; i += Lanes::kThreads) {
       int64_t first = 0;  // where there is no such row: of its words, no bit is set
       if (i < rows)
         first = ptx::load_global(p.row_offsets + row + i) +
-                ptx::load_global(p.before + (row + i) * p.column_blocks + column / (128 * quads));
-      uint32_t at = static_cast<uint32_t>(first % kSector);
-      ptx::store_shared(begin + i, first - at);
-      for (int quad = 0; quad < quads; ++quad) {
-        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(words + i * pitch) + quad);
-        const uint4 starts =
-            make_uint4(at, at + __popc(v.x), at + __popc(v.x) + __popc(v.y), at + __popc(v.x) + __popc(v.y) + __popc(v.z));
-        at = starts.w + __popc(v.w);
-        ptx::store_shared(reinterpret_cast<uint4*>(before + i * pitch) + quad, starts);
-      }
-      ptx::store_shared(before + i * pitch + 4 * quads, at);
+                ptx::load_global(p.before + (row + i) * p.column_blocks + column / columns);
+      const uint32_t at = static_cast<uint32_t>(first) & ((8 * kSector >> value_shift) - 1);
+      ptx::store_shared(begin + i, bytes_of(first - at));
+      ptx::store_shared(before + i * pitch + columns / 32, this->count_before(before, i, at));
     }
   }
   __device__ __forceinline__ void start(int row, int column, int rows) {
@@ -309,38 +312,75 @@ struct FastBitmap : FastIndex<Lanes> {
     __syncthreads();  // this step's values are there, and the last one's have been read
     copy(at + step_rows, rows, 1 - buffer);
     this->read();
+    lane_values = fetched + row_pitch * (buffer * step_rows + lane_row);
+    if (!is_bitmap) return;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      starts[h] = this->both(before + at * pitch + lane_place, h);
-      lane_values[h] = fetched + int64_t{sizeof(T)} * values_pitch * (buffer * step_rows + lane_row + 8 * h);
-    }
+    for (int h = 0; h < 2; ++h) starts[h] = this->both(before + at * pitch + lane_place, h);
   }
-  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+  // The row in shared memory of the lane's eight weights h, c.
+  __device__ __forceinline__ const uint8_t* row_of(int h, int c) const { return lane_values + row_pitch * Lanes::below(h, c); }
+  // Bitmap: how many values that row has before those of the first or second four of these eight.
+  __device__ __forceinline__ uint32_t first_of(int h, int c, int half) const {
     const uint32_t mask = this->bits(h, c), word = c ? this->rows[h].y : this->rows[h].x;
     uint32_t first = (c ? starts[h].y : starts[h].x) + __popc(word & ((1u << 8 * (Lanes::eight() % 4)) - 1));
     if (half) first += __popc(mask & 0x78);
-    return merged_four(h, c, first, mask >> (4 * half), sum, scaling);
+    return first;
   }
 
  private:
-  static constexpr int kSector = 32 / sizeof(T);
+  static constexpr int kSector = 32;  // bytes
 
-  // Starts the copies of the rows at..at + step_rows of the panel.
+  template <typename Count>
+  __device__ __forceinline__ Count bytes_of(Count values) const {
+    return ((values << value_shift) + 7) >> 3;
+  }
+  // Starts the copies of the panel's rows [at, at + step_rows). Reads nothing behind the weight.
   __device__ __forceinline__ void copy(int at, int rows, int buffer) const {
-    const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
-    for (int i = threadIdx.x / kWarp; i < step_rows && at + i < rows; i += Lanes::kThreads / kWarp) {
-      const int64_t first = ptx::load_shared(begin + at + i);
-      const int end = static_cast<int>(ptx::load_shared(before + (at + i) * pitch + pitch - 4));
-      const int left =
-          count - first < end + 8 ? static_cast<int>(count - first) : end + 8;  // nothing is read behind the values
-      const uint32_t to = ptx::shared_address(fetched) + sizeof(T) * values_pitch * (buffer * step_rows + i);
+    for (int i = threadIdx.x >> row_shift; i < step_rows && at + i < rows; i += Lanes::kThreads >> row_shift) {
+      const uint8_t* from = weight;
+      int end = block_bytes, left = end;
+      if (is_bitmap) {
+        const int64_t first = ptx::load_shared(begin + at + i);
+        end = static_cast<int>(bytes_of(ptx::load_shared(before + (at + i) * pitch + pitch - 4)));
+        left = weight_bytes - first < end + 16 ? static_cast<int>(weight_bytes - first) : end + 16;
+        from += first;
+      } else {
+        from += first_byte + (at + i) * row_bytes;
+      }
+      const uint32_t to = ptx::shared_address(fetched) + row_pitch * (buffer * step_rows + i);
 #pragma unroll 1
-      for (int e = 8 * lane; e < end; e += 8 * kWarp)
-        ptx::cp_async_16(to + sizeof(T) * e, values + first + e, left - e < 8 ? static_cast<int>(sizeof(T)) * (left - e) : 16);
+      for (int e = 16 * (threadIdx.x & ((1 << row_shift) - 1)); e < end; e += 16 << row_shift)
+        ptx::cp_async_16(to + e, from + e, left - e < 16 ? left - e : 16);
     }
     ptx::cp_async_commit();
   }
+};
+
+// From a bitmap of 16-bit values, each of whose rows a warp copies.
+template <typename T, typename Lanes>
+struct FastBitmap : FastCopies<Lanes> {
+  using Merged = uint4;
+
+  __device__ __forceinline__ FastBitmap(const MergeProblem& p, int columns, int64_t, int64_t, int step)
+      : FastCopies<Lanes>(p, step, true, 4, 5, fast_row_pitch(Layout::bitmap, Grid::none, columns)) {
+    if (threadIdx.x < 16) {
+      this->set_table(0, threadIdx.x, kept_halves(threadIdx.x));
+      this->set_table(1, threadIdx.x, placed(threadIdx.x));
+    }
+  }
+  __device__ __forceinline__ uint2 merged(int h, int c, int half, const float (&sum)[4], float scaling) const {
+    const uint32_t bits = this->bits(h, c) >> (4 * half), first = this->first_of(h, c, half);
+    const uint32_t* const at = reinterpret_cast<const uint32_t*>(this->row_of(h, c)) + first / 2;
+    const uint32_t v[3] = {ptx::load_shared(at), ptx::load_shared(at + 1), ptx::load_shared(at + 2)};
+    const uint32_t shift = 16 * first, x = __funnelshift_r(v[0], v[1], shift),
+                   y = __funnelshift_r(v[1], v[2], shift);  // modulo 32
+    const uint2 kept = this->look_up(0, bits), places = this->look_up(1, bits);
+    return make_uint2(merge_pair<T>(ptx::pick_bytes(x, y, places.x), sum[0], sum[1], scaling) & kept.x,
+                      merge_pair<T>(ptx::pick_bytes(x, y, places.y), sum[2], sum[3], scaling) & kept.y);
+  }
+
+ private:
   // How ptx::pick_bytes fills columns 0 and 1, and 2 and 3, from the values of those that four bits keep.
   static __device__ __forceinline__ uint2 placed(uint32_t bits) {
     uint32_t selectors = 0;
@@ -350,18 +390,6 @@ struct FastBitmap : FastIndex<Lanes> {
       selectors |= (bits >> i & 1 ? 0x10u + 0x22u * value : 0u) << (8 * i);
     }
     return make_uint2(selectors & 0xffff, selectors >> 16);
-  }
-  // Four columns whose bits begin at bit 3 and whose values begin at element `first` of the row in shared memory.
-  __device__ __forceinline__ uint2 merged_four(int h, int c, uint32_t first, uint32_t bits, const float (&sum)[4],
-                                               float scaling) const {
-    const int row = Lanes::kTransposed ? c * int{sizeof(T)} * values_pitch : 0;
-    const uint32_t* const at = reinterpret_cast<const uint32_t*>(lane_values[h] + row) + first / 2;
-    const uint32_t v[3] = {ptx::load_shared(at), ptx::load_shared(at + 1), ptx::load_shared(at + 2)};
-    const uint32_t shift = 16 * first, x = __funnelshift_r(v[0], v[1], shift),
-                   y = __funnelshift_r(v[1], v[2], shift);  // modulo 32
-    const uint2 kept = this->look_up(0, bits), places = this->look_up(1, bits);
-    return make_uint2(merge_pair<T>(ptx::pick_bytes(x, y, places.x), sum[0], sum[1], scaling) & kept.x,
-                      merge_pair<T>(ptx::pick_bytes(x, y, places.y), sum[2], sum[3], scaling) & kept.y);
   }
 };
 

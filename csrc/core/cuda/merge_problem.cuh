@@ -90,6 +90,19 @@ struct IndexTile {
       ptx::store_shared(reinterpret_cast<uint4*>(words + i * pitch + 4 * quad), make_uint4(word[0], word[1], word[2], word[3]));
     }
   }
+  // before[i, word] = `count` and the bits of row i of the panel before that word; returns the same of the row's end. The row's
+  // words have to be in shared memory.
+  __device__ __forceinline__ uint32_t count_before(uint32_t* before, int i, uint32_t count) const {
+    for (int quad = 0; quad < pitch / 4 - 1; ++quad) {
+      const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(words + i * pitch) + quad);
+      uint4 sums = make_uint4(count, count + __popc(v.x), 0, 0);
+      sums.z = sums.y + __popc(v.y);
+      sums.w = sums.z + __popc(v.z);
+      count = sums.w + __popc(v.w);
+      ptx::store_shared(reinterpret_cast<uint4*>(before + i * pitch) + quad, sums);
+    }
+    return count;
+  }
 };
 
 }  // namespace lors::cuda

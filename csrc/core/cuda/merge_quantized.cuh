@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the merge (merge.cuh) reads a weight of quantised codes, in every layout, code by code: for what merge_fast.cuh does not
-// take. And the requantisation of what it merged. Layout and grid are known at run time only; codes are in quantized.cuh.
+// v = (q - z) s + scaling lora_B lora_A     merged = kept ? v, or, requantised, (q' - z') (steps s) : +0, rounded once
+// The Source of merge.cuh for quantised codes q (lors/quantization.h), for what merge_fast.cuh does not take: one code at a
+// time, layout and grid read at run time. quantized.cuh has the arithmetic of a code.
 #pragma once
 
 #include "merge_source.cuh"
@@ -8,7 +9,7 @@
 
 namespace lors::cuda {
 
-// W: of codes, uint8_t.
+// W is uint8_t, whatever the codes are.
 template <typename W, typename Out>
 struct QuantizedSource : BitmapTile {
   static constexpr bool kSplit = kSplitColumns<W, Out>, kLate = false;
@@ -32,12 +33,12 @@ struct QuantizedSource : BitmapTile {
     for (int half = 0; half < 2; ++half) {
       const int first = 4 * (kSplit ? at.q + 4 * half : 2 * at.q + half);  // of 32 columns
       const uint32_t four = word >> first & 15;
-      int64_t begin;  // of the four columns' codes
+      int64_t begin;  // number of the first code of these four columns
       uint32_t position[2], keeps = four;
       if (p.layout == Layout::sparse24) {
         begin = at.n(h) * (p.in_features / 2) + (block + first) / 2;
         slots_of(four, position);
-        keeps = block + first < p.in_features ? kept_by(four) : 0;  // behind the row, the metadata are no code
+        keeps = block + first < p.in_features ? kept_by(four) : 0;  // zeros behind the row's metadata would keep a column
       } else if (p.layout == Layout::bitmap) {
         begin = ptx::load_shared(this->begin + row) + ptx::load_shared(before + place) + __popc(word & ((1u << first) - 1));
       } else {
@@ -72,7 +73,7 @@ struct QuantizedSource : BitmapTile {
   }
 
  private:
-  // Of the 32 columns c: groups are whole blocks of them, or the row.
+  // The group of the lane's columns c: it has 32 columns, a multiple of them, or all.
   static __device__ __forceinline__ CodeGroup load_group(const MergeProblem& p, const Lane& at, int h, int c) {
     const unsigned group = static_cast<unsigned>(p.quantization.group), columns = static_cast<unsigned>(p.in_features);
     return CodeGroup::load(p.quantization, at.n(h) * (columns / group) + static_cast<unsigned>(at.column + 32 * c) / group);

@@ -224,15 +224,7 @@ struct BitmapTile : IndexTile {
     for (int i = threadIdx.x; i < p.panel_rows; i += blockDim.x) {
       const int64_t n = panel_row + i;
       if (n >= p.out_features) break;
-      uint32_t count = ptx::load_global(p.before + n * p.column_blocks + first_column / blockDim.x);
-      for (int quad = 0; quad < static_cast<int>(blockDim.x) / 128; ++quad) {
-        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(words + i * pitch) + quad);
-        uint4 sums = make_uint4(count, count + __popc(v.x), 0, 0);
-        sums.z = sums.y + __popc(v.y);
-        sums.w = sums.z + __popc(v.z);
-        count = sums.w + __popc(v.w);
-        ptx::store_shared(reinterpret_cast<uint4*>(before + i * pitch) + quad, sums);
-      }
+      count_before(before, i, ptx::load_global(p.before + n * p.column_blocks + first_column / blockDim.x));
       ptx::store_shared(begin + i, ptx::load_global(p.row_offsets + n));
     }
   }

@@ -10,12 +10,15 @@ import os
 
 import pytest
 import torch
+from quantised_cases import LAYOUTS
 from test_linear_op import combinations
+from test_operators import on_grid, problem, stored
 
 import cases
 import fake_binding
 from cases import make_case
 from expectations import check_adapter_grads, check_linear, check_linear_backward, check_merge, check_merge_backward
+from lors_cuda._draws import NO_DRAWS
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,36 @@ def test_a_merge_that_was_made_ahead_gives_the_same_bits(ops, seed, dtype, layou
     given += ops.linear_backward(case.grad_output, None, *args, True, False, False, merged)
     assert launches(ops) == before + 2  # the matmuls
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
+
+
+@pytest.mark.parametrize("fused", ["always", "never"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "grid", [("int4", 32, False), ("int8", 64, False), ("e4m3", None, True)], ids=lambda grid: grid[0]
+)
+def test_quantised_weights(ops, monkeypatch, seed, fused, grid, layout):
+    """Merged, then multiplied, whatever LORS_CUDA_FUSED says; on the grid of their codes too."""
+    monkeypatch.setenv("LORS_CUDA_FUSED", fused)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, case = problem(seed, grid, layout, dtype=dtype)
+        adapted = (*stored(weight), case.lora_A, case.lora_B)
+        as_they_are = weight.quantization.arguments()
+        check_merge(ops.merge(*adapted, case.scaling, *NO_DRAWS, *as_they_are), case)
+        bias = case.bias.to(dtype)
+        given = (*adapted, bias, case.scaling)
+        case = case.replace(bias=bias)
+        check_linear(ops.linear(case.input, *given, "lors", None, *NO_DRAWS, *as_they_are), case)
+        for gradient in ("lors", "exact"):
+            more = (gradient, True, True, True, None, *NO_DRAWS, *as_they_are)
+            check_linear_backward(ops.linear_backward(case.grad_output, case.input, *given, *more), case, gradient)
+        moved = on_grid(weight, -1 if grid[0] == "e4m3" else 3)
+        merged = ops.merge(*adapted, case.scaling, *NO_DRAWS, *moved)
+        # The sums differ from the CPU's, and with them a code at a tie.
+        on_the_cpu = torch.ops.lors.merge(*adapted, case.scaling, *NO_DRAWS, *moved)
+        assert (merged != on_the_cpu).float().mean() <= 1e-3
+        assert not torch.equal(merged, ops.merge(*adapted, case.scaling, *NO_DRAWS, *as_they_are))
+        of_merged = case.replace(weight=merged.to(dtype), lora_B=torch.zeros_like(case.lora_B))
+        check_linear(ops.linear(case.input, *given, "lors", None, *NO_DRAWS, *moved), of_merged)
 
 
 def test_no_tokens(ops, seed):

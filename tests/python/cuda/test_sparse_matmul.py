@@ -11,12 +11,17 @@ import json
 
 import pytest
 import torch
+from quantised_cases import every_grid
+from test_operators import on_grid
+from test_operators import problem as quantised
+from test_operators import stored as stored_codes
 from torch import Tensor
 
 import cases
 import fake_binding
 from cases import Case, lors, make_case
 from expectations import check_linear, check_linear_backward
+from lors_cuda._draws import NO_DRAWS
 from lors_cuda.cli import main
 
 T, N, K, R = 24, 32, 64, 4
@@ -132,6 +137,26 @@ def test_a_kept_merged_weight_is_compressed_as_it_is(ops, kernels, monkeypatch, 
     assert ops.fake_state() == before, "merged again"
     check_linear(output, case)
     assert torch.equal(kernels.compressed[0], kept)
+
+
+@every_grid
+@pytest.mark.parametrize("requantises", [False, True])
+def test_quantised_codes_are_merged_and_then_compressed(ops, kernels, monkeypatch, seed, grid, requantises):
+    monkeypatch.setenv("LORS_SPARSE_PRODUCT", "sparse")
+    weight, case = quantised(seed, grid, "2:4", (T, N, K, R), torch.bfloat16)
+    case.bias = case.bias.bfloat16()
+    arguments = on_grid(weight) if requantises else weight.quantization.arguments()
+    adapted = (*stored_codes(weight), case.lora_A, case.lora_B)
+    output = ops.linear(case.input, *adapted, case.bias, case.scaling, "lors", None, *NO_DRAWS, *arguments)
+    (compressed,) = kernels.compressed
+    merged = ops.merge(*adapted, case.scaling, *NO_DRAWS, *arguments)
+    assert torch.equal(compressed, merged.bfloat16())
+    if requantises:
+        case = case.replace(weight=merged, lora_B=torch.zeros_like(case.lora_B))
+    check_linear(output, case)
+    monkeypatch.setenv("LORS_SPARSE_PRODUCT", "auto")
+    ops.linear(case.input, *adapted, case.bias, case.scaling, "lors", None, *NO_DRAWS, *arguments)
+    assert len(kernels.compressed) == 1, "no record is of quantised weights"
 
 
 @pytest.mark.parametrize("value", [None, "", "dense", "auto"])

@@ -17,8 +17,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <set>
@@ -166,7 +168,12 @@ double merged(const Args& a, int64_t n, int64_t k) {
   double sum = 0;
   for (int64_t j = 0; j < a.r; ++j)
     sum += load(a.lora_B, a.lora_B_dtype, n * a.r + j) * load(a.lora_A, a.lora_A_dtype, j * a.in_features + k);
-  return rounded(a.round_to, load(a.weight, a.weight_dtype, at) + a.scaling * sum);
+  const Quantization& q = a.quantization;
+  if (q.grid == Grid::none) return rounded(a.round_to, load(a.weight, a.weight_dtype, at) + a.scaling * sum);
+  const int64_t group = (n * a.in_features + k) / q.group;
+  const double scale = load(q.scales, q.scales_dtype, group), zero = q.zero_points ? q.zero_points[group] : 0;
+  const float merged = static_cast<float>(static_cast<float>((code_at(a.weight, q.grid, at) - zero) * scale) + a.scaling * sum);
+  return rounded(a.round_to, q.requantize_steps ? requantized(merged, q, n, k, scale, zero) : merged);
 }
 
 // dA, dB of G [N, K] (masked already).
@@ -207,6 +214,7 @@ Status merge(const MergeArgs& a, const CudaHost& host) {
 Status fused_linear(const FusedLinearArgs& a, const CudaHost& host) {
   if (a.round_to != a.activation_dtype || a.output_dtype != a.activation_dtype)
     return Status::error("fused_linear was asked for another round_to or output_dtype than the activation's.");
+  if (a.quantization.grid != Grid::none) return Status::error("fused_linear was given quantised codes.");
   if (Status s = promised(host, {a.weight_dtype, a.activation_dtype, a.lora_A_dtype, a.lora_B_dtype, a.bias_dtype}); !s.ok())
     return s;
   const int64_t N = a.out_features, K = a.in_features;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compressed layouts in the core of plain loops (binding.cpp, which includes this between its helpers and its kernels).
+// The compressed layouts and the grids of codes in the core of plain loops (binding.cpp, which includes this between its
+// helpers and its kernels).
 #pragma once
 
 namespace lors {
@@ -49,6 +50,28 @@ int64_t where(const MergeArgs& a, int64_t n, int64_t k) {
 
 int64_t where(const FusedLinearArgs& a, int64_t n, int64_t k) {
   return kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features) ? n * a.in_features + k : -1;
+}
+
+// Number `at` of the codes of a quantised weight, without its zero point.
+double code_at(const void* codes, Grid grid, int64_t at) {
+  const auto* const bytes = static_cast<const uint8_t*>(codes);
+  if (grid == Grid::int8) return static_cast<int8_t>(bytes[at]);
+  if (grid == Grid::int4) return ((bytes[at / 2] >> (at % 2 * 4) & 15) ^ 8) - 8;
+  return torch::headeronly::Float8_e4m3fn(bytes[at], torch::headeronly::Float8_e4m3fn::from_bits());
+}
+
+// Element [n, k] on its group's grid: lors/quantization.h.
+double requantized(float merged, const Quantization& q, int64_t n, int64_t k, double scale, double zero) {
+  if (!std::isfinite(merged)) return NAN;
+  const double step = static_cast<double>(q.requantize_steps) * scale;
+  const float inverse = static_cast<float>(1 / step);
+  if (q.grid == Grid::e4m3) return torch::headeronly::Float8_e4m3fn(std::clamp(merged * inverse, -448.f, 448.f)) * step + 0;
+  const auto column = static_cast<uint32_t>(k);
+  const auto whole =
+      static_cast<int32_t>(random_dither(random_row(static_cast<uint64_t>(q.dither_seed), q.first_row + n), column));
+  const float u = q.dither_seed < 0 ? 0.f : static_cast<float>(whole) * kDitherUnit;
+  const double half = q.grid == Grid::int4 || q.requantize_steps == 16 ? 8 : 128, moved = zero / q.requantize_steps;
+  return (std::clamp(std::nearbyint(std::fma(merged, inverse, u)) + moved, -half, half - 1) - moved) * step;
 }
 
 }  // namespace

@@ -24,6 +24,22 @@ def loaded(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(dtype).astype(np.float32)
 
 
+class Adapters:
+    """Random lora_A [r, K] and lora_B [N, r] of one dtype, and what they add to the weight with a scaling of 0.5."""
+
+    def __init__(self, random: np.random.Generator, N: int, K: int, r: int, dtype: str = "float32") -> None:
+        self.r, self.dtype = r, dtype
+        self.stored = [stored(random.standard_normal(shape), dtype) for shape in ((r, K), (N, r))]
+        A, B = (loaded(raw, dtype).astype(np.float64) for raw in self.stored)
+        self.update = 0.5 * (B.reshape(N, r) @ A.reshape(r, K))
+
+    def fields(self, device: Any) -> dict[str, Any]:
+        """The arguments of a call."""
+        names = ("lora_A", "lora_B")
+        fields = {name: device.upload(name, raw) for name, raw in zip(names, self.stored, strict=True)}
+        return {"r": self.r, "scaling": 0.5, **fields, **{f"{name}_dtype": self.dtype for name in names}}
+
+
 class Operands:
     """Random operands on a device, their values as the kernel sees them, and results to be read back."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from bits import SIZE, loaded, stored
+from bits import SIZE, Adapters, loaded, stored
 
 # grid, group, zero points, requantize_steps, dither seed
 WAYS = [("int4", 64, True, 1, 5), ("int8", 32, True, 16, -1), ("e4m3", 0, False, 1, -1), ("int4", 128, True, 0, -1)]
@@ -45,9 +45,7 @@ def check(sim: Any, shape: tuple[int, int, int], out: str, patterns: Any, compre
     N, K, r = shape
     random = np.random.default_rng(seed)
     any_pattern, groups = patterns(random, N, K)
-    lora_A, lora_B = (stored(random.standard_normal(of), "bfloat16") for of in ((r, K), (N, r)))
-    A, B = loaded(lora_A, "bfloat16").reshape(r, K), loaded(lora_B, "bfloat16").reshape(N, r)
-    product = 0.5 * (B.astype(np.float64) @ A)
+    adapters = Adapters(random, N, K, r, "bfloat16")
     for i, (grid, group, has_zeros, steps, dither) in enumerate(WAYS):
         for layout in ("dense", "2:4", "bitmap"):
             kept = groups if layout == "2:4" else any_pattern
@@ -61,7 +59,7 @@ def check(sim: Any, shape: tuple[int, int, int], out: str, patterns: Any, compre
             scale = loaded(scales, "float16").repeat(group, 1).astype(np.float64)
             zero = zeros.repeat(group, 1) * has_zeros
             w = ((e4m3(codes) if grid == "e4m3" else codes) - zero) * scale
-            want = w + product
+            want = w + adapters.update
             if steps:
                 step, zero = steps * scale, zero // steps
                 at = want / step + (((words(dither, N, K) >> np.uint64(8)) / 2**24 - 0.5) * 0.998 if dither >= 0 else 0)
@@ -75,12 +73,6 @@ def check(sim: Any, shape: tuple[int, int, int], out: str, patterns: Any, compre
                 device,
                 out_features=N,
                 in_features=K,
-                r=r,
-                lora_A=device.upload("lora_A", lora_A),
-                lora_A_dtype="bfloat16",
-                lora_B=device.upload("lora_B", lora_B),
-                lora_B_dtype="bfloat16",
-                scaling=0.5,
                 merged=merged,
                 merged_dtype=out,
                 round_to=out,
@@ -92,6 +84,7 @@ def check(sim: Any, shape: tuple[int, int, int], out: str, patterns: Any, compre
                 requantize_steps=steps,
                 dither_seed=dither,
                 first_row=FIRST_ROW,
+                **adapters.fields(device),
                 **held(device, layout, grid, np.where(kept, codes, 0), kept, compress),
             )
             got = loaded(device.download(merged), out).reshape(N, K)

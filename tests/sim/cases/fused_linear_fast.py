@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from bits import SIZE, loaded, stored
+from bits import SIZE, Adapters, loaded, stored
 
 from merge import held, patterns
 
@@ -43,14 +43,15 @@ def check(sim: Any) -> None:
     for seed, ((T, N, K, r), dtype, adapter) in enumerate(CALLS):
         random = np.random.default_rng(seed)
         any_pattern, groups = patterns(random, N, K)
-        lora_A, lora_B = (stored(random.standard_normal(shape), adapter) for shape in ((r, K), (N, r)))
-        product = 0.5 * (
-            loaded(lora_B, adapter).reshape(N, r) @ loaded(lora_A, adapter).reshape(r, K).astype(np.float64)
-        )
+        adapters = Adapters(random, N, K, r, adapter)
         weight = loaded(stored(random.standard_normal((N, K)), dtype), dtype).reshape(N, K)
         for path in PATHS:
             kept = groups if path == "2:4" else any_pattern
-            merged = loaded(stored(np.where(kept, weight + product, 0), dtype), dtype).reshape(N, K).astype(np.float64)
+            merged = (
+                loaded(stored(np.where(kept, weight + adapters.update, 0), dtype), dtype)
+                .reshape(N, K)
+                .astype(np.float64)
+            )
             for backward in (False, True):
                 device = sim.Device(seed=seed, multiprocessors=1)
                 values, index = held(device, path, weight, kept)
@@ -62,17 +63,12 @@ def check(sim: Any) -> None:
                     tokens=T,
                     out_features=N,
                     in_features=K,
-                    r=r,
                     input_gradient=backward,
                     activation=device.upload("activation", activation),
                     weight=device.upload("values", stored(values, dtype)),
-                    lora_A=device.upload("lora_A", lora_A),
-                    lora_A_dtype=adapter,
-                    lora_B=device.upload("lora_B", lora_B),
-                    lora_B_dtype=adapter,
-                    scaling=0.5,
                     output=output,
                     **dict.fromkeys(("activation_dtype", "weight_dtype", "round_to", "output_dtype"), dtype),
+                    **adapters.fields(device),
                     **index,
                 )
                 got = loaded(device.download(output), dtype).reshape(T, outputs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import codes
 import numpy as np
+from bits import Adapters
 
 # (out_features, in_features, r), the shared memory of the device: with little of it, the ranks come in chunks; and its
 # multiprocessors: with one, a block takes several panels of rows.
@@ -43,6 +44,7 @@ PLANTED = [
     ),
     ("merge_source.cuh", "value += has;", "value += 1;"),
     ("merge_before.cuh", "carry + sum - count", "carry + sum"),
+    ("merge_problem.cuh", "count = sums.w + __popc(v.w)", "count = sums.w"),
     ("merge_quantized.cuh", ">> (4 * (i % 2)) & 15u", ">> (4 - 4 * (i % 2)) & 15u"),
     ("merge_quantized.cuh", "load_code(p, code) - group.zero", "load_code(p, code) + group.zero"),
     (
@@ -92,8 +94,7 @@ def check(sim: Any) -> None:
         random = np.random.default_rng(seed)
         weight = random.standard_normal((N, K)).astype(np.float32)
         any_pattern, groups = patterns(random, N, K)
-        lora_A, lora_B = (random.standard_normal(shape).astype(np.float32) for shape in ((r, K), (N, r)))
-        product = 0.5 * (lora_B.astype(np.float64) @ lora_A)
+        adapters = Adapters(random, N, K, r)
         for path, kept in (
             ("dense", any_pattern),
             ("bitmap", any_pattern),
@@ -101,7 +102,7 @@ def check(sim: Any) -> None:
             ("2:4 values", groups),
         ):
             device = sim.Device(seed=seed, shared_bytes=shared_bytes, multiprocessors=multiprocessors)
-            want = np.where(kept, weight + product, 0)
+            want = np.where(kept, weight + adapters.update, 0)
             values, index = held(device, path, weight, kept)
             if path == "2:4 values":
                 want = compress(want, kept)[0]
@@ -110,13 +111,10 @@ def check(sim: Any) -> None:
                 device,
                 out_features=N,
                 in_features=K,
-                r=r,
                 weight=device.upload("values", values),
-                lora_A=device.upload("lora_A", lora_A),
-                lora_B=device.upload("lora_B", lora_B),
-                scaling=0.5,
                 to_sparse24=path == "2:4 values",
                 merged=merged,
+                **adapters.fields(device),
                 **index,
             )
             got = device.download(merged).view(np.float32).reshape(want.shape)

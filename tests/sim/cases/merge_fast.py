@@ -7,7 +7,7 @@ from typing import Any
 
 import codes
 import numpy as np
-from bits import SIZE, loaded, stored
+from bits import SIZE, Adapters, loaded, stored
 
 from merge import compress, held, patterns
 
@@ -40,21 +40,22 @@ PLANTED = [
     ("merge_fast_source.cuh", "code & 64 ? (code & 32 ? sum[3] : sum[2])", "code & 64 ? (code & 32 ? sum[2] : sum[3])"),
     ("merge_fast_source.cuh", "make_uint2(slots & at.x, 0)", "make_uint2(slots, 0)"),
     ("merge_fast_source.cuh", "position[1] == i ? 0x32u : 0x44u", "position[1] == i ? 0x32u : 0x10u"),
-    ("merge_fast_source.cuh", "first % kSector);", "0);"),
+    ("merge_fast_source.cuh", "static_cast<uint32_t>(first) & ((8 * kSector >> value_shift) - 1)", "0"),
     ("merge_fast_source.cuh", "first += __popc(mask & 0x78)", "first += 4"),
     ("merge_fast_source.cuh", "shift = 16 * first", "shift = 0 * first"),
-    ("merge_fast_source.cuh", "left - e < 8 ?", "left - e < 0 ?"),
+    ("merge_fast_source.cuh", "left - e < 16 ?", "left - e < 0 ?"),
     ("merge_fast_quantized.cuh", "0x0f0fu, 0x5140", "0x0f0fu, 0x1504"),
-    ("merge_fast_quantized.cuh", "(four_bits ? 8.f : 128.f) + group.zero", "(four_bits ? 8.f : 128.f) - group.zero"),
+    ("merge_fast_quantized.cuh", "(is_int4 ? 8.f : 128.f) + group.zero", "(is_int4 ? 8.f : 128.f) - group.zero"),
     ("merge_fast_quantized.cuh", "(first >> group_shift));", "((first + 32) >> group_shift));"),
     ("merge_fast_quantized.cuh", "(row + i) * in_row", "(row + (i + 1 < rows ? i + 1 : i)) * in_row"),
-    ("merge_fast_quantized.cuh", "onto(values[i], dither(key, column(i)))", "onto(values[i], 0.f)"),
+    ("merge_fast_quantized.cuh", "onto(values[i], dither(key, first + column(i)))", "onto(values[i], 0.f)"),
     ("merge_fast_quantized.cuh", "q.first_row + row + i", "row + i"),
     ("merge_fast_quantized.cuh", "code & 64 ? 2 + (code >> 5 & 1) : 1u", "code & 64 ? 2u : 1u"),
     ("merge_fast_quantized.cuh", "codes ^ 0x80808080u", "codes"),
-    ("merge_fast_quantized.cuh", "this->four_bits ? 2 : 3", "3"),
-    ("merge_fast_quantized.cuh", "left - e < 16 ?", "left - e < 0 ?"),
-    ("merge_fast_quantized.cuh", "p.quantization.grid, block_column)", "p.quantization.grid, 0)"),
+    ("merge_fast_quantized.cuh", "Grid::int4 ? 2 : 3", "Grid::int4 ? 3 : 3"),
+    ("merge_fast_quantized.cuh", "fast_code_bytes(p.layout, q.grid, column);", "0;"),
+    ("merge_fast_quantized.cuh", "first_byte = row * this->row_bytes", "first_byte = 0"),
+    ("merge_fast_quantized.cuh", "+ column_of(c) + 4 * half", "+ column_of(c)"),
 ]
 
 
@@ -63,14 +64,12 @@ def check(sim: Any) -> None:
         random = np.random.default_rng(seed)
         weight = random.standard_normal((N, K)).astype(np.float32)
         any_pattern, groups = patterns(random, N, K)
-        lora_A, lora_B = (stored(random.standard_normal(shape), adapter) for shape in ((r, K), (N, r)))
-        A, B = loaded(lora_A, adapter).reshape(r, K), loaded(lora_B, adapter).reshape(N, r)
-        product = 0.5 * (B @ A.astype(np.float64))
+        adapters = Adapters(random, N, K, r, adapter)
         exact = loaded(stored(weight, dtype), dtype).reshape(N, K)
         for path in PATHS:
             kept = groups if path.startswith("2:4") else any_pattern
             device = sim.Device(seed=seed, multiprocessors=1)
-            want = np.where(kept, exact + product, 0)
+            want = np.where(kept, exact + adapters.update, 0)
             values, index = held(device, path, exact, kept)
             if path == "2:4 values":
                 want = compress(want, kept)[0]
@@ -79,18 +78,13 @@ def check(sim: Any) -> None:
                 device,
                 out_features=N,
                 in_features=K,
-                r=r,
                 weight=device.upload("values", stored(values, dtype)),
                 weight_dtype=dtype,
-                lora_A=device.upload("lora_A", lora_A),
-                lora_A_dtype=adapter,
-                lora_B=device.upload("lora_B", lora_B),
-                lora_B_dtype=adapter,
-                scaling=0.5,
                 to_sparse24=path == "2:4 values",
                 merged=merged,
                 merged_dtype=dtype,
                 round_to=dtype,
+                **adapters.fields(device),
                 **index,
             )
             got = loaded(device.download(merged), dtype).reshape(want.shape)
