@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +99,7 @@ class SparsityCallback(TrainerCallback):
                     "(an optimizer over all parameters, a callback, a cast) and resume from an earlier checkpoint."
                 )
             zeros += _count_zeros(name, layer, step)
-            weights += layer.in_features * layer.out_features
+            weights += math.prod(layer.stored_shape)
         self._checked_at = step
         checked = {stored for _, _, stored in layers}
         counts = [weight.counted() for weight in weights_of(model) if weight.module not in checked]
