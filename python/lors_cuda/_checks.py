@@ -310,18 +310,37 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask is on {mask.device} and weight on {weight.device}; move them to the same device.")
 
 
-def check_adapters(weight: Tensor | SparseWeight, lora_A: Tensor, lora_B: Tensor) -> None:
-    """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device."""
+def check_adapters(
+    weight: Tensor | SparseWeight, lora_A: Tensor, lora_B: Tensor, *, experts: bool | None = False
+) -> None:
+    """lora_A [r, K] and lora_B [N, r] of any floating dtype, on the weight's device.
+
+    Args:
+        weight: [N, K], or [E N, K] of a stack of experts.
+        experts: whether they must be those of a stack, lora_A [E, r, K] and lora_B [E, N, r]; None: they may be.
+    """
     check_tensor("lora_A", lora_A)
     check_tensor("lora_B", lora_B)
     N, K = weight.shape
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {K}] for a weight of shape {(N, K)}.")
-    r = lora_A.shape[0]
-    if lora_B.shape != (N, r):
+    if experts is None:
+        experts = lora_A.dim() == 3
+    stack, of = ("experts, ", " of all experts") if experts else ("", "")
+    if lora_A.dim() != 2 + experts or lora_A.shape[-1] != K:
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; it must be ({N}, {r}) for a weight of shape {(N, K)} and lora_A "
-            f"of shape {tuple(lora_A.shape)}."
+            f"lora_A has shape {tuple(lora_A.shape)}; it must be [{stack}r, {K}] for a weight of shape {(N, K)}{of}."
+        )
+    leading = lora_A.shape[:-2]
+    if leading.numel() < 1 or N % leading.numel():
+        raise ValueError(
+            f"lora_A has shape {tuple(lora_A.shape)}, {leading.numel()} experts, and the weight of all experts has "
+            f"{N} rows; they must be the same number for each."
+        )
+    r = lora_A.shape[-2]
+    wanted = (*leading, N // leading.numel(), r)
+    if lora_B.shape != wanted:
+        raise ValueError(
+            f"lora_B has shape {tuple(lora_B.shape)}; it must be {wanted} for a weight of shape {(N, K)}{of} and "
+            f"lora_A of shape {tuple(lora_A.shape)}."
         )
     if r < 1:
         raise ValueError("lora_A has no rows; the rank r must be at least 1.")
