@@ -101,7 +101,9 @@ class LayerSparsity:
 class ModelSparsity(Sequence[LayerSparsity]):
     """The sparsity of some layers of a model, of which this is a sequence, and of the whole model.
 
-    Its text is what the commands print: ``50.00% over 14 linears, 41.18% over all weights of the model``.
+    Its text is what the commands print: ``50.00% over 14 linears, 41.18% over all weights of the model``; with experts
+    each part has its share of all weights: ``50.00% over 8 linears (5.0% of the weights), 0.00% over the experts (93.1%
+    of the weights), 2.50% over all weights of the model``.
 
     Attributes:
         layers: the layers that were asked for.
@@ -121,18 +123,31 @@ class ModelSparsity(Sequence[LayerSparsity]):
         """Fraction of zeros over all weights of the model: linears, experts, embeddings, head."""
         return total_sparsity((*self.layers, *self.rest))
 
+    @property
+    def experts(self) -> tuple[LayerSparsity, ...]:
+        """All stacks of experts of the model, asked for or not."""
+        return tuple(layer for layer in (*self.layers, *self.rest) if layer.kind == EXPERTS)
+
+    @property
+    def expert_sparsity(self) -> float | None:
+        """Fraction of zeros over all experts of the model; None for a model without any."""
+        return total_sparsity(self.experts) if self.experts else None
+
     def __str__(self) -> str:
         linears = [layer for layer in self.layers if layer.kind != EXPERTS]
-        experts = [layer for layer in (*self.layers, *self.rest) if layer.kind == EXPERTS]
         parts = [f"{total_sparsity(linears):.2%} over {len(linears)} linears"]
-        if experts:
-            parts.append(f"{total_sparsity(experts):.2%} over the experts")
+        if self.experts:
+            everything = sum(layer.weights for layer in (*self.layers, *self.rest))
+            parts.append(f"{total_sparsity(self.experts):.2%} over the experts")
+            for index, layers in enumerate((linears, self.experts)):
+                parts[index] += f" ({sum(layer.weights for layer in layers) / everything:.1%} of the weights)"
         return ", ".join([*parts, f"{self.model_sparsity:.2%} over all weights of the model"])
 
     def to_dict(self) -> dict[str, Any]:
         """What the commands give as JSON."""
         return {
             "sparsity": self.sparsity,
+            "expert_sparsity": self.expert_sparsity,
             "model_sparsity": self.model_sparsity,
             "layers": {layer.name: layer.sparsity for layer in self.layers},
         }

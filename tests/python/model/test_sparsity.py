@@ -102,7 +102,11 @@ def test_experts_are_counted_and_named(name):
     assert not any(layer.kind == EXPERTS for layer in pruned)
     assert total_sparsity(measured) < 0.3 < pruned.sparsity
     assert "50.00% over" in str(pruned)
-    assert "0.00% over the experts" in str(pruned)
+    everything = sum(layer.weights for layer in (*pruned, *pruned.rest))
+    share = sum(layer.weights for layer in experts) / everything
+    assert f"0.00% over the experts ({share:.1%} of the weights)" in str(pruned)
+    assert f"linears ({sum(layer.weights for layer in pruned) / everything:.1%} of the weights)" in str(pruned)
+    assert pruned.expert_sparsity == measured.expert_sparsity == pruned.to_dict()["expert_sparsity"] == 0
     assert f"{measured.model_sparsity:.2%} over all weights of the model" in str(pruned)
 
 
