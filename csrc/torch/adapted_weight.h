@@ -27,6 +27,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) { return torch::stable::narrow(t, dim, begin, count); }
+
 inline Tensor to(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
 // A temporary in `dtype` with the values of `t`, row-major. Asking first spares a call through the dispatcher, of which a
@@ -43,6 +45,11 @@ inline std::optional<Tensor> row_major(const std::optional<Tensor>& mask) {
 inline const uint32_t* bits(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
 
 inline const uint32_t* bits(const std::optional<Tensor>& mask) { return mask ? bits(*mask) : nullptr; }
+
+// Where element `elements` of a row-major tensor lies.
+inline const void* at(const Tensor& t, int64_t elements) {
+  return static_cast<const char*>(t.const_data_ptr()) + elements * element_bytes(t.scalar_type());
+}
 
 // The dtype in which matmuls with `weight` accumulate.
 inline ScalarType accumulation_dtype(const Tensor& weight) {
@@ -67,15 +74,19 @@ class Scratch {
   Tensor tensor;
 };
 
-// Makes the arguments row-major once, for all calls of the core. `backend` must outlive this.
+// Makes the arguments row-major once, for all calls of the core. `backend` must outlive this. What it describes is all of the
+// weight or, as rows() and expert() give it, some of its rows: N of them from `first_row` on. The tensors are whole in both.
 template <typename Backend>
 struct AdaptedWeight {
   AdaptedWeight(const char* op, const Backend& backend, const StoredWeight& stored, const Tensor& lora_A, const Tensor& lora_B,
                 double scaling, const DrawArguments& draws = {})
-      : backend(backend),
+      : op(op),
+        backend(backend),
         layout(stored.layout),
         N(stored.out_features),
         K(stored.in_features),
+        experts(stored.experts),
+        codes_per_element(stored.codes_per_element()),
         weight(row_major(stored.values)),
         mask(row_major(stored.mask)),
         index(row_major(stored.index)),
@@ -89,8 +100,7 @@ struct AdaptedWeight {
     this->draws.rounding_seed = static_cast<uint64_t>(draws.rounding_seed.value_or(0));
     this->draws.noise_seed = static_cast<uint64_t>(draws.noise_seed);
     if (noise) this->draws.noise = static_cast<const float*>(noise->const_data_ptr());
-    const int64_t per_element = stored.codes_per_element();
-    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K, per_element);
+    if (experts == 0) check_offsets();
     if (!stored.kind) return;
     quantization.grid = stored.kind->grid;
     quantization.group = K / scales->size(1);
@@ -108,15 +118,41 @@ struct AdaptedWeight {
       mask = index = std::nullopt;
     }
     weight = merged;
-    lora_A = torch::stable::narrow(lora_A, 0, 0, 0);
-    lora_B = torch::stable::narrow(lora_B, 1, 0, 0);
+    lora_A = slice(lora_A, lora_A.dim() - 2, 0, 0);
+    lora_B = slice(lora_B, lora_B.dim() - 1, 0, 0);
     draws = {};
     quantization = {};
   }
 
+  // Rows [begin, begin + count) of these, with the same lora_A.
+  AdaptedWeight rows(int64_t begin, int64_t count) const {
+    AdaptedWeight some(*this);
+    some.first_row += begin;
+    some.N = count;
+    return some;
+  }
+
+  // Expert e of a stack [experts N, K], with its own lora_A [r, K] and lora_B [N, r] of lora_A [experts, r, K] and lora_B
+  // [experts, N, r]. Only what belongs to it is read and checked.
+  AdaptedWeight expert(int64_t e) const {
+    const int64_t rows_of_one = N / experts;
+    AdaptedWeight one = rows(e * rows_of_one, rows_of_one);
+    one.factor = e;
+    one.experts = 0;
+    one.check_offsets();
+    return one;
+  }
+
+  // A matrix is one part; a stack has one for each expert.
+  int64_t parts() const { return std::max<int64_t>(experts, 1); }
+  AdaptedWeight part(int64_t e) const { return experts > 0 ? expert(e) : *this; }
+  Tensor part(const Tensor& factor_or_gradient, int64_t e) const {
+    return experts > 0 ? torch::stable::select(factor_or_gradient, 0, e) : factor_or_gradient;
+  }
+
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
-  int64_t r() const { return lora_A.size(0); }
+  int64_t r() const { return lora_A.size(lora_A.dim() - 2); }
   // Only the merge draws random numbers or requantises; fused_linear does neither.
   bool has_draws() const { return draws.rounds || draws.noise; }
   bool is_quantized() const { return quantization.grid != Grid::none; }
@@ -127,89 +163,73 @@ struct AdaptedWeight {
     args.out_features = out_features();
     args.in_features = in_features();
     args.r = r();
-    args.weight = weight.const_data_ptr();
+    args.weight = stored_values();
     args.weight_dtype = dtype_of(weight);
-    args.mask = bits(mask);
     args.weight_layout = layout;
+    if (mask) args.mask = bits(*mask) + first_row * mask_words(K);
+    if (layout == Layout::sparse24) args.metadata = metadata();
+    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(at(*index, first_row));
     args.quantization = quantization;
-    if (layout == Layout::sparse24) args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    if (layout == Layout::bitmap) args.row_offsets = static_cast<const int64_t*>(index->const_data_ptr());
-    args.lora_A = lora_A.const_data_ptr();
+    if (is_quantized()) {
+      const int64_t groups = first_row * scales->size(1);
+      args.quantization.scales = at(*scales, groups);
+      if (zero_points) args.quantization.zero_points = static_cast<const int8_t*>(at(*zero_points, groups));
+      args.quantization.first_row = first_row;
+    }
+    describe_adapter(args);
+  }
+
+  template <typename Args>
+  void describe_adapter(Args& args) const {
+    args.lora_A = at(lora_A, factor * r() * K);
     args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = lora_B.const_data_ptr();
+    args.lora_B = at(lora_B, first_row * r());
     args.lora_B_dtype = dtype_of(lora_B);
     args.scaling = scaling;
   }
 
-  // out [N, K] = the merged weight, each value rounded once to `rounded`; or, with `merged_layout` that of the weight and in
-  // its dtype, its values: metadata and bits stay the same.
-  void merge(Tensor& out, ScalarType rounded, Layout merged_layout = Layout::dense) const {
-    MergeArgs args;
-    describe(args);
-    merge(args, out, rounded, merged_layout);
-  }
+  // out [N, K] = the merged rows, each value rounded once to `rounded`.
+  void merge(Tensor& out, ScalarType rounded) const { merge(out.mutable_data_ptr(), dtype_of(out), rounded, Layout::dense); }
 
-  // Rows [begin, begin + out.size(0)) of the same, dense.
-  void merge_rows(Tensor& out, ScalarType rounded, int64_t begin) const {
-    MergeArgs args;
-    describe(args);
-    const auto skip = [](const void* p, int64_t elements, DType dtype) {
-      return static_cast<const char*>(p) + elements * dtype_size(dtype);
-    };
-    args.out_features = out.size(0);
-    args.lora_B = skip(args.lora_B, begin * args.r, args.lora_B_dtype);
-    if (args.mask) args.mask += begin * mask_words(K);
-    if (args.metadata) args.metadata += begin * sparse24_metadata_bytes(K);
-    if (args.row_offsets) args.row_offsets += begin;
-    const int64_t elements = begin * (layout == Layout::sparse24 ? K / 2 : K);
-    if (is_quantized()) {
-      Quantization& of_rows = args.quantization;
-      const int64_t groups = begin * (K / of_rows.group);
-      of_rows.scales = skip(of_rows.scales, groups, of_rows.scales_dtype);
-      if (of_rows.zero_points) of_rows.zero_points += groups;
-      of_rows.first_row += begin;
-      if (layout != Layout::bitmap)
-        args.weight = static_cast<const char*>(args.weight) + elements / (of_rows.grid == Grid::int4 ? 2 : 1);
-    } else if (layout != Layout::bitmap) {
-      args.weight = skip(args.weight, elements, args.weight_dtype);
-    }
-    merge(args, out, rounded, Layout::dense);
-  }
-
-  void merge(MergeArgs& args, Tensor& out, ScalarType rounded, Layout merged_layout) const {
-    args.merged_layout = merged_layout;
-    args.draws = draws;
-    args.merged = out.mutable_data_ptr();
-    args.merged_dtype = dtype_of(out);
-    args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16
-                    : rounded == ScalarType::Half   ? DType::float16
-                                                    : dtype_of(out);
-    check_status(lors::merge(args, backend.host()));
-  }
-
-  // The same as a new tensor of dtype `stored`.
+  // A new tensor of dtype `stored`: the merged weight, or, with `merged_layout` that of the weight and in its dtype, its
+  // values: metadata and bits stay the same.
   Tensor merged(ScalarType stored, ScalarType rounded, Layout merged_layout = Layout::dense) const {
-    Tensor out = merged_layout == Layout::bitmap ? empty(weight, {weight.size(0)}, stored)
-                                                 : empty(weight, {N, merged_layout == Layout::dense ? K : K / 2}, stored);
-    merge(out, rounded, merged_layout);
+    const int64_t columns = merged_layout == Layout::bitmap ? 0 : merged_layout == Layout::dense ? K : K / 2;
+    Tensor out = columns == 0 ? empty(weight, {weight.size(0)}, stored) : empty(weight, {N, columns}, stored);
+    for (int64_t e = 0; e < parts(); ++e) {
+      const AdaptedWeight one = part(e);
+      auto* to = static_cast<char*>(out.mutable_data_ptr()) + one.first_row * columns * element_bytes(stored);
+      one.merge(to, dtype_of(out), rounded, merged_layout);
+    }
     return out;
   }
 
   // activation merged^T + bias [T, N], or activation merged [T, K] for the input gradient, each merged value rounded once to
   // activation's dtype, which the result has. `shared`: what lors::merged_operand made for these activations, if the caller has
-  // it.
+  // it. `into`: row-major, where to put the result.
   Tensor multiply(const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
-                  const std::optional<Tensor>& shared) const {
+                  const std::optional<Tensor>& shared, const std::optional<Tensor>& into = std::nullopt) const {
+    const auto output = [&](ScalarType computed) {
+      return into && into->scalar_type() == computed
+                 ? *into
+                 : empty(activation, {activation.size(0), input_gradient ? K : N}, computed);
+    };
+    const auto finished = [&](const Tensor& out) {
+      if (!into) return to(out, activation.scalar_type());
+      Tensor result = *into;
+      if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(result, out);
+      return result;
+    };
+    const auto rows_of = [&](const Tensor& whole) { return whole.size(0) == N ? whole : slice(whole, 0, first_row, N); };
     const ScalarType dtype = activation.scalar_type(), compute = Backend::matmul_dtype(dtype);
-    const int64_t T = activation.size(0), columns = input_gradient ? K : N;
     if (shared && shared->scalar_type() == dtype)
-      return AdaptedWeight(*this, *shared).multiply(activation, bias, input_gradient, std::nullopt);
+      return AdaptedWeight(*this, *shared).multiply(activation, bias, input_gradient, std::nullopt, into);
     // Without an adapter a dense weight is its own merge.
     const bool own =
         r() == 0 && layout == Layout::dense && !mask && weight.scalar_type() == compute && compute == dtype && !has_draws();
     const bool is_merged_alone = has_draws() || quantization.requantize_steps != 0;
     if (shared || is_merged_alone || !backend.prefers_fused_linear(activation, *this, input_gradient, own)) {
-      Tensor out = empty(activation, {T, columns}, compute);
+      Tensor out = output(compute);
       std::optional<Tensor> addend;
       if (bias) addend = row_major(*bias, compute);
       const Tensor tokens = to(activation, compute);
@@ -221,7 +241,7 @@ struct AdaptedWeight {
       const bool is_whole = input_gradient || has_draws();
       const int64_t panel_rows = is_whole ? N : std::max<int64_t>(Backend::merged_rows(K, compute), 1);
       if (shared || own) {
-        multiply_by(shared ? *shared : weight);
+        multiply_by(rows_of(shared ? *shared : weight));
       } else if (panel_rows >= N) {
         Scratch<Backend> scratch(weight, N, K, compute);
         merge(scratch.tensor, dtype);
@@ -229,24 +249,23 @@ struct AdaptedWeight {
       } else {
         Scratch<Backend> scratch(weight, panel_rows, K, compute);
         for (int64_t begin = 0; begin < N; begin += panel_rows) {
-          const int64_t rows = std::min(panel_rows, N - begin);
-          Tensor panel = torch::stable::narrow(scratch.tensor, 0, 0, rows),
-                 columns = torch::stable::narrow(out, 1, begin, rows);
-          merge_rows(panel, dtype, begin);
+          const int64_t count = std::min(panel_rows, N - begin);
+          Tensor panel = slice(scratch.tensor, 0, 0, count), columns = slice(out, 1, begin, count);
+          rows(begin, count).merge(panel, dtype);
           std::optional<Tensor> part;
-          if (addend) part = torch::stable::narrow(*addend, 0, begin, rows);
+          if (addend) part = slice(*addend, 0, begin, count);
           Backend::matmul(columns, tokens, torch::stable::transpose(panel, 0, 1), part);
         }
       }
-      return to(out, dtype);
+      return finished(out);
     }
-    Tensor out = empty(activation, {T, columns}, Backend::fused_output_dtype(dtype));
+    Tensor out = output(Backend::fused_output_dtype(dtype));
     std::optional<Tensor> addend;
     if (bias) addend = row_major(*bias, Backend::fused_bias_dtype(*bias));
     const Tensor tokens = row_major(activation);
     FusedLinearArgs args;
     describe(args);
-    args.tokens = T;
+    args.tokens = activation.size(0);
     args.input_gradient = input_gradient;
     args.activation = tokens.const_data_ptr();
     args.activation_dtype = dtype_of(tokens);
@@ -256,7 +275,7 @@ struct AdaptedWeight {
     args.output = out.mutable_data_ptr();
     args.output_dtype = dtype_of(out);
     check_status(lors::fused_linear(args, backend.host()));
-    return to(out, dtype);
+    return finished(out);
   }
 
   // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not computed.
@@ -270,67 +289,67 @@ struct AdaptedWeight {
     args.grad_output_dtype = dtype_of(dY);
     args.input = X.const_data_ptr();
     args.input_dtype = dtype_of(X);
-    args.lora_A = lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = lora_B.const_data_ptr();
-    args.lora_B_dtype = dtype_of(lora_B);
-    args.scaling = scaling;
+    describe_adapter(args);
     args.lora_A_grad = lora_A_grad ? lora_A_grad->mutable_data_ptr() : nullptr;
     args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
   }
 
   // The same of the exact gradients; `kept`: what kept() returned.
   void describe_gradients(AdapterGradExactArgs& args, const Tensor& dY, const Tensor& X, Tensor* lora_A_grad,
-                          Tensor* lora_B_grad, const std::optional<Tensor>& kept) const {
+                          Tensor* lora_B_grad, const uint32_t* kept) const {
     describe_gradients(args, dY, X, lora_A_grad, lora_B_grad);
-    args.weight = kept ? nullptr : weight.const_data_ptr();
+    args.weight = kept ? nullptr : stored_values();
     args.weight_dtype = dtype_of(weight);
-    args.mask = bits(kept);
+    args.mask = kept;
   }
 
-  // The mask for the exact gradients: bits [N, ceil(K/32)], made from the metadata in `scratch` for 2:4; nothing for a dense
+  // The mask for the exact gradients: bits [N, ceil(K/32)], made from the metadata in `scratch` for 2:4; null for a dense
   // weight without a mask, whose nonzero entries are the mask.
-  std::optional<Tensor> kept(std::optional<Scratch<Backend>>& scratch) const {
-    if (layout != Layout::sparse24) return mask;
-    const Tensor& bits = scratch.emplace(weight, N, mask_words(K), ScalarType::Int).tensor;
+  const uint32_t* kept(std::optional<Scratch<Backend>>& scratch) const {
+    if (layout != Layout::sparse24) return mask ? bits(*mask) + first_row * mask_words(K) : nullptr;
+    const Tensor& made = scratch.emplace(weight, N, mask_words(K), ScalarType::Int).tensor;
     Sparse24MaskArgs args;
     args.out_features = N;
     args.in_features = K;
-    args.metadata = static_cast<const uint8_t*>(index->const_data_ptr());
-    args.mask = static_cast<uint32_t*>(bits.mutable_data_ptr());
+    args.metadata = metadata();
+    args.mask = static_cast<uint32_t*>(made.mutable_data_ptr());
     check_status(sparse24_mask(args, backend.host()));
-    return bits;
+    return bits(made);
   }
 
-  // Contracts rows [begin, begin + G.size(0)) of a gradient of merged with the adapters: adds to lora_A_sum [K, r], writes
-  // those rows of lora_B_grad [N, r]; null: not computed. `kept`: what kept() returned.
-  void contract(const Tensor& G, int64_t begin, const std::optional<Tensor>& kept, Tensor* lora_A_sum,
-                Tensor* lora_B_grad) const {
-    const auto row = [&](const Tensor& t) {
-      return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + begin * t.size(1) * dtype_size(dtype_of(t));
-    };
+  // A new gradient of lora_A or lora_B, of `factor`'s shape and dtype; with no elements if it is not wanted.
+  Tensor empty_gradient(const Tensor& factor, bool wanted = true) const {
+    std::vector<int64_t> sizes(static_cast<size_t>(factor.dim()));
+    for (int64_t i = 0; i < factor.dim(); ++i) sizes[static_cast<size_t>(i)] = i == 0 && !wanted ? 0 : factor.size(i);
+    return torch::stable::new_empty(factor, sizes, factor.scalar_type());
+  }
+
+  // Contracts a gradient G [N, K] of these merged rows with the adapters: adds to lora_A_sum [K, r], writes lora_B_grad [N, r];
+  // null: not computed. `kept`: what kept() returned, for these rows.
+  void contract(const Tensor& G, const uint32_t* kept, Tensor* lora_A_sum, Tensor* lora_B_grad) const {
     MaskedContractArgs args;
-    args.rows = G.size(0);
-    args.in_features = in_features();
+    args.rows = N;
+    args.in_features = K;
     args.r = r();
     args.grad_weight = G.const_data_ptr();
     args.grad_weight_dtype = dtype_of(G);
-    args.weight = kept ? nullptr : row(weight);
+    args.weight = kept ? nullptr : stored_values();
     args.weight_dtype = dtype_of(weight);
-    args.mask = kept ? bits(kept) + begin * mask_words(in_features()) : nullptr;
-    args.lora_A = lora_A.const_data_ptr();
-    args.lora_A_dtype = dtype_of(lora_A);
-    args.lora_B = row(lora_B);
-    args.lora_B_dtype = dtype_of(lora_B);
-    args.scaling = scaling;
+    args.mask = kept;
+    describe_adapter(args);
     args.lora_A_sum = lora_A_sum ? lora_A_sum->mutable_data_ptr() : nullptr;
-    args.lora_B_grad = lora_B_grad ? row(*lora_B_grad) : nullptr;
+    args.lora_B_grad = lora_B_grad ? lora_B_grad->mutable_data_ptr() : nullptr;
     check_status(masked_contract(args, backend.host()));
   }
 
+  const char* op;
   const Backend& backend;
   Layout layout;
   int64_t N, K;
+  int64_t experts;        // of a stack; 0: this is one matrix
+  int64_t first_row = 0;  // of these N rows, in the tensors
+  int64_t factor = 0;     // which lora_A of a stack
+  int64_t codes_per_element;
   Tensor weight;
   std::optional<Tensor> mask, index;
   Tensor lora_A, lora_B;
@@ -339,6 +358,29 @@ struct AdaptedWeight {
   Draws draws;
   std::optional<Tensor> scales, zero_points;
   Quantization quantization;
+
+ private:
+  void check_offsets() const {
+    if (layout == Layout::bitmap) Backend::check_offsets(op, weight.size(0), *mask, *index, K, codes_per_element, first_row, N);
+  }
+
+  // A bitmap's row offsets count from the first of all values.
+  const void* stored_values() const {
+    return layout == Layout::bitmap ? at(weight, 0) : at(weight, first_row * weight.size(1));
+  }
+  const uint8_t* metadata() const { return static_cast<const uint8_t*>(at(*index, first_row * index->size(1))); }
+
+  // `to`: where the first row goes; of a bitmap's values, where those of row 0 of the whole weight do.
+  void merge(void* to, DType stored, ScalarType rounded, Layout merged_layout) const {
+    MergeArgs args;
+    describe(args);
+    args.merged_layout = merged_layout;
+    args.draws = draws;
+    args.merged = to;
+    args.merged_dtype = stored;
+    args.round_to = rounded == ScalarType::BFloat16 ? DType::bfloat16 : rounded == ScalarType::Half ? DType::float16 : stored;
+    check_status(lors::merge(args, backend.host()));
+  }
 };
 
 }  // namespace lors::binding

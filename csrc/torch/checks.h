@@ -59,7 +59,15 @@ inline DType dtype_of(const Tensor& t) {
 }
 
 inline int64_t element_bytes(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float || type == ScalarType::Int ? 4 : 2;
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Char:
+    case ScalarType::Byte: return 1;
+    default: return 2;
+  }
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& weight) {
@@ -115,8 +123,10 @@ struct StoredWeight {
   const GridKind* kind = nullptr;  // of codes; null: values
   Layout layout = Layout::dense;
   int64_t out_features = 0, in_features = 0;  // N, K
+  int64_t experts = 0;                        // of a stack, whose out_features are those of all experts; 0: one matrix
 
   ScalarType dtype() const { return kind ? quantization.scales->scalar_type() : values.scalar_type(); }
+  int64_t rows_of_one() const { return experts > 0 ? out_features / experts : out_features; }
   int64_t codes_per_element() const { return kind ? kind->codes_per_element : 1; }
 
   struct Shape {
@@ -231,11 +241,12 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
     stored.in_features = 2 * weight.size(1) * stored.codes_per_element();
   } else {
     check(mask.has_value(), "lors::", op, ": a bitmap weight was given without its bits; pass them as mask.");
-    check(lora_A.dim() == 2, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, in_features].");
-    check_bitmap(op, weight, *mask, *index, lora_A.size(1), stored.kind);
+    check(lora_A.dim() >= 2, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, in_features].");
+    const int64_t K = lora_A.size(lora_A.dim() - 1);
+    check_bitmap(op, weight, *mask, *index, K, stored.kind);
     stored.layout = Layout::bitmap;
     stored.out_features = index->size(0) - 1;
-    stored.in_features = lora_A.size(1);
+    stored.in_features = K;
   }
   check(stored.out_features > 0 && stored.in_features > 0, "lors::", op, ": weight has shape ", stored.shape(),
         "; both sides must be at least 1.");
@@ -244,18 +255,34 @@ inline StoredWeight stored_weight(const char* op, const Tensor& weight, const st
   return stored;
 }
 
-// The same with its adapter: lora_A [r, K], lora_B [N, r]. Without one, r = 0, the merge decompresses.
+// Whose adapters an operator takes: those of one matrix, lora_A [r, K] and lora_B [N, r]; those of a stack of experts, lora_A
+// [E, r, K] and lora_B [E, N, r] of a weight [E N, K]; or both.
+enum class Adapters { of_matrix, of_experts, of_either };
+
+// The same with its adapter. Without one, r = 0, the merge decompresses.
 inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& mask,
                                          const std::optional<Tensor>& index, const Tensor& lora_A, const Tensor& lora_B,
-                                         const GridArguments& quantization = {}, bool allows_no_rank = false) {
-  const StoredWeight stored = stored_weight(op, weight, mask, index, lora_A, quantization);
-  const int64_t N = stored.out_features, K = stored.in_features;
-  check(lora_A.dim() == 2 && lora_A.size(1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A), "; it must be [r, ", K,
-        "] for a weight of shape ", stored.shape(), ".");
-  const int64_t r = lora_A.size(0);
+                                         const GridArguments& quantization = {}, bool allows_no_rank = false,
+                                         Adapters allowed = Adapters::of_matrix) {
+  StoredWeight stored = stored_weight(op, weight, mask, index, lora_A, quantization);
+  const int64_t K = stored.in_features, dim = lora_A.dim();
+  const bool is_stack = allowed == Adapters::of_experts || (allowed == Adapters::of_either && dim == 3);
+  const char *of_stack = is_stack ? "experts, " : "", *each = is_stack ? " of all experts" : "";
+  check(dim == (is_stack ? 3 : 2) && lora_A.size(dim - 1) == K, "lors::", op, ": lora_A has shape ", shape(lora_A),
+        "; it must be [", of_stack, "r, ", K, "] for a weight of shape ", stored.shape(), each, ".");
+  const int64_t r = lora_A.size(dim - 2);
   check(r > 0 || allows_no_rank, "lors::", op, ": lora_A has shape ", shape(lora_A), "; the rank r must be at least 1.");
-  check(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, "lors::", op, ": lora_B has shape ", shape(lora_B),
-        "; it must be [", N, ", ", r, "] for a weight of shape ", stored.shape(), " and lora_A of shape ", shape(lora_A), ".");
+  int64_t N = stored.out_features;
+  if (is_stack) {
+    stored.experts = lora_A.size(0);
+    check(stored.experts > 0 && N % stored.experts == 0, "lors::", op, ": lora_A has shape ", shape(lora_A), " and weight ",
+          stored.shape(), "; the rows of the weight must be those of lora_A's experts, the same number for each.");
+    N /= stored.experts;
+  }
+  check(lora_B.dim() == dim && (!is_stack || lora_B.size(0) == stored.experts) && lora_B.size(dim - 2) == N &&
+            lora_B.size(dim - 1) == r,
+        "lors::", op, ": lora_B has shape ", shape(lora_B), "; it must be [", of_stack, N, ", ", r, "] for a weight of shape ",
+        stored.shape(), each, " and lora_A of shape ", shape(lora_A), ".");
   check_floating(op, "lora_A", lora_A);
   check_floating(op, "lora_B", lora_B);
   check_same_device(op, "lora_A", lora_A, weight);
@@ -265,10 +292,13 @@ inline StoredWeight check_adapted_weight(const char* op, const Tensor& weight, c
   return stored;
 }
 
-// bias [N]
+// bias [N], or [experts, N]
 inline void check_bias(const char* op, const Tensor& bias, const StoredWeight& weight) {
-  check(bias.dim() == 1 && bias.size(0) == weight.out_features, "lors::", op, ": bias has shape ", shape(bias),
-        "; it must be [", weight.out_features, "] for a weight of shape ", weight.shape(), ".");
+  const bool is_stack = weight.experts > 0;
+  const int64_t N = weight.rows_of_one(), dim = bias.dim();
+  check(dim == (is_stack ? 2 : 1) && bias.size(dim - 1) == N && (!is_stack || bias.size(0) == weight.experts), "lors::", op,
+        ": bias has shape ", shape(bias), "; it must be [", is_stack ? "experts, " : "", N, "] for a weight of shape ",
+        weight.shape(), is_stack ? " of all experts" : "", ".");
   check_floating(op, "bias", bias);
   check_same_device(op, "bias", bias, weight.values);
   check_supported(op, "bias", bias);
@@ -300,6 +330,8 @@ inline DrawArguments check_draws(const char* op, const StoredWeight& weight, std
     check_same_device(op, "noise", *noise, weight.values);
     check_storage(op, "noise", *noise);
   }
+  check(weight.experts == 0 || (!rounding_seed && !noise), "lors::", op, ": rounding_seed or noise was given with adapters of",
+        " experts, whose merge draws nothing; leave it out.");
   check(weight.quantization.requantize_steps == 0 || (!rounding_seed && !noise), "lors::", op,
         ": rounding_seed or noise was given together with requantize_steps; a weight is rounded by chance or put on its grid,",
         " leave one of them out.");
@@ -325,6 +357,21 @@ inline void check_merged(const char* op, const Tensor& merged, const StoredWeigh
         " and the dtype of this call's activations.");
   check_storage(op, "merged", merged);
   check_same_device(op, "merged", merged, weight.values);
+}
+
+// Which rows [tokens, features] belong to which expert: int32 [experts], where each one's end; and, for the input, `rows`:
+// int32 [S], the token of each row. Shapes and dtypes only: their values are looked at where they can be read (cpu_ops.cpp).
+inline void check_groups(const char* op, const Tensor& offsets, const std::optional<Tensor>& rows, const StoredWeight& weight) {
+  check(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == weight.experts, "lors::", op,
+        ": offsets has shape ", shape(offsets), "; it must be int32 [", weight.experts,
+        "], for each expert the row after its last one.");
+  check_same_device(op, "offsets", offsets, weight.values);
+  check_storage(op, "offsets", offsets);
+  if (!rows) return;
+  check(rows->scalar_type() == ScalarType::Int && rows->dim() == 1, "lors::", op, ": rows has shape ", shape(*rows),
+        "; it must be int32 [rows], for each row the token it is of.");
+  check_same_device(op, "rows", *rows, weight.values);
+  check_storage(op, "rows", *rows);
 }
 
 // Whether the gradient's name is "exact"; refuses names other than "lors" and "exact".

@@ -6,10 +6,11 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "build_info.h"
 #include "cpu_scratch.h"
-#include "operators.h"
+#include "grouped_operators.h"
 
 namespace lors::binding {
 namespace {
@@ -41,23 +42,99 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
   return total;
 }
 
-// Where the values of each row begin, [N + 1], as mask bits int32 [N, ceil(K/32)] say; a row is a multiple of `unit`. Refuses
-// bits beyond K.
-std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K, int64_t unit = 1) {
-  const int64_t N = mask.size(0), words = mask.size(1);
+// Where the values of rows [begin, end) of a bitmap begin, beginning with `first`, and where they end. `mask`: its bits, int32
+// [N, ceil(K/32)]; a row is a multiple of `unit`. Refuses bits beyond K.
+std::vector<int64_t> row_offsets_of(const char* op, const Tensor& mask, int64_t K, int64_t begin, int64_t end,
+                                    int64_t first = 0, int64_t unit = 1) {
+  const int64_t words = mask.size(1);
   const uint32_t beyond = K % 32 ? ~uint32_t{0} << (K % 32) : 0;
-  std::vector<int64_t> offsets(static_cast<size_t>(N) + 1);
-  const uint32_t* row = bits(mask);
-  for (int64_t n = 0; n < N; ++n, row += words) {
+  std::vector<int64_t> offsets{first};
+  offsets.reserve(static_cast<size_t>(end - begin) + 1);
+  const uint32_t* row = bits(mask) + begin * words;
+  for (int64_t n = begin; n < end; ++n, row += words) {
     const int64_t count = count_bits(row, words);
     check(words == 0 || (row[words - 1] & beyond) == 0, "lors::", op, ": the mask has bits beyond column ", K, " in row ", n,
           "; pass the tensors of one SparseWeight.");
-    offsets[static_cast<size_t>(n) + 1] = offsets[static_cast<size_t>(n)] + (count + unit - 1) / unit * unit;
+    offsets.push_back(offsets.back() + (count + unit - 1) / unit * unit);
   }
   return offsets;
 }
 
+// Which rows are whose, read: the experts that have any, in order.
+struct CpuGroups {
+  struct Group {
+    int64_t expert, begin, count;
+  };
+
+  CpuGroups(const char* op, const Tensor& offsets, std::optional<Tensor> given_rows, int64_t S, int64_t T)
+      : rows(std::move(given_rows)) {
+    const auto* ends = static_cast<const int32_t*>(offsets.const_data_ptr());
+    for (int64_t e = 0; e < offsets.size(0); ++e) {
+      check(ends[e] >= end && ends[e] <= S, "lors::", op, ": offsets[", e, "] is ", ends[e], "; it must be at least ", end,
+            ", where the expert before it ends, and at most ", S, ", the number of rows.");
+      if (ends[e] > end) groups.push_back({e, end, ends[e] - end});
+      end = ends[e];
+    }
+    if (!rows) return;
+    std::vector<int64_t> occurs(static_cast<size_t>(T));
+    const auto* tokens = static_cast<const int32_t*>(rows->const_data_ptr());
+    for (int64_t i = 0; i < S; ++i) {
+      check(tokens[i] >= 0 && tokens[i] < T, "lors::", op, ": rows[", i, "] is ", tokens[i],
+            "; it must be at least 0 and below ", T, ", the number of rows of input.");
+      ++occurs[static_cast<size_t>(tokens[i])];
+    }
+    for (int64_t t = 0; t < T; ++t)
+      check(occurs[static_cast<size_t>(t)] * T == S, "lors::", op, ": rows has row ", t, " of input ",
+            occurs[static_cast<size_t>(t)], " times; each of the ", T, " must be there equally often, ", S, " times in all.");
+  }
+
+  CpuGroups by_row() const {
+    CpuGroups same(*this);
+    same.rows = std::nullopt;
+    return same;
+  }
+
+  int64_t largest() const {
+    int64_t most = 0;
+    for (const Group& group : groups) most = std::max(most, group.count);
+    return most;
+  }
+
+  std::vector<Group> groups;
+  int64_t end = 0;  // of the last expert's rows
+  std::optional<Tensor> rows;
+};
+
+// The rows of one expert after the other, as matrices; where they are gathered, each one's take the place of the last one's.
+class CpuGroupRows {
+ public:
+  CpuGroupRows(const Tensor& tensor, const CpuGroups& groups) : tensor_(tensor), rows_(groups.rows) {
+    if (rows_) gathered_ = empty(tensor, {groups.largest(), tensor.size(1)}, tensor.scalar_type());
+  }
+
+  Tensor operator()(const CpuGroups::Group& group) {
+    if (!rows_) return slice(tensor_, 0, group.begin, group.count);
+    const auto* tokens = static_cast<const int32_t*>(rows_->const_data_ptr()) + group.begin;
+    const int64_t bytes = tensor_.size(1) * element_bytes(tensor_.scalar_type());
+    const auto* from = static_cast<const char*>(tensor_.const_data_ptr());
+    auto* to = static_cast<char*>(gathered_->mutable_data_ptr());
+    torch::stable::parallel_for(0, group.count, 1 + (int64_t{1} << 20) / std::max<int64_t>(bytes, 1),
+                                [=](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i)
+                                    std::memcpy(to + i * bytes, from + tokens[i] * bytes, size_t(bytes));
+                                });
+    return slice(*gathered_, 0, 0, group.count);
+  }
+
+ private:
+  Tensor tensor_;
+  std::optional<Tensor> rows_;
+  std::optional<Tensor> gathered_;
+};
+
 struct Cpu {
+  using Groups = CpuGroups;
+
   explicit Cpu(const Tensor&) {}
 
   const CpuHost* host() const { return &kTorch; }
@@ -101,7 +178,7 @@ struct Cpu {
   static constexpr bool kMixedActivations = true;
 
   static bool exact_at_once(const Tensor& grad_output, const Tensor& input, const AdaptedWeight<Cpu>& adapted,
-                            const std::optional<Tensor>& kept, Tensor* grad_lora_A, Tensor* grad_lora_B) {
+                            const uint32_t* kept, Tensor* grad_lora_A, Tensor* grad_lora_B) {
     if (grad_output.scalar_type() != ScalarType::BFloat16 || input.scalar_type() != ScalarType::BFloat16) return false;
     const Tensor dY = row_major(grad_output), X = row_major(input);
     AdapterGradExactArgs args;
@@ -119,15 +196,20 @@ struct Cpu {
     return std::clamp<int64_t>(kPanelElements / K, 1, N);
   }
 
+  // Of rows [begin, begin + rows): those that a call reads. What they begin with is known of row 0 alone, and of the others
+  // only that it lies among the values.
   static void check_offsets(const char* op, int64_t count, const Tensor& mask, const Tensor& row_offsets, int64_t K,
-                            int64_t per_element) {
-    const std::vector<int64_t> wanted = row_offsets_of(op, mask, K, per_element);
-    const auto* given = static_cast<const int64_t*>(row_offsets.const_data_ptr());
+                            int64_t per_element, int64_t begin, int64_t rows) {
+    const auto* given = static_cast<const int64_t*>(row_offsets.const_data_ptr()) + begin;
+    const std::vector<int64_t> wanted =
+        row_offsets_of(op, mask, K, begin, begin + rows, begin == 0 ? 0 : std::max<int64_t>(given[0], 0), per_element);
     const int64_t row = std::mismatch(wanted.begin(), wanted.end(), given).first - wanted.begin();
-    check(row == int64_t(wanted.size()), "lors::", op, ": row_offsets disagrees with the mask's bits at row ", row,
+    check(row == int64_t(wanted.size()), "lors::", op, ": row_offsets disagrees with the mask's bits at row ", begin + row,
           "; pass the tensors of one SparseWeight.");
-    check(wanted.back() == count * per_element, "lors::", op, ": the mask keeps ", wanted.back(), " values and ",
-          count * per_element, " are given; pass the tensors of one SparseWeight.");
+    const bool is_last = begin + rows == mask.size(0);
+    check(is_last ? wanted.back() == count * per_element : wanted.back() <= count * per_element, "lors::", op,
+          ": the mask keeps ", wanted.back(), " values and ", count * per_element,
+          " are given; pass the tensors of one SparseWeight.");
   }
 
   void bias_grad(const Tensor& grad_output, Tensor& grad_bias) const {
@@ -141,6 +223,42 @@ struct Cpu {
     args.bias_grad_dtype = dtype_of(grad_bias);
     check_status(lors::bias_grad(args, host()));
   }
+
+  static void grouped_multiply(Tensor& out, const Tensor& activation, const Groups& groups, const AdaptedWeight<Cpu>& adapted,
+                               const std::optional<Tensor>& bias, bool input_gradient, const std::optional<Tensor>& merged) {
+    CpuGroupRows rows_of(activation, groups);
+    for (const Groups::Group& group : groups.groups) {
+      std::optional<Tensor> addend;
+      if (bias) addend = adapted.part(*bias, group.expert);
+      adapted.expert(group.expert)
+          .multiply(rows_of(group), addend, input_gradient, merged, slice(out, 0, group.begin, group.count));
+    }
+    Tensor rest = slice(out, 0, groups.end, out.size(0) - groups.end);
+    torch::stable::zero_(rest);
+  }
+
+  static void grouped_adapter_gradients(const Tensor& grad_output, const Tensor& input, const Groups& groups,
+                                        const AdaptedWeight<Cpu>& adapted, bool exact, Tensor* grad_lora_A,
+                                        Tensor* grad_lora_B) {
+    if (grad_lora_A) torch::stable::zero_(*grad_lora_A);
+    if (grad_lora_B) torch::stable::zero_(*grad_lora_B);
+    CpuGroupRows rows_of(input, groups);
+    for (const Groups::Group& group : groups.groups) {
+      std::optional<Tensor> dA, dB;
+      if (grad_lora_A) dA = adapted.part(*grad_lora_A, group.expert);
+      if (grad_lora_B) dB = adapted.part(*grad_lora_B, group.expert);
+      adapter_gradients(slice(grad_output, 0, group.begin, group.count), rows_of(group), adapted.expert(group.expert), exact,
+                        dA ? &*dA : nullptr, dB ? &*dB : nullptr);
+    }
+  }
+
+  void grouped_bias_gradient(const Tensor& grad_output, const Groups& groups, Tensor& grad_bias) const {
+    torch::stable::zero_(grad_bias);
+    for (const Groups::Group& group : groups.groups) {
+      Tensor of_expert = torch::stable::select(grad_bias, 0, group.expert);
+      bias_grad(slice(grad_output, 0, group.begin, group.count), of_expert);
+    }
+  }
 };
 
 Tensor compress(const Tensor& weight, const Tensor& mask) {
@@ -149,7 +267,7 @@ Tensor compress(const Tensor& weight, const Tensor& mask) {
   check_bits("compress", "mask", mask, weight.size(0), weight.size(1));
   check_same_device("compress", "mask", mask, weight);
   const Tensor dense = row_major(weight), kept = row_major(mask);
-  const std::vector<int64_t> row_offsets = row_offsets_of("compress", kept, weight.size(1));
+  const std::vector<int64_t> row_offsets = row_offsets_of("compress", kept, weight.size(1), 0, weight.size(0));
   Tensor values = empty(weight, {row_offsets.back()}, weight.scalar_type());
   CompressArgs args;
   args.out_features = weight.size(0);
@@ -194,6 +312,7 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(lors, CPU, m) {
   Operators<Cpu>::implement(m);
+  GroupedOperators<Cpu>::implement(m);
   m.impl("compress", TORCH_BOX(&explained<&compress>));
 }
 

@@ -98,10 +98,9 @@ class Cuda {
   static constexpr bool kMixedActivations = false;
 
   // The tensors are what lors_cuda/formats.py has checked: looking at them would wait for the device.
-  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t, int64_t) {}
+  static void check_offsets(const char*, int64_t, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, int64_t) {}
 
-  static bool exact_at_once(const Tensor&, const Tensor&, const AdaptedWeight<Cuda>&, const std::optional<Tensor>&, Tensor*,
-                            Tensor*) {
+  static bool exact_at_once(const Tensor&, const Tensor&, const AdaptedWeight<Cuda>&, const uint32_t*, Tensor*, Tensor*) {
     return false;
   }
 

@@ -58,6 +58,24 @@ STABLE_TORCH_LIBRARY(lors, m) {
       " Tensor? merged=None, SymInt? rounding_seed=None, Tensor? noise=None, SymInt noise_seed=0,"
       " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
       " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
+
+  // linear for the experts of a mixture, each with its own rows (grouped_operators.h): weight [E N, K] in any layout, lora_A
+  // [E, r, K], lora_B [E, N, r], bias [E, N]; offsets: int32 [E], where each expert's rows end; rows: int32 [S], which row of
+  // the input each is, every one of them equally often, or None: the input's own. Y [S, N], zeros in rows beyond the last
+  // offset. grad_input [S, K] is by these rows. Adapters of this shape give merge, merge_backward and merged_operand all
+  // experts, [E N, K].
+  m.def(
+      "grouped_linear(Tensor input, Tensor offsets, Tensor weight, Tensor? mask, Tensor? index, Tensor lora_A, Tensor lora_B,"
+      " Tensor? bias, float scaling, str gradient, Tensor? merged=None, Tensor? rows=None,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
+      " -> Tensor");
+  m.def(
+      "grouped_linear_backward(Tensor grad_output, Tensor? input, Tensor offsets, Tensor weight, Tensor? mask, Tensor? index,"
+      " Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, str gradient, bool needs_input_grad, bool "
+      "needs_lora_A_grad,"
+      " bool needs_lora_B_grad, Tensor? merged=None, Tensor? rows=None,"
+      " Tensor? scales=None, Tensor? zero_points=None, str grid=\"\", SymInt requantize_steps=0, SymInt dither_seed=-1)"
+      " -> (Tensor grad_input, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)");
   // The values of a 2:4 weight after the merge; its metadata stays.
   m.def("sparse24_merge(Tensor values, Tensor metadata, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
   // The kept values of a dense weight row by row, -0.0 as +0.0. CPU only; lors_cuda/formats.py is the rest of compressing.

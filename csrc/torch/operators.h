@@ -25,6 +25,7 @@
 #include <tuple>
 
 #include "adapted_weight.h"
+#include "adapter_gradients.h"
 #include "sparse_matmul.h"
 #include "torch_errors.h"
 
@@ -40,7 +41,8 @@ struct Operators {
                       const std::optional<Tensor>& zero_points, const std::string& grid, int64_t requantize_steps,
                       int64_t dither_seed) {
     const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
-    const StoredWeight stored = check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, quantization, true);
+    const StoredWeight stored =
+        check_adapted_weight("merge", weight, mask, index, lora_A, lora_B, quantization, true, Adapters::of_either);
     const DrawArguments draws = check_draws("merge", stored, rounding_seed, noise, noise_seed);
     const Backend backend(weight);
     return Adapted("merge", backend, stored, lora_A, lora_B, scaling, draws).merged(stored.dtype(), stored.dtype());
@@ -61,7 +63,8 @@ struct Operators {
                                const std::optional<Tensor>& scales, const std::optional<Tensor>& zero_points,
                                const std::string& grid, int64_t requantize_steps, int64_t dither_seed) {
     const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
-    const StoredWeight stored = check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, quantization, true);
+    const StoredWeight stored =
+        check_adapted_weight("merged_operand", weight, mask, index, lora_A, lora_B, quantization, true, Adapters::of_either);
     check(is_floating(dtype) && (dtype == ScalarType::Double) == (stored.dtype() == ScalarType::Double),
           "lors::merged_operand: dtype must be float32, bfloat16 or float16, or float64 for a float64 weight.");
     const DrawArguments draws = check_draws("merged_operand", stored, rounding_seed, noise, noise_seed);
@@ -127,8 +130,11 @@ struct Operators {
     const Tensor grad_input = needs_input_grad && T > 0 ? adapted.multiply(grad_output, std::nullopt, true, merged)
                                                         : empty(grad_output, {needs_input_grad ? T : 0, K}, dtype);
 
-    auto [grad_lora_A, grad_lora_B] =
-        adapter_grads(grad_output, input.value_or(grad_output), adapted, exact, needs_lora_A_grad, needs_lora_B_grad);
+    Tensor grad_lora_A = adapted.empty_gradient(adapted.lora_A, needs_lora_A_grad);
+    Tensor grad_lora_B = adapted.empty_gradient(adapted.lora_B, needs_lora_B_grad);
+    if (needs_lora_A_grad || needs_lora_B_grad)
+      adapter_gradients(grad_output, *input, adapted, exact, needs_lora_A_grad ? &grad_lora_A : nullptr,
+                        needs_lora_B_grad ? &grad_lora_B : nullptr);
 
     Tensor grad_bias = empty(grad_output, {bias ? N : 0}, bias ? bias->scalar_type() : dtype);
     if (bias) backend.bias_grad(grad_output, grad_bias);
@@ -142,7 +148,8 @@ struct Operators {
                                                    const std::optional<Tensor>& zero_points, const std::string& grid,
                                                    int64_t requantize_steps, int64_t dither_seed) {
     const GridArguments quantization{scales, zero_points, grid, requantize_steps, dither_seed};
-    const StoredWeight stored = check_adapted_weight("merge_backward", weight, mask, index, lora_A, lora_B, quantization);
+    const StoredWeight stored =
+        check_adapted_weight("merge_backward", weight, mask, index, lora_A, lora_B, quantization, false, Adapters::of_either);
     check(grad_merged.dim() == 2 && grad_merged.size(0) == stored.out_features && grad_merged.size(1) == stored.in_features,
           "lors::merge_backward: grad_merged has shape ", shape(grad_merged), "; it must be ", stored.shape(), ".");
     check(grad_merged.scalar_type() == stored.dtype(), "lors::merge_backward: grad_merged must have the weight's dtype.");
@@ -150,14 +157,17 @@ struct Operators {
     check_storage("merge_backward", "grad_merged", grad_merged);
     const Backend backend(weight);
     const Adapted adapted("merge_backward", backend, stored, lora_A, lora_B, scaling);
-    const int64_t N = stored.out_features, K = stored.in_features, r = adapted.r();
+    const int64_t N = stored.rows_of_one(), K = stored.in_features;
     const Tensor G = row_major(grad_merged);
-    Tensor grad_lora_A = empty(lora_A, {r, K}, lora_A.scalar_type());
-    Tensor grad_lora_B = empty(lora_B, {N, r}, lora_B.scalar_type());
-    Tensor lora_A_sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, r}, accumulation_dtype(weight));
-    std::optional<Scratch<Backend>> scratch;
-    adapted.contract(G, 0, adapted.kept(scratch), &lora_A_sum, &grad_lora_B);
-    torch::stable::copy_(grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
+    Tensor grad_lora_A = adapted.empty_gradient(adapted.lora_A), grad_lora_B = adapted.empty_gradient(adapted.lora_B);
+    for (int64_t e = 0; e < adapted.parts(); ++e) {
+      const Adapted one = adapted.part(e);
+      Tensor dA = adapted.part(grad_lora_A, e), dB = adapted.part(grad_lora_B, e);
+      Tensor sum = torch::stable::new_zeros(weight, std::vector<int64_t>{K, one.r()}, accumulation_dtype(weight));
+      std::optional<Scratch<Backend>> scratch;
+      one.contract(slice(G, 0, e * N, N), one.kept(scratch), &sum, &dB);
+      torch::stable::copy_(dA, torch::stable::transpose(sum, 0, 1));
+    }
     return {grad_lora_A, grad_lora_B};
   }
 
@@ -169,56 +179,6 @@ struct Operators {
     library.impl("linear", TORCH_BOX(&explained<&Operators::linear>));
     library.impl("linear_backward", TORCH_BOX(&explained<&Operators::linear_backward>));
     library.impl("sparse24_merge", TORCH_BOX(&explained<&Operators::sparse24_merge>));
-  }
-
- private:
-  // (dA, dB); what is not wanted comes back with no elements.
-  static std::tuple<Tensor, Tensor> adapter_grads(const Tensor& grad_output, const Tensor& input, const Adapted& adapted,
-                                                  bool exact, bool needs_lora_A_grad, bool needs_lora_B_grad) {
-    const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
-    Tensor grad_lora_A = empty(adapted.lora_A, {needs_lora_A_grad ? r : 0, K}, adapted.lora_A.scalar_type());
-    Tensor grad_lora_B = empty(adapted.lora_B, {needs_lora_B_grad ? N : 0, r}, adapted.lora_B.scalar_type());
-    if (!needs_lora_A_grad && !needs_lora_B_grad) return {grad_lora_A, grad_lora_B};
-    if (input.size(0) == 0) {
-      return {torch::stable::zero_(grad_lora_A), torch::stable::zero_(grad_lora_B)};
-    }
-    Tensor* lora_A_grad = needs_lora_A_grad ? &grad_lora_A : nullptr;
-    Tensor* lora_B_grad = needs_lora_B_grad ? &grad_lora_B : nullptr;
-    std::optional<ScalarType> dtype;  // float32 holds every value of both
-    if (!Backend::kMixedActivations && grad_output.scalar_type() != input.scalar_type()) dtype = ScalarType::Float;
-    if (exact) {
-      adapter_grad_exact(grad_output, input, dtype, adapted, lora_A_grad, lora_B_grad);
-      return {grad_lora_A, grad_lora_B};
-    }
-    const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
-    AdapterGradArgs args;
-    adapted.describe_gradients(args, dY, X, lora_A_grad, lora_B_grad);
-    check_status(adapter_grad_lors(args, adapted.backend.host()));
-    return {grad_lora_A, grad_lora_B};
-  }
-
-  // By panels of rows of G = dY^T X, the weight's gradient: each is masked, contracted and overwritten by the next. `dtype`: of
-  // dY and X, where it is not their own.
-  static void adapter_grad_exact(const Tensor& grad_output, const Tensor& input, std::optional<ScalarType> dtype,
-                                 const Adapted& adapted, Tensor* grad_lora_A, Tensor* grad_lora_B) {
-    std::optional<Scratch<Backend>> scratch;
-    const std::optional<Tensor> kept = adapted.kept(scratch);
-    if (Backend::exact_at_once(grad_output, input, adapted, kept, grad_lora_A, grad_lora_B)) return;
-    const int64_t N = adapted.out_features(), K = adapted.in_features(), r = adapted.r();
-    const ScalarType acc = accumulation_dtype(adapted.weight);
-    const ScalarType multiplied = Backend::gradient_dtype(dtype.value_or(input.scalar_type()), acc);
-    Tensor dY = row_major(grad_output, multiplied);
-    const Tensor X = row_major(input, multiplied);
-    const int64_t panel_rows = adapted.backend.gradient_panel_rows(N, K, acc);
-    Tensor lora_A_sum = torch::stable::new_zeros(X, std::vector<int64_t>{K, r}, acc);
-    Scratch<Backend> panel(X, panel_rows, K, acc);
-    for (int64_t begin = 0; begin < N; begin += panel_rows) {
-      const int64_t rows = std::min(panel_rows, N - begin);
-      Tensor grad_weight = torch::stable::narrow(panel.tensor, 0, 0, rows);
-      Backend::gradient_matmul(grad_weight, torch::stable::transpose(torch::stable::narrow(dY, 1, begin, rows), 0, 1), X);
-      adapted.contract(grad_weight, begin, kept, grad_lora_A ? &lora_A_sum : nullptr, grad_lora_B);
-    }
-    if (grad_lora_A) torch::stable::copy_(*grad_lora_A, torch::stable::transpose(lora_A_sum, 0, 1));
   }
 };
 

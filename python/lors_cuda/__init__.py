@@ -9,7 +9,7 @@ from ._library import BUILD, release_scratch
 from ._prefetch import prefetch
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRSConfig
-from .functional import lors_linear, merge
+from .functional import grouped_linear, lors_linear, merge
 from .gradient_init import estimate_gradients, init_from_gradients
 from .interchange import load_sparse_checkpoint, save_sparse_checkpoint
 from .linear import LoRSLinear, SparseLinear
@@ -28,6 +28,7 @@ __all__ = [
     "disable_adapter",
     "estimate_gradients",
     "get_lors_model",
+    "grouped_linear",
     "init_from_gradients",
     "load_adapter",
     "load_sparse_checkpoint",

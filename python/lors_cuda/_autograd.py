@@ -128,7 +128,7 @@ class Differentiable:
         return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
-def _not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None = None) -> Differentiable:
+def not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None = None) -> Differentiable:
     """``lors::op``, every derivative of which is refused."""
 
     def save(ctx: Any, args: tuple[Any, ...]) -> None:
@@ -142,7 +142,7 @@ def _not_differentiable(op: str, sentence: str, vmap: Callable[..., Any] | None 
 
 # ---- the gradients --------------------------------------------------------------------------------------------------
 
-_SECOND_DERIVATIVES = (
+SECOND_DERIVATIVES = (
     "lors_cuda does not support double backward, nor forward mode over its gradients (torch.func.hessian): they are "
     "not themselves differentiable. Call backward without create_graph=True, or use lors_cuda.reference for second "
     "derivatives."
@@ -158,10 +158,10 @@ def _linear_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any
     return (grad_input.view(*tokens.shape[:2], grad_input.shape[1]), *nothing), (0, None, None, None)
 
 
-linear_backward = _not_differentiable("linear_backward", _SECOND_DERIVATIVES, _linear_backward_vmap)
-merge_backward = _not_differentiable("merge_backward", _SECOND_DERIVATIVES)
+linear_backward = not_differentiable("linear_backward", SECOND_DERIVATIVES, _linear_backward_vmap)
+merge_backward = not_differentiable("merge_backward", SECOND_DERIVATIVES)
 for _op in ("merged_operand", "sparse24_merge", "compress"):
-    _not_differentiable(
+    not_differentiable(
         _op, f"lors::{_op} has no derivatives; use lors_cuda.merge or lors_cuda.lors_linear, or detach its arguments."
     )
 
@@ -169,12 +169,12 @@ for _op in ("merged_operand", "sparse24_merge", "compress"):
 # ---- forward mode ---------------------------------------------------------------------------------------------------
 
 
-def _primals(ctx: Any) -> list[Any]:
+def primals(ctx: Any) -> list[Any]:
     """What was saved for jvp, without the tangents that are being propagated."""
     return [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
 
 
-def _refuse_tangents(**frozen: Tensor | None) -> None:
+def refuse_tangents(**frozen: Tensor | None) -> None:
     for name, tangent in frozen.items():
         if tangent is not None:
             raise RuntimeError(
@@ -183,14 +183,14 @@ def _refuse_tangents(**frozen: Tensor | None) -> None:
             )
 
 
-def _all_zero(grid: Grid) -> Grid:
+def all_zero(grid: Grid) -> Grid:
     """A grid on which the same codes all stand for zero; nothing is requantised to it."""
     if grid.scales is None:
         return grid
     return Grid(grid.scales.new_zeros(()).expand(grid.scales.shape), grid.zero_points, grid.grid)
 
 
-def _adapter_tangents(
+def adapter_tangents(
     grid: Grid,
     weight: Tensor,
     mask: Tensor | None,
@@ -214,12 +214,12 @@ def _adapter_tangents(
 _INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED, _SCALES = 0, 1, 4, 5, 6, 9, 13  # positions among the arguments
 
 
-def _as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
+def as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
     return None if merged is None or isinstance(merged, Tensor) else merged
 
 
 def _linear(input: Tensor, *args: Any) -> Tensor:
-    prefetch = _as_prefetch(*args[_MERGED - 1 : _MERGED])
+    prefetch = as_prefetch(*args[_MERGED - 1 : _MERGED])
     if prefetch is not None:
         with prefetch.taken(False) as merged:
             return _linear(input, *args[: _MERGED - 1], merged, *args[_MERGED:])
@@ -235,7 +235,7 @@ def _linear(input: Tensor, *args: Any) -> Tensor:
 def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
     input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args[:_SCALES]
     scales, zero_points, *ctx.grid = args[_SCALES:]
-    ctx.prefetch = _as_prefetch(merged)
+    ctx.prefetch = as_prefetch(merged)
     if ctx.prefetch is not None:
         merged = None
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.
@@ -310,14 +310,14 @@ def _linear_jvp(ctx: Any, *tangents: Any) -> Tensor:
 
     It is itself differentiable, with the exact gradients.
     """
-    input, weight, mask, index, lora_A, lora_B, _, merged, *steps = _primals(ctx)
-    _refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED], scales=tangents[_SCALES])
+    input, weight, mask, index, lora_A, lora_B, _, merged, *steps = primals(ctx)
+    refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED], scales=tangents[_SCALES])
     parts, grid = [], Grid(*steps, *ctx.grid)
     if tangents[_INPUT] is not None:
         adapted = (weight, mask, index, lora_A, lora_B)
         parts.append(_linear(tangents[_INPUT], *adapted, None, ctx.scaling, "exact", merged, *ctx.draws, *grid))
-    for adapter in _adapter_tangents(grid, weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
-        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *_all_zero(grid)))
+    for adapter in adapter_tangents(grid, weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
+        parts.append(_linear(input, *adapter, None, ctx.scaling, "exact", None, *NO_DRAWS, *all_zero(grid)))
     if tangents[_BIAS] is not None:
         parts.append(tangents[_BIAS].to(input.dtype).expand(*input.shape[:-1], lora_B.shape[0]))
     return sum(parts[1:], parts[0])
@@ -360,12 +360,12 @@ def _merge_backward(ctx: Any, grad_merged: Tensor | None) -> tuple[Tensor | None
 
 
 def _merge_jvp(ctx: Any, *tangents: Any) -> Tensor:
-    weight_tangent, _, _, *adapter_tangents = tangents[:5]
-    _refuse_tangents(weight=weight_tangent, scales=tangents[9])
-    *adapted, scales, zero_points = _primals(ctx)
+    weight_tangent, _, _, *factor_tangents = tangents[:5]
+    refuse_tangents(weight=weight_tangent, scales=tangents[9])
+    *adapted, scales, zero_points = primals(ctx)
     grid = Grid(scales, zero_points, *ctx.grid)
-    adapters = _adapter_tangents(grid, *adapted, *adapter_tangents)
-    parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *_all_zero(grid)) for adapter in adapters]
+    adapters = adapter_tangents(grid, *adapted, *factor_tangents)
+    parts = [lors.merge(*adapter, ctx.scaling, *NO_DRAWS, *all_zero(grid)) for adapter in adapters]
     return sum(parts[1:], parts[0])
 
 

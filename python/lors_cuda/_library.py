@@ -142,6 +142,11 @@ def check_device(device: torch.device) -> None:
 # ---- fake kernels: shapes and dtypes, for torch.compile and torch.export --------------------------------------------
 
 
+def _fake_merged_shape(lora_A: Tensor, lora_B: Tensor) -> tuple[int, int]:
+    """[N, K], or [E N, K] of a stack of experts."""
+    return lora_B.shape[:-1].numel(), lora_A.shape[-1]
+
+
 @torch.library.register_fake("lors::merge")
 def _(
     weight: Tensor,
@@ -159,7 +164,7 @@ def _(
     requantize_steps: int = 0,
     dither_seed: int = -1,
 ) -> Tensor:
-    return (weight if scales is None else scales).new_empty((lora_B.shape[0], lora_A.shape[1]))
+    return (weight if scales is None else scales).new_empty(_fake_merged_shape(lora_A, lora_B))
 
 
 @torch.library.register_fake("lors::merge_backward")
@@ -208,7 +213,7 @@ def _(
         is_kept = index is not None and dtype == weight.dtype and is_few and not has_draws
         if is_kept and dtype != torch.float64:
             return weight.new_empty(weight.shape)  # values in the same layout
-    return weight.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=computed)
+    return weight.new_empty(_fake_merged_shape(lora_A, lora_B), dtype=computed)
 
 
 @torch.library.register_fake("lors::linear")
@@ -238,9 +243,9 @@ def _(
 def _fake_adapter_grads(
     lora_A: Tensor, lora_B: Tensor, needs_lora_A_grad: bool, needs_lora_B_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    r, K = lora_A.shape
-    N = lora_B.shape[0]
-    return lora_A.new_empty((r if needs_lora_A_grad else 0, K)), lora_B.new_empty((N if needs_lora_B_grad else 0, r))
+    factors = ((lora_A, needs_lora_A_grad), (lora_B, needs_lora_B_grad))
+    of_A, of_B = (f.new_empty((f.shape[0] if is_needed else 0, *f.shape[1:])) for f, is_needed in factors)
+    return of_A, of_B
 
 
 @torch.library.register_fake("lors::linear_backward")
@@ -273,6 +278,59 @@ def _(
     grad_lora_A, grad_lora_B = _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
     grad_bias = grad_output.new_empty((0,)) if bias is None else bias.new_empty((N,))
     return grad_input, grad_lora_A, grad_lora_B, grad_bias
+
+
+@torch.library.register_fake("lors::grouped_linear")
+def _(
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gradient: str,
+    merged: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
+) -> Tensor:
+    return input.new_empty((input.shape[0] if rows is None else rows.shape[0], lora_B.shape[1]))
+
+
+@torch.library.register_fake("lors::grouped_linear_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gradient: str,
+    needs_input_grad: bool,
+    needs_lora_A_grad: bool,
+    needs_lora_B_grad: bool,
+    merged: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    grid: str = "",
+    requantize_steps: int = 0,
+    dither_seed: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_input = grad_output.new_empty((grad_output.shape[0] if needs_input_grad else 0, lora_A.shape[2]))
+    grads = _fake_adapter_grads(lora_A, lora_B, needs_lora_A_grad, needs_lora_B_grad)
+    grad_bias = grad_output.new_empty((0, lora_B.shape[1])) if bias is None else bias.new_empty(bias.shape)
+    return grad_input, *grads, grad_bias
 
 
 @torch.library.register_fake("lors::sparse24_merge")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functional face of LoRS: :func:`lors_linear`, :func:`merge`, and the cache of one merged weight."""
+"""The functional face of LoRS: :func:`lors_linear`, :func:`grouped_linear`, :func:`merge`, and the cache of one merged
+weight."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import _autograd
+from . import _autograd, _autograd_grouped
 from ._checks import (
     GRADIENTS,
     check_adapters,
@@ -127,6 +128,28 @@ def _linear(
     draws: Draws = NO_DRAWS,
     requantize: Requantization = NOT_REQUANTIZED,
 ) -> Tensor:
+    input = _checked_input(input, stored)
+    _check_bias(bias, stored, stored.shape[:1])
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, draws, requantize)
+    output: Tensor = _autograd.linear(
+        input,
+        stored.values,
+        stored.mask_bits,
+        stored.index,
+        lora_A,
+        lora_B,
+        bias,
+        scaling,
+        gradient,
+        merged,
+        *draws,
+        *stored.grid(requantize),
+    )
+    return output
+
+
+def _checked_input(input: Tensor, stored: SparseWeight) -> Tensor:
+    """``input`` [..., K] in the dtype that a call with this weight computes in."""
     check_tensor("input", input)
     device_type = stored.device.type
     # As torch does, autocast leaves float64 alone; it knows no meta device.
@@ -154,18 +177,115 @@ def _linear(
         )
     if input.device != stored.device:
         raise ValueError(f"input is on {input.device} and weight on {stored.device}; move them to the same device.")
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != stored.shape[:1]:
-            raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; it must be ({stored.shape[0]},) for a weight of shape "
-                f"{tuple(stored.shape)}."
-            )
-        if bias.device != stored.device:
-            raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
-    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, draws, requantize)
-    output: Tensor = _autograd.linear(
+    return input
+
+
+def _check_bias(bias: Tensor | None, stored: SparseWeight, shape: tuple[int, ...]) -> None:
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.shape != shape:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; it must be {tuple(shape)} for a weight of shape "
+            f"{tuple(stored.shape)}."
+        )
+    if bias.device != stored.device:
+        raise ValueError(f"bias is on {bias.device} and weight on {stored.device}; move them to the same device.")
+
+
+def grouped_linear(
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor | SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    gradient: str = "lors",
+    rows: Tensor | None = None,
+) -> Tensor:
+    """:func:`lors_linear` for the experts of a mixture: ``Y_e = X_e (W_e + s M_e o (B_e A_e))^T + bias_e``.
+
+    The rows of an expert e follow each other, ``offsets[e - 1]`` to ``offsets[e]``. An expert without rows is not read,
+    and its gradients are zeros.
+
+    Args:
+        input: [S, K] activations, sorted by expert, dtypes as in :func:`lors_linear`; or, with ``rows``, [T, K].
+        offsets: int32 [E], where each expert's rows end, as torch.nn.functional.grouped_mm takes them: from 0 to S,
+            none below the one before it. Rows beyond the last offset are of no expert: they and their gradients are
+            zero. On the CPU the numbers are checked; on other devices that would wait for the device.
+        weight: [E, N, K], or a :class:`SparseWeight` [E N, K] with the rows of expert e from ``e N`` on.
+        lora_A: [E, r, K].
+        lora_B: [E, N, r].
+        scaling: s.
+        bias: [E, N] or None.
+        mask: bool [E, N, K] for a dense ``weight``. None: kept where ``weight != 0``.
+        gradient: "lors" or "exact".
+        rows: int32 [S]: row i is ``input[rows[i]]``, so that no copy for each of a token's experts is kept. Every row
+            of ``input`` must be there equally often, as a router's choices are; its gradient is the sum over its rows,
+            always in the same order.
+
+    Returns:
+        [S, N] in the dtype of ``input`` (autocast's under autocast).
+
+    Raises:
+        TypeError, ValueError: as :func:`lors_linear`.
+        RuntimeError: the numbers in ``offsets`` or ``rows`` are not as said above (CPU); and as :func:`lors_linear`.
+
+    Derivatives with respect to ``input``, ``lora_A``, ``lora_B`` and ``bias`` are those of :func:`lors_linear`;
+    ``vmap`` is one call for each sample.
+    """
+    stored = _stored_experts(weight, mask)
+    check_adapters(stored, lora_A, lora_B, experts=True)
+    if isinstance(weight, Tensor) and weight.shape[0] != lora_A.shape[0]:
+        raise ValueError(f"weight has {weight.shape[0]} experts and lora_A {lora_A.shape[0]}; they must be the same.")
+    check_choice("gradient", gradient, GRADIENTS)
+    return _grouped_linear(input, offsets, stored, lora_A, lora_B, _as_float(scaling), bias, gradient, rows=rows)
+
+
+def layer_grouped_linear(
+    input: Tensor,
+    offsets: Tensor,
+    weight: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    gradient: str,
+    cache: GivesMergedWeight | None,
+    requantize: Requantization = NOT_REQUANTIZED,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """:func:`grouped_linear` for a layer, as :func:`layer_linear`."""
+    stored = _stored(weight, None)
+    check_whole("lora_A", lora_A)
+    check_whole("lora_B", lora_B)
+    return _grouped_linear(input, offsets, stored, lora_A, lora_B, scaling, bias, gradient, cache, requantize, rows)
+
+
+def _grouped_linear(
+    input: Tensor,
+    offsets: Tensor,
+    stored: SparseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    gradient: str,
+    cache: GivesMergedWeight | None = None,
+    requantize: Requantization = NOT_REQUANTIZED,
+    rows: Tensor | None = None,
+) -> Tensor:
+    input = _checked_input(input, stored)
+    if input.dim() != 2:
+        raise ValueError(f"input has shape {tuple(input.shape)}; it must be [rows, in_features], flattened.")
+    _check_bias(bias, stored, lora_B.shape[:2])
+    merged = None if cache is None else cache.operand(stored, lora_A, lora_B, scaling, input, NO_DRAWS, requantize)
+    output: Tensor = _autograd_grouped.grouped_linear(
         input,
+        _whole_numbers("offsets", offsets, stored, lora_A.shape[0]),
         stored.values,
         stored.mask_bits,
         stored.index,
@@ -175,10 +295,23 @@ def _linear(
         scaling,
         gradient,
         merged,
-        *draws,
+        None if rows is None else _whole_numbers("rows", rows, stored),
         *stored.grid(requantize),
     )
     return output
+
+
+def _whole_numbers(name: str, numbers: Tensor, stored: SparseWeight, count: int | None = None) -> Tensor:
+    """``offsets`` or ``rows``; what their numbers are is for the operator to see."""
+    check_tensor(name, numbers)
+    if numbers.dtype != torch.int32 or numbers.dim() != 1 or count not in (None, numbers.shape[0]):
+        raise ValueError(
+            f"{name} is {numbers.dtype} with shape {tuple(numbers.shape)}; it must be torch.int32 "
+            f"[{'rows' if count is None else count}]."
+        )
+    if numbers.device != stored.device:
+        raise ValueError(f"{name} is on {numbers.device} and weight on {stored.device}; move them to the same device.")
+    return numbers
 
 
 def merge(
@@ -198,10 +331,12 @@ def merge(
     synchronised.
 
     Returns:
-        [N, K] in the weight's dtype.
+        [N, K] in the weight's dtype; [E, N, K] of a stack of experts, with arguments as in :func:`grouped_linear`, for
+        which ``rounding`` must be ``"nearest"``.
     """
-    stored = _stored(weight, mask)
-    check_adapters(stored, lora_A, lora_B)
+    is_stack = isinstance(lora_A, Tensor) and lora_A.dim() == 3
+    stored = _stored_experts(weight, mask) if is_stack else _stored(weight, mask)
+    check_adapters(stored, lora_A, lora_B, experts=is_stack)
     return stored_merge(stored, lora_A, lora_B, _as_float(scaling), rounding_draws(rounding, seed))
 
 
@@ -218,6 +353,8 @@ def stored_merge(
     grid = weight.grid(requantize, dtype)
     stored = (weight.values, weight.mask_bits, weight.index)
     merged: Tensor = _autograd.merge(*stored, lora_A, lora_B, scaling, *draws, *grid)
+    if lora_B.dim() == 3:
+        merged = merged.unflatten(0, lora_B.shape[:2])
     return merged if dtype is None else merged.to(dtype)
 
 
@@ -250,6 +387,21 @@ def _stored(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
         return SparseWeight(weight)
     check_mask(mask, weight)
     return SparseWeight(weight, pack_mask(mask))
+
+
+def _stored_experts(weight: Tensor | SparseWeight, mask: Tensor | None) -> SparseWeight:
+    """The same of a stack: [E, N, K], as [E N, K]."""
+    if isinstance(weight, SparseWeight):
+        return _stored(weight, mask)
+    check_tensor("weight", weight)
+    if weight.dim() != 3:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be [experts, out_features, in_features], or a "
+            "SparseWeight."
+        )
+    if mask is not None:
+        check_mask(mask, weight)
+    return _stored(weight.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
 
 
 def counted(tensor: Tensor) -> tuple[Any, ...]:

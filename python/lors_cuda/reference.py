@@ -176,3 +176,67 @@ def linear_backward(
     else:
         grad_lora_B, grad_lora_A = scaling * dY.T @ (X @ A.T), scaling * (dY @ B).T @ X
     return grad_input, grad_lora_A, grad_lora_B, dY.sum(0)
+
+
+# ---- mixtures of experts: each expert is a linear layer, with the rows that are its own ------------------------------
+
+
+def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
+    """Each expert and its rows; ``offsets`` [E] are their ends."""
+    ends = offsets.tolist()
+    return [(e, slice(begin, end)) for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))]
+
+
+def grouped_linear(
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Y_e = X_e W~_e^T + bias_e for the rows of each expert e, zeros in the rows of none. Float64 [S, N].
+
+    Args:
+        input: [S, K]; or [T, K] with ``rows`` [S], then row i is ``input[rows[i]]``.
+        offsets: [E], where each expert's rows end.
+        weight, mask: [E, N, K]; lora_A: [E, r, K]; lora_B: [E, N, r]; bias: [E, N].
+    """
+    X = (input if rows is None else input[rows]).double()
+    output = X.new_zeros(X.shape[0], weight.shape[1])
+    for e, own in _groups(offsets):
+        of_expert = (None if t is None else t[e] for t in (bias, mask))
+        output[own] = linear(X[own], weight[e], lora_A[e], lora_B[e], scaling, *of_expert)
+    return output
+
+
+def grouped_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    gradient: str = "lors",
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dX, dA [E, r, K], dB [E, N, r], dbias [E, N]) in float64, as :func:`linear_backward` for each expert.
+
+    dX is that of ``input``: with ``rows`` each token's is the sum over its rows. An expert without rows gets zeros.
+    """
+    X = (input if rows is None else input[rows]).double()
+    by_row = torch.zeros_like(X)
+    grads = [torch.zeros_like(t, dtype=torch.float64) for t in (lora_A, lora_B, weight[..., 0])]
+    for e, own in _groups(offsets):
+        arguments = (weight[e], lora_A[e], lora_B[e], scaling, None if mask is None else mask[e], gradient)
+        by_row[own], *of_expert = linear_backward(grad_output[own], X[own], *arguments)
+        for all_experts, one in zip(grads, of_expert, strict=True):
+            all_experts[e] = one
+    if rows is None:
+        return by_row, grads[0], grads[1], grads[2]
+    return torch.zeros_like(input, dtype=torch.float64).index_add_(0, rows, by_row), grads[0], grads[1], grads[2]

@@ -178,6 +178,11 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
                     f"else, without the mask. Leave it at {_default(item)!r}."
                 )
         check_lora_fields("LoRSLoraConfig", used)
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} is refused by LoRSLoraConfig: experts are adapted by "
+                "lors_cuda.get_lors_model(model, LoRSConfig(target_parameters=...)), without PEFT. Leave it out."
+            )
         if getattr(self, "_custom_modules", None):
             raise ValueError(
                 "_register_custom_module is refused by LoRSLoraConfig: a layer of another class would not be masked."

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
+from typing import cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,6 +19,7 @@ from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import (
     Places,
+    Target,
     adaptable,
     cannot_adapt,
     check_requantizable,
@@ -79,7 +80,11 @@ def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
         )
     config.target_modules = names
     chosen = selected(model, config)  # without what exclude_modules and the other fields leave out
-    config.target_modules = set(adaptable(chosen, partial(_problem, places=Places(model)), config, stacklevel=9))
+    places = Places(model)
+    r, alpha = config.r, config.lora_alpha
+    targets = [Target(name, (name,), cast(nn.Linear, module), r, alpha) for name, module in chosen.items()]
+    left = adaptable(targets, lambda target: _problem(target.module, places), config, stacklevel=9)
+    config.target_modules = {target.name for target in left}
 
 
 def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:

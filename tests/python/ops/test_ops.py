@@ -42,11 +42,12 @@ def good(
 
 
 ADAPTED = ("merge", "merged_operand", "merge_backward", "linear", "linear_backward")
+GROUPED = ("grouped_linear", "grouped_linear_backward")  # tests/python/experts
 
 
 def test_every_op_is_here():
     known = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
-    expected = {f"lors::{op}" for op in (*ADAPTED, *FORMATS)} | {"lors::build_info", "lors::release_scratch"}
+    expected = {f"lors::{op}" for op in (*ADAPTED, *GROUPED, *FORMATS)} | {"lors::build_info", "lors::release_scratch"}
     if _library._CUDA_MISSING is None:  # the CUDA backend brings some of its own, with or without a GPU
         expected.add("lors::cuda_device_problem")
     assert known == expected

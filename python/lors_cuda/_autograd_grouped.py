@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# As _autograd.py for lors::linear. Saved for backward: the input as it was given, not the rows gathered from it.
+"""The derivatives of lors::grouped_linear, the linear layer of a mixture of experts."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import (
+    SECOND_DERIVATIVES,
+    Differentiable,
+    adapter_tangents,
+    all_zero,
+    as_prefetch,
+    not_differentiable,
+    primals,
+    refuse_tangents,
+)
+from ._grid import Grid
+from ._library import lors
+
+_INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED, _SCALES = 0, 2, 5, 6, 7, 10, 12  # positions among the arguments
+_ARGUMENTS = 17
+
+grouped_linear_backward = not_differentiable("grouped_linear_backward", SECOND_DERIVATIVES)
+
+
+def _grouped_linear(*args: Any) -> Tensor:
+    prefetch = as_prefetch(*args[_MERGED : _MERGED + 1])
+    with nullcontext(None) if prefetch is None else prefetch.taken(False) as merged:
+        if prefetch is not None:
+            args = (*args[:_MERGED], merged, *args[_MERGED + 1 :])
+        output: Tensor = lors.grouped_linear(*args)
+    return output
+
+
+def _save(ctx: Any, args: tuple[Any, ...]) -> None:
+    input, offsets, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, rows = args[:_SCALES]
+    scales, zero_points, *ctx.grid = args[_SCALES:]
+    ctx.prefetch = as_prefetch(merged)
+    if ctx.prefetch is not None:
+        merged = None
+    ctx.tokens = input.shape[0]
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(
+        input if needs[_LORA_A] or needs[_LORA_B] else None,
+        offsets,
+        weight,
+        mask,
+        index,
+        lora_A,
+        lora_B,
+        bias if needs[_BIAS] else None,
+        merged if needs[_INPUT] else None,
+        rows,
+        scales,
+        zero_points,
+    )
+    frozen = (offsets, weight, mask, index)
+    ctx.save_for_forward(
+        input, *frozen, lora_A, lora_B, bias, merged, rows, scales, zero_points
+    )  # only until jvp has run
+    ctx.set_materialize_grads(False)
+
+
+def _by_token(by_row: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """The sum over each token's rows, of which all have equally many: in their order, so always with the same bits."""
+    each = by_row.shape[0] // tokens if tokens else 0
+    return by_row[rows.argsort(stable=True)].view(tokens, each, by_row.shape[1]).sum(1)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * _ARGUMENTS
+    input, offsets, weight, mask, index, lora_A, lora_B, bias, merged, rows, *steps = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = needs[_INPUT], needs[_LORA_A], needs[_LORA_B]
+    prefetch = ctx.prefetch if needs_input_grad else None  # without that there is no merge
+    with nullcontext(merged) if prefetch is None else prefetch.taken(True) as merged:
+        grad_input, grad_lora_A, grad_lora_B, grad_bias = grouped_linear_backward(
+            grad_output,
+            input,
+            offsets,
+            weight,
+            mask,
+            index,
+            lora_A,
+            lora_B,
+            bias,
+            ctx.scaling,
+            ctx.gradient,
+            needs_input_grad,
+            needs_lora_A_grad,
+            needs_lora_B_grad,
+            merged,
+            rows,
+            *steps,
+            *ctx.grid,
+        )
+    if needs_input_grad and rows is not None:
+        grad_input = _by_token(grad_input, rows, ctx.tokens)
+    return (
+        grad_input if needs_input_grad else None,
+        *(None,) * 4,
+        grad_lora_A if needs_lora_A_grad else None,
+        grad_lora_B if needs_lora_B_grad else None,
+        None if bias is None else grad_bias,
+        *(None,) * (_ARGUMENTS - _BIAS - 1),
+    )
+
+
+def _bias_by_row(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """bias [E, N] of each row's expert, zeros for the rows of none. [rows, N]."""
+    expert = torch.searchsorted(offsets, torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
+    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[expert]
+
+
+def _jvp(ctx: Any, *tangents: Any) -> Tensor:
+    """As that of lors::linear."""
+    input, offsets, weight, mask, index, lora_A, lora_B, _, merged, rows, *steps = primals(ctx)
+    refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED], scales=tangents[_SCALES])
+    parts, grid = [], Grid(*steps, *ctx.grid)
+    if tangents[_INPUT] is not None:
+        call = (tangents[_INPUT], offsets, weight, mask, index, lora_A, lora_B, None, ctx.scaling, "exact", merged)
+        parts.append(lors.grouped_linear(*call, rows, *grid))
+    for adapter in adapter_tangents(grid, weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
+        call = (input, offsets, *adapter, None, ctx.scaling, "exact", None, rows)
+        parts.append(lors.grouped_linear(*call, *all_zero(grid)))
+    if tangents[_BIAS] is not None:
+        S = (input if rows is None else rows).shape[0]
+        parts.append(_bias_by_row(tangents[_BIAS].to(input.dtype), offsets, S))
+    return sum(parts[1:], parts[0])
+
+
+grouped_linear = Differentiable("grouped_linear", _grouped_linear, _save, _backward, _jvp)
