@@ -50,7 +50,8 @@ struct Operators {
 
   static Tensor sparse24_merge(const Tensor& values, const Tensor& metadata, const Tensor& lora_A, const Tensor& lora_B,
                                double scaling) {
-    const StoredWeight stored = check_adapted_weight("sparse24_merge", values, std::nullopt, metadata, lora_A, lora_B);
+    const StoredWeight stored =
+        check_adapted_weight("sparse24_merge", values, std::nullopt, metadata, lora_A, lora_B, {}, false, Adapters::of_either);
     check(stored.layout == Layout::sparse24, "lors::sparse24_merge: metadata must be uint8 [out_features, in_features / 8].");
     const Backend backend(values);
     const ScalarType dtype = values.scalar_type();

@@ -214,12 +214,12 @@ def adapter_tangents(
 _INPUT, _WEIGHT, _LORA_A, _LORA_B, _BIAS, _MERGED, _SCALES = 0, 1, 4, 5, 6, 9, 13  # positions among the arguments
 
 
-def as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
+def _as_prefetch(merged: Tensor | Prefetch | None = None) -> Prefetch | None:
     return None if merged is None or isinstance(merged, Tensor) else merged
 
 
 def _linear(input: Tensor, *args: Any) -> Tensor:
-    prefetch = as_prefetch(*args[_MERGED - 1 : _MERGED])
+    prefetch = _as_prefetch(*args[_MERGED - 1 : _MERGED])
     if prefetch is not None:
         with prefetch.taken(False) as merged:
             return _linear(input, *args[: _MERGED - 1], merged, *args[_MERGED:])
@@ -235,7 +235,7 @@ def _linear(input: Tensor, *args: Any) -> Tensor:
 def _save_linear(ctx: Any, args: tuple[Any, ...]) -> None:
     input, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, *ctx.draws = args[:_SCALES]
     scales, zero_points, *ctx.grid = args[_SCALES:]
-    ctx.prefetch = as_prefetch(merged)
+    ctx.prefetch = _as_prefetch(merged)
     if ctx.prefetch is not None:
         merged = None
     # Indexed, not unpacked: torch may append entries of its own to needs_input_grad.

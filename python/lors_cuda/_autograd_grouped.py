@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ._autograd import (
     Differentiable,
     adapter_tangents,
     all_zero,
-    as_prefetch,
     not_differentiable,
     primals,
     refuse_tangents,
@@ -29,21 +27,9 @@ _ARGUMENTS = 17
 grouped_linear_backward = not_differentiable("grouped_linear_backward", SECOND_DERIVATIVES)
 
 
-def _grouped_linear(*args: Any) -> Tensor:
-    prefetch = as_prefetch(*args[_MERGED : _MERGED + 1])
-    with nullcontext(None) if prefetch is None else prefetch.taken(False) as merged:
-        if prefetch is not None:
-            args = (*args[:_MERGED], merged, *args[_MERGED + 1 :])
-        output: Tensor = lors.grouped_linear(*args)
-    return output
-
-
 def _save(ctx: Any, args: tuple[Any, ...]) -> None:
     input, offsets, weight, mask, index, lora_A, lora_B, bias, ctx.scaling, ctx.gradient, merged, rows = args[:_SCALES]
     scales, zero_points, *ctx.grid = args[_SCALES:]
-    ctx.prefetch = as_prefetch(merged)
-    if ctx.prefetch is not None:
-        merged = None
     ctx.tokens = input.shape[0]
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -79,28 +65,26 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
     input, offsets, weight, mask, index, lora_A, lora_B, bias, merged, rows, *steps = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs_input_grad, needs_lora_A_grad, needs_lora_B_grad = needs[_INPUT], needs[_LORA_A], needs[_LORA_B]
-    prefetch = ctx.prefetch if needs_input_grad else None  # without that there is no merge
-    with nullcontext(merged) if prefetch is None else prefetch.taken(True) as merged:
-        grad_input, grad_lora_A, grad_lora_B, grad_bias = grouped_linear_backward(
-            grad_output,
-            input,
-            offsets,
-            weight,
-            mask,
-            index,
-            lora_A,
-            lora_B,
-            bias,
-            ctx.scaling,
-            ctx.gradient,
-            needs_input_grad,
-            needs_lora_A_grad,
-            needs_lora_B_grad,
-            merged,
-            rows,
-            *steps,
-            *ctx.grid,
-        )
+    grad_input, grad_lora_A, grad_lora_B, grad_bias = grouped_linear_backward(
+        grad_output,
+        input,
+        offsets,
+        weight,
+        mask,
+        index,
+        lora_A,
+        lora_B,
+        bias,
+        ctx.scaling,
+        ctx.gradient,
+        needs_input_grad,
+        needs_lora_A_grad,
+        needs_lora_B_grad,
+        merged,
+        rows,
+        *steps,
+        *ctx.grid,
+    )
     if needs_input_grad and rows is not None:
         grad_input = _by_token(grad_input, rows, ctx.tokens)
     return (
@@ -125,15 +109,15 @@ def _jvp(ctx: Any, *tangents: Any) -> Tensor:
     refuse_tangents(weight=tangents[_WEIGHT], merged=tangents[_MERGED], scales=tangents[_SCALES])
     parts, grid = [], Grid(*steps, *ctx.grid)
     if tangents[_INPUT] is not None:
-        call = (tangents[_INPUT], offsets, weight, mask, index, lora_A, lora_B, None, ctx.scaling, "exact", merged)
-        parts.append(lors.grouped_linear(*call, rows, *grid))
+        adapted = (weight, mask, index, lora_A, lora_B, None, ctx.scaling, "exact", merged)
+        parts.append(lors.grouped_linear(tangents[_INPUT], offsets, *adapted, rows, *grid))
     for adapter in adapter_tangents(grid, weight, mask, index, lora_A, lora_B, tangents[_LORA_A], tangents[_LORA_B]):
-        call = (input, offsets, *adapter, None, ctx.scaling, "exact", None, rows)
-        parts.append(lors.grouped_linear(*call, *all_zero(grid)))
+        call = (*adapter, None, ctx.scaling, "exact", None, rows)
+        parts.append(lors.grouped_linear(input, offsets, *call, *all_zero(grid)))
     if tangents[_BIAS] is not None:
         S = (input if rows is None else rows).shape[0]
         parts.append(_bias_by_row(tangents[_BIAS].to(input.dtype), offsets, S))
     return sum(parts[1:], parts[0])
 
 
-grouped_linear = Differentiable("grouped_linear", _grouped_linear, _save, _backward, _jvp)
+grouped_linear = Differentiable("grouped_linear", lors.grouped_linear, _save, _backward, _jvp)

@@ -347,8 +347,8 @@ class SparseWeight:
         holds values; with ``requantize`` it is quantised again, and has the codes that the layer computed with.
 
         Args:
-            lora_A: [r, K], float32, bfloat16, float16 or float64.
-            lora_B: [N, r], likewise.
+            lora_A: [r, K], float32, bfloat16, float16 or float64; [E, r, K] of a stack of E experts.
+            lora_B: [N, r], likewise; [E, N, r] of a weight [E N, K].
             scaling: s, e.g. ``lora_alpha / r``.
             rounding: as in :func:`lors_cuda.lors_linear`.
             seed: of "stochastic", likewise.
@@ -361,7 +361,7 @@ class SparseWeight:
                 beyond the range of the weight's dtype (the first place is named).
         """
         check_whole("values", self.values)
-        check_adapters(self, lora_A, lora_B)
+        check_adapters(self, lora_A, lora_B, experts=None)
         draws = rounding_draws(rounding, seed)
         check_requantization(requantize, self.quantization, draws.any)
         merged = self._merged(lora_A, lora_B, float(scaling), draws, requantize)
