@@ -23,11 +23,12 @@ from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line
 from ..config import ALL_LINEAR, LoRSConfig
 from ..data import TokenDataset, load_data
+from ..sparsity import EXPERTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from ..sparsity import LayerSparsity
+    from ..sparsity import LayerSparsity, ModelSparsity
 
 DEFAULT_SEQUENCE_LENGTH = 512
 
@@ -271,18 +272,26 @@ def describe_data(data: TokenDataset) -> str:
     return text
 
 
-def sparsity_table(layers: Sequence[LayerSparsity]) -> str:
-    """Layers of one name (q_proj, ...) in one row: how many, their weights, and the range of their sparsity."""
+def sparsity_table(sparsity: ModelSparsity) -> str:
+    """Layers of one name (q_proj, ...) in one row: how many, their weights, and the range of their sparsity.
+
+    Experts always have their rows, also where other layers were asked for; the last row is the whole model.
+    """
     groups: dict[str, list[LayerSparsity]] = {}
-    for layer in layers:
-        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    width = max(len(name) for name in [*groups, "layers"])
+    experts = [layer for layer in sparsity.experts if layer not in sparsity.layers]
+    for layer in (*sparsity.layers, *experts):
+        name = layer.name.rpartition(".")[2]
+        groups.setdefault(f"experts: {name}" if layer.kind == EXPERTS else name, []).append(layer)
+    everything = (*sparsity.layers, *sparsity.rest)
+    width = max(len(name) for name in [*groups, "all weights"])
     rows = [f"{'layers':<{width}}  count       weights   zeros"]
     for name, group in groups.items():
         weights = sum(layer.weights for layer in group)
         low, high = min(layer.sparsity for layer in group), max(layer.sparsity for layer in group)
         zeros = f"{low:.2%}" if f"{low:.2%}" == f"{high:.2%}" else f"{low:.2%} to {high:.2%}"
         rows.append(f"{name:<{width}}  {len(group):>5}  {weights:>12,}  {zeros}")
+    weights = sum(layer.weights for layer in everything)
+    rows.append(f"{'all weights':<{width}}  {len(everything):>5}  {weights:>12,}  {sparsity.model_sparsity:.2%}")
     return "\n".join(rows)
 
 

@@ -178,6 +178,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         "first_loss": entries[0]["loss"],
         "last_loss": last,
         "sparsity": sparsity.sparsity,
+        "expert_sparsity": sparsity.expert_sparsity,
         "model_sparsity": sparsity.model_sparsity,
         "adapted_layers": sum(1 for _ in named_lors_layers(adapted)),
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),

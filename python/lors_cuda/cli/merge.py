@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     also = f" {rounded} kept weights are rounded to zero." if rounded else ""
     say(
         args,
-        f"Mask unchanged in all {len(masks)} merged linears: sparsity {before.sparsity:.4%} before, "
-        f"{after.sparsity:.4%} after.{also} Sparsity {after}. "
+        f"Mask unchanged in all {len(masks)} merged layers: zeros in all weights of the model "
+        f"{before.model_sparsity:.4%} before, {after.model_sparsity:.4%} after.{also} Sparsity {after}. "
         f"Saved in '{args.output}'.",
     )
     return {
