@@ -161,8 +161,8 @@ def check_requantize_options(config: Any) -> None:
     config.dither_seed = seed_number("dither_seed", config.dither_seed)
     if config.requantize and config.rounding != "nearest":
         raise ValueError(
-            f"requantize=True rounds to nearest codes: leave rounding={config.rounding!r} out. remainder='dither' keeps "
-            "small updates from being lost."
+            f"requantize=True rounds to nearest codes: leave rounding={config.rounding!r} out. remainder='dither' "
+            "keeps small updates from being lost."
         )
 
 
