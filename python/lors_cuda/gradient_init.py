@@ -54,8 +54,9 @@ def estimate_gradients(
     backward reaches the first use.
 
     Of experts it is the gradient of one expert at a time on the device; the accumulators on the host take 4 bytes per
-    weight, 116 GB for 29 G of them. `sketch_experts` accumulates q = 4 r rows for each expert instead: Omega G_e with one
-    Omega [q, N] of normal numbers (the range finder of arXiv 0909.4061, from the side whose singular vectors are needed).
+    weight, 116 GB for 29 G of them. `sketch_experts` accumulates q = 4 r rows for each expert instead: Omega G_e, with
+    one Omega [q, N] of normal numbers (the range finder of arXiv 0909.4061, from the side whose singular vectors are
+    needed).
 
     With torch.distributed initialised, every process must call this on its own model (not under DistributedDataParallel
     or fully_shard) with its own batches, possibly none, and gets the mean over all processes; an error in one process

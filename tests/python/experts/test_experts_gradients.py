@@ -124,7 +124,7 @@ def test_a_sketch_keeps_the_leading_directions_of_each_expert():
             # Of normal numbers whose squares sum to 1 in expectation: lengths are kept but for chance.
             assert 0.5 < sketch.norm() / gradient.norm() < 2
         assert min(shares) > 0.75
-        assert sum(shares) / E > 0.9
+        assert sum(shares) / E > 0.85
     linears = set(whole) - {path for path, _, _ in expert_stacks(model)}
     assert linears
     assert all(torch.equal(whole[name], sketches[name]) for name in linears)
