@@ -204,8 +204,9 @@ def prefetch(model: nn.Module) -> Iterator[None]:
     one, and host time in every call. Its speed has not been measured.
 
     Merging for themselves are, besides: experts, of which only those that tokens come to are merged; layers whose
-    adapters are computed in each forward (parametrizations, several active PEFT adapters); calls under `torch.compile` and `torch.func`; a backward after the block. Inside
-    :func:`lors_cuda.merge_cache` or around it, the inner block is in force.
+    adapters are computed in each forward (parametrizations, several active PEFT adapters); calls under `torch.compile`
+    and `torch.func`; a backward after the block. Inside :func:`lors_cuda.merge_cache` or around it, the inner block is
+    in force.
 
     NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` drops what was
     made ahead. Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts

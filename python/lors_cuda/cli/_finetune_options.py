@@ -19,6 +19,7 @@ from .._draws import ROUNDINGS
 from ..adapter_directory import read_adapter
 from ..config import LoRSConfig
 from ..methods import METHODS, Method, get_method
+from ..quantization import REMAINDERS
 from ._common import (
     add_adapter,
     add_data,
@@ -80,9 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "quantized loses nothing",
     )  # fmt: skip
     parser.add_argument(
-        "--remainder", choices=("dither", "none"),
+        "--remainder", choices=REMAINDERS,
         help="what stands for the weight between two codes, with --requantize; dither for int4, none for 8 bits if "
-        "left out",
+        "left out; stored is of a model made by quantize --remainder stored",
     )  # fmt: skip
     parser.add_argument(
         "--method", default="lors", metavar="NAME",

@@ -367,8 +367,8 @@ def _trained_pairs(model: nn.Module) -> Iterator[Pair]:
             continue
         if module.num_experts is not None:
             raise ValueError(
-                f"'{name}' has adapters of experts, and the methods of lors_cuda.methods work on those of linears. Leave "
-                "the experts out (exclude_modules=['experts']), or train without a method."
+                f"'{name}' has adapters of experts, and the methods of lors_cuda.methods work on those of linears. "
+                "Leave the experts out (exclude_modules=['experts']), or train without a method."
             )
         layer: Any = module
         own = layer.storage is layer
