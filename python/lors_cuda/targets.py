@@ -29,6 +29,11 @@ from .weight import SparseWeight
 _CLASSIFIER_HEADS = ("score", "classifier")
 # What libraries call the parts of a quantised weight: compressed-tensors, GPTQ and AWQ, fine-grained fp8, HQQ.
 _CODE_NAMES = {"weight_packed", "weight_scale", "weight_scale_inv", "qweight", "W_q"}
+# The stack that holds what was each expert's own linear before transformers 5.
+_FORMER_STACKS = {
+    **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj"), "gate_up_proj"),
+    "w2": "down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -498,7 +503,8 @@ def _wanted_stacks(model: nn.Module, config: LoRSConfig) -> dict[nn.Module, list
 
 def _no_stack(entry: str, model: nn.Module, paths: list[str]) -> str:
     """The sentence about an entry of target_parameters that names no stack of experts' weights."""
-    known = f"It has {listed(paths)}." if paths else f"{type(model).__name__} has none."
+    kind = type(model).__name__
+    known = f"Those of {kind} are {listed(paths)}." if paths else f"{kind} has none."
     for name, _ in model.named_parameters():
         if selects([entry], name):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
@@ -507,10 +513,10 @@ def _no_stack(entry: str, model: nn.Module, paths: list[str]) -> str:
                 f"transformers' use_experts_implementation has made can be adapted so, and linears by target_modules. "
                 f"{known}"
             )
-    former = entry.rpartition(".")[2]
-    new = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate_proj": "gate_up_proj"}.get(former)
-    renamed = "" if new is None else f" What was {former} is in {new} since transformers 5."
-    return f"target_parameters names '{entry}', which is no parameter of {type(model).__name__}.{renamed} {known}"
+    former = next((part for part in entry.split(".") if part in _FORMER_STACKS), None)
+    renamed = "" if former is None else f" What was {former} is in {_FORMER_STACKS[former]} since transformers 5."
+    known = known.replace("Those", "The weights of experts", 1)
+    return f"target_parameters names '{entry}', which is no parameter of {kind}.{renamed} {known}"
 
 
 def _names(reasons: dict[str, list[str]]) -> set[str]:
@@ -563,9 +569,10 @@ def _nothing_selected(model: nn.Module, config: LoRSConfig, left_out: list[str])
     if isinstance(model, nn.Linear):
         return "The model is itself an nn.Linear and cannot be replaced in place; use LoRSLinear.from_linear(linear)."
     if left_out:
+        parameters = f", target_parameters={config.target_parameters!r}" if config.target_parameters else ""
         return (
-            f"target_modules={config.target_modules!r} selects {listed(left_out)} in {kind}, but all of them are the "
-            "output head or taken out by exclude_modules or modules_to_save; nothing is left to adapt."
+            f"target_modules={config.target_modules!r}{parameters} selects {listed(left_out)} in {kind}, but all of "
+            "them are the output head or taken out by exclude_modules or modules_to_save; nothing is left to adapt."
         )
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     if not linears:
