@@ -105,22 +105,34 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_si
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:
-    """--target-modules and --exclude-modules."""
+    """--target-modules, --target-parameters and --exclude-modules."""
     parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="name suffixes, or one regular expression for whole names; every linear but the output head if not given",
+        help="name suffixes, or one regular expression for whole names; every linear but the output head, and all "
+        "experts, if neither is given",
     )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is")
+    parser.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME",
+        help="weights of experts, by name suffixes such as experts.down_proj",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is, such as experts"
+    )
 
 
 def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
     """A configuration with the targets that `add_targets` asks for; of rank 1, which all linears have, unless given."""
-    targets = ALL_LINEAR if args.target_modules is None else args.target_modules
-    if (len(targets) == 1 and not re.fullmatch(r"[\w.-]*", targets[0])) or targets == [ALL_LINEAR]:
+    targets = args.target_modules
+    if (
+        targets is not None
+        and len(targets) == 1
+        and (targets == [ALL_LINEAR] or not re.fullmatch(r"[\w.-]*", targets[0]))
+    ):
         targets = targets[0]
-    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **{"r": 1, **fields})
+    chosen = {name: getattr(args, name) for name in ("target_parameters", "exclude_modules")}
+    return LoRSConfig(target_modules=targets, **chosen, **{"r": 1, **fields})
 
 
 def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:

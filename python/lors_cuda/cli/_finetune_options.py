@@ -47,7 +47,10 @@ _OF_ADAPTER = {
     "requantize": False,
     "remainder": None,
 }
-_NOT_BESIDE_ADAPTER = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
+_NOT_BESIDE_ADAPTER = (
+    "target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "init",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_targets(parser)
     parser.add_argument(
         "--rank-pattern", type=pattern_entry(positive_int), nargs="+", metavar="NAME=RANK",
-        help="other ranks, by the end of a module's name (a regular expression)",
+        help="other ranks, by the end of a module's name, of experts a parameter's (a regular expression)",
     )  # fmt: skip
     parser.add_argument(
         "--alpha-pattern", type=pattern_entry(positive_float), nargs="+", metavar="NAME=ALPHA", help="other alphas"

@@ -12,7 +12,7 @@ from torch import nn
 from .._files import new_directory
 from ..compressed_tensors.files import stored_quantization
 from ..compressed_tensors.kept import QUANTIZED, SCHEMES, quantize_linears
-from ..sparsity import measure_sparsity
+from ..sparsity import EXPERTS, measure_sparsity
 from ._common import add_model, add_targets, load_model, say, sparsity_table, target_config
 from ._model_files import check_new, save_model
 
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     model = load_model(args.model, args.device, any_architecture=True, mask_from=args.mask_from)
     before = measure_sparsity(model, target_config(args))
-    names = [layer.name for layer in before if type(model.get_submodule(layer.name)) is nn.Linear]
+    linears = [layer.name for layer in before if layer.kind != EXPERTS]
+    names = [name for name in linears if type(model.get_submodule(name)) is nn.Linear]
     quantize_linears(model, args.scheme, names, remainder=args.remainder is not None)
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, QUANTIZED)
