@@ -134,6 +134,7 @@ def test_the_whole_way(home, tmp_path, capsys):
     assert again["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
 def test_target_parameters_and_ranks_of_them(home, tmp_path, capsys):
     name = (home / "name").read_text()
     options = ["--target-parameters", "experts.down_proj", "--rank-pattern", "experts.down_proj=3"]
@@ -145,7 +146,7 @@ def test_target_parameters_and_ranks_of_them(home, tmp_path, capsys):
     assert "gate_up_proj" in err
     assert "get no adapters" in err
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert config["target_parameters"] == ["experts.down_proj"]
+    assert config["target_parameters"] == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]
 
     run = finetune(home, tmp_path / "again", "--adapter", tmp_path / "run", "--target-parameters", "gate_up_proj")
     del run[run.index("--rank") : run.index("--rank") + 4]
@@ -169,9 +170,16 @@ def test_refusals_speak_the_command_lines_words(home, tmp_path, capsys):
     assert not (tmp_path / "sparse").exists()
 
 
-def test_quantize_leaves_the_experts_and_says_so(home, tmp_path, capsys):
-    out, _ = printed(capsys, "quantize", "--model", home / "sparse", "--output", tmp_path / "q", "--scheme", "int8")
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
+def test_quantize_leaves_the_experts_as_values_and_says_so(home, tmp_path, capsys):
+    """And the model trains: linears from codes, experts from values."""
+    out, err = printed(capsys, "quantize", "--model", home / "sparse", "--output", tmp_path / "q", "--scheme", "int8")
     assert "8 linears are int8" in out
+    assert "lors-cuda: warning: Not quantized: the experts 'model.layers.0.mlp.experts.gate_up_proj'" in err
+    run = [*finetune(home, tmp_path / "run", "--init", "default"), "--model", tmp_path / "q"]
+    assert result(capsys, *run)["expert_sparsity"] == 0.5
+    merge = ["merge", "--model", tmp_path / "q", "--adapter", tmp_path / "run", "--output", tmp_path / "merged"]
+    assert result(capsys, *merge)["expert_sparsity"] == 0.5
 
 
 def test_info_lists_the_kernels_of_experts(capsys):
