@@ -14,6 +14,7 @@ from torch import Tensor
 
 from byte_model import TEXT, byte_tokenizer
 from cli_calls import SHORT, call, failed, safetensors_torch
+from lors_cuda.cli import demo
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -186,3 +187,33 @@ def test_info_lists_the_kernels_of_experts(capsys):
     kernels = result(capsys, "info")["kernels"]
     assert kernels["grouped_linear"]["cpu"] is True
     assert kernels["grouped_linear_backward"]["cpu"] is True
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
+def test_the_demo_repairs_a_mixture_of_experts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_HELD_OUT_BYTES", 4000)
+    monkeypatch.setattr(demo, "_ROUNDS", 2)
+    tiny = "--hidden-size 32 --layers 1 --rank 8 --batch-size 4 --sequence-length 64 --dense-steps 40 --steps 20"
+    out, _ = printed(capsys, "demo", "--moe", "--output", tmp_path / "demo", *tiny.split())
+    assert "with Wanda, its experts too" in out
+    content = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["dense", "pruned", "lors", "lors-gradient-init", "lors-exact"]
+    assert content["promises_kept"]
+    assert rows["dense"]["sparsity"] == 0
+    for name in list(rows)[2:]:
+        assert rows[name]["perplexity"] < rows["pruned"]["perplexity"]
+        assert rows[name]["sparsity"] == rows["pruned"]["sparsity"] == 0.5
+        assert rows[name]["zeros_lost"] == 0
+        config = json.loads((tmp_path / "demo" / name / "adapter" / "adapter_config.json").read_text())
+        assert config["rank_pattern"] == {r"experts\.\w+": 2}
+        sparse, merged = (
+            safetensors_torch.load_file(tmp_path / "demo" / part / "model.safetensors")
+            for part in ("sparse", f"{name}/merged")
+        )
+        experts = [key for key in sparse if ".experts." in key]
+        assert len(experts) == 8 * 3
+        assert all(torch.equal(sparse[key] == 0, merged[key] == 0) for key in experts)
+    suggested = out[out.index("Try next") :].split("lors-cuda ")[1]
+    evaluated = result(capsys, *suggested.split())
+    assert evaluated["perplexity"] == pytest.approx(rows["lors"]["perplexity"], rel=1e-4)
