@@ -46,8 +46,7 @@ def warn_of_conversion(
             "adapters are plain LoRA, and there are no zeros to keep. Prune the model first (lors-cuda prune, or "
             "lors_cuda.pruning.prune), or see whether the pruned one was meant."
         )
-    if all(getattr(module, "num_experts", None) is None for module in adapted):
-        sentences += _about_experts(weights)
+    sentences += _about_experts(weights, adapted)
     frozen = [name for name in heads if not selects(list(modules_to_save or []), name)]
     frozen = [name for name in frozen if not isinstance(model.get_submodule(name), SparseLayer)]
     if frozen:
@@ -90,8 +89,8 @@ def _dense(weights: Sequence[Weight]) -> str | None:
     return f"{total_sparsity(counted):.2%}" if counted else None
 
 
-def _about_experts(weights: Sequence[Weight]) -> Iterator[str]:
-    experts = [weight for weight in weights if weight.kind == EXPERTS]
+def _about_experts(weights: Sequence[Weight], adapted: Collection[nn.Module]) -> Iterator[str]:
+    experts = [weight for weight in weights if weight.kind == EXPERTS and weight.module not in adapted]
     if not experts:
         return
     share = sum(weight.numel for weight in experts) / sum(weight.numel for weight in weights)

@@ -18,11 +18,13 @@ from torch import nn
 from .._batches import device_of, running
 from .._distributed import is_first, launched
 from .._library import build_info
+from .._linears import weight_of
 from .._records import ENDINGS
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line
 from ..config import ALL_LINEAR, LoRSConfig
 from ..data import TokenDataset, load_data
+from ..experts import is_experts, stack_of
 from ..sparsity import EXPERTS
 
 if TYPE_CHECKING:
@@ -305,6 +307,13 @@ def sparsity_table(sparsity: ModelSparsity) -> str:
     weights = sum(layer.weights for layer in everything)
     rows.append(f"{'all weights':<{width}}  {len(everything):>5}  {weights:>12,}  {sparsity.model_sparsity:.2%}")
     return "\n".join(rows)
+
+
+def layer_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight of the layer ``name`` of a plain model, [N, K]; of a stack of experts [E N, K]."""
+    module, _, stack = name.rpartition(".")
+    experts = model.get_submodule(module)
+    return stack_of(experts, stack).flatten(0, 1) if is_experts(experts) else weight_of(model.get_submodule(name))
 
 
 def find_device(name: str) -> torch.device:

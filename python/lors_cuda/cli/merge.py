@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from .._draws import ROUNDINGS
 from .._files import new_directory
-from .._linears import weight_of
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..compressed_tensors.files import stored_quantization
 from ..compressed_tensors.kept import QUANTIZED, to_plain_linears
 from ..compressed_tensors.quantized_files import quantized_files
 from ..config import LoRSConfig
-from ..experts import is_experts, stack_of
 from ..formats import unpack_mask
 from ..model import merge_and_unload, named_lors_layers
 from ..sparsity import measure_sparsity
@@ -28,6 +26,7 @@ from ._common import (
     add_force,
     add_model,
     add_targets,
+    layer_weight,
     load_model,
     say,
     seed_number,
@@ -111,15 +110,8 @@ def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
     """
     rounded = 0
     for name, bits in masks.items():
-        rounded += _rounded(name, _weight(model, name) != 0, bits)
+        rounded += _rounded(name, layer_weight(model, name) != 0, bits)
     return rounded
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """The merged weight that was the adapted layer `name`, [N, K], of experts [E N, K]."""
-    module, _, stack = name.rpartition(".")
-    experts = model.get_submodule(module)
-    return stack_of(experts, stack).flatten(0, 1) if is_experts(experts) else weight_of(model.get_submodule(name))
 
 
 def _verify_codes(directory: Path, masks: dict[str, Tensor]) -> int:

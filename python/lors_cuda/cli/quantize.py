@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._checks import listed
 from .._files import new_directory
 from ..compressed_tensors.files import stored_quantization
 from ..compressed_tensors.kept import QUANTIZED, SCHEMES, quantize_linears
@@ -48,6 +50,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, QUANTIZED)
     stored = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
+    experts = [layer.name for layer in before.experts]
+    if experts:
+        warnings.warn(
+            f"Not quantized: the experts {listed(experts)}. Only linears are; experts stay as they are.",
+            UserWarning,
+            stacklevel=2,
+        )
     kept = f"{args.scheme} with its remainder" if args.remainder else args.scheme
     say(args, sparsity_table(before))
     say(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from byte_model import TEXT, byte_tokenizer
 from cli_calls import SHORT, call, failed, safetensors_torch
+from lors_cuda.cli import demo
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -134,6 +135,7 @@ def test_the_whole_way(home, tmp_path, capsys):
     assert again["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
 def test_target_parameters_and_ranks_of_them(home, tmp_path, capsys):
     name = (home / "name").read_text()
     options = ["--target-parameters", "experts.down_proj", "--rank-pattern", "experts.down_proj=3"]
@@ -145,7 +147,7 @@ def test_target_parameters_and_ranks_of_them(home, tmp_path, capsys):
     assert "gate_up_proj" in err
     assert "get no adapters" in err
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert config["target_parameters"] == ["experts.down_proj"]
+    assert config["target_parameters"] == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]
 
     run = finetune(home, tmp_path / "again", "--adapter", tmp_path / "run", "--target-parameters", "gate_up_proj")
     del run[run.index("--rank") : run.index("--rank") + 4]
@@ -169,12 +171,49 @@ def test_refusals_speak_the_command_lines_words(home, tmp_path, capsys):
     assert not (tmp_path / "sparse").exists()
 
 
-def test_quantize_leaves_the_experts_and_says_so(home, tmp_path, capsys):
-    out, _ = printed(capsys, "quantize", "--model", home / "sparse", "--output", tmp_path / "q", "--scheme", "int8")
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
+def test_quantize_leaves_the_experts_as_values_and_says_so(home, tmp_path, capsys):
+    """And the model trains: linears from codes, experts from values."""
+    out, err = printed(capsys, "quantize", "--model", home / "sparse", "--output", tmp_path / "q", "--scheme", "int8")
     assert "8 linears are int8" in out
+    assert "lors-cuda: warning: Not quantized: the experts 'model.layers.0.mlp.experts.gate_up_proj'" in err
+    run = [*finetune(home, tmp_path / "run", "--init", "default"), "--model", tmp_path / "q"]
+    assert result(capsys, *run)["expert_sparsity"] == 0.5
+    merge = ["merge", "--model", tmp_path / "q", "--adapter", tmp_path / "run", "--output", tmp_path / "merged"]
+    assert result(capsys, *merge)["expert_sparsity"] == 0.5
 
 
 def test_info_lists_the_kernels_of_experts(capsys):
     kernels = result(capsys, "info")["kernels"]
     assert kernels["grouped_linear"]["cpu"] is True
     assert kernels["grouped_linear_backward"]["cpu"] is True
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # the command line prints it
+def test_the_demo_repairs_a_mixture_of_experts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_HELD_OUT_BYTES", 4000)
+    monkeypatch.setattr(demo, "_ROUNDS", 2)
+    tiny = "--hidden-size 32 --layers 1 --rank 8 --batch-size 4 --sequence-length 64 --dense-steps 40 --steps 20"
+    out, _ = printed(capsys, "demo", "--moe", "--output", tmp_path / "demo", *tiny.split())
+    assert "with Wanda, its experts too" in out
+    content = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["dense", "pruned", "lors", "lors-gradient-init", "lors-exact"]
+    assert content["promises_kept"]
+    assert rows["dense"]["sparsity"] == 0
+    for name in list(rows)[2:]:
+        assert rows[name]["perplexity"] < rows["pruned"]["perplexity"]
+        assert rows[name]["sparsity"] == rows["pruned"]["sparsity"] == 0.5
+        assert rows[name]["zeros_lost"] == 0
+        config = json.loads((tmp_path / "demo" / name / "adapter" / "adapter_config.json").read_text())
+        assert config["rank_pattern"] == {r"experts\.\w+": 2}
+        sparse, merged = (
+            safetensors_torch.load_file(tmp_path / "demo" / part / "model.safetensors")
+            for part in ("sparse", f"{name}/merged")
+        )
+        experts = [key for key in sparse if ".experts." in key]
+        assert len(experts) == 8 * 3
+        assert all(torch.equal(sparse[key] == 0, merged[key] == 0) for key in experts)
+    suggested = out[out.index("Try next") :].split("lors-cuda ")[1]
+    evaluated = result(capsys, *suggested.split())
+    assert evaluated["perplexity"] == pytest.approx(rows["lors"]["perplexity"], rel=1e-4)
