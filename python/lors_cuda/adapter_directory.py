@@ -71,12 +71,12 @@ def to_file(which: str, factor: Tensor) -> Tensor:
 
 
 def from_file(which: str, tensor: Tensor, num_experts: int | None) -> Tensor:
-    """The inverse of `to_file`; a tensor that cannot be one of experts is returned as it is."""
+    """The inverse of `to_file`, a view; a tensor that cannot be one of experts is returned as it is."""
     if num_experts is None or tensor.dim() != 2 or tensor.shape[0 if which == "lora_A" else 1] % num_experts:
         return tensor
     if which == "lora_A":
         return tensor.unflatten(0, (num_experts, -1))
-    return tensor.unflatten(1, (-1, num_experts)).permute(2, 0, 1).contiguous()
+    return tensor.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
 
 
 def write_adapter(directory: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:

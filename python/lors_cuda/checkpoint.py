@@ -342,7 +342,9 @@ def _name_stacks(layers: dict[str, int | None], adapter: SavedAdapter) -> None:
     called = file_names(layers)
     found = {name: adapter.adapters.pop(called[name]) for name in layers if called[name] in adapter.adapters}
     for name, pair in found.items():
-        adapter.adapters[name] = {which: from_file(which, tensor, layers[name]) for which, tensor in pair.items()}
+        for which, tensor in pair.items():
+            pair[which] = from_file(which, tensor, layers[name]).contiguous()
+        adapter.adapters[name] = pair
 
 
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:

@@ -189,7 +189,7 @@ class LoRSExperts(nn.Module):
 
     def __init__(self, experts: nn.Module, layout: str, adapters: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
-        self._before = (experts,)  # not a child: what is left of it has no tensors
+        self._before = (experts,)  # not a child: what is left of it has no tensors of its own
         self.num_experts = int(vars(experts)["num_experts"])
         layers: dict[str, SparseLinear] = {}
         for name in stack_names(experts):
@@ -208,10 +208,15 @@ class LoRSExperts(nn.Module):
             self.add_module(name, child)
         self.train(experts.training)
 
+    @property
+    def before(self) -> nn.Module:
+        """The module in whose place this one is."""
+        return self._before[0]
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H] to [T, H], as the module before; ``top_k_index`` and ``top_k_weights`` [T, k]."""
-        up, down = (self.get_submodule(name) for name in stack_names(self._before[0]))
-        return run_experts(self._before[0], up, down, hidden_states, top_k_index, top_k_weights)
+        up, down = (self.get_submodule(name) for name in stack_names(self.before))
+        return run_experts(self.before, up, down, hidden_states, top_k_index, top_k_weights)
 
     def merge(self) -> nn.Module:
         """The module before, with the adapters merged into its parameters, frozen, in its own order of dimensions.
@@ -223,25 +228,25 @@ class LoRSExperts(nn.Module):
 
     def without_adapters(self) -> nn.Module:
         """The module before, with its own weights."""
-        return self._restored({name: SparseExpertWeight.merge(layer) for name, layer in self._stacks()})
+        return self._restored({name: SparseExpertWeight.merge(layer.storage) for name, layer in self._stacks()})
 
     def _stacks(self) -> Iterator[tuple[str, Any]]:
-        for name in stack_names(self._before[0]):
+        for name in stack_names(self.before):
             yield name, self.get_submodule(name)
 
     def _restored(self, stacks: dict[str, Tensor]) -> nn.Module:
-        (experts,) = self._before
+        experts = self.before
         transposed = vars(experts)["is_transposed"]
         for name, stack in stacks.items():
             kept = stack.transpose(1, 2).contiguous() if transposed else stack
             experts._parameters[name] = nn.Parameter(kept, requires_grad=False)
             if f"{name}_bias" in experts._parameters:
                 layer: Any = self.get_submodule(name)
-                experts._parameters[f"{name}_bias"] = layer.bias
+                experts._parameters[f"{name}_bias"] = layer.storage.bias
         return experts.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"in the place of {type(self._before[0]).__name__}"
+        return f"in the place of {type(self.before).__name__}"
 
 
 def _bias_of(experts: nn.Module, name: str) -> Tensor | None:

@@ -178,7 +178,8 @@ def set_from_gradients(
     check_whole("lora_A", next(iter(adapters.values()))[0])
     for name, pair in adapters.items():
         for which, factor in zip(("lora_A", "lora_B"), pair, strict=True):
-            check_stored(f"{which} of '{name}'", factor, "given another start")
+            stored = factor if factor._base is None else factor._base  # lors_cuda.peft gives views of experts'
+            check_stored(f"{which} of '{name}'", stored, "given another start")
     problems = _problems(adapters, gradients)
     if problems:
         raise ValueError(f"The gradients do not fit the model, nothing was changed. {joined(problems)}")

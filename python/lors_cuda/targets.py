@@ -20,7 +20,7 @@ from ._distributed import is_offloaded, is_sharded, original_forward
 from ._linears import check_fits, check_stored_layout, computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
-from .experts import expert_stacks, is_experts, stack_names, stack_of
+from .experts import LoRSExperts, expert_stacks, is_experts, stack_names, stack_of
 from .quantization import check_requantization, default_remainder, requantization
 from .sparse_linear import SparseLayer, SparseLinear
 from .weight import SparseWeight
@@ -113,7 +113,7 @@ class Places:
             for parameter in module.parameters(recurse=False):
                 self._holders.setdefault(parameter, []).append(module)
         self.routers: dict[nn.Module, str] = {}
-        for module in filter(is_experts, list(self.names_of)):
+        for module in [each for each in self.names_of if is_experts(each) or isinstance(each, LoRSExperts)]:
             beside = self.names_of[module][0].rpartition(".")[0]
             for called in ("gate", "router"):
                 router = getattr(model.get_submodule(beside), called, None)
@@ -497,11 +497,11 @@ def _wanted_stacks(model: nn.Module, config: LoRSConfig) -> dict[nn.Module, list
             found.setdefault(module, []).append(name)
     for entry in wanted or []:
         if not any(selects([entry], path) for path in paths):
-            raise ValueError(_no_stack(entry, model, paths))
+            raise ValueError(no_stack(entry, model, paths))
     return found
 
 
-def _no_stack(entry: str, model: nn.Module, paths: list[str]) -> str:
+def no_stack(entry: str, model: nn.Module, paths: list[str]) -> str:
     """The sentence about an entry of target_parameters that names no stack of experts' weights."""
     kind = type(model).__name__
     known = f"Those of {kind} are {listed(paths)}." if paths else f"{kind} has none."

@@ -126,6 +126,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         #: {module name: (the layer's own {adapter name: rank} and {adapter name: scaling}, the adapter's name)} of the
         #: model it is attached to.
         self.adapted: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {}
+        #: {path: whether it is adapted} of the stacked weights of experts in the model it is attached to.
+        self.stacks: dict[str, bool] = {}
         #: Whether its adapter is a new one, and not loaded: then its rank must suit the layers.
         self.is_new = self.trained_on is None
         self.validate()
@@ -178,11 +180,6 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
                     f"else, without the mask. Leave it at {_default(item)!r}."
                 )
         check_lora_fields("LoRSLoraConfig", used)
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters!r} is refused by LoRSLoraConfig: experts are adapted by "
-                "lors_cuda.get_lors_model(model, LoRSConfig(target_parameters=...)), without PEFT. Leave it out."
-            )
         if getattr(self, "_custom_modules", None):
             raise ValueError(
                 "_register_custom_module is refused by LoRSLoraConfig: a layer of another class would not be masked."

@@ -226,7 +226,7 @@ def test_peft_adapts_the_same_layers_and_merges_them(name):
     from peft_models import LoRSLoraConfig, fill, layers
 
     ours, (theirs, inputs) = family(name)[0], family(name)
-    get_lors_model(ours, LoRSConfig(exclude_modules=["experts"]))
+    get_lors_model(ours)
     model = peft.get_peft_model(theirs, LoRSLoraConfig(r=16, target_modules="all-linear"))
     assert list(layers(model)) == [path for path, _ in named_lors_layers(ours)]
     fill(model.eval(), size=0.2)
