@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv. Variables: PYTHON, TORCH, TORCH_INDEX, CUDA, CUDA_ARCHS, PYTEST_ARGS, PYTHON_TESTS,
-# SIM_TESTS, FUZZ_SECONDS, FUZZ_SEED; those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
+# SIM_TESTS, SIM_PRIORITY, FUZZ_SECONDS, FUZZ_SEED; those of the wheels, WHEEL_*, are in docs/howto/wheels.md.
 PYTHON ?= python3
 # Without a GPU one known torch; beside one, the torch that pip picks for that machine.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo torch==2.13.0)
@@ -25,6 +25,7 @@ PYTHON_TESTS ?= tests/python
 SIM_TESTS ?= tests/sim tests/golden
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
+SIM_PRIORITY ?=
 
 # Threads that wait asleep: two that spin on a shared machine slow each other down by an order of magnitude.
 demo test-python test-sim: export OMP_WAIT_POLICY ?= passive
@@ -55,10 +56,12 @@ install: $(VENV)/.ready
 demo: install
 	$(BIN)/lors-cuda demo --output demo-output
 
-test:
+# The last two at once: the simulator keeps one core busy, and gives way to the Python tests, which want both for moments.
+test: install
 	@echo 'C++ tests, CUDA kernels on the simulator, Python tests: 16 minutes on two cores (2026-11-27), more on busy ones.'
 	@echo 'For every day: make test-quick, under 3 minutes once this is built.'
-	$(MAKE) test-cpp test-sim test-python
+	$(MAKE) test-cpp
+	$(MAKE) --jobs 2 SIM_PRIORITY='nice -n 10' test-python test-sim
 
 # Without torch.compile, commands, trainers and several processes, and with the fast kernels of the simulator.
 # Two at a time, each printed when it ends.
@@ -86,7 +89,7 @@ fuzz: install
 test-sim: $(VENV)/.ready
 	$(CMAKE) -S tests/sim -B build/sim -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DLORS_WERROR=ON
 	$(CMAKE) --build build/sim
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SIM_TESTS)
+	$(SIM_PRIORITY) $(BIN)/python -m pytest $(PYTEST_ARGS) $(SIM_TESTS)
 
 # The CUDA kernels, compiled and held to their budgets of registers and instructions (needs nvcc, no GPU).
 kernels: $(VENV)/.ready

@@ -39,9 +39,9 @@ _REWRITES = "it would rewrite the base weight and destroy its zeros"
 SUPPORTED_LORA_FIELDS = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora",
-        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
-        "alpha_pattern", "trainable_token_indices", "ensure_weight_tying",
+        "inference_mode", "r", "target_modules", "target_parameters", "exclude_modules", "lora_alpha", "lora_dropout",
+        "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+        "rank_pattern", "alpha_pattern", "trainable_token_indices", "ensure_weight_tying",
         "fan_in_fan_out",  # of no effect: a Conv1D is known by its class
         "runtime_config",  # its one field, ephemeral_gpu_offload, is for DoRA alone
         "megatron_core", "qalora_group_size",  # of no effect without megatron_config and use_qalora
@@ -62,7 +62,6 @@ REFUSED_LORA_FIELDS = {
     "monteclora_config": "MonteCLoRA samples the adapters, which a masked adapter does not do",
     "layer_replication": "replicated layers share one weight, and each would have to store it again",
     "lora_bias": "lora_B has no bias here; train the layer's own with bias='lora_only'",
-    "target_parameters": "only nn.Linear can be adapted, not a bare parameter",
     "use_bdlora": "block-diagonal adapters are not the B A that is masked",
     "arrow_config": "Arrow routes each token to other adapters, and the merged weight holds for all tokens",
     "kasa_config": _REWRITES,
@@ -360,23 +359,28 @@ def check_merge(weight: SparseWeight, lora_A: Tensor, lora_B: Tensor, scaling: f
     Finite parts may have a sum beyond the range of the weight's dtype, so that checking what is read is not enough.
     """
     check_has_values("weight", weight.values)
+
+    def stacked(dense: Tensor) -> Tensor:
+        return dense if lora_A.dim() == 2 else dense.unflatten(0, (lora_A.shape[0], -1))
+
     if not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling}; it must be finite. Set lora_alpha, or the layer's scaling, anew.")
     for which, stored in (("weight", weight.values), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not all_finite(stored):
-            tensor = weight.to_dense() if which == "weight" else stored
-            row, column = _first_place(tensor)
+            tensor = stacked(weight.to_dense()) if which == "weight" else stored
+            place = _first_place(tensor)
             raise ValueError(
-                f"{which}[{row}, {column}] is {tensor[row, column].item()}; merging would spread it. Put finite values "
+                f"{which}{list(place)} is {tensor[place].item()}; merging would spread it. Put finite values "
                 "back (an earlier checkpoint, a lower learning rate) and merge again."
             )
     if not all_finite(merged.values):
-        row, column = _first_place(merged.to_dense())
-        kept = float(weight.to_dense()[row, column])
-        added = float(lora_B[row].double() @ lora_A[:, column].double()) * scaling
+        place = _first_place(stacked(merged.to_dense()))
+        kept = float(stacked(weight.to_dense())[place])
+        column = lora_A[place[:-2]].double()[:, place[-1]]
+        added = float(lora_B[place[:-1]].double() @ column) * scaling
         wider = ", or merge in float32 (in Python: model.float())" if weight.dtype == torch.float16 else ""
         raise ValueError(
-            f"merged[{row}, {column}] would be {kept + added:.6g}, which is {kept:.6g} in the weight and {added:.6g} "
+            f"merged{list(place)} would be {kept + added:.6g}, which is {kept:.6g} in the weight and {added:.6g} "
             f"from the adapter: beyond the range of {weight.dtype}, which ends at {torch.finfo(weight.dtype).max:.6g}. "
             f"Train a smaller adapter (a lower learning rate or lora_alpha){wider}."
         )
@@ -394,7 +398,6 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.detach().sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
-def _first_place(tensor: Tensor) -> tuple[int, int]:
-    """Row and column of the first value that is not finite."""
-    row, column = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-    return row, column
+def _first_place(tensor: Tensor) -> tuple[int, ...]:
+    """Where the first value is that is not finite: row and column, of experts after their number."""
+    return tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())

@@ -203,9 +203,10 @@ def prefetch(model: nn.Module) -> Iterator[None]:
     merges for itself, as outside the block. It costs two merged weights of memory on each device at a time, instead of
     one, and host time in every call. Its speed has not been measured.
 
-    Merging for themselves are, besides: layers whose adapters are computed in each forward (parametrizations, several
-    active PEFT adapters); calls under `torch.compile` and `torch.func`; a backward after the block. Inside
-    :func:`lors_cuda.merge_cache` or around it, the inner block is in force.
+    Merging for themselves are, besides: experts, of which only those that tokens come to are merged; layers whose
+    adapters are computed in each forward (parametrizations, several active PEFT adapters); calls under `torch.compile`
+    and `torch.func`; a backward after the block. Inside :func:`lors_cuda.merge_cache` or around it, the inner block is
+    in force.
 
     NOTE: a change is seen by the tensors' version counters, and every step of a `torch.optim.Optimizer` drops what was
     made ahead. Outside an optimizer do not write through `tensor.data` or a raw pointer inside the block: torch counts
@@ -225,8 +226,11 @@ def prefetch(model: nn.Module) -> Iterator[None]:
         for device in devices.values():
             device.forget()
 
+    def keeper_of(layer: SparseLayer) -> Prefetched | None:
+        return Prefetched(layer, devices) if layer.num_experts is None else None
+
     try:
-        with keep_merged_weights(model, "prefetch", lambda layer: Prefetched(layer, devices), forget) as layers:
+        with keep_merged_weights(model, "prefetch", keeper_of, forget) as layers:
             if all(_cuda_device(layer.sparse_weight.values) is None for layer in layers):
                 warnings.warn(
                     f"lors_cuda.prefetch has no effect: the weights are on {layers[0].sparse_weight.device}, and "

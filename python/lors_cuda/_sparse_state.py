@@ -104,10 +104,10 @@ def _fitting(layer: SparseLinear, given: dict[str, Tensor], assign: bool) -> dic
         weight = SparseWeight.from_stored(all_values, bits, index, layer.in_features, grid)
     except ValueError as error:  # of an average that was cast to integers, too
         raise ValueError(f"{error} {NO_NUMBERS}") from error
-    if weight.shape != (layer.out_features, layer.in_features):
+    if weight.shape != layer.stored_shape:
         raise ValueError(
             f"size mismatch for weight_values: the stored weight has shape {tuple(weight.shape)}, not "
-            f"{(layer.out_features, layer.in_features)}."
+            f"{layer.stored_shape}."
         )
     if digest is not None and not weight.has_digest(digest):
         raise ValueError(f"the mask is not the one that was saved: its digest is another one. {NO_NUMBERS}")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The two files of an adapter directory in PEFT's format: adapter_config.json and adapter_model.safetensors with the
 # keys base_model.model.<path>.lora_A.weight [r, K] and .lora_B.weight [N, r]; our own fields are under "lors".
+# Of experts the path is the module's, as PEFT's wrappers of parameters have it: of two adapted stacks the first is
+# inside the second, as <path>.base_layer. lora_A.weight is [E r, K] there, lora_B.weight [N, r E], column rho E + e.
 # Used by checkpoint.py; knows no model. Files are replaced whole or not at all.
 """Reading and writing adapter directories."""
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,34 @@ class SavedAdapter:
     saved: dict[str, Tensor]  # {state_dict key: tensor} of modules_to_save
 
 
+def file_names(layers: Mapping[str, int | None]) -> dict[str, str]:
+    """{layer: the module's name in the file} of {layer: its number of experts, None of a linear}."""
+    stacks: dict[str, list[str]] = {}
+    for name, num_experts in layers.items():
+        if num_experts is not None:
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    names = {name: name for name in layers}
+    for module, inside in stacks.items():
+        names.update({name: f"{module}{'.base_layer' * depth}" for depth, name in enumerate(reversed(inside))})
+    return names
+
+
+def to_file(which: str, factor: Tensor) -> Tensor:
+    """lora_A or lora_B as in the file; of experts from [E, r, K] and [E, N, r]."""
+    if factor.dim() == 2:
+        return factor
+    return factor.flatten(0, 1) if which == "lora_A" else factor.permute(1, 2, 0).flatten(1)
+
+
+def from_file(which: str, tensor: Tensor, num_experts: int | None) -> Tensor:
+    """The inverse of `to_file`, a view; a tensor that cannot be one of experts is returned as it is."""
+    if num_experts is None or tensor.dim() != 2 or tensor.shape[0 if which == "lora_A" else 1] % num_experts:
+        return tensor
+    if which == "lora_A":
+        return tensor.unflatten(0, (num_experts, -1))
+    return tensor.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+
+
 def write_adapter(directory: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     """Write `tensors` (full keys) and the configuration's `fields`, the configuration last.
 
@@ -79,8 +110,8 @@ def read_adapter(directory: Path) -> SavedAdapter:
                 f"'{where}' has format version {lors.get('format_version')!r}, and this lors_cuda reads "
                 f"{FORMAT_VERSION}. Install the version that wrote it, or a newer one."
             )
-    own = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
-           "modules_to_save")  # fmt: skip
+    own = ("r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "use_rslora", "rank_pattern",
+           "alpha_pattern", "modules_to_save")  # fmt: skip
     values = {name: fields[name] for name in own if name in fields}
     # save_adapter writes these into "lors", lors_cuda.peft beside it.
     held = {} if lors is None else {**fields, **lors}

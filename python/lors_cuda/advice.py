@@ -46,7 +46,7 @@ def warn_of_conversion(
             "adapters are plain LoRA, and there are no zeros to keep. Prune the model first (lors-cuda prune, or "
             "lors_cuda.pruning.prune), or see whether the pruned one was meant."
         )
-    sentences += _about_experts(weights)
+    sentences += _about_experts(weights, adapted)
     frozen = [name for name in heads if not selects(list(modules_to_save or []), name)]
     frozen = [name for name in frozen if not isinstance(model.get_submodule(name), SparseLayer)]
     if frozen:
@@ -89,14 +89,14 @@ def _dense(weights: Sequence[Weight]) -> str | None:
     return f"{total_sparsity(counted):.2%}" if counted else None
 
 
-def _about_experts(weights: Sequence[Weight]) -> Iterator[str]:
-    experts = [weight for weight in weights if weight.kind == EXPERTS]
+def _about_experts(weights: Sequence[Weight], adapted: Collection[nn.Module]) -> Iterator[str]:
+    experts = [weight for weight in weights if weight.kind == EXPERTS and weight.module not in adapted]
     if not experts:
         return
     share = sum(weight.numel for weight in experts) / sum(weight.numel for weight in weights)
     counted = [one for one in (weight.counted() for weight in experts) if one is not None]
     zeros = f", and {total_sparsity(counted):.2%} of them are zero" if counted else ""
     yield (
-        f"The experts ({listed([weight.name for weight in experts])}) are no linears, get no adapters and stay as they "
-        f"are. They are {share:.1%} of the model's weights{zeros}."
+        f"The experts ({listed([weight.name for weight in experts])}) get no adapters and stay as they are. They are "
+        f"{share:.1%} of the model's weights{zeros}."
     )

@@ -36,8 +36,11 @@ from .adapter_directory import (
     PEFT_TYPE,
     PREFIX,
     SavedAdapter,
+    file_names,
+    from_file,
     read_adapter,
     require_safetensors,
+    to_file,
     write_adapter,
 )
 from .config import LoRSConfig
@@ -45,7 +48,7 @@ from .fingerprints import fingerprint, mask_problem, to_fields, value_problem
 from .linear import LoRSLinear
 from .model import convert, dither_seed_of, named_lors_layers, running_method
 from .quantization import default_remainder, requantization
-from .targets import Target, conversion_advice, find_targets, saved_modules, shape_of
+from .targets import Target, conversion_advice, find_targets, saved_modules
 from .weight import SparseWeight
 
 _WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # by name: DeepSpeed need not be installed
@@ -77,14 +80,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     run = running_method(model)
     config = _config_of(model, layers)
     tensors: dict[str, Tensor] = {}
+    called = file_names({name: layer.num_experts for name, layer in layers.items()})
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole_attribute(layer, "lora_A")
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_attribute(layer, "lora_B")
+        for which in ("lora_A", "lora_B"):
+            tensors[f"{PREFIX}{called[name]}.{which}.weight"] = to_file(which, whole_attribute(layer, which))
     for name, tensor in _saved_tensors(model, config).items():
         tensors[PREFIX + name] = whole(tensor)
     fields = _config_fields(model, layers, config)
     if not sharded or process_rank() == 0:
-        _warn_untrained({name: tensors[f"{PREFIX}{name}.lora_B.weight"] for name in layers})
+        _warn_untrained({name: tensors[f"{PREFIX}{called[name]}.lora_B.weight"] for name in layers})
     with together() if sharded else contextlib.nullcontext():
         if not sharded or process_rank() == 0:
             write_adapter(Path(directory), tensors, fields)
@@ -200,7 +204,8 @@ def _config_of(model: nn.Module, layers: dict[str, LoRSLinear]) -> LoRSConfig:
         }
     # The names, because "all-linear" may mean something else to PEFT; as one regular expression where a name in a list
     # would, as a suffix, also select another module.
-    names = list(layers)
+    config.target_parameters = [name for name, layer in layers.items() if layer.num_experts is not None] or None
+    names = [name for name, layer in layers.items() if layer.num_experts is None]
     others = [name for name, _ in model.named_modules(remove_duplicate=False) if name not in layers]
     ambiguous = any(other.endswith(f".{name}") for name in names for other in others)
     config.target_modules = "|".join(re.escape(name) for name in names) if ambiguous else names
@@ -229,6 +234,7 @@ def _config_fields(model: nn.Module, layers: dict[str, LoRSLinear], config: LoRS
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": config.use_rslora,
         "target_modules": config.target_modules,
+        "target_parameters": config.target_parameters,
         "modules_to_save": config.modules_to_save,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
@@ -265,6 +271,7 @@ def _fit_converted(
     weights: dict[str, Callable[[], SparseWeight]],
 ) -> list[str]:
     """`weights` is filled with the base weights to compare: what makes each, so that one at a time exists."""
+    _name_stacks({name: layer.num_experts for name, layer in layers.items()}, adapter)
     problems = _fit_names(list(layers), adapter)
     running = running_method(model) is not None
     for name, layer in layers.items():
@@ -275,7 +282,8 @@ def _fit_converted(
         fits = (r, alpha) == (layer.r, layer.lora_alpha)
         if running:  # a method changes ranks at the same scaling; whether its state fits, it says itself
             fits = math.isclose(alpha / (math.sqrt(r) if layer.use_rslora else r), layer.scaling, rel_tol=1e-12)
-        problems += _fit_layer(name, layer.out_features, layer.in_features, r if running else layer.r, pair)
+        shape = (layer.out_features, layer.in_features)
+        problems += _fit_layer(name, layer.num_experts, *shape, r if running else layer.r, pair)
         if not fits or adapter.config.use_rslora != layer.use_rslora:
             problems.append(
                 f"'{name}' has r={r}, lora_alpha={alpha}, use_rslora={adapter.config.use_rslora} in the adapter, but "
@@ -306,10 +314,12 @@ def _fit_unconverted(
     if absent is not None:
         return [], [absent]
     targets = find_targets(model, adapter.config)
+    _name_stacks({target.name: target.num_experts for target in targets}, adapter)
     problems = _fit_names([target.name for target in targets], adapter)
     for target in targets:
         if target.name in adapter.adapters:
-            problems += _fit_layer(target.name, *shape_of(target.module), target.r, adapter.adapters[target.name])
+            pair = adapter.adapters[target.name]
+            problems += _fit_layer(target.name, target.num_experts, *target.shape, target.r, pair)
             weights[target.name] = target.sparse_weight
     problems += _fit_saved(_saved_tensors(model, adapter.config), adapter)
     return targets, problems
@@ -318,13 +328,23 @@ def _fit_unconverted(
 def absent_modules(model: nn.Module, adapter: SavedAdapter) -> str | None:
     """The sentence about an adapter's modules that the model does not have; None if it has them all."""
     modules = dict(model.named_modules())
-    absent = [name for name in adapter.adapters if name not in modules]
+    absent = [name for name in adapter.adapters if name.removesuffix(".base_layer") not in modules]
     if not absent:
         return None
     return (
         f"The model, {type(model).__name__}, has no module '{absent[0]}' ({len(absent)} of the adapter's "
         f"{len(adapter.adapters)} modules are missing): the adapter belongs to another model."
     )
+
+
+def _name_stacks(layers: dict[str, int | None], adapter: SavedAdapter) -> None:
+    """Call the adapters of experts as the model's layers are, and give them their shapes."""
+    called = file_names(layers)
+    found = {name: adapter.adapters.pop(called[name]) for name in layers if called[name] in adapter.adapters}
+    for name, pair in found.items():
+        for which, tensor in pair.items():
+            pair[which] = from_file(which, tensor, layers[name]).contiguous()
+        adapter.adapters[name] = pair
 
 
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
@@ -336,7 +356,9 @@ def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:
     ]
 
 
-def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dict[str, Tensor]) -> list[str]:
+def _fit_layer(
+    name: str, num_experts: int | None, out_features: int, in_features: int, r: int, pair: dict[str, Tensor]
+) -> list[str]:
     problems = []
     largest = min(out_features, in_features)
     if r > largest:  # as a weighted sum of adapters may
@@ -345,7 +367,8 @@ def _fit_layer(name: str, out_features: int, in_features: int, r: int, pair: dic
             f"{largest}. Load it with lors_cuda.peft.from_pretrained and merge it there; or, where PEFT has summed it "
             f"from others, sum them by add_weighted_adapter(..., combination_type='svd', svd_rank={largest})."
         )
-    for which, needed in (("lora_A", [r, in_features]), ("lora_B", [out_features, r])):
+    leading = [] if num_experts is None else [num_experts]
+    for which, needed in (("lora_A", [*leading, r, in_features]), ("lora_B", [*leading, out_features, r])):
         tensor = pair[which]
         if list(tensor.shape) != needed:
             problems.append(f"{which} of '{name}' has shape {list(tensor.shape)}, but the model needs {needed}.")

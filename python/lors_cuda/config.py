@@ -40,7 +40,13 @@ class LoRSConfig:
             be adapted is left out and listed in one warning), a list of module-name suffixes ("q_proj", "mlp.up_proj"),
             or a regular expression that must match the whole module name, as in PEFT. These must name what can be
             adapted.
-        exclude_modules: name suffixes, or a regular expression for the whole name; these are never adapted.
+            "all-linear" is also the weights of experts, see `target_parameters`, and never their routers. None:
+            "all-linear", or, with target_parameters, no linears.
+        target_parameters: the weights of experts to adapt, as suffixes of parameters' names, as in PEFT
+            (["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]). None: those of all experts with "all-linear", none
+            otherwise. Each expert has an adapter of rank r, so that experts need small ranks: 2 to 8.
+        exclude_modules: name suffixes, or a regular expression for the whole name; these are never adapted. ["experts"]
+            leaves the experts out.
         layout: how the frozen weight is stored: "auto", "dense", "2:4" or "bitmap".
         gradient: "lors" (the paper's rearranged adapter gradients) or "exact" (true gradient of the
             forward, which needs one [out_features, in_features] matrix per layer).
@@ -58,8 +64,8 @@ class LoRSConfig:
         dither_seed: of "dither", 0 to 2^63 - 1; each layer derives its own. It is saved with the adapter.
         use_rslora: scale by lora_alpha / sqrt(r) (arXiv 2312.03732) instead of lora_alpha / r.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; False: lora_B random as well, for tests.
-        rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, from a dot on,
-            replaces `r` for it; "^name" matches from the start only (as in PEFT).
+        rank_pattern: {regular expression: rank}; the first one that matches the end of a module's name, of experts a
+            parameter's, from a dot on, replaces `r` for it; "^name" matches from the start only (as in PEFT).
         alpha_pattern: {regular expression: lora_alpha}, likewise.
         modules_to_save: name suffixes of modules trained and saved whole. Suffixes match at a dot: "norm" does not
             select "input_layernorm", as it would in PEFT. Linears inside these modules are not adapted.
@@ -70,7 +76,8 @@ class LoRSConfig:
 
     r: int = 16
     lora_alpha: float = 16
-    target_modules: str | list[str] = ALL_LINEAR
+    target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layout: str = "auto"
     gradient: str = "lors"
@@ -104,13 +111,22 @@ class LoRSConfig:
         check_flag("use_rslora", self.use_rslora)
         hint = " (for a gradient-based start, call init_from_gradients)"
         check_flag("init_lora_weights", self.init_lora_weights, hint)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters must be a list of parameters' names, but is the string {self.target_parameters!r}."
+            )
+        parameters = names_or_regex("target_parameters", self.target_parameters)
+        self.target_parameters = parameters if isinstance(parameters, list) and parameters else None
+        if self.target_modules is None:
+            self.target_modules = ALL_LINEAR if self.target_parameters is None else []
         targets = names_or_regex("target_modules", self.target_modules)
-        if not targets:
+        if not targets and self.target_parameters is None:
             raise ValueError(
                 f"target_modules must be '{ALL_LINEAR}', a non-empty list of module-name suffixes or a regular "
                 f"expression, but is {self.target_modules!r}."
             )
-        self.target_modules = ALL_LINEAR if isinstance(targets, str) and targets.lower() == ALL_LINEAR else targets
+        every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+        self.target_modules = ALL_LINEAR if every else (targets or [])
         self.exclude_modules = names_or_regex("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
             raise TypeError(
@@ -161,8 +177,8 @@ def check_requantize_options(config: Any) -> None:
     config.dither_seed = seed_number("dither_seed", config.dither_seed)
     if config.requantize and config.rounding != "nearest":
         raise ValueError(
-            f"requantize=True rounds to nearest codes: leave rounding={config.rounding!r} out. remainder='dither' keeps "
-            "small updates from being lost."
+            f"requantize=True rounds to nearest codes: leave rounding={config.rounding!r} out. remainder='dither' "
+            "keeps small updates from being lost."
         )
 
 

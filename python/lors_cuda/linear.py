@@ -54,12 +54,13 @@ class LoRSLinear(SparseLinear):
         requantize: bool = False,
         remainder: str | None = None,
         dither_seed: int = 0,
+        num_experts: int | None = None,
     ) -> None:
-        check_rank(r, *sparse_weight.shape)
+        check_rank(r, sparse_weight.shape[0] // (num_experts or 1), sparse_weight.shape[1])
         check_choice("gradient", gradient, GRADIENTS)
         check_choice("rounding", rounding, ROUNDINGS)
         alpha_number("lora_alpha", lora_alpha)
-        super().__init__(sparse_weight, bias)
+        super().__init__(sparse_weight, bias, num_experts=num_experts)
         self.r = r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
@@ -70,8 +71,9 @@ class LoRSLinear(SparseLinear):
         # As in PEFT, the adapter of a 16-bit weight trains in float32: Adam's small steps would round away.
         dtype = torch.promote_types(sparse_weight.dtype, torch.float32)
         device = sparse_weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
+        leading = () if num_experts is None else (num_experts,)
+        self.lora_A = nn.Parameter(torch.empty(*leading, r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*leading, self.out_features, r, dtype=dtype, device=device))
         self.reset_adapter(init_lora_weights)
 
     @classmethod
@@ -155,11 +157,12 @@ class LoRSLinear(SparseLinear):
         """
         for which, factor in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_stored(which, factor, "drawn anew")
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # As matrices: torch would take all but the first of more dimensions for inputs.
+        nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
         if init_lora_weights:
             nn.init.zeros_(self.lora_B)
         else:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_B.detach().flatten(0, -2), a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
@@ -181,8 +184,7 @@ class LoRSLinear(SparseLinear):
     @property
     def weight(self) -> Tensor:
         if self.adapter_enabled and reads_past(self):
-            merged = self._merged(self.draws(self.training))
-            return merged.t() if self.conv1d else merged
+            return self._as_before(self._merged(self.draws(self.training)))
         return SparseLinear.weight.__get__(self)
 
     def merged_dense(self) -> Tensor:
@@ -190,7 +192,8 @@ class LoRSLinear(SparseLinear):
 
     def _merged(self, draws: Draws) -> Tensor:
         adapter = (self.lora_A, self.lora_B, self.scaling)
-        return stored_merge(self.sparse_weight, *adapter, draws, self.requantization, self._dense_dtype)
+        merged = stored_merge(self.sparse_weight, *adapter, draws, self.requantization, self._dense_dtype)
+        return merged.flatten(0, -2)  # of experts
 
     def merged_sparse_weight(self) -> SparseWeight:
         """The weight with the adapter merged in, in the layout of ``sparse_weight``; with ``requantize`` its codes are
@@ -217,6 +220,10 @@ class LoRSLinear(SparseLinear):
             ValueError: the weight or an adapter holds a NaN or an infinity, or the merged weight would (beyond its
                 dtype's range); the first place is named. The layer is sharded.
         """
+        return make_linear(self._checked_merge(), self.bias, self.conv1d).train(self.training)
+
+    def _checked_merge(self) -> Tensor:
+        """The merged weight, dense; raises as :meth:`merge`."""
         weight = self.check_mask(always=True)
         for which, tensor in (("weight", self.weight_values), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             check_whole(which, tensor)
@@ -224,7 +231,7 @@ class LoRSLinear(SparseLinear):
             merged = self.merged_dense()
             merged += 0.0  # -0.0, which a kept weight may have become, reads as +0.0
             check_merge(weight, self.lora_A, self.lora_B, self.scaling, SparseWeight(merged))
-        return make_linear(merged, self.bias, self.conv1d).train(self.training)
+        return merged
 
     def extra_repr(self) -> str:
         rounding = "" if self.rounding == "nearest" else f", rounding={self.rounding!r}"

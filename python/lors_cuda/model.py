@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Conversion of whole models: nn.Linear -> LoRSLinear (get_lors_model) and back (merge_and_unload), in place.
+# Conversion of whole models: nn.Linear -> LoRSLinear, experts -> LoRSExperts (get_lors_model) and back
+# (merge_and_unload), in place.
 # targets.py selects the modules, linear.py does the layer's work. Everything that can be refused is refused first.
 """Convert a model to LoRS layers, merge it back, switch the adapters off, keep what is merged."""
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from ._draws import derived_seed, rounding_draws
 from ._saving import guard_saving, unguard_saving
 from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
+from .experts import LoRSExperts, LoRSExpertWeight
 from .functional import MergedWeight
 from .linear import LoRSLinear, SparseLayer, SparseLinear
 from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
@@ -26,7 +29,8 @@ from .targets import Target, check_targets, conversion_advice, find_targets, sav
 def get_lors_model(
     model: nn.Module, config: LoRSConfig | None = None, *, targets: list[Target] | None = None
 ) -> nn.Module:
-    """Replace the linears that `config` selects by LoRSLinear, in place, and freeze everything else.
+    """Replace the linears that `config` selects by LoRSLinear, experts by LoRSExperts, and freeze everything else; in
+    place.
 
     Each weight is stored in the configuration's layout, compressed where that asks for it; "auto" decides by layer. A
     :class:`SparseLinear`, quantised or not, keeps its weight as it is stored.
@@ -35,12 +39,12 @@ def get_lors_model(
     `model.lors_config`. `save_pretrained` of a transformers model is refused until it is merged: an ordinary checkpoint
     cannot hold these layers. Source: LoRS, arXiv 2501.08582.
 
-    Warns (UserWarning) where the adapted weights have no zeros, where the model has experts, which get no adapters, and
-    where a head that no checkpoint has filled stays frozen.
+    Warns (UserWarning) where the adapted weights have no zeros, where experts of the model get no adapters, and where a
+    head that no checkpoint has filled stays frozen.
 
     Args:
-        model: any module that contains nn.Linear or transformers' Conv1D; already pruned: a weight is kept where it is
-            not zero, or by the mask of a SparseLinear.
+        model: any module that contains nn.Linear, transformers' Conv1D or transformers' experts; already pruned: a
+            weight is kept where it is not zero, or by the mask of a SparseLinear.
         config: what to adapt; None: LoRSConfig().
         targets: what `targets.find_targets` found in this model with this `config` already, so that it is not searched
             again. The list is emptied on the way: it would keep the dense weights alive.
@@ -58,7 +62,7 @@ def get_lors_model(
     _check_arguments(model, config)
     heads = new_heads(model)
     convert(model, find_targets(model, config) if targets is None else targets, config)
-    adapted = {layer for _, layer in named_lors_layers(model)}
+    adapted: set[nn.Module] = {layer for _, layer in named_lors_layers(model)}
     warn_of_conversion(model, adapted, heads, config.modules_to_save, stacklevel=2)
     return model
 
@@ -71,43 +75,44 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
     """
     saved = saved_modules(model, config)
     check_targets(targets, config)
-    done: list[tuple[tuple[str, ...], LoRSLinear, bool, bool, SparseLinear | None]] = []
+    done: list[tuple[tuple[str, ...], Callable[[], nn.Module]]] = []  # names, and what puts the module before there
     targets.reverse()
     try:
         while targets:
             target = targets.pop()
-            linear = target.module
-            layer = LoRSLinear.from_linear(
-                linear,
-                r=target.r,
-                lora_alpha=target.lora_alpha,
-                layout=config.layout,
-                gradient=config.gradient,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.init_lora_weights,
-                rounding=config.rounding,
-                rounding_seed=derived_seed(config.rounding_seed, "rounding", target.names[0]),
-                requantize=config.requantize,
-                remainder=config.remainder,
-                dither_seed=dither_seed_of(config, target.names[0]),
-            )
-            bias_trained = linear.bias is not None and linear.bias.requires_grad
-            # One that is stored sparse is kept for undoing: the new layer has its tensors.
-            stored = linear if isinstance(linear, SparseLinear) else None
-            done.append((target.names, layer, stored is None and linear.weight.requires_grad, bias_trained, stored))
-            _replace(model, target.names, layer)
-            del target, linear
+            names, module = target.module_names, target.module
+            layer: LoRSLinear | LoRSExperts
+            undo: Callable[[], nn.Module]
+            if target.stack:
+                adapters = {target.stack: _options(target, config)}
+                while targets and targets[-1].module is module:
+                    other = targets.pop()
+                    adapters[other.stack] = _options(other, config)
+                    del other
+                trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+                layer = LoRSExperts(module, config.layout, adapters)
+                undo = functools.partial(_experts_before, layer, trained)
+            else:
+                layer = LoRSLinear.from_linear(module, layout=config.layout, **_options(target, config))
+                bias_trained = module.bias is not None and module.bias.requires_grad
+                # One that is stored sparse is kept for undoing: the new layer has its tensors.
+                weight_trained = not isinstance(module, SparseLinear) and module.weight.requires_grad
+                stored = module if isinstance(module, SparseLinear) else None
+                undo = functools.partial(_linear_before, layer, weight_trained, bias_trained, stored)
+            done.append((names, undo))
+            _replace(model, names, layer)
+            del target, module
     except BaseException:
-        for names, layer, weight_trained, bias_trained, stored in done:
-            _replace(model, names, stored or _frozen_linear(layer, weight_trained, bias_trained))
+        for names, undo in done:
+            _replace(model, names, undo())
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for _, layer in named_lors_layers(model):
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-    for module in saved.values():
-        for parameter in module.parameters():
+    for _, adapted in named_lors_layers(model):
+        adapted.lora_A.requires_grad_(True)
+        adapted.lora_B.requires_grad_(True)
+    for each in saved.values():
+        for parameter in each.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     # Through vars(): nn.Module's __setattr__ is typed for tensors and modules only.
     vars(model)["lors_config"] = copy.deepcopy(config)
@@ -116,7 +121,8 @@ def convert(model: nn.Module, targets: list[Target], config: LoRSConfig) -> nn.M
 
 
 def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int | None = None) -> nn.Module:
-    """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules back, in place.
+    """Merge every adapter into its weight and put plain nn.Linear (or Conv1D) modules, and transformers' experts, back,
+    in place.
 
     The merged weight is W + s * mask * (B A), rounded once, as the configuration's `rounding` and `rounding_seed` say,
     with exact zeros off the mask (arXiv 2501.08582, eq. 3); with `requantize` it is what the requantised codes stand
@@ -142,11 +148,19 @@ def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int
     check_gathered(model)
     check_no_method(model, "merged")
     check_mergeable(model)
+    replaced = [
+        (names, module)
+        for module, names in _names_of(model, (LoRSLinear, LoRSExperts)).items()
+        if not isinstance(module, LoRSExpertWeight)  # whose LoRSExperts is replaced
+    ]
+    whole_model = next((module for names, module in replaced if "" in names), None)
+    if whole_model is not None:
+        raise ValueError(
+            f"The model is itself a {type(whole_model).__name__} and cannot be replaced in place; call its merge()."
+        )
     before = [(layer, layer.rounding, layer.rounding_seed) for _, layer in layers]
     try:
         for names, layer in layers:
-            if "" in names:
-                raise ValueError("The model is itself a LoRSLinear and cannot be replaced in place; call its merge().")
             layer.rounding = layer.rounding if rounding is None else rounding
             if rounding is not None or seed is not None:
                 own = layer.rounding_seed if layer.rounding == "stochastic" else None
@@ -161,10 +175,13 @@ def merge_and_unload(model: nn.Module, *, rounding: str | None = None, seed: int
         for layer, its_rounding, its_seed in before:
             layer.rounding, layer.rounding_seed = its_rounding, its_seed
         raise
-    layers.reverse()
-    while layers:
-        names, layer = layers.pop()
-        _replace(model, names, layer.merge().requires_grad_(False))
+    layers.clear()
+    before.clear()
+    replaced.reverse()
+    while replaced:
+        names, module = replaced.pop()
+        merged = module.merge()
+        _replace(model, names, merged.requires_grad_(False) if isinstance(module, LoRSLinear) else merged)
     vars(model).pop("lors_config", None)
     unguard_saving(model)
     return model
@@ -333,13 +350,19 @@ def _lors_layers_with_names(model: nn.Module) -> list[tuple[list[str], LoRSLinea
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
-    names_of: dict[LoRSLinear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRSLinear):
-            names_of.setdefault(module, []).append(name)
+    names_of = _names_of(model, (LoRSLinear,))
     if not names_of:
         raise ValueError(f"The model has no LoRS layers. {conversion_advice(model)}")
     return [(names, layer) for layer, names in names_of.items()]
+
+
+def _names_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[Any, list[str]]:
+    """{module: all its names in the model} of the modules of these kinds, in the model's order."""
+    names_of: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            names_of.setdefault(module, []).append(name)
+    return names_of
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:
@@ -357,8 +380,36 @@ def _replace(model: nn.Module, names: tuple[str, ...] | list[str], module: nn.Mo
         setattr(model.get_submodule(parent), child, module)
 
 
-def _frozen_linear(layer: LoRSLinear, weight_trained: bool, bias_trained: bool) -> nn.Linear:
-    """The nn.Linear that `layer` was made from, adapter dropped; for undoing a conversion."""
+def _options(target: Target, config: LoRSConfig) -> dict[str, Any]:
+    """What a LoRSLinear is made with."""
+    return {
+        "r": target.r,
+        "lora_alpha": target.lora_alpha,
+        "gradient": config.gradient,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+        "rounding": config.rounding,
+        "rounding_seed": derived_seed(config.rounding_seed, "rounding", target.names[0]),
+        "requantize": config.requantize,
+        "remainder": config.remainder,
+        "dither_seed": dither_seed_of(config, target.names[0]),
+    }
+
+
+def _experts_before(layer: LoRSExperts, trained: dict[str, bool]) -> nn.Module:
+    """The module that `layer` was made from, for undoing a conversion."""
+    experts = layer.without_adapters()
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return experts
+
+
+def _linear_before(
+    layer: LoRSLinear, weight_trained: bool, bias_trained: bool, stored: SparseLinear | None
+) -> nn.Module:
+    """The module that `layer` was made from, adapter dropped, for undoing a conversion; one stored sparse is given."""
+    if stored is not None:
+        return stored
     linear = layer.to_linear()
     linear.weight.requires_grad_(weight_trained)
     if linear.bias is not None:

@@ -28,7 +28,6 @@ from .config import LoRSConfig
 from .sparse_linear import SparseLayer
 from .sparsity import (
     EXPERTS,
-    LINEAR,
     LayerSparsity,
     ModelSparsity,
     Weight,
@@ -105,17 +104,22 @@ def prune(
     config: LoRSConfig | None = None,
     progress: bool = True,
 ) -> ModelSparsity:
-    """Set the least important weights of every linear to exactly +0, in place.
+    """Set the least important weights of every linear and every expert to exactly +0, in place.
 
     ``"magnitude"`` scores |W|; ``"wanda"`` scores |W[n, k]| * ||X[:, k]||_2 over the calibration tokens without padding
     (arXiv 2306.11695). N:M patterns keep the best N of each aligned group of M along a row. Unstructured: Wanda
-    compares within each output row, magnitude within each layer (as the Wanda paper's baseline). Of equal scores the
-    lower column is kept. Wanda prunes the model's blocks in order, so that each block is calibrated on the outputs of
-    the pruned blocks before it; it stores one hidden state per calibration token and one [K] sum per layer.
+    compares within each output row, magnitude within each layer (as the Wanda paper's baseline) or expert. Of equal
+    scores the lower column is kept. Wanda prunes the model's blocks in order, so that each block is calibrated on the
+    outputs of the pruned blocks before it; it stores one hidden state per calibration token and one [K] sum per layer
+    and expert.
 
     Linears are nn.Linear, what is derived from it, and transformers' Conv1D, whose weight [K, N] is pruned along K.
-    Whether a linear could be adapted does not matter. What is left as it is (experts, which are no linears; computed
-    and quantized weights), and which layers saw no calibration token and were pruned by magnitude, is warned of.
+    Whether a linear could be adapted does not matter. Experts are the stacked parameters of transformers' mixtures of
+    experts, pruned along their input whatever way they are stored: each as if it were a linear, with ||X[:, k]||_2 over
+    the tokens that are routed to it (of down_proj: over what the gate makes of them).
+
+    Warned of is what stays as it is (experts of a class that does not say how it stores them; computed and quantized
+    weights), and which layers and experts saw no calibration token, so that magnitude pruned them.
 
     Args:
         model: any model with floating-point linears.
@@ -123,7 +127,8 @@ def prune(
         method: "magnitude" or "wanda".
         batches: for Wanda: keyword arguments of the model, iterated several times. Labels are dropped, unless it is an
             encoder-decoder, which makes its decoder's input of them.
-        config: its target_modules and exclude_modules choose linears by name; None: all except the output head.
+        config: its target_modules and exclude_modules choose linears by name, its target_parameters experts; None: all
+            except the output head.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -139,31 +144,41 @@ def prune(
         raise ValueError("method 'wanda' needs calibration batches, and none were given; or use method='magnitude'.")
     targets, left_out = _targets(model, config)
     for target in targets:
-        if not all_finite(target.matrix):
+        if not all_finite(target.values):
             raise ValueError(f"The weight of '{target.name}' has NaN or infinity; nothing was pruned.")
     unseen: list[str] = []
+    unrouted: list[str] = []
     with torch.no_grad(), running(model, training=False):
         if method == "wanda":
             for target, norms in calibrated(model, targets, batches or [], progress):
                 _prune_layer(target, parsed, norms)
-                unseen += [target.name] if norms is None else []
+                missing = sum(one is None for one in norms)
+                if missing == len(norms):
+                    unseen.append(target.name)
+                elif missing:
+                    which = ", ".join(str(expert) for expert, one in enumerate(norms) if one is None)
+                    unrouted.append(f"{missing} of {len(norms)} of '{target.name}' ({which})")
         else:
             bar = progress_bar(targets, total=len(targets), description="pruning", unit="layer", shown=progress)
             for target in bar:
-                _prune_layer(target, parsed, None)
+                _prune_layer(target, parsed, [None] * len(target.matrices))
     if unseen:
         left_out.append(
             f"{listed(unseen)} saw no calibration token, and magnitude pruned them instead of Wanda. Check that the "
             "calibration data reaches them."
         )
+    if unrouted:
+        left_out.append(
+            f"No calibration token was routed to some experts, and magnitude pruned them instead of Wanda: "
+            f"{'; '.join(unrouted)}. More calibration data reaches more experts."
+        )
     if left_out:
         warnings.warn(" ".join(left_out), UserWarning, stacklevel=2)
-    pruned = {id(target.module) for target in targets}
-    return measured(model, pruned)
+    return measured(model, {target.name for target in targets})
 
 
 def _targets(model: nn.Module, config: LoRSConfig | None) -> tuple[list[Weight], list[str]]:
-    """The linears to prune, and sentences about those that are left out, and about experts.
+    """The linears and experts to prune, and sentences about those that are left out.
 
     Raises:
         ValueError: none is left, or the model has adapters of PEFT.
@@ -181,18 +196,15 @@ def _targets(model: nn.Module, config: LoRSConfig | None) -> tuple[list[Weight],
         return f"{listed([weight.name for weight in found])} ({share:.1%} of the model's weights)"
 
     targets, reasons = [], dict[str, list[Weight]]()
-    for weight in choose(weights, config, (LINEAR,)):
+    for weight in choose(weights, config):
         reason = _cannot_prune(weight)
         if reason is None:
             targets.append(weight)
         else:
             reasons.setdefault(reason, []).append(weight)
     left_out = [f"Not pruned: {described(found)}, because {reason}." for reason, found in reasons.items()]
-    experts = [weight for weight in weights if weight.kind == EXPERTS]
-    if experts:
-        left_out.append(f"Not pruned: the experts {described(experts)}, which are no linears and stay as they are.")
     if not targets:
-        nothing = f"{type(model).__name__} has no linear to prune."
+        nothing = f"{type(model).__name__} has no linear and no experts to prune."
         raise ValueError(" ".join([nothing, *left_out]))
     return targets, left_out
 
@@ -201,12 +213,20 @@ def _cannot_prune(weight: Weight) -> str | None:
     """Why zeros cannot be written into a weight; the words follow 'because'. None if they can."""
     if isinstance(weight.module, SparseLayer):
         return "their weights are stored sparse already (merge_and_unload gives plain ones)"
-    if weight.module._parameters.get("weight") is not weight.values:
+    name = weight.name.rpartition(".")[2] if weight.kind == EXPERTS else "weight"
+    if weight.module._parameters.get(name) is not weight.values:
         return "their weights are computed (torch.nn.utils.prune or parametrize); make that permanent first"
     if weight.values.is_meta:
         return "their weights have no values in memory (on the meta device, or offloaded)"
     if is_packed(weight.values) or weight.values.dtype not in DTYPES or weight.values.layout != torch.strided:
         return "their weights are quantized, or packed; load the model in an ordinary dtype"
+    if weight.kind == EXPERTS and not weight.is_stack:
+        return (
+            f"they are experts of the class {type(weight.module).__name__}, which is not one of transformers' "
+            "use_experts_implementation, so that the order of their dimensions is not known"
+        )
+    if getattr(weight.module, "_is_expert_parallel", False):
+        return "the experts are divided among processes (expert parallelism); load the model in one"
     return None
 
 
@@ -232,9 +252,13 @@ def select_mask(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     return mask.view(N, -1)[:, :K]
 
 
-def _prune_layer(target: Weight, pattern: SparsityPattern, input_norms: Tensor | None) -> None:
-    """Zero a layer's lowest scores; ``input_norms`` [K] float32 for Wanda, None for magnitude."""
-    weight = target.matrix  # a view of what the layer stores
+def _prune_layer(target: Weight, pattern: SparsityPattern, input_norms: Sequence[Tensor | None]) -> None:
+    """Zero the lowest scores of each of its matrices; ``input_norms``: [K] float32 of each, or None for magnitude."""
+    for weight, norms in zip(target.matrices, input_norms, strict=True):  # views of what the layer stores
+        _prune_matrix(weight, pattern, norms)
+
+
+def _prune_matrix(weight: Tensor, pattern: SparsityPattern, input_norms: Tensor | None) -> None:
     if input_norms is None and pattern.group is None:
         # Over the whole layer: sorting gives the exact count even if magnitudes are equal.
         order = weight.abs().flatten().sort(stable=True, descending=True).indices

@@ -34,7 +34,8 @@ class SparseLayer:
 
     Attributes:
         in_features, out_features: K and N.
-        sparse_weight: the frozen weight, without adapters, as a :class:`SparseWeight`.
+        num_experts: E, of the stacked weights of a layer's experts, each [N, K]; None in a linear layer.
+        sparse_weight: the frozen weight, without adapters, as a :class:`SparseWeight`; of experts [E N, K].
         storage: the module whose parameters hold it; for PEFT's layers that is their base layer.
         has_adapters: whether it is of a kind that has adapters.
         merged_weight: what gives their merged weight while :func:`lors_cuda.merge_cache` or :func:`lors_cuda.prefetch`
@@ -51,6 +52,7 @@ class SparseLayer:
 
     in_features: int
     out_features: int
+    num_experts: int | None = None
     training: bool  # nn.Module's
     has_adapters = False
     merged_weight: GivesMergedWeight | None = None
@@ -66,6 +68,11 @@ class SparseLayer:
     @property
     def sparse_weight(self) -> SparseWeight:
         raise NotImplementedError
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of ``sparse_weight``."""
+        return self.out_features * (self.num_experts or 1), self.in_features
 
     @property
     def storage(self) -> Any:
@@ -106,7 +113,8 @@ class SparseLayer:
         self.requantize, self.remainder, self.dither_seed = requantize, remainder, dither_seed
 
     def merged_dense(self) -> Tensor:
-        """The weight [N, K] that the layer multiplies by in evaluation, its adapters merged in; a new tensor."""
+        """The weight that the layer multiplies by in evaluation, its adapters merged in, [N, K] or, of experts,
+        [E N, K]; a new tensor."""
         raise NotImplementedError
 
 
@@ -160,11 +168,18 @@ class SparseLinear(SparseLayer, nn.Module):
     _dense_dtype: torch.dtype | None = None  # of a quantised weight
 
     def __init__(
-        self, sparse_weight: SparseWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+        self,
+        sparse_weight: SparseWeight,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        num_experts: int | None = None,
     ) -> None:
-        """``dtype``: of a quantised weight that of the model around it; None: its scales'."""
+        """``dtype``: of a quantised weight that of the model around it; None: its scales'. ``num_experts``: E, of the
+        classes for experts, whose bias is [E, N]."""
         super().__init__()
-        self.out_features, self.in_features = sparse_weight.shape
+        rows, self.in_features = sparse_weight.shape
+        self.num_experts, self.out_features = num_experts, rows // (num_experts or 1)
         self.weight_values = nn.Parameter(sparse_weight.values, requires_grad=False)
         grid = sparse_weight.quantization
         if grid is not None:
@@ -235,10 +250,17 @@ class SparseLinear(SparseLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        if self.conv1d:
-            return dense_tensor(self).t()
+        if self.conv1d or self.num_experts is not None:
+            return self._as_before(dense_tensor(self))
         # A compiled graph drops what is not used, and cannot hold a view.
         return dense_tensor(self) if torch.compiler.is_compiling() else DenseView(self)
+
+    def _as_before(self, dense: Tensor) -> Tensor:
+        """The dense weight as the module had it that this layer was made from: of a Conv1D [K, N], of experts
+        [E, N, K]."""
+        if self.num_experts is not None:
+            return dense.unflatten(0, (self.num_experts, -1))
+        return dense.t() if self.conv1d else dense
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; dtypes and errors as :func:`lors_cuda.lors_linear`."""
@@ -293,7 +315,16 @@ class SparseLinear(SparseLayer, nn.Module):
             )
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False."""
+        """A plain ``nn.Linear``, or Conv1D, with the dense weight, a copy, and requires_grad as this layer's: False.
+
+        Raises:
+            ValueError: the mask was changed; or the layer holds the weights of experts, which are no linear.
+        """
+        if self.num_experts is not None:
+            raise ValueError(
+                f"{type(self).__name__} holds the weights of {self.num_experts} experts, which are no linear layer; "
+                "its weight gives them as one tensor [num_experts, out_features, in_features]."
+            )
         linear = make_linear(self.check_mask(always=True).to_dense(self._dense_dtype), self.bias, self.conv1d)
         return linear.requires_grad_(False).train(self.training)
 
@@ -350,10 +381,15 @@ class SparseLinear(SparseLayer, nn.Module):
             super()._load_from_state_dict(fitted, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
+        experts = "" if self.num_experts is None else f"num_experts={self.num_experts}, "
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={layout_of(self.weight_index)!r}"  # also where the tensors are partitioned and empty
-        ) + (f", kind={self.kind!r}" if self.kind else "")
+            experts
+            + (
+                f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"layout={layout_of(self.weight_index)!r}"  # also where the tensors are partitioned and empty
+            )
+            + (f", kind={self.kind!r}" if self.kind else "")
+        )
 
 
 def stored_sparse(linear: nn.Module, layout: str, mask: Tensor | None) -> SparseWeight:

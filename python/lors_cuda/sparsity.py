@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from ._checks import check_whole, is_packed, listed
 from ._linears import is_conv1d, is_linear, plain
 from .config import ALL_LINEAR, LoRSConfig, selects
+from .experts import is_experts, stack_names, stack_of
 from .sparse_linear import SparseLinear
 from .targets import Target, output_heads
 
@@ -32,7 +33,8 @@ class Weight:
         names: all names of the module that holds it, and ``name``.
         module: that module.
         values: as stored; of a sparse layer its stored values.
-        shape: dense: (N, K) of a linear, also of transformers' Conv1D, which stores it as [K, N].
+        shape: dense: (N, K) of a linear, also of transformers' Conv1D, which stores it as [K, N]; (E, N, K) of a stack
+            of experts' weights, also of one that is stored transposed.
         kind: "linear", "experts", "output head", "embedding" or "other".
     """
 
@@ -48,10 +50,18 @@ class Weight:
         return torch.Size(self.shape).numel()
 
     @property
-    def matrix(self) -> Tensor:
-        """The values as [N, K]: of Conv1D a transposed view, along whose rows patterns such as 2:4 run."""
+    def is_stack(self) -> bool:
+        """Whether these are the stacked weights of a module that `is_experts`."""
+        return _is_stack(self.module, self.name.rpartition(".")[2])
+
+    @property
+    def matrices(self) -> Tensor:
+        """The values as [E, N, K], E matrices along whose rows patterns such as 2:4 run: one of a linear, one of each
+        expert of a stack. A view, transposed where the model stores them so."""
+        if self.is_stack:
+            return stack_of(self.module, self.name.rpartition(".")[2])
         values = self.values.detach()
-        return values.T if is_conv1d(self.module) else values
+        return (values.T if is_conv1d(self.module) else values)[None]
 
     def counted(self) -> LayerSparsity | None:
         """Its zeros; None where they cannot be counted: quantized weights, and those on the meta device."""
@@ -101,7 +111,9 @@ class LayerSparsity:
 class ModelSparsity(Sequence[LayerSparsity]):
     """The sparsity of some layers of a model, of which this is a sequence, and of the whole model.
 
-    Its text is what the commands print: ``50.00% over 14 linears, 41.18% over all weights of the model``.
+    Its text is what the commands print: ``50.00% over 14 linears, 41.18% over all weights of the model``; with experts
+    each part has its share of all weights: ``50.00% over 8 linears (5.0% of the weights), 0.00% over the experts (93.1%
+    of the weights), 2.50% over all weights of the model``.
 
     Attributes:
         layers: the layers that were asked for.
@@ -121,18 +133,31 @@ class ModelSparsity(Sequence[LayerSparsity]):
         """Fraction of zeros over all weights of the model: linears, experts, embeddings, head."""
         return total_sparsity((*self.layers, *self.rest))
 
+    @property
+    def experts(self) -> tuple[LayerSparsity, ...]:
+        """All stacks of experts of the model, asked for or not."""
+        return tuple(layer for layer in (*self.layers, *self.rest) if layer.kind == EXPERTS)
+
+    @property
+    def expert_sparsity(self) -> float | None:
+        """Fraction of zeros over all experts of the model; None for a model without any."""
+        return total_sparsity(self.experts) if self.experts else None
+
     def __str__(self) -> str:
         linears = [layer for layer in self.layers if layer.kind != EXPERTS]
-        experts = [layer for layer in (*self.layers, *self.rest) if layer.kind == EXPERTS]
         parts = [f"{total_sparsity(linears):.2%} over {len(linears)} linears"]
-        if experts:
-            parts.append(f"{total_sparsity(experts):.2%} over the experts")
+        if self.experts:
+            everything = sum(layer.weights for layer in (*self.layers, *self.rest))
+            parts.append(f"{total_sparsity(self.experts):.2%} over the experts")
+            for index, layers in enumerate((linears, self.experts)):
+                parts[index] += f" ({sum(layer.weights for layer in layers) / everything:.1%} of the weights)"
         return ", ".join([*parts, f"{self.model_sparsity:.2%} over all weights of the model"])
 
     def to_dict(self) -> dict[str, Any]:
         """What the commands give as JSON."""
         return {
             "sparsity": self.sparsity,
+            "expert_sparsity": self.expert_sparsity,
             "model_sparsity": self.model_sparsity,
             "layers": {layer.name: layer.sparsity for layer in self.layers},
         }
@@ -165,21 +190,20 @@ def measure_sparsity(
         ValueError: the names choose nothing; or a weight is a DTensor.
     """
     if targets is None:
-        chosen = {id(weight.module) for weight in choose(list(weights_of(model)), config, (LINEAR, EXPERTS))}
+        chosen = {weight.name for weight in choose(list(weights_of(model)), config)}
     else:
-        chosen = {id(target.module) for target in targets}
+        chosen = {target.name for target in targets}
     return measured(model, chosen)
 
 
-def measured(model: nn.Module, chosen: set[int]) -> ModelSparsity:
-    """The sparsity of a model whose layers are the weights of these modules, by their id(). Experts that are chosen
-    are found by the module that holds them."""
+def measured(model: nn.Module, chosen: Collection[str]) -> ModelSparsity:
+    """The sparsity of a model whose layers are the weights of these names."""
     layers, rest, uncounted = [], [], []
     for weight in weights_of(model):
         counted = weight.counted()
         if counted is None:
             uncounted.append(weight.name)
-        elif id(weight.module) in chosen and weight.kind in (LINEAR, EXPERTS, HEAD):
+        elif weight.name in chosen:
             layers.append(counted)
         else:
             rest.append(counted)
@@ -199,26 +223,37 @@ def total_sparsity(layers: Iterable[LayerSparsity]) -> float:
     return sum(zeros for zeros, _ in counts) / max(sum(weights for _, weights in counts), 1)
 
 
-def choose(weights: Sequence[Weight], config: LoRSConfig | None, kinds: tuple[str, ...]) -> list[Weight]:
-    """The weights of these kinds that a configuration's target_modules and exclude_modules choose by name; None: all.
+def choose(weights: Sequence[Weight], config: LoRSConfig | None) -> list[Weight]:
+    """The linears and experts that a configuration chooses by name: linears by its target_modules, experts by its
+    target_parameters, both less its exclude_modules; None, or "all-linear": all.
 
     Raises:
-        ValueError: target_modules names none of them, or all that it names are excluded.
+        ValueError: what is named is not there, or all of it is excluded.
     """
+    candidates = [weight for weight in weights if weight.kind in (LINEAR, EXPERTS)]
     if config is None:
-        return [weight for weight in weights if weight.kind in kinds]
+        return candidates
     config.validate()
-    wanted, candidates = config.target_modules, [weight for weight in weights if weight.kind in kinds]
-    found = candidates
+    wanted, found = config.target_modules, candidates
     if wanted != ALL_LINEAR:
         # A list or a pattern may also name the output head.
-        found = [weight for weight in weights if weight.kind in (*kinds, HEAD) and _named(weight, wanted)]
-        if not found:
+        found = [weight for weight in weights if weight.kind in (LINEAR, HEAD) and _named(weight, wanted)]
+        if wanted and not found:
+            linears = [weight.name for weight in candidates if weight.kind == LINEAR]
             raise ValueError(
-                f"target_modules={wanted!r} matches no linear of the model. It has "
-                f"{listed([weight.name for weight in candidates])}: give suffixes of such names in a list, a regular "
-                f"expression for the whole name, or '{ALL_LINEAR}'."
+                f"target_modules={wanted!r} matches no linear of the model. It has {listed(linears)}: give suffixes of "
+                f"such names in a list, a regular expression for the whole name, or '{ALL_LINEAR}'. "
+                "target_parameters names experts."
             )
+    if config.target_parameters is not None:
+        stacks = [weight for weight in candidates if weight.kind == EXPERTS]
+        named = [weight for weight in stacks if _named(weight, config.target_parameters)]
+        if not named:
+            raise ValueError(
+                f"target_parameters={config.target_parameters!r} names no experts of the model. It has "
+                f"{listed([weight.name for weight in stacks]) or 'none'}."
+            )
+        found = [weight for weight in found if weight.kind != EXPERTS] + named
     left = [weight for weight in found if not _named(weight, config.exclude_modules)]
     if found and not left:
         raise ValueError(f"exclude_modules={config.exclude_modules!r} leaves nothing of what was selected.")
@@ -245,8 +280,13 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
             continue
         kind = HEAD if id(module) in heads else LINEAR
         if isinstance(module, SparseLinear):
-            dense = (module.out_features, module.in_features)
-            yield Weight(names[0], tuple(names), module, module.weight_values, dense, kind)
+            every, dense = tuple(names), (module.out_features, module.in_features)
+            if module.num_experts is None:
+                yield Weight(names[0], every, module, module.weight_values, dense, kind)
+            else:
+                every += tuple(name.rpartition(".")[0] for name in names)
+                stacked = (module.num_experts, *dense)
+                yield Weight(names[0], every, module, module.weight_values, stacked, EXPERTS)
             continue
         own = dict(module._parameters)
         if is_linear(module):
@@ -263,9 +303,12 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
             if is_linear(module) and key == "weight":
                 shape = tuple(values.T.shape) if is_conv1d(module) else tuple(values.shape)
                 yield Weight(names[0], tuple(names), module, values, shape, kind)
+            elif is_experts(module) and key.endswith("_bias"):
+                continue  # [E, N]: a vector of each expert
             else:
-                every = (name, *names)
-                yield Weight(name, every, module, values, tuple(values.shape), _kind(name, module, values))
+                shape = tuple(stack_of(module, key).shape if _is_stack(module, key) else values.shape)
+                every = (*(f"{each}.{key}".lstrip(".") for each in names), *names)
+                yield Weight(name, every, module, values, shape, _kind(name, module, values))
 
 
 def beside_base_model(model: nn.Module) -> dict[str, nn.Module]:
@@ -285,6 +328,10 @@ def task_heads(model: nn.Module) -> dict[str, nn.Module]:
     model = unwrap() if callable(unwrap) else model
     getter = getattr(model, "get_output_embeddings", None)
     return {} if not callable(getter) or getter() is not None else beside_base_model(model)
+
+
+def _is_stack(module: nn.Module, parameter: str) -> bool:
+    return is_experts(module) and parameter in stack_names(module)
 
 
 def _kind(name: str, module: nn.Module, values: Tensor) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .sparse_linear import SparseLayer
-from .sparsity import weights_of
+from .sparsity import LayerSparsity, ModelSparsity, weights_of
 
 _CHUNK = 1 << 22  # elements of a checksum's temporary tensors: 32 MiB each
 
@@ -24,8 +24,9 @@ class SparsityCallback(TrainerCallback):
     Every ``every`` steps, before every checkpoint and at the end, each LoRS layer's stored weight, mask and bias must
     be bit for bit what they were when training began, and its merged weight (a temporary, one layer at a time)
     exactly zero off the mask. The Trainer's next log then has ``sparsity``, the share of exact zeros in the merged
-    weights of all checked layers, and ``model_sparsity``, that in all weights of the model: experts, embeddings and the
-    output head included. In a model of lors_cuda.peft the active adapters are merged.
+    weights of all checked layers, ``model_sparsity``, that in all weights of the model, embeddings and the output head
+    included, and where the model has experts ``expert_sparsity``, that in all of them, checked or not. In a model of
+    lors_cuda.peft the active adapters are merged.
 
     Raises (from ``trainer.train()``):
         RuntimeError: a layer was changed; it is named, and no checkpoint of that step is written.
@@ -79,7 +80,7 @@ class SparsityCallback(TrainerCallback):
         return metrics
 
     def _check(self, model: nn.Module, step: int) -> None:
-        zeros = weights = 0
+        zeros: dict[nn.Module, int] = {}
         layers = list(_layers(model))
         names = {name for name, _, _ in layers}
         gone = next((name for name in self._checksums if name not in names), None)
@@ -97,15 +98,19 @@ class SparsityCallback(TrainerCallback):
                     f"step {step}; only lora_A and lora_B may change. Training was stopped. Find what writes to it "
                     "(an optimizer over all parameters, a callback, a cast) and resume from an earlier checkpoint."
                 )
-            zeros += _count_zeros(name, layer, step)
-            weights += layer.in_features * layer.out_features
+            zeros[stored] = _count_zeros(name, layer, step)
         self._checked_at = step
-        checked = {stored for _, _, stored in layers}
-        counts = [weight.counted() for weight in weights_of(model) if weight.module not in checked]
-        rest = [count for count in counts if count is not None]
+        checked, rest = [], []
+        for weight in weights_of(model):
+            if weight.module in zeros:
+                checked.append(LayerSparsity(weight.name, weight.shape, zeros[weight.module], weight.kind))
+            elif (counted := weight.counted()) is not None:
+                rest.append(counted)
+        measured = ModelSparsity(tuple(checked), tuple(rest)).to_dict()
         self._metrics = {
-            "sparsity": zeros / weights,
-            "model_sparsity": (zeros + sum(one.zeros for one in rest)) / (weights + sum(one.weights for one in rest)),
+            name: measured[name]
+            for name in ("sparsity", "expert_sparsity", "model_sparsity")
+            if measured[name] is not None
         }
 
 

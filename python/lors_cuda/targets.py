@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ._checks import DTYPES, check_rank, grouped, is_packed, joined, listed
-from ._distributed import is_offloaded, is_sharded
+from ._distributed import is_offloaded, is_sharded, original_forward
 from ._linears import check_fits, check_stored_layout, computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
+from .experts import LoRSExperts, expert_stacks, is_experts, stack_names, stack_of
 from .quantization import check_requantization, default_remainder, requantization
 from .sparse_linear import SparseLayer, SparseLinear
 from .weight import SparseWeight
@@ -28,23 +29,64 @@ from .weight import SparseWeight
 _CLASSIFIER_HEADS = ("score", "classifier")
 # What libraries call the parts of a quantised weight: compressed-tensors, GPTQ and AWQ, fine-grained fp8, HQQ.
 _CODE_NAMES = {"weight_packed", "weight_scale", "weight_scale_inv", "qweight", "W_q"}
+# The stack that holds what was each expert's own linear before transformers 5.
+_FORMER_STACKS = {
+    **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj"), "gate_up_proj"),
+    "w2": "down_proj",
+}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One nn.Linear, Conv1D or SparseLinear to adapt: its first name in the model, every name it has there, the module,
-    its rank and alpha."""
+    """One weight to adapt: that of an nn.Linear, Conv1D or SparseLinear, or the stack of a layer's experts.
+
+    Attributes:
+        name, names: the module's first name in the model, and every name; of a stack those of the parameter.
+        module: the linear; the experts, a module that `is_experts`.
+        r, lora_alpha: its rank, of experts that of each, and alpha.
+        stack: the parameter's name in the experts; "" for a linear.
+    """
 
     name: str
     names: tuple[str, ...]
     module: nn.Linear | SparseLinear
     r: int
     lora_alpha: float
+    stack: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K, of a stack those of one expert."""
+        if self.stack:
+            _, N, K = stack_of(self.module, self.stack).shape
+            return N, K
+        return shape_of(self.module)
+
+    @property
+    def num_experts(self) -> int | None:
+        """E of a stack; None for a linear."""
+        return stack_of(self.module, self.stack).shape[0] if self.stack else None
+
+    @property
+    def size(self) -> int:
+        """Number of weights; 0 where that is not known."""
+        return self.module._parameters[self.stack].numel() if self.stack else _size(self.module)  # type: ignore[union-attr]
+
+    @property
+    def not_loaded(self) -> str | None:
+        """Why the module is not loaded as it must be, which loading the model otherwise mends; None if it is."""
+        return _not_loaded(self.module, self.stack or "weight")
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Every name of `module`."""
+        return tuple(name.removesuffix(f".{self.stack}") for name in self.names) if self.stack else self.names
 
     @property
     def weight(self) -> Tensor:
-        """The weight of a plain layer as [N, K]; of a Conv1D a view."""
-        return weight_of(self.module)
+        """The weight of a plain layer as [N, K], of a Conv1D a view; of a stack [E N, K], a copy where the family keeps
+        it transposed."""
+        return stack_of(self.module, self.stack).flatten(0, 1) if self.stack else weight_of(self.module)
 
     def sparse_weight(self) -> SparseWeight:
         """The weight and its mask, without compressing it."""
@@ -54,7 +96,12 @@ class Target:
 
 
 class Places:
-    """The place of each module and each parameter of a model, and so why a module cannot be adapted."""
+    """The place of each module and each parameter of a model, and so why a module cannot be adapted.
+
+    Attributes:
+        names_of: every name of each module.
+        routers: {linear: the experts' name} of the linears that choose among a layer's experts.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._readers = weight_readers(model)
@@ -65,6 +112,13 @@ class Places:
         for module in self.names_of:
             for parameter in module.parameters(recurse=False):
                 self._holders.setdefault(parameter, []).append(module)
+        self.routers: dict[nn.Module, str] = {}
+        for module in [each for each in self.names_of if is_experts(each) or isinstance(each, LoRSExperts)]:
+            beside = self.names_of[module][0].rpartition(".")[0]
+            for called in ("gate", "router"):
+                router = getattr(model.get_submodule(beside), called, None)
+                parts = router.modules() if isinstance(router, nn.Module) else ()
+                self.routers.update({part: self.names_of[module][0] for part in parts if is_linear(part)})
 
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted; the words follow 'it'. None if it can."""
@@ -72,12 +126,23 @@ class Places:
         reason = _stored_problem(module) if is_stored else _unsuitable(module)
         if reason is not None:
             return reason
+        if module in self.routers:
+            return (
+                f"is the router of '{self.routers[module]}': the experts were trained on its choices. Name it in "
+                "modules_to_save to train it whole, or leave it out"
+            )
         if module in self._readers:
             return (
                 f"has its weight read by {self._readers[module]}, always or on a faster path, instead of being called; "
                 "an adapter would have no part in that. Leave it out"
             )
-        weight: Any = module.weight_values if is_stored else module.weight
+        return self._shared(module, module.weight_values if is_stored else module.weight)
+
+    def stack_problem(self, module: nn.Module, stack: str) -> str | None:
+        """The same of a stack of experts' weights."""
+        return _unsuitable_stack(module, stack) or self._shared(module, module._parameters[stack])
+
+    def _shared(self, module: nn.Module, weight: Any) -> str | None:
         others = [other for other in self._holders[weight] if other is not module]
         if others:
             return (
@@ -93,16 +158,18 @@ def cannot_adapt(name: str, reason: str) -> str:
 
 
 def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
-    """List the modules of `model` to adapt, nn.Linear, transformers' Conv1D and SparseLinear, in the model's order;
-    changes nothing.
+    """List what to adapt in `model`, nn.Linear, transformers' Conv1D, SparseLinear and the stacked weights of experts,
+    in the model's order; changes nothing.
 
     A module that the model has under several names is listed once, with all of them; it is selected if one
-    name is, and left out if one name is excluded. "all-linear" leaves out what cannot be adapted, and warns once.
+    name is, and left out if one name is excluded. "all-linear" leaves out what cannot be adapted, and warns once; also
+    routers and output heads, of which it says nothing.
 
     Raises:
         ValueError: nothing is selected, or a module that is named cannot be adapted: it is no plain linear, its weight
             is computed (torch.nn.utils.prune or parametrize), shared with another module, read by code that does not
-            call the layer, quantised, or on the meta device.
+            call the layer, quantised, or on the meta device; it is a router; target_parameters names something else
+            than experts.
     """
     config.validate()
     if has_peft_adapters(model):
@@ -113,9 +180,16 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
     places = Places(model)
     every = config.target_modules == ALL_LINEAR
     heads = output_heads(model) if every else []
-    chosen: dict[str, nn.Module] = {}
+    chosen: dict[str, tuple[nn.Module, str]] = {}  # by name: the linear and "", or the experts and a parameter of them
     left_out = []
+    wanted_stacks = _wanted_stacks(model, config)
     for module, names in places.names_of.items():
+        for stack in wanted_stacks.get(module, ()):
+            paths = [f"{name}.{stack}".lstrip(".") for name in names]
+            if any(_excluded(config, name) for name in (*names, *paths)):
+                left_out.append(paths[0])
+            else:
+                chosen[paths[0]] = (module, stack)
         if every:
             selected = names[0] if _is_adaptable(module) else None
         else:
@@ -124,18 +198,22 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
             continue  # a regular expression such as ".*mlp.*" also matches containers; only its linears are meant
         if any(head is module for head in heads) or any(_excluded(config, name) for name in names):
             left_out.append(selected)
-        else:
-            chosen[names[0]] = module
+        elif not (every and module in places.routers):
+            chosen[names[0]] = (module, "")
+    targets: list[Target] = []
+    for name, (module, stack) in chosen.items():
+        every_name = tuple(f"{each}.{stack}".lstrip(".") if stack else each for each in places.names_of[module])
+        targets.append(Target(name, every_name, module, config.rank_of(name), config.alpha_of(name), stack))  # type: ignore[arg-type]
+
+    def problem(target: Target) -> str | None:
+        return places.stack_problem(target.module, target.stack) if target.stack else places.problem(target.module)
+
     if every:
-        chosen = adaptable(chosen, places.problem, config)
-    for name, module in chosen.items():
-        reason = _not_loaded(module) if every else places.problem(module)
+        targets = adaptable(targets, problem, config)
+    for target in targets:
+        reason = target.not_loaded if every else problem(target)
         if reason is not None:
-            raise ValueError(cannot_adapt(name, reason))
-    targets = [
-        Target(name, tuple(places.names_of[module]), module, config.rank_of(name), config.alpha_of(name))  # type: ignore[arg-type]
-        for name, module in chosen.items()
-    ]
+            raise ValueError(cannot_adapt(target.name, reason))
     if not targets:
         raise ValueError(_nothing_selected(model, config, left_out))
     warn_unused(config, [name for target in targets for name in target.names])
@@ -143,9 +221,9 @@ def find_targets(model: nn.Module, config: LoRSConfig) -> list[Target]:
 
 
 def adaptable(
-    linears: dict[str, nn.Module], problem: Callable[[nn.Module], str | None], config: Any, stacklevel: int = 4
-) -> dict[str, nn.Module]:
-    """What "all-linear" adapts of {name: linear}: those without a problem and large enough for config.r.
+    targets: list[Target], problem: Callable[[Target], str | None], config: Any, stacklevel: int = 4
+) -> list[Target]:
+    """What "all-linear" adapts: the targets without a problem and large enough for config.r.
 
     The others are listed, reason by reason, in one warning. Kept for the caller to refuse are a rank of rank_pattern,
     which was asked for, and a module that is not loaded as it must be.
@@ -154,29 +232,31 @@ def adaptable(
         ValueError: nothing is left.
     """
     reasons: dict[str, list[str]] = {}
-    sizes = {name: _size(module) for name, module in linears.items()}
-    for name, module in linears.items():
-        reason = problem(module)
-        if reason is not None and _not_loaded(module) is None:
-            reasons.setdefault(reason, []).append(name)
-    shapes = {name: shape_of(linears[name]) for name in linears if name not in _names(reasons) and sizes[name]}
+    sizes = {target.name: target.size for target in targets}
+    for target in targets:
+        reason = problem(target)
+        if reason is not None and target.not_loaded is None:
+            reasons.setdefault(reason, []).append(target.name)
+    left = (target for target in targets if target.name not in _names(reasons) and target.size)
+    shapes = {target.name: target.shape for target in left}
     if any(min(shape) >= config.r for shape in shapes.values()):  # or else the rank is what cannot be, and is refused
         for name, shape in shapes.items():
             if config.r > min(shape) and matched(config.rank_pattern, name, None) is None:
                 reasons.setdefault(_rank_problem(config.r, shape), []).append(name)
     skipped = _names(reasons)
     if not skipped:
-        return linears
+        return targets
     share = sum(sizes[name] for name in skipped) / max(sum(sizes.values()), 1)
     causes = joined(grouped({f"{reason}.": names for reason, names in reasons.items()}))
+    experts = " and stacks of experts" if any(target.stack for target in targets) else ""
     text = (
-        f"target_modules='{ALL_LINEAR}' leaves out {len(skipped)} of {len(linears)} linears, {share:.1%} of their "
-        f"weights. {causes}"
+        f"target_modules='{ALL_LINEAR}' leaves out {len(skipped)} of {len(targets)} linears{experts}, {share:.1%} of "
+        f"their weights. {causes}"
     )
-    if len(skipped) == len(linears):
+    if len(skipped) == len(targets):
         raise ValueError(f"{text} Nothing is left to adapt.")
     warnings.warn(text, UserWarning, stacklevel=stacklevel)
-    return {name: module for name, module in linears.items() if name not in skipped}
+    return [target for target in targets if target.name not in skipped]
 
 
 def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
@@ -188,8 +268,13 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
     problems: dict[str, list[str]] = {}
     for target in targets:
         try:
-            check_rank(target.r, *shape_of(target.module))
+            check_rank(target.r, *target.shape)
             check_requantizable(target.module, config)
+            if target.stack and config.rounding != "nearest":
+                raise ValueError(
+                    f"rounding='{config.rounding}' is not supported for experts. Leave rounding at 'nearest', or the "
+                    "experts out (exclude_modules=['experts'])."
+                )
             if isinstance(target.module, SparseLinear):
                 check_stored_layout(target.module.sparse_weight, config.layout)
             else:
@@ -286,7 +371,7 @@ def warn_unused(config: Any, names: list[str]) -> None:
     """Warn about entries of a LoRSConfig or LoRSLoraConfig that select none of the adapted modules: a misspelt one
     would otherwise train less than was asked, unnoticed."""
     unused: list[str] = []
-    if not isinstance(config.target_modules, (str, type(None))):
+    if not isinstance(config.target_modules, (str, type(None))):  # of target_parameters every entry selects something
         entries = [entry for entry in config.target_modules if not any(selects([entry], name) for name in names)]
         unused += [f"target_modules entry {entry!r}" for entry in entries]
     for field_name in ("rank_pattern", "alpha_pattern"):
@@ -325,6 +410,9 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
 def _unsuitable(module: nn.Module) -> str | None:
     """Say why this module cannot be replaced by an adapted one, or None; the words follow 'it'."""
     kind = type(module).__name__
+    if is_experts(module):
+        named = [f"experts.{name}" for name in stack_names(module)]
+        return f"is {_article(kind)}, not one weight. Name its weights in target_parameters={named}, or leave it out"
     if is_quantized_elsewhere(module):
         return (
             f"is {_article(kind)} whose weight another library has quantised. Load a compressed-tensors or GPTQ "
@@ -356,9 +444,79 @@ def _unsuitable(module: nn.Module) -> str | None:
         )
     if not computes_linear(module):
         return f"is {_article(kind)} with a forward of its own, which would be lost. Use nn.Linear, or leave it out"
+    return _lost_hooks(module)
+
+
+def _unsuitable_stack(module: Any, name: str) -> str | None:
+    """The same of a stack of experts' weights."""
+    kind, stack = type(module).__name__, module._parameters[name]
+    if module._is_expert_parallel:
+        return (
+            f"is {_article(kind)} of which this process holds some experts (expert parallelism). Load the model "
+            "without it, or leave it out"
+        )
+    reason = _not_loaded(module, name)
+    if reason is not None:
+        return reason
+    if stack.dtype not in DTYPES or is_packed(stack):
+        return (
+            f"is {_article(kind)} whose weights are quantised ({stack.dtype}). Load the model dequantised "
+            "(transformers: a quantization_config with dequantize=True), or leave it out"
+        )
+    biases = [f"{each}_bias" for each in stack_names(module) if module.has_bias]
+    own = {key for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    others = sorted(own - {*stack_names(module), *biases})
+    if others or 0 in stack.shape:
+        what = f"has tensors of its own beside its weights ({listed(others)})" if others else "has no weights"
+        return f"is {_article(kind)} that {what}, which the layer in its place would not have. Leave it out"
+    if original_forward(module) is not type(module).forward:
+        return f"is {_article(kind)} with a forward of its own, which would be lost. Leave it out"
+    return _lost_hooks(module)
+
+
+def _lost_hooks(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks, which would be lost. Remove them and register them on the converted module, or leave it out"
     return None
+
+
+def _wanted_stacks(model: nn.Module, config: LoRSConfig) -> dict[nn.Module, list[str]]:
+    """{experts: the names of its stacks} that a configuration selects, before exclude_modules.
+
+    Raises:
+        ValueError: an entry of target_parameters names none.
+    """
+    found: dict[nn.Module, list[str]] = {}
+    wanted = config.target_parameters
+    if wanted is None and config.target_modules != ALL_LINEAR:
+        return found
+    paths = []
+    for path, module, name in expert_stacks(model):
+        paths.append(path)
+        if wanted is None or selects(wanted, path):
+            found.setdefault(module, []).append(name)
+    for entry in wanted or []:
+        if not any(selects([entry], path) for path in paths):
+            raise ValueError(no_stack(entry, model, paths))
+    return found
+
+
+def no_stack(entry: str, model: nn.Module, paths: list[str]) -> str:
+    """The sentence about an entry of target_parameters that names no stack of experts' weights."""
+    kind = type(model).__name__
+    known = f"Those of {kind} are {listed(paths)}." if paths else f"{kind} has none."
+    for name, _ in model.named_parameters():
+        if selects([entry], name):
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            return (
+                f"target_parameters names '{name}', a parameter of {_article(owner)}; only weights of experts that "
+                f"transformers' use_experts_implementation has made can be adapted so, and linears by target_modules. "
+                f"{known}"
+            )
+    former = next((part for part in entry.split(".") if part in _FORMER_STACKS), None)
+    renamed = "" if former is None else f" What was {former} is in {_FORMER_STACKS[former]} since transformers 5."
+    known = known.replace("Those", "The weights of experts", 1)
+    return f"target_parameters names '{entry}', which is no parameter of {kind}.{renamed} {known}"
 
 
 def _names(reasons: dict[str, list[str]]) -> set[str]:
@@ -373,9 +531,9 @@ def _rank_problem(r: int, shape: tuple[int, int]) -> str:
     raise AssertionError("the rank fits")
 
 
-def _not_loaded(module: nn.Module) -> str | None:
+def _not_loaded(module: nn.Module, parameter: str = "weight") -> str | None:
     """Why a module is not loaded as it must be, which loading the model otherwise mends; None if it is."""
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(parameter)
     if weight is not None and is_lazy(weight):
         return "has no shape yet (nn.LazyLinear). Run the model once before converting it"
     if is_offloaded(module):
@@ -411,16 +569,19 @@ def _nothing_selected(model: nn.Module, config: LoRSConfig, left_out: list[str])
     if isinstance(model, nn.Linear):
         return "The model is itself an nn.Linear and cannot be replaced in place; use LoRSLinear.from_linear(linear)."
     if left_out:
+        parameters = f", target_parameters={config.target_parameters!r}" if config.target_parameters else ""
         return (
-            f"target_modules={config.target_modules!r} selects {listed(left_out)} in {kind}, but all of them are the "
-            "output head or taken out by exclude_modules or modules_to_save; nothing is left to adapt."
+            f"target_modules={config.target_modules!r}{parameters} selects {listed(left_out)} in {kind}, but all of "
+            "them are the output head or taken out by exclude_modules or modules_to_save; nothing is left to adapt."
         )
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     if not linears:
         return f"{kind} has no nn.Linear, so there is nothing to adapt."
+    stacks = sorted({f"experts.{name}" for _, _, name in expert_stacks(model)})
+    experts = f" The weights of its experts are named in target_parameters={stacks}." if stacks else ""
     return (
         f"target_modules={config.target_modules!r} matches no nn.Linear of {kind}. It has {listed(linears)}: give "
-        f"suffixes of such names in a list, a regular expression for the whole name, or '{ALL_LINEAR}'."
+        f"suffixes of such names in a list, a regular expression for the whole name, or '{ALL_LINEAR}'.{experts}"
     )
 
 

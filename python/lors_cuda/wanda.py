@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Wanda's calibration (arXiv 2306.11695), block by block: the norms ||X[:, k]||_2 of every linear's input. Called by
-# pruning.py, which scores and prunes; changes nothing itself.
+# Wanda's calibration (arXiv 2306.11695), block by block: the norms ||X[:, k]||_2 of every linear's and expert's input.
+# Called by pruning.py, which scores and prunes; changes nothing itself.
 """Collect the inputs' norms that Wanda scores weights by."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, to_device
 from ._checks import all_finite
+from ._expert_runs import Product, expert_product, running_experts
 from .sparsity import Weight
 
 
@@ -32,55 +33,71 @@ class _BlockCall:
 
 
 class _InputNorms:
-    """Sums of squares of each target's input columns, collected by hooks; padding tokens are not counted."""
+    """Sums of squares of the input columns of each target's matrices; padding tokens are not counted."""
 
     def __init__(self, targets: Sequence[Weight]) -> None:
-        self.sums = {t.name: torch.zeros(t.shape[1], dtype=torch.float64) for t in targets}
-        self.tokens = dict.fromkeys(self.sums, 0)
+        self.sums = {t.name: torch.zeros(t.matrices[:, 0].shape, dtype=torch.float64) for t in targets}
+        self.tokens = {t.name: [0] * len(t.matrices) for t in targets}
         self.attention_mask: Tensor | None = None
         self._targets = targets
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
-        handles = [
-            target.module.register_forward_pre_hook(self._hook(target.name), with_kwargs=True)
-            for target in self._targets
-        ]
-        try:
+        stacks: dict[nn.Module, dict[str, str]] = {}
+        with contextlib.ExitStack() as undone:
+            for target in self._targets:
+                if target.is_stack:
+                    stacks.setdefault(target.module, {})[target.name.rpartition(".")[2]] = target.name
+                else:
+                    hook = self._hook(target.name)
+                    undone.callback(target.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for experts, names in stacks.items():
+                undone.enter_context(running_experts(experts, self._product(experts, names)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def norms(self, target: Weight) -> Tensor | None:
-        """[K], the norms of its input's columns; None if it was never called."""
+    def norms(self, target: Weight) -> list[Tensor | None]:
+        """[K] of each matrix, the norms of its input's columns; None if it had no input."""
         sums = self.sums[target.name]
-        if self.tokens[target.name] == 0:
-            return None
         if not all_finite(sums):
             raise ValueError(f"The inputs of '{target.name}' have NaN or infinity on the calibration data.")
-        return sums.sqrt().to(target.values.device, torch.float32)
+        norms = sums.sqrt().to(target.values.device, torch.float32)
+        return [norm if tokens else None for norm, tokens in zip(norms, self.tokens[target.name], strict=True)]
+
+    def _add(self, name: str, index: int, tokens: Tensor) -> None:
+        self.tokens[name][index] += tokens.shape[0]
+        if tokens.shape[0]:
+            norm = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.promote_types(tokens.dtype, torch.float32))
+            self.sums[name][index] += norm.to("cpu", torch.float64).square()
+
+    def _product(self, experts: nn.Module, names: Mapping[str, str]) -> Product:
+        """``names``: of the stacks that are targets, by their parameters' names."""
+
+        def product(name: str, expert: int, input: Tensor, tokens: Tensor, total: int) -> Tensor:
+            if name in names:
+                mask = self.attention_mask
+                counted = input if mask is None or mask.numel() != total else input[mask.flatten()[tokens]]
+                self._add(names[name], expert, counted)
+            return expert_product(experts, name, expert, input)
+
+        return product
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             mask = self.attention_mask
-            # A layer that regroups tokens (an expert) has no [batch, sequence] dims and gets no padding.
+            # A layer that regroups tokens has no [batch, sequence] dims and gets no padding.
             if mask is not None and input.shape[:-1] == mask.shape and not bool(mask.all()):
                 input = input[mask]
-            tokens = input.reshape(-1, input.shape[-1])
-            self.tokens[name] += tokens.shape[0]
-            if tokens.shape[0]:
-                norm = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
-                self.sums[name] += norm.to("cpu", torch.float64).square()
+            self._add(name, 0, input.reshape(-1, input.shape[-1]))
 
         return add
 
 
 def calibrated(
     model: nn.Module, targets: Sequence[Weight], batches: Sequence[Mapping[str, Any]], progress: bool
-) -> Iterator[tuple[Weight, Tensor | None]]:
-    """Each target with the norms [K] of its input's columns; None if the calibration data did not reach it.
+) -> Iterator[tuple[Weight, list[Tensor | None]]]:
+    """Each target with the norms [K] of the columns of its input, one for each of its matrices (of a linear one, of a
+    stack one for each expert); None if the calibration data did not reach it.
 
     One block after another, and linears outside all blocks last. The caller prunes each target before it takes the
     next, so that every block is calibrated on the outputs of the pruned blocks before it.

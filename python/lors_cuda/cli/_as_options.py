@@ -13,7 +13,10 @@ import shlex
 # Of an argument the option's destination. Those of several words are replaced wherever they occur, the others, which
 # are also words of the language, only before "=" and a quoted value.
 _DESTINATIONS = {
-    **{name: name for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")},
+    **{
+        name: name
+        for name in ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern")
+    },
     **{name: name for name in ("modules_to_save", "strict_mask", "strict_values", "use_rslora")},
     "lora_alpha": "alpha",
     "mask_from": "mask_from",

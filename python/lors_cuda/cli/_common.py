@@ -18,16 +18,19 @@ from torch import nn
 from .._batches import device_of, running
 from .._distributed import is_first, launched
 from .._library import build_info
+from .._linears import weight_of
 from .._records import ENDINGS
 from ..compressed_tensors import load_sparse_checkpoint
 from ..compressed_tensors.checkpoint import first_line
 from ..config import ALL_LINEAR, LoRSConfig
 from ..data import TokenDataset, load_data
+from ..experts import is_experts, stack_of
+from ..sparsity import EXPERTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from ..sparsity import LayerSparsity
+    from ..sparsity import LayerSparsity, ModelSparsity
 
 DEFAULT_SEQUENCE_LENGTH = 512
 
@@ -104,22 +107,34 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, batch_si
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:
-    """--target-modules and --exclude-modules."""
+    """--target-modules, --target-parameters and --exclude-modules."""
     parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="name suffixes, or one regular expression for whole names; every linear but the output head if not given",
+        help="name suffixes, or one regular expression for whole names; every linear but the output head, and all "
+        "experts, if neither is given",
     )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is")
+    parser.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME",
+        help="weights of experts, by name suffixes such as experts.down_proj",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude-modules", nargs="+", metavar="NAME", help="name suffixes of what is left as it is, such as experts"
+    )
 
 
 def target_config(args: argparse.Namespace, **fields: Any) -> LoRSConfig:
     """A configuration with the targets that `add_targets` asks for; of rank 1, which all linears have, unless given."""
-    targets = ALL_LINEAR if args.target_modules is None else args.target_modules
-    if (len(targets) == 1 and not re.fullmatch(r"[\w.-]*", targets[0])) or targets == [ALL_LINEAR]:
+    targets = args.target_modules
+    if (
+        targets is not None
+        and len(targets) == 1
+        and (targets == [ALL_LINEAR] or not re.fullmatch(r"[\w.-]*", targets[0]))
+    ):
         targets = targets[0]
-    return LoRSConfig(target_modules=targets, exclude_modules=args.exclude_modules, **{"r": 1, **fields})
+    chosen = {name: getattr(args, name) for name in ("target_parameters", "exclude_modules")}
+    return LoRSConfig(target_modules=targets, **chosen, **{"r": 1, **fields})
 
 
 def add_adapter(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
@@ -271,19 +286,34 @@ def describe_data(data: TokenDataset) -> str:
     return text
 
 
-def sparsity_table(layers: Sequence[LayerSparsity]) -> str:
-    """Layers of one name (q_proj, ...) in one row: how many, their weights, and the range of their sparsity."""
+def sparsity_table(sparsity: ModelSparsity) -> str:
+    """Layers of one name (q_proj, ...) in one row: how many, their weights, and the range of their sparsity.
+
+    Experts always have their rows, also where other layers were asked for; the last row is the whole model.
+    """
     groups: dict[str, list[LayerSparsity]] = {}
-    for layer in layers:
-        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    width = max(len(name) for name in [*groups, "layers"])
+    experts = [layer for layer in sparsity.experts if layer not in sparsity.layers]
+    for layer in (*sparsity.layers, *experts):
+        name = layer.name.rpartition(".")[2]
+        groups.setdefault(f"experts: {name}" if layer.kind == EXPERTS else name, []).append(layer)
+    everything = (*sparsity.layers, *sparsity.rest)
+    width = max(len(name) for name in [*groups, "all weights"])
     rows = [f"{'layers':<{width}}  count       weights   zeros"]
     for name, group in groups.items():
         weights = sum(layer.weights for layer in group)
         low, high = min(layer.sparsity for layer in group), max(layer.sparsity for layer in group)
         zeros = f"{low:.2%}" if f"{low:.2%}" == f"{high:.2%}" else f"{low:.2%} to {high:.2%}"
         rows.append(f"{name:<{width}}  {len(group):>5}  {weights:>12,}  {zeros}")
+    weights = sum(layer.weights for layer in everything)
+    rows.append(f"{'all weights':<{width}}  {len(everything):>5}  {weights:>12,}  {sparsity.model_sparsity:.2%}")
     return "\n".join(rows)
+
+
+def layer_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight of the layer ``name`` of a plain model, [N, K]; of a stack of experts [E N, K]."""
+    module, _, stack = name.rpartition(".")
+    experts = model.get_submodule(module)
+    return stack_of(experts, stack).flatten(0, 1) if is_experts(experts) else weight_of(model.get_submodule(name))
 
 
 def find_device(name: str) -> torch.device:

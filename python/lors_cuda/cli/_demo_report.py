@@ -69,7 +69,8 @@ def notes(args: argparse.Namespace, held_out_bytes: int, rounds: int) -> str:
     lines = (
         f"perplexity: per byte, on {held_out_bytes:,} held-out bytes. Fine-tuning is also further training, alike for",
         "  all methods: compare with the pruned model and between methods; the dense model had no such steps.",
-        "sparsity after merge: zeros in the linears of the plain model that comes out; in brackets in all its weights,",
+        f"sparsity after merge: zeros in the linears{' and experts' if args.moe else ''} of the plain model that comes "
+        "out; in brackets in all its weights,",
         "  embeddings and output head included.",
         f"ms/step: forward and backward of {args.batch_size} x {args.sequence_length} bytes; the median of {rounds} "
         "rounds that go through all methods.",
@@ -90,11 +91,14 @@ def whats_next(args: argparse.Namespace) -> str:
         return shlex.quote(f"{args.output}-{ending}")
 
     model = f"--model {path('sparse')}"
+    models = "dense/  sparse/                   the model before and after pruning"
+    if not args.moe:
+        models = "dense/  sparse/  sparse-int4/     the model before and after pruning, and that as int4 codes"
     adapter = f"--adapter {path('lors', 'adapter')}"
     return f"""Written to {path()}:
   table.txt  demo.png  demo.json    the table, the plot, all numbers
   train.txt  heldout.txt            the text
-  dense/  sparse/  sparse-int4/     the model before and after pruning, and that as int4 codes
+  {models}
   lors*/adapter  lors*/merged       the adapters, and the sparse models with them merged in
 
 Try next:
@@ -103,12 +107,14 @@ Try next:
   lors-cuda finetune {model} --data {path("train.txt")} --output {beside("run")} --lr {args.lr:g}"""
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], masked_again: Sequence[Row], path: Path, layers: str) -> None:
     """Draw held-out perplexity against fine-tuning steps, and the sparsity that is left after merging.
 
     Args:
-        rows: the dense model, the pruned one, the methods, and plain LoRA with the mask put back after merging.
+        rows: the dense model, the pruned one, and the methods.
+        masked_again: plain LoRA with the mask put back after merging, if it is one of them.
         path: of the PNG file.
+        layers: what the sparsity is of.
 
     Raises:
         OSError: the file could not be written.
@@ -117,7 +123,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    dense, pruned, *methods, masked_again = rows
+    dense, pruned, *methods = rows
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
     last = max(step for row in methods for step, _ in row.curve)
@@ -137,9 +143,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         style = (0, (4, 3)) if row.dashed else "solid"
         label = f"{row.label}: {row.perplexity:.2f}"
         curves.plot(steps, values, color=row.color, linestyle=style, linewidth=2, marker="o", markersize=4, label=label)
-    label = f"{masked_again.label}: {masked_again.perplexity:.2f}"
-    color = methods[-1].color
-    curves.plot([last], [masked_again.perplexity], color=color, linestyle="none", marker="X", markersize=8, label=label)
+    for row in masked_again:
+        label, color = f"{row.label}: {row.perplexity:.2f}", methods[-1].color
+        curves.plot([last], [row.perplexity], color=color, linestyle="none", marker="X", markersize=8, label=label)
     curves.set(xlabel="fine-tuning step", ylabel="held-out perplexity per byte", xlim=(0, last * 1.03))
     curves.set_title("Fine-tuning the pruned model", fontsize=11)
     curves.grid(alpha=0.3)
@@ -159,7 +165,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             va="center",
             fontsize=9,
         )
-    bars.set(xlim=(0, max(row.sparsity for row in shown) * 1.25), xlabel="zeros in the linears")
+    bars.set(xlim=(0, max(row.sparsity for row in shown) * 1.25), xlabel=f"zeros in the {layers}")
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bars.set_title("Sparsity after merging", fontsize=11)
     bars.spines[["top", "right"]].set_visible(False)

@@ -19,6 +19,7 @@ from .._draws import ROUNDINGS
 from ..adapter_directory import read_adapter
 from ..config import LoRSConfig
 from ..methods import METHODS, Method, get_method
+from ..quantization import REMAINDERS
 from ._common import (
     add_adapter,
     add_data,
@@ -46,7 +47,10 @@ _OF_ADAPTER = {
     "requantize": False,
     "remainder": None,
 }
-_NOT_BESIDE_ADAPTER = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
+_NOT_BESIDE_ADAPTER = (
+    "target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "init",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_targets(parser)
     parser.add_argument(
         "--rank-pattern", type=pattern_entry(positive_int), nargs="+", metavar="NAME=RANK",
-        help="other ranks, by the end of a module's name (a regular expression)",
+        help="other ranks, by the end of a module's name, of experts a parameter's (a regular expression)",
     )  # fmt: skip
     parser.add_argument(
         "--alpha-pattern", type=pattern_entry(positive_float), nargs="+", metavar="NAME=ALPHA", help="other alphas"
@@ -80,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "quantized loses nothing",
     )  # fmt: skip
     parser.add_argument(
-        "--remainder", choices=("dither", "none"),
+        "--remainder", choices=REMAINDERS,
         help="what stands for the weight between two codes, with --requantize; dither for int4, none for 8 bits if "
-        "left out",
+        "left out; stored is of a model made by quantize --remainder stored",
     )  # fmt: skip
     parser.add_argument(
         "--method", default="lors", metavar="NAME",

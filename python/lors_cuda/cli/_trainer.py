@@ -202,7 +202,7 @@ class Report(TrainerCallback):
 
 
 _NAMES = {"learning_rate": "lr", **{name: name for name in ("loss", "grad_norm", "tokens", "seconds")}}
-_NAMES |= {name: name for name in ("eval_loss", "eval_perplexity", "sparsity", "model_sparsity")}
+_NAMES |= {name: name for name in ("eval_loss", "eval_perplexity", "sparsity", "expert_sparsity", "model_sparsity")}
 
 
 def _entry(logged: dict[str, Any]) -> dict[str, Any]:

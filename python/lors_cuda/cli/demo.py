@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # lors-cuda demo: dense model -> pruned 2:4 -> repaired by LoRS and by two other methods -> merged, saved, reloaded.
+# With --moe a mixture of experts, and LoRS alone: the other methods here know linears only, and codes hold no experts.
 # Uses the library as the other commands do; _demo_peers.py has the comparison methods, _demo_report.py table and plot.
 # What it promises is checked at the end: the exit code is 1, with a sentence, where a promise does not hold.
 """``lors-cuda demo``: the whole story on a small model and real text, offline."""
@@ -34,7 +35,7 @@ from ..model import get_lors_model, merge_and_unload
 from ..pruning import prune
 from ..sparsity import measure_sparsity
 from . import UsageError
-from ._common import _quiet_transformers, load_model, positive_float, positive_int, say, seed_number
+from ._common import _quiet_transformers, layer_weight, load_model, positive_float, positive_int, say, seed_number
 from ._demo_peers import AutogradMasking, PeerLinear, PlainLoRA, measure_steps, merge_layers, replace_layers
 from ._demo_report import Row, notes, plot, table, whats_next
 from ._demo_text import language_reference, split_topics
@@ -45,8 +46,9 @@ _MADE_BY = "lors-cuda demo"
 _HELD_OUT_BYTES = 16_000
 _EVALUATED_AT_ONCE = 2048  # bytes
 _HEADS = 4
+_EXPERTS, _EXPERTS_PER_TOKEN = 8, 2  # with --moe; each as wide as half the dense MLP, so that a token costs the same
 _OPTIONS = (
-    "seed", "dense_steps", "steps", "lr", "rank", "layers", "hidden_size", "batch_size", "sequence_length",
+    "moe", "seed", "dense_steps", "steps", "lr", "rank", "layers", "hidden_size", "batch_size", "sequence_length",
 )  # fmt: skip
 _POINTS = 5  # of each curve, after the start
 _ROUNDS = 15
@@ -85,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("lors-demo"), metavar="DIR", help="where models, table and plot go"
     )
+    parser.add_argument(
+        "--moe", action="store_true",
+        help="with a mixture of experts, a Qwen3-MoE, instead of a Llama; experts have a quarter of --rank",
+    )  # fmt: skip
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="of the model's start, the adapters and the data order"
     )
@@ -129,6 +135,7 @@ class _Demo:
         self.shown = not args.json
         self.data: TokenDataset
         self.held_out: TokenDataset
+        self.methods = tuple(one for one in METHODS if not args.moe or (one.peer is None and not one.scheme))
         self.broken: list[str] = []
         self.bases: dict[str, nn.Module] = {}  # what is fine-tuned, by its scheme
 
@@ -150,18 +157,20 @@ class _Demo:
         self.say(f"      held-out perplexity {dense_row.perplexity:.3f} per byte")
         self.save(dense, "dense", tokenizer)
 
-        self.say("2/5  Prune it to 2:4 with Wanda: of four weights in a row, two become zero.")
+        too = ", its experts too" if args.moe else ""
+        self.say(f"2/5  Prune it to 2:4 with Wanda{too}: of four weights in a row, two become zero.")
         calibration = self.data.shuffled_batches(args.batch_size, 8, args.seed)
         prune(dense, "2:4", method="wanda", batches=calibration, progress=self.shown)
         sparse = dense  # pruned in place; the dense one is on the disk
         pruned_row = self.row_of("pruned", "pruned to 2:4 (Wanda)", sparse)
         self.say(
             f"      held-out perplexity {pruned_row.perplexity:.3f}, sparsity "
-            f"{pruned_row.sparsity:.2%} in the linears, {pruned_row.model_sparsity:.2%} in all weights"
+            f"{pruned_row.sparsity:.2%} in the linears{' and experts' if args.moe else ''}, "
+            f"{pruned_row.model_sparsity:.2%} in all weights"
         )
         self.save(sparse, "sparse", tokenizer)
         self.bases[""] = sparse
-        for scheme in sorted({method.scheme for method in METHODS if method.scheme}):
+        for scheme in sorted({method.scheme for method in self.methods if method.scheme}):
             self.bases[scheme] = self.quantize(sparse, scheme)
 
         self.say(
@@ -169,7 +178,7 @@ class _Demo:
             f"learning rate {args.lr:g}."
         )
         adapted, rows = {}, []
-        for method in METHODS:
+        for method in self.methods:
             adapted[method.name], row = self.fine_tune(method, pruned_row)
             rows.append(row)
             self.say(f"      {method.label:<26} {row.perplexity:.3f}")
@@ -181,14 +190,14 @@ class _Demo:
 
         self.say("5/5  Merge, save, read back from the disk, and compare.")
         checks = {}
-        for method, row in zip(METHODS, rows, strict=True):
+        for method, row in zip(self.methods, rows, strict=True):
             if method.peer is None:
                 checks[method.name] = self.merge_and_reload(method, row, adapted.pop(method.name), sparse)
             else:
                 merge_layers(adapted[method.name])
                 row.set_sparsity(measure_sparsity(adapted[method.name]))
-        masked_again = self.mask_again(adapted["lora"], sparse)
-        return self.write([dense_row, pruned_row, *rows, masked_again], checks), self.broken
+        masked_again = [self.mask_again(adapted["lora"], sparse)] if "lora" in adapted else []
+        return self.write([dense_row, pruned_row, *rows], masked_again, checks), self.broken
 
     # ---- the parts ----
 
@@ -211,25 +220,31 @@ class _Demo:
         return tokenizer
 
     def train_dense(self) -> nn.Module:
-        """Train a Llama of transformers' own class from scratch."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+        """Train a Llama, or a Qwen3-MoE, of transformers' own class from scratch."""
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
         args = self.args
         torch.manual_seed(args.seed)
-        model: nn.Module = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=args.hidden_size,
-                intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
-                num_hidden_layers=args.layers,
-                num_attention_heads=_HEADS,
-                num_key_value_heads=_HEADS,
-                vocab_size=384,  # of ByT5: 256 bytes and its special tokens
-                max_position_embeddings=args.sequence_length,
-                initializer_range=0.06,  # with the default, 0.02, so narrow a model learns at half the speed
-            )
-        )
+        width = args.hidden_size * 8 // 3 // 16 * 16
+        sizes: dict[str, Any] = {
+            "hidden_size": args.hidden_size,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": _HEADS,
+            "num_key_value_heads": _HEADS,
+            "vocab_size": 384,  # of ByT5: 256 bytes and its special tokens
+            "max_position_embeddings": args.sequence_length,
+            "initializer_range": 0.06,  # with the default, 0.02, so narrow a model learns at half the speed
+        }
+        model: nn.Module
+        if args.moe:
+            sizes |= {"num_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS_PER_TOKEN}
+            sizes |= {"moe_intermediate_size": width // 32 * 16, "head_dim": args.hidden_size // _HEADS}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, norm_topk_prob=True))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=width))
+        kind = f"Qwen3-MoE of {_EXPERTS} experts, {_EXPERTS_PER_TOKEN} a token," if args.moe else "Llama"
         self.say(
-            f"1/5  Train a dense Llama from scratch: {args.layers} layers of width {args.hidden_size}, "
+            f"1/5  Train a dense {kind} from scratch: {args.layers} layers of width {args.hidden_size}, "
             f"{sum(p.numel() for p in model.parameters()):,} weights, {args.dense_steps} steps of "
             f"{args.batch_size * args.sequence_length} bytes."
         )
@@ -262,7 +277,12 @@ class _Demo:
         model = copy.deepcopy(self.bases[method.scheme])
         start = self.perplexity(model) if method.scheme else pruned.perplexity
         config = LoRSConfig(
-            r=args.rank, lora_alpha=2 * args.rank, gradient=method.gradient, requantize=bool(method.scheme)
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            gradient=method.gradient,
+            requantize=bool(method.scheme),
+            rank_pattern={r"experts\.\w+": max(1, args.rank // 4)} if args.moe else {},
+            alpha_pattern={r"experts\.\w+": 2 * max(1, args.rank // 4)} if args.moe else {},
         )
         gradients = None
         if method.init == "gradient":
@@ -375,10 +395,11 @@ class _Demo:
         model.save_pretrained(str(self.directory / name))  # type: ignore[operator]
         tokenizer.save_pretrained(str(self.directory / name))
 
-    def write(self, rows: list[Row], checks: dict[str, Any]) -> dict[str, Any]:
+    def write(self, rows: list[Row], masked_again: list[Row], checks: dict[str, Any]) -> dict[str, Any]:
         """Print and write the table, the plot and the numbers; returns the numbers."""
         args = self.args
-        plot(rows, self.directory / "demo.png")
+        plot(rows, masked_again, self.directory / "demo.png", "linears and experts" if args.moe else "linears")
+        rows = [*rows, *masked_again]
         text = f"{table(rows)}\n\n{notes(args, self.held_out.loss_tokens, _ROUNDS)}\n"
         replace_file(self.directory / "table.txt", text.encode())
         if self.shown:
@@ -426,8 +447,6 @@ def _files(directory: Path) -> list[str]:
 
 
 def _pruned_weights(model: nn.Module, sparse: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weight, the pruned model's weight) of every linear that was pruned."""
+    """(weight, the pruned model's weight) of every linear, and stack of experts, that was pruned."""
     for layer in measure_sparsity(sparse):
-        model_layer: Any = model.get_submodule(layer.name)
-        sparse_layer: Any = sparse.get_submodule(layer.name)
-        yield model_layer.weight, sparse_layer.weight
+        yield layer_weight(model, layer.name), layer_weight(sparse, layer.name)

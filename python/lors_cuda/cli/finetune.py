@@ -35,7 +35,7 @@ from ..config import LoRSConfig
 from ..data import TokenDataset
 from ..gradient_init import estimate_gradients, init_from_gradients
 from ..model import get_lors_model, named_lors_layers
-from ..sparsity import measure_sparsity
+from ..sparsity import ModelSparsity, measure_sparsity
 from ..targets import Target, check_targets, find_targets
 from ._common import (
     describe_data,
@@ -111,6 +111,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
     gradients = _convert(args, model, config, targets, data, checkpoint is not None)
     has_run = bool(method.places()) or config.rounding != "nearest"
     method_run = method.start(model, steps=args.steps, seed=args.seed, gradients=gradients) if has_run else None
+    say(args, _about_trained(model, sparsity))
     identity = _identity(args, model, config, data)
     trained = 0
     with together():
@@ -178,6 +179,7 @@ def _run(args: argparse.Namespace, config: LoRSConfig, device: torch.device) -> 
         "first_loss": entries[0]["loss"],
         "last_loss": last,
         "sparsity": sparsity.sparsity,
+        "expert_sparsity": sparsity.expert_sparsity,
         "model_sparsity": sparsity.model_sparsity,
         "adapted_layers": sum(1 for _ in named_lors_layers(adapted)),
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
@@ -226,7 +228,12 @@ def _convert(
         batches = data.shuffled_batches(args.batch_size, args.init_batches, args.seed)
         mine = batches[process_rank() :: process_count()]
         gradients = estimate_gradients(
-            model, mine, steps=args.init_batches, targets=targets, progress=is_first() and not args.json
+            model,
+            mine,
+            steps=args.init_batches,
+            targets=targets,
+            progress=is_first() and not args.json,
+            sketch_experts=True,
         )
     with together():
         torch.manual_seed(args.seed)
@@ -234,6 +241,22 @@ def _convert(
         if gradients is not None and args.init == "gradient":
             init_from_gradients(model, gradients)
     return gradients if needed else None
+
+
+def _about_trained(model: nn.Module, sparsity: ModelSparsity) -> str:
+    """How many parameters are trained, and where; adapters of experts are many."""
+    layers = [layer for _, layer in named_lors_layers(model)]
+    experts = [layer for layer in layers if layer.num_experts is not None]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(layer.weights for layer in (*sparsity.layers, *sparsity.rest))
+    text = (
+        f"Trained: {trained:,} parameters, {trained / weights:.2%} of the model's weights; {len(layers)} adapted layers"
+    )
+    if not experts:
+        return f"{text}."
+    own = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in experts)
+    adapters = sum(layer.num_experts or 0 for layer in experts)
+    return f"{text}, of which {len(experts)} of experts with {adapters} adapters, {own:,} parameters."
 
 
 def _check_adapter(args: argparse.Namespace, model: nn.Module) -> None:

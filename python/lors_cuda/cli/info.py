@@ -15,7 +15,10 @@ from .._checks import sparse_product
 from .._library import build_info
 from ._common import say
 
-_OPS = ("merge", "merge_backward", "merged_operand", "linear", "linear_backward", "sparse24_merge")
+_OPS = (
+    "merge", "merge_backward", "merged_operand", "linear", "linear_backward", "grouped_linear",
+    "grouped_linear_backward", "sparse24_merge",
+)  # fmt: skip
 _EXTRAS = ("transformers", "safetensors", "tqdm", "matplotlib")
 
 
@@ -74,8 +77,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"          2:4 forward: {result['cuda']['sparse_product']}",
         "packages  " + ", ".join(f"{name} {version or '(missing)'}" for name, version in extras.items()),
         "",
-        f"{'kernel':<16}  CPU  CUDA",
-        *(f"{op:<16}  {words[where['cpu']]:<3}  {words[where['cuda']]}" for op, where in kernels.items()),
+        f"{'kernel':<23}  CPU  CUDA",
+        *(f"{op:<23}  {words[where['cpu']]:<3}  {words[where['cuda']]}" for op, where in kernels.items()),
     ]
     if missing:
         lines += ["", f"For {', '.join(missing)}: pip install 'lors-cuda[cli]'"]

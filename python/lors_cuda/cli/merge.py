@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .._draws import ROUNDINGS
 from .._files import new_directory
-from .._linears import weight_of
 from ..checkpoint import load_adapter
 from ..compressed_tensors.checkpoint import SAVE_FORMATS
 from ..compressed_tensors.files import stored_quantization
@@ -27,6 +26,7 @@ from ._common import (
     add_force,
     add_model,
     add_targets,
+    layer_weight,
     load_model,
     say,
     seed_number,
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     also = f" {rounded} kept weights are rounded to zero." if rounded else ""
     say(
         args,
-        f"Mask unchanged in all {len(masks)} merged linears: sparsity {before.sparsity:.4%} before, "
-        f"{after.sparsity:.4%} after.{also} Sparsity {after}. "
+        f"Mask unchanged in all {len(masks)} merged layers: zeros in all weights of the model "
+        f"{before.model_sparsity:.4%} before, {after.model_sparsity:.4%} after.{also} Sparsity {after}. "
         f"Saved in '{args.output}'.",
     )
     return {
@@ -110,7 +110,7 @@ def _verify(model: nn.Module, masks: dict[str, Tensor]) -> int:
     """
     rounded = 0
     for name, bits in masks.items():
-        rounded += _rounded(name, weight_of(model.get_submodule(name)) != 0, bits)
+        rounded += _rounded(name, layer_weight(model, name) != 0, bits)
     return rounded
 
 

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._checks import listed
 from .._files import new_directory
 from ..compressed_tensors.files import stored_quantization
 from ..compressed_tensors.kept import QUANTIZED, SCHEMES, quantize_linears
-from ..sparsity import measure_sparsity
+from ..sparsity import EXPERTS, measure_sparsity
 from ._common import add_model, add_targets, load_model, say, sparsity_table, target_config
 from ._model_files import check_new, save_model
 
@@ -24,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme", choices=tuple(SCHEMES), required=True,
         help="bits, and the columns that share a scale (g128, ...; else a row); rounded to nearest, symmetric",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remainder", choices=("stored",),
+        help="keep what int4 drops, as int8 codes, for 'lors-cuda finetune --requantize --remainder stored'; merged it is "
+        "int4",
     )  # fmt: skip
     add_targets(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the output")
@@ -38,15 +45,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     model = load_model(args.model, args.device, any_architecture=True, mask_from=args.mask_from)
     before = measure_sparsity(model, target_config(args))
-    names = [layer.name for layer in before if type(model.get_submodule(layer.name)) is nn.Linear]
-    quantize_linears(model, args.scheme, names)
+    linears = [layer.name for layer in before if layer.kind != EXPERTS]
+    names = [name for name in linears if type(model.get_submodule(name)) is nn.Linear]
+    quantize_linears(model, args.scheme, names, remainder=args.remainder is not None)
     with new_directory(args.output, replace=args.overwrite) as directory:
         save_model(model, args.model, directory, QUANTIZED)
     stored = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
+    experts = [layer.name for layer in before.experts]
+    if experts:
+        warnings.warn(
+            f"Not quantized: the experts {listed(experts)}. Only linears are; experts stay as they are.",
+            UserWarning,
+            stacklevel=2,
+        )
+    kept = f"{args.scheme} with its remainder" if args.remainder else args.scheme
     say(args, sparsity_table(before))
     say(
         args,
-        f"{len(names)} linears are {args.scheme}: {stored:,} bytes of weights. Sparsity {before}. Saved in "
-        f"'{args.output}'.",
+        f"{len(names)} linears are {kept}: {stored:,} bytes of weights. Sparsity {before}. Saved in '{args.output}'.",
     )
     return {"output": str(args.output), "scheme": args.scheme, "bytes": stored, **before.to_dict()}

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import listed
 from .._files import replace_file
 from .._linears import is_conv1d
 from ..formats import pack_mask
 from ..linear import LoRSLinear
+from ..quantization import quantize_codes
 from ..sparse_linear import SparseLinear
 from ..weight import SparseWeight
 from .files import CONFIG_NAME, read_json, require
@@ -116,21 +119,29 @@ def check_no_conv1d(model: nn.Module, directory: Path) -> None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def quantize_linears(model: nn.Module, scheme: str, names: list[str]) -> None:
+def quantize_linears(model: nn.Module, scheme: str, names: list[str], *, remainder: bool = False) -> None:
     """Round the weights of linears to nearest codes, in place; their zeros stay.
 
     Args:
         scheme: one of SCHEMES.
         names: of nn.Linear modules of the model; each becomes a frozen SparseLinear.
+        remainder: int8 codes on a grid sixteen times finer than the int4 grid of `scheme`, for training with
+            ``remainder="stored"``.
 
     Raises:
-        ValueError: a weight has no such grid; the linear is named. Those before it are quantised.
+        ValueError: a weight has no such grid (the linear is named; those before it are quantised), or `remainder` is
+            asked for with 8 bits.
     """
     how = SCHEMES[scheme]
+    if remainder and how.kind != "int4":
+        raise ValueError(f"remainder='stored' is what int4 codes drop, and {scheme} has 8 bits; leave remainder out.")
     for name in names:
         linear: Any = model.get_submodule(name)
         try:
             weight = SparseWeight.quantize(linear.weight.detach(), None, how.kind, how.group)
+            if remainder and weight.quantization is not None:
+                finer, mask = weight.quantization.finer(), weight.mask()
+                weight = SparseWeight.from_quantized(quantize_codes(linear.weight.detach(), mask, finer), finer, mask)
         except ValueError as error:
             raise ValueError(
                 f"'{name}' cannot be quantized to {scheme}: {error} Take another scheme, or exclude_modules=['{name}']."
@@ -141,6 +152,8 @@ def quantize_linears(model: nn.Module, scheme: str, names: list[str]) -> None:
             child,
             SparseLinear(weight, linear.bias, dtype=linear.weight.dtype).train(linear.training),
         )
+    if remainder:
+        how = replace(how, kind="int8")
     kind = {
         "num_bits": how.bits, "type": "float" if how.kind == "e4m3" else "int", "symmetric": True,
         "strategy": how.strategy, "group_size": how.group, "dynamic": False,
@@ -156,7 +169,8 @@ def quantize_linears(model: nn.Module, scheme: str, names: list[str]) -> None:
 
 def write_quantized(model: nn.Module, directory: Path) -> None:
     """Save a model of quantised layers into a directory that exists and is empty, as it was stored: the same scheme,
-    scales and zero points. ``marlin-24`` becomes ``pack-quantized``, and no weight is stored as a bitmask.
+    scales and zero points. ``marlin-24`` becomes ``pack-quantized``, and no weight is stored as a bitmask. What was
+    trained with ``remainder="stored"`` becomes int4.
 
     Raises:
         TypeError: not a transformers model. ValueError: it was not loaded with quantized="keep", or a layer has changed
@@ -171,6 +185,8 @@ def write_quantized(model: nn.Module, directory: Path) -> None:
             "quantized='keep'), or make one with `lors-cuda quantize`."
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if any(_is_made_coarser(layer) for layer in layers.values()):
+        stored = _int4(stored, layers)
     tensors = _without(model.state_dict(), layers)
     masks = {}
     for name, layer in layers.items():
@@ -193,6 +209,29 @@ def write_quantized(model: nn.Module, directory: Path) -> None:
     config = read_json(directory / CONFIG_NAME)
     config["quantization_config"] = _block(stored)
     replace_file(directory / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _is_made_coarser(layer: SparseLinear) -> bool:
+    return isinstance(layer, LoRSLinear) and layer.requantize and layer.remainder == "stored"
+
+
+def _int4(stored: Stored, layers: Mapping[str, SparseLinear]) -> Stored:
+    """How a model is stored whose int8 codes, with their remainder, become int4 ones.
+
+    Raises:
+        ValueError: a layer stays int8, which its group in config.json cannot say.
+    """
+    others = [name for name, layer in layers.items() if not _is_made_coarser(layer)]
+    if others or stored.block.get("quant_method") == GPTQ:
+        raise ValueError(
+            f"{listed(others or list(layers))} would stay int8 beside layers that remainder='stored' makes int4. Adapt "
+            "all quantized layers of a model that `lors-cuda quantize` made, or save it with format='dense'."
+        )
+    block = deepcopy(stored.block) | {"format": PACK}
+    for group in block["config_groups"].values():
+        group |= {"weights": group["weights"] | {"num_bits": 4}} | ({"format": PACK} if group.get("format") else {})
+    schemes = {name: replace(scheme, kind="int4", format=PACK) for name, scheme in stored.schemes.items()}
+    return Stored(block, schemes, stored.activations)
 
 
 def merged_weight(name: str, layer: SparseLinear) -> SparseWeight:

@@ -365,6 +365,11 @@ def _trained_pairs(model: nn.Module) -> Iterator[Pair]:
     for name, module in model.named_modules():
         if not isinstance(module, SparseLayer) or not module.has_adapters:
             continue
+        if module.num_experts is not None:
+            raise ValueError(
+                f"'{name}' has adapters of experts, and the methods of lors_cuda.methods work on those of linears. "
+                "Leave the experts out (exclude_modules=['experts']), or train without a method."
+            )
         layer: Any = module
         own = layer.storage is layer
         adapters = [None] if own else [a for a in layer.active_adapters if a in layer.lora_A]

@@ -126,6 +126,8 @@ class LoRSLoraConfig(LoraConfig):  # type: ignore[misc]
         #: {module name: (the layer's own {adapter name: rank} and {adapter name: scaling}, the adapter's name)} of the
         #: model it is attached to.
         self.adapted: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {}
+        #: {path: whether it is adapted} of the stacked weights of experts in the model it is attached to.
+        self.stacks: dict[str, bool] = {}
         #: Whether its adapter is a new one, and not loaded: then its rank must suit the layers.
         self.is_new = self.trained_on is None
         self.validate()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,10 +15,9 @@ from peft import PeftModel
 from .. import gradient_init
 from .._distributed import check_gathered
 from ..model import check_no_method
-from ..targets import Target
 from .config import LoRSLoraConfig
 from .model import LoRSLoraModel
-from .targets import check_targets, named_peft_layers, selected, spell_out_all_linear
+from .targets import check_targets, named_peft_layers, selected, spell_out
 
 
 def estimate_gradients(
@@ -41,16 +40,13 @@ def estimate_gradients(
     config = deepcopy(config)
     tuner: Any = LoRSLoraModel
     config = tuner._prepare_adapter_config(_NoTuner, config, tuner.get_model_config(model))
-    spell_out_all_linear(config, model)
+    spell_out(config, model)
     found = selected(model, config)
     if not found:
         raise ValueError(f"target_modules={config.target_modules!r} selects no module of {type(model).__name__}.")
     check_targets(found, model, config, new=True)
-    targets = [
-        Target(name, (name,), cast(nn.Linear, module), config.r, config.lora_alpha) for name, module in found.items()
-    ]
     return gradient_init.estimate_gradients(
-        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, targets=targets
+        model, batches, steps=steps, loss_fn=loss_fn, progress=progress, targets=list(found.values())
     )
 
 
@@ -68,9 +64,7 @@ def init_from_gradients(
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = {
-        name: (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
-        for name, layer in named_peft_layers(base)
-        if adapter_name in layer.lora_A
+        name: layer.factors(adapter_name) for name, layer in named_peft_layers(base) if adapter_name in layer.lora_A
     }
     if not adapters:
         raise ValueError(

@@ -136,7 +136,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         would wait for the device), they are multiplied into lora_B, in float32 at least.
         """
         scalings = [self.scaling[name] for name in names]
-        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight) for name in names]
+        pairs = [self.factors(name) for name in names]
         if len(names) == 1 and not isinstance(scalings[0], Tensor):
             return (*pairs[0], float(scalings[0]))
         scaled = [
@@ -145,7 +145,11 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         ]
         if len(names) == 1:
             return pairs[0][0], scaled[0], 1.0
-        return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat(scaled, dim=1), 1.0
+        return torch.cat([lora_A for lora_A, _ in pairs], dim=-2), torch.cat(scaled, dim=-1), 1.0
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """lora_A [r, K] and lora_B [N, r] of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
 
     def set_rank(self, adapter_name: str, r: int) -> None:
         """Record the rank that an adapter has been given, at the same scaling; save_pretrained writes it."""
@@ -190,7 +194,7 @@ class LoRSLoraLinear(Linear, SparseLayer):  # type: ignore[misc]
         dtype = self.base_layer._dense_dtype
         if not names:
             return self.sparse_weight.to_dense(dtype)
-        return stored_merge(self.sparse_weight, *self.stacked(names), draws, self.requantization, dtype)
+        return stored_merge(self.sparse_weight, *self.stacked(names), draws, self.requantization, dtype).flatten(0, -2)
 
     def zero_weight(self, dtype: torch.dtype | None = None) -> SparseWeight:
         """See :meth:`lors_cuda.SparseWeight.zeros`; in the base's dtype unless another is given."""

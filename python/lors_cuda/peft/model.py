@@ -28,13 +28,16 @@ from .._distributed import check_gathered
 from .._draws import derived_seed
 from .._linears import is_linear
 from .._saving import guard_saving, unguard_saving
-from ..adapter_directory import FORMER_PEFT_TYPE
+from ..adapter_directory import FORMER_PEFT_TYPE, PREFIX
 from ..advice import new_heads, warn_of_conversion
+from ..experts import LoRSExperts, SparseExpertWeight
 from ..model import check_mergeable, check_no_method, dither_seed_of
 from ..sparse_linear import SparseLinear
+from ..targets import Target
 from .config import PEFT_METHOD, LoRSLoraConfig
+from .experts import LoRSLoraExpertWeight, convert_experts, experts_before, names_in_file, renamed
 from .layer import LoRSLoraLinear
-from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out_all_linear
+from .targets import candidates, check_targets, fingerprints, named_peft_layers, selected, spell_out, target_of
 
 
 class LoRSLoraModel(LoraModel):  # type: ignore[misc]
@@ -63,17 +66,20 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             )
         config.validate()
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        spell_out_all_linear(config, model)
+        spell_out(config, model)
         targets = self._targets(model, config, state_dict)
         new = config.is_new and state_dict is None and not self._combines
         check_targets(targets, model, config, new=new)
         found = fingerprints(targets, config)
         heads = new_heads(model) if new else []
-        unconverted = [name for name, module in targets.items() if is_linear(module)]
+        unconverted = [name for name, target in targets.items() if not target.stack and is_linear(target.module)]
+        experts = {name.rpartition(".")[0]: None for name, target in targets.items() if target.stack}
         targets.clear()  # the last reference to a dense weight must be the model's
         with unchanged_on_error(model, adapter_name):
             for name in unconverted:
                 _compress(model, name, config.layout)
+            for name in experts:
+                convert_experts(model, name, config.layout)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -96,19 +102,29 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
 
     def _targets(
         self, model: nn.Module, config: LoRSLoraConfig, state_dict: dict[str, Tensor] | None
-    ) -> dict[str, nn.Module]:
-        """The modules that PEFT will adapt: those the configuration selects, or those a state names."""
+    ) -> dict[str, Target]:
+        """What PEFT will adapt: what the configuration selects, or the modules that a state names."""
         if state_dict is None:
             return selected(model, config)
         named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
-        return {name: module for name, module in candidates(model) if name in named}
+        return {name: target_of(name, module, config) for name, module in candidates(model) if name in named}
+
+    @staticmethod
+    def _check_target_module_exists(config: LoRSLoraConfig, key: str) -> Any:
+        # The stacks of a LoRSExperts are modules, which target_parameters has chosen.
+        chosen = config.stacks.get(key)
+        return LoraModel._check_target_module_exists(config, key) if chosen is None else chosen
+
+    def _inject_parameters(self, peft_config: LoRSLoraConfig, *args: Any, **kwargs: Any) -> list[str]:
+        return [path for path, chosen in peft_config.stacks.items() if chosen]  # which have their adapters by now
 
     @staticmethod
     def _create_new_module(
         lora_config: LoRSLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> LoRSLoraLinear:
         kwargs.pop("device_map", None)
-        return LoRSLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        kind = LoRSLoraExpertWeight if isinstance(target, SparseExpertWeight) else LoRSLoraLinear
+        return kind(target, adapter_name, config=lora_config, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also moves the adapters to the device of `weight`, which decompresses it; the layer itself has done so.
@@ -137,6 +153,7 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             check_mergeable(self.model)
             self._check_merge(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        experts_before(model)
         unguard_saving(model)
         return model
 
@@ -201,13 +218,22 @@ class LoRSLoraModel(LoraModel):  # type: ignore[misc]
             combination_type, adapters, weights, new_rank, unmasked, *args, **kwargs
         )
 
-    # ---- loading ----
+    # ---- saving and loading ----
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model=model, adapter_name=adapter_name, **kwargs)
+        return renamed(state, names_in_file(model, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoRSLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """As in PEFT, which calls it before it copies tensors; refuses a state that does not fit this adapter."""
+        own_names = {called: name for name, called in names_in_file(model, adapter_name).items()}
+        # A model that is no PeftModel has its names without the prefix of the file.
+        own_names |= {f"{PREFIX}{called}": f"{PREFIX}{name}" for called, name in own_names.items()}
+        state_dict = renamed(state_dict, own_names)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = _state_problems(model, adapter_name, remapped)
         if problems:
@@ -265,11 +291,15 @@ def unchanged_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         for name, module in list(model.named_modules()):
+            if isinstance(module, LoRSExperts) and kinds.get(name) is not LoRSExperts:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.without_adapters())
+        for name, module in list(model.named_modules()):
             if kinds.get(name) is type(module):
                 _without(module, adapter_name)
                 continue
             restored = _unwrapped(module)
-            if isinstance(restored, SparseLinear) and kinds.get(name) not in (None, SparseLinear):
+            if type(restored) is SparseLinear and kinds.get(name) not in (None, SparseLinear):
                 restored = restored.to_linear()
             if restored is not module:
                 parent, _, child = name.rpartition(".")

@@ -6,29 +6,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
+from typing import cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._checks import check_rank, grouped, joined, listed
-from .._linears import check_fits, check_stored_layout, is_linear, weight_of
-from ..config import ALL_LINEAR, matched
+from .._linears import check_fits, check_stored_layout, is_linear
+from ..config import ALL_LINEAR, matched, selects
+from ..experts import LoRSExperts, SparseExpertWeight
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import (
     Places,
+    Target,
     adaptable,
     cannot_adapt,
     check_requantizable,
     no_saved_module,
+    no_stack,
     output_heads,
-    shape_of,
     warn_unused,
 )
-from ..weight import SparseWeight
 from .config import LoRSLoraConfig
+from .experts import stacks_of
 from .layer import LoRSLoraLinear
 
 # PEFT itself adds these to modules_to_save for models with a task's head, whichever of them the model has.
@@ -55,22 +57,54 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def selected(model: nn.Module, config: LoRSLoraConfig) -> dict[str, nn.Module]:
-    """The modules that `config` selects, by PEFT's matching of names."""
-    return {n: m for n, m in candidates(model) if BaseTuner._check_target_module_exists(config, n)}
+def target_of(name: str, module: nn.Module, config: LoRSLoraConfig, stack: str = "") -> Target:
+    """What is called `name`: a module, or a stack of experts that are not converted yet."""
+    rank, alpha = matched(config.rank_pattern, name, config.r), matched(config.alpha_pattern, name, config.lora_alpha)
+    return Target(name, (name,), cast(nn.Linear, module), rank, alpha, stack)
 
 
-def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
+def selected(model: nn.Module, config: LoRSLoraConfig) -> dict[str, Target]:
+    """What `config` selects: modules by PEFT's matching of names, and stacks of experts, see `spell_out`."""
+    found = {
+        name: target_of(name, module, config)
+        for name, module in candidates(model)
+        if config.stacks.get(name, BaseTuner._check_target_module_exists(config, name))
+    }
+    for path, (module, stack) in stacks_of(model).items():
+        if config.stacks.get(path) and not isinstance(module, LoRSExperts):
+            found[path] = target_of(path, module, config, stack)
+    return found
+
+
+def spell_out(config: LoRSLoraConfig, model: nn.Module) -> None:
     """Replace target_modules="all-linear" by the names of the linears that can be adapted, stored sparse or not, except
-    the output head."""
+    the output head and routers, and target_parameters by the paths of the stacks of experts that they name; with
+    "all-linear" alone those of all experts.
+
+    Raises:
+        ValueError: an entry of target_parameters names no stack.
+    """
     targets = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+    every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    stacks, wanted = stacks_of(model), config.target_parameters
+    for entry in wanted or []:
+        if not any(selects([entry], path) for path in stacks):
+            raise ValueError(no_stack(entry, model, list(stacks)))
+    config.stacks = {
+        path: (selects(list(wanted), path) if wanted else every)
+        and not any(selects(config.exclude_modules, name) for name in (path, path.rpartition(".")[0]))
+        for path in stacks
+    }
+    if not every:
+        config.target_parameters = [path for path, chosen in config.stacks.items() if chosen] or None
         return
-    heads = output_heads(model)
+    heads, places = output_heads(model), Places(model)
     names = {
         name
         for name, module in candidates(model)
-        if (is_linear(module) or isinstance(module, SparseLayer)) and not any(module is head for head in heads)
+        if (is_linear(module) or (isinstance(module, SparseLayer) and module.num_experts is None))
+        and module not in places.routers
+        and not any(module is head for head in heads)
     }
     if not names:
         raise ValueError(
@@ -79,10 +113,14 @@ def spell_out_all_linear(config: LoRSLoraConfig, model: nn.Module) -> None:
         )
     config.target_modules = names
     chosen = selected(model, config)  # without what exclude_modules and the other fields leave out
-    config.target_modules = set(adaptable(chosen, partial(_problem, places=Places(model)), config, stacklevel=9))
+    left = adaptable(list(chosen.values()), lambda target: _problem(target, places), config, stacklevel=9)
+    kept = {target.name for target in left}
+    config.target_modules = kept - stacks.keys()
+    config.stacks = {path: path in kept for path in stacks}
+    config.target_parameters = sorted(kept & stacks.keys()) or None
 
 
-def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:
+def check_targets(targets: dict[str, Target], model: nn.Module, config: LoRSLoraConfig, *, new: bool) -> None:
     """Refuse what cannot be adapted, for all targets.
 
     `new`: the adapter is neither loaded nor combined from others, whose rank may exceed a layer's sides.
@@ -94,16 +132,16 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
     places = Places(model)
     problems = _unknown_saved(model, config)
     refused: dict[str, list[str]] = {}
-    for name, module in targets.items():
-        reason = _problem(module, places)
+    for name, target in targets.items():
+        reason = _problem(target, places)
         if reason is not None:
             problems.append(cannot_adapt(name, reason))
             continue
         try:
             if new:
-                check_rank(matched(config.rank_pattern, name, config.r), *shape_of(module))
-            check_requantizable(module, config)
-            _check_layout(module, config)
+                check_rank(target.r, *target.shape)
+            check_requantizable(target.module, config)
+            _check_layout(target, config)
         except ValueError as error:
             refused.setdefault(str(error), []).append(name)
     problems += grouped(refused)
@@ -113,35 +151,38 @@ def check_targets(targets: dict[str, nn.Module], model: nn.Module, config: LoRSL
         warn_unused(config, list(targets))
 
 
-def fingerprints(targets: dict[str, nn.Module], config: LoRSLoraConfig) -> dict[str, Fingerprint]:
+def fingerprints(targets: dict[str, Target], config: LoRSLoraConfig) -> dict[str, Fingerprint]:
     """{name: fingerprint of its weight} of the targets; warns of values that a loaded adapter was not trained on.
 
     Raises:
         ValueError: the masks, or the modules, are not those that it was trained on.
     """
-    found = {name: _fingerprint(module) for name, module in targets.items()}
+    found = {name: _fingerprint(target) for name, target in targets.items()}
     if config.trained_on is not None:
         _check_base(found, config.trained_on, config.strict_mask)
     return found
 
 
-def _fingerprint(module: nn.Module) -> Fingerprint:
+def _fingerprint(target: Target) -> Fingerprint:
+    module: nn.Module = target.module
     if isinstance(module, LoRSLoraLinear) and module.fingerprint is not None:
         return module.fingerprint
     if isinstance(module, (SparseLinear, LoRSLoraLinear)):
         return fingerprint(module.sparse_weight)
-    return fingerprint(SparseWeight.from_dense(weight_of(module), "dense"))
+    return fingerprint(target.sparse_weight())
 
 
-def _problem(module: nn.Module, places: Places) -> str | None:
-    """Say why this module cannot be adapted, or None; the words follow 'it'."""
-    if isinstance(module, LoRSLoraLinear):
+def _problem(target: Target, places: Places) -> str | None:
+    """Say why this cannot be adapted, or None; the words follow 'it'."""
+    module: nn.Module = target.module
+    if isinstance(module, (LoRSLoraLinear, SparseExpertWeight)):
         return None
     if isinstance(module, BaseTunerLayer):
         return f"has an adapter of PEFT's {type(module).__name__}, which is not masked. Unload that one"
     if isinstance(module, SparseLinear) and type(module) is not SparseLinear:
         return "is a LoRSLinear with an adapter of its own. Call lors_cuda.merge_and_unload on the model"
-    reason, names = places.problem(module), places.names_of[module]
+    reason = places.stack_problem(module, target.stack) if target.stack else places.problem(module)
+    names = places.names_of[module]
     if reason is None and len(names) > 1:
         return f"is also called '{names[1]}', and PEFT would adapt it under one name only. Leave it out"
     return reason
@@ -155,10 +196,11 @@ def _unknown_saved(model: nn.Module, config: LoRSLoraConfig) -> list[str]:
     return [no_saved_module(entry, model) for entry in entries if not any(name.endswith(entry) for name in names)]
 
 
-def _check_layout(module: nn.Module, config: LoRSLoraConfig) -> None:
-    if is_linear(module):
+def _check_layout(target: Target, config: LoRSLoraConfig) -> None:
+    module: nn.Module = target.module
+    if target.stack or is_linear(module):
         if config.trained_on is None or not config.strict_mask:  # else the mask itself is compared
-            check_fits(weight_of(module).detach(), config.layout)
+            check_fits(target.weight.detach(), config.layout)
     elif isinstance(module, SparseLinear) and config.trained_on is None:
         check_stored_layout(module.sparse_weight, config.layout)
 

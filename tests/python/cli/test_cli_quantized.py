@@ -122,6 +122,39 @@ def test_codes_are_merged_without_loss(home, int4, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stored_remainder_is_trained_on_and_merged_to_int4(home, int4, tmp_path, capsys):
+    fine, adapter, merged = tmp_path / "fine", tmp_path / "adapter", tmp_path / "merged"
+    assert "int8 has 8 bits" in failed(capsys, *quantize(home, fine, "int8", "--remainder", "stored"))
+    assert call(*quantize(home, fine, "int4", "--remainder", "stored")) == 0
+    coarse = kept_layers(int4)
+    for name, layer in kept_layers(fine).items():
+        weight, int4_weight = layer.sparse_weight, coarse[name].sparse_weight
+        assert weight.fingerprint() == int4_weight.fingerprint()
+        assert torch.equal(weight.quantization.coarser(16).scales, int4_weight.quantization.scales)
+        # A fine code halfway between two coarse ones was rounded there itself, so that it may be nearer to either.
+        codes = weight.codes().float()
+        other = torch.round(codes / 16).clamp(-8, 7) != int4_weight.codes()
+        assert bool((codes[other] % 16 == 8).all())
+    train = ["finetune", "--model", fine, *finetune(home, adapter)[3:], "--steps", "4", "--requantize"]
+    assert call(*train, "--remainder", "stored") == 0
+    merge = ["merge", "--model", fine, "--adapter", adapter, "--output", merged, "--format", "quantized"]
+    assert call(*merge) == 0
+    assert {layer.kind for layer in kept_layers(merged).values()} == {"int4"}
+    capsys.readouterr()
+    data = ["--data", home / "text.txt", *EVAL, "--json"]
+    assert call("eval", "--model", fine, "--adapter", adapter, *data) == 0
+    adapted = json.loads(capsys.readouterr().out)
+    assert call("eval", "--model", merged, *data) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == adapted["loss"]
+    some = tmp_path / "some"
+    assert (
+        call(*train[:-1], "--requantize", "--remainder", "stored", "--target-modules", "q_proj", "--output", some) == 0
+    )
+    merge[4], merge[6] = some, tmp_path / "none"
+    assert "would stay int8 beside layers" in failed(capsys, *merge)
+    assert not merge[6].exists()
+
+
 @pytest.mark.filterwarnings("default::UserWarning")  # kept zeros, which the command line tells of
 def test_prune_reads_quantized_weights_as_plain_ones(int4, tmp_path):
     prune = ["prune", "--method", "magnitude", "--pattern", "1:4", "--output", tmp_path / "pruned"]

@@ -44,7 +44,6 @@ REFUSED_VALUES = {
     "monteclora_config": lora.MontecloraConfig(),
     "layer_replication": [(0, 1)],
     "lora_bias": True,
-    "target_parameters": ["0.weight"],
     "use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["0"]),
     "arrow_config": lora.ArrowConfig(),
     "kasa_config": lora.KasaConfig(),

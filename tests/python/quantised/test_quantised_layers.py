@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from lors_cuda import LoRSLinear, SparseLinear, SparseWeight, merge_cache, reference
+from lors_cuda.pruning import SparsityPattern, select_mask
 from lors_cuda.quantization import quantize_codes
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -383,3 +384,43 @@ def test_defaults_and_repr():
     )
     with pytest.raises(ValueError, match="holds values"):
         LoRSLinear.from_linear(nn.Linear(8, 8), r=2, requantize=True)
+
+
+# ---- the dead zone --------------------------------------------------------------------------------------------------
+
+
+def repaired(remainder, seed):
+    """The loss after training an int4 layer towards a masked update of a tenth of a step, which few input directions
+    and few sums of outputs see: small changes of many weights count, and what single weights are rounded by does not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    dense = random(96, 96)
+    dense = torch.where(select_mask(dense.abs(), SparsityPattern.parse("2:4")), dense, 0.0)
+    coarse = SparseWeight.quantize(dense, None, "int4")
+    mask, step = coarse.mask(), coarse.quantization.scales.mean()
+    base = coarse
+    if remainder == "stored":
+        finer = coarse.quantization.finer()
+        base = SparseWeight.from_quantized(quantize_codes(dense, mask, finer), finer, mask)
+    update = random(96, 8) @ random(8, 96)
+    target = torch.where(mask, dense + 0.1 * step * update / update.std(), 0.0)
+    x, sums = random(256, 4) @ random(4, 96), random(96, 4)
+    torch.manual_seed(0)
+    layer = LoRSLinear(base, r=8, lora_alpha=8, requantize=True, remainder=remainder)
+    optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=1e-3)
+    for _ in range(150):
+        loss = ((layer(x) - x @ target.T) @ sums).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_updates_below_half_a_step_are_lost_without_a_remainder():
+    lost, dithered, stored = (sum(repaired(how, seed) for seed in (0, 2)) for how in ("none", "dither", "stored"))
+    assert dithered < lost / 4
+    assert stored < lost / 4

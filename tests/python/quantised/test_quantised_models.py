@@ -132,8 +132,8 @@ def test_what_cannot_be_requantised_is_refused_and_nothing_is_changed():
     mixed = net()
     mixed[2] = nn.Linear(32, 16)
     refused(mixed, LoRSConfig(r=2, requantize=True), "'2': requantize=True needs a quantised weight")
-    refused(net("e4m3"), LoRSConfig(r=2, requantize=True, remainder="dither"), "'0': There is a dither of an e4m3")
-    refused(net(), LoRSConfig(r=2, requantize=True, remainder="stored"), "'0': remainder is 'stored'")
+    refused(net("e4m3"), LoRSConfig(r=2, requantize=True, remainder="dither"), "'0', '2': There is a dither of an e4m3")
+    refused(net(), LoRSConfig(r=2, requantize=True, remainder="stored"), "'0', '2': remainder is 'stored'")
     refused(net(), LoRSConfig(r=2, layout="bitmap"), "it is stored in layout '2:4' and layout='bitmap' was asked for")
     refused(net(), LoRSConfig(r=40), "the rank must be")
     with pytest.raises(ValueError, match="requantize=True rounds to nearest codes: leave rounding='stochastic' out"):
