@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressed layouts as lors/sparse24.h and lors/types.h word them, element by element, and weights for them."""
+"""The compressed layouts as lors/sparse24.h and lors/types.h word them, and weights for them."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ def masked(weight: Tensor, kept: Tensor) -> Tensor:
 def compress(weight: Tensor, kept: Tensor) -> tuple[Tensor, np.ndarray]:
     """values [N, K/2] and metadata [N, ceil(K/8)] of layout 2:4."""
     N, K = weight.shape
-    values, metadata = torch.zeros((N, K // 2), dtype=weight.dtype), np.zeros((N, (K + 7) // 8), dtype=np.uint8)
-    for n in range(N):
-        for g in range(K // 4):
-            at = kept[n, 4 * g : 4 * g + 4].nonzero().flatten().tolist()
-            first, second = (at[0], at[-1]) if at else (1, 0)
-            for i in at:
-                slot = (1 if i == second else 0) if first != second else (1 if i == 3 else 0)
-                values[n, 2 * g + slot] = weight[n, 4 * g + i] + 0.0
-            metadata[n, g // 2] |= (first | second << 2) << 4 * (g % 2)
-    return values, metadata
+    groups, given = kept.view(N, K // 4, 4), weight.view(N, K // 4, 4)
+    some = groups.any(-1)
+    first = torch.where(some, groups.int().argmax(-1), 1)
+    second = torch.where(some, 3 - groups.flip(-1).int().argmax(-1), 0)
+    two, one = first < second, first == second
+    values = torch.zeros((N, K // 4, 2), dtype=weight.dtype)
+    for slot, at, held in ((0, first, two | (one & (first != 3))), (1, second, two | (one & (first == 3)))):
+        values[..., slot] = torch.where(held, given.gather(-1, at[..., None])[..., 0] + 0.0, values[..., slot])
+    codes = np.zeros((N, (K + 7) // 8 * 2), dtype=np.uint8)
+    codes[:, : K // 4] = (first | second << 2).numpy()
+    return values.view(N, K // 2), codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def pack_bitmap(weight: Tensor, kept: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
