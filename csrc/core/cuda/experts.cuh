@@ -13,12 +13,15 @@
 
 namespace lors::cuda {
 
+constexpr int kMostExperts = (1 << 16) - 1;
+
 // Of a call with `rows` rows.
 inline Status check_experts(const char* name, const Experts& experts, int64_t rows) {
   constexpr int64_t kMost = 0x7fffffff;
-  if (rows <= kMost && experts.count >= 1 && experts.count < kMost && (experts.offsets || experts.count == 1)) return {};
-  return Status::error(std::string(name) + " takes up to " + std::to_string(kMost) +
-                       " rows of one weight, or of several experts with their offsets, and was given " +
+  if (rows <= kMost && experts.count >= 1 && experts.count <= kMostExperts && (experts.offsets || experts.count == 1))
+    return {};
+  return Status::error(std::string(name) + " takes up to " + std::to_string(kMost) + " rows of one weight, or of up to " +
+                       std::to_string(kMostExperts) + " experts with their offsets, and was given " +
                        std::to_string(experts.count) + " experts and " + std::to_string(rows) + " rows " +
                        (experts.offsets ? "with" : "without") + " offsets.");
 }
@@ -93,13 +96,11 @@ __device__ __forceinline__ ExpertTile expert_tile(const ExpertRows& experts, int
 // The expert of one row: the number of ends up to it; -1 where the row is not the call's.
 __device__ __forceinline__ int expert_of(const ExpertRows& experts, int64_t row) {
   if (experts.offsets == nullptr) return 0;
-  int low = 0, high = experts.count;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (ptx::load_global(experts.offsets + middle) <= row)
-      low = middle + 1;
-    else
-      high = middle;
+  int low = 0;
+#pragma unroll
+  for (int step = (kMostExperts + 1) / 2; step > 0; step /= 2) {  // unrolled: seldom as many are taken
+    const int next = low + step;
+    if (next <= experts.count && ptx::load_global(experts.offsets + next - 1) <= row) low = next;
   }
   const bool before = !experts.first && row < ptx::load_global(experts.offsets - 1);
   return before || (low == experts.count && !experts.last) ? -1 : low;
