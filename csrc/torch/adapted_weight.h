@@ -206,19 +206,13 @@ struct AdaptedWeight {
 
   // activation merged^T + bias [T, N], or activation merged [T, K] for the input gradient, each merged value rounded once to
   // activation's dtype, which the result has. `shared`: what lors::merged_operand made for these activations, if the caller has
-  // it. `into`: row-major, where to put the result.
+  // it. `into`: row-major, where the result is put if it is computed in `into`'s dtype.
   Tensor multiply(const Tensor& activation, const std::optional<Tensor>& bias, bool input_gradient,
                   const std::optional<Tensor>& shared, const std::optional<Tensor>& into = std::nullopt) const {
     const auto output = [&](ScalarType computed) {
       return into && into->scalar_type() == computed
                  ? *into
                  : empty(activation, {activation.size(0), input_gradient ? K : N}, computed);
-    };
-    const auto finished = [&](const Tensor& out) {
-      if (!into) return to(out, activation.scalar_type());
-      Tensor result = *into;
-      if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(result, out);
-      return result;
     };
     const auto rows_of = [&](const Tensor& whole) { return whole.size(0) == N ? whole : slice(whole, 0, first_row, N); };
     const ScalarType dtype = activation.scalar_type(), compute = Backend::matmul_dtype(dtype);
@@ -257,7 +251,7 @@ struct AdaptedWeight {
           Backend::matmul(columns, tokens, torch::stable::transpose(panel, 0, 1), part);
         }
       }
-      return finished(out);
+      return to(out, dtype);
     }
     Tensor out = output(Backend::fused_output_dtype(dtype));
     std::optional<Tensor> addend;
@@ -275,7 +269,7 @@ struct AdaptedWeight {
     args.output = out.mutable_data_ptr();
     args.output_dtype = dtype_of(out);
     check_status(lors::fused_linear(args, backend.host()));
-    return finished(out);
+    return to(out, dtype);
   }
 
   // Fills in what AdapterGradArgs and AdapterGradExactArgs have in common; a null gradient is not computed.

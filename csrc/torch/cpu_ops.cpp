@@ -6,7 +6,11 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <exception>
+#include <mutex>
+#include <numeric>
 
 #include "build_info.h"
 #include "cpu_scratch.h"
@@ -94,43 +98,56 @@ struct CpuGroups {
     return same;
   }
 
-  int64_t largest() const {
-    int64_t most = 0;
-    for (const Group& group : groups) most = std::max(most, group.count);
-    return most;
-  }
-
   std::vector<Group> groups;
   int64_t end = 0;  // of the last expert's rows
   std::optional<Tensor> rows;
 };
 
-// The rows of one expert after the other, as matrices; where they are gathered, each one's take the place of the last one's.
-class CpuGroupRows {
- public:
-  CpuGroupRows(const Tensor& tensor, const CpuGroups& groups) : tensor_(tensor), rows_(groups.rows) {
-    if (rows_) gathered_ = empty(tensor, {groups.largest(), tensor.size(1)}, tensor.scalar_type());
-  }
+// Rows [begin, begin + count) of a row-major tensor of any number of dimensions, as a matrix of its own: in a thread of torch's
+// pool autograd and inference mode are not those of the call, and a view of the call's tensors could not be written to.
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
+  const int64_t columns = t.size(t.dim() - 1);
+  return torch::stable::from_blob(const_cast<void*>(at(t, begin * columns)), {count, columns}, {columns, 1}, t.device(),
+                                  t.scalar_type());
+}
 
-  Tensor operator()(const CpuGroups::Group& group) {
-    if (!rows_) return slice(tensor_, 0, group.begin, group.count);
-    const auto* tokens = static_cast<const int32_t*>(rows_->const_data_ptr()) + group.begin;
-    const int64_t bytes = tensor_.size(1) * element_bytes(tensor_.scalar_type());
-    const auto* from = static_cast<const char*>(tensor_.const_data_ptr());
-    auto* to = static_cast<char*>(gathered_->mutable_data_ptr());
-    torch::stable::parallel_for(0, group.count, 1 + (int64_t{1} << 20) / std::max<int64_t>(bytes, 1),
-                                [=](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i)
-                                    std::memcpy(to + i * bytes, from + tokens[i] * bytes, size_t(bytes));
-                                });
-    return slice(*gathered_, 0, 0, group.count);
-  }
+Tensor rows_of(const Tensor& t, const CpuGroups::Group& group) { return rows_of(t, group.begin, group.count); }
 
- private:
-  Tensor tensor_;
-  std::optional<Tensor> rows_;
-  std::optional<Tensor> gathered_;
-};
+// The same of the input, gathered where `rows` say so.
+Tensor input_of(const Tensor& input, const CpuGroups::Group& group, const std::optional<Tensor>& rows) {
+  if (!rows) return rows_of(input, group);
+  Tensor gathered = empty(input, {group.count, input.size(1)}, input.scalar_type());
+  const auto* tokens = static_cast<const int32_t*>(rows->const_data_ptr()) + group.begin;
+  const auto bytes = static_cast<size_t>(input.size(1) * element_bytes(input.scalar_type()));
+  auto* to = static_cast<char*>(gathered.mutable_data_ptr());
+  for (int64_t i = 0; i < group.count; ++i, to += bytes) std::memcpy(to, at(input, tokens[i] * input.size(1)), bytes);
+  return gathered;
+}
+
+// work(group) for each group: where there are many, each by one thread, the largest first, else one after the other by all
+// threads.
+template <typename Work>
+void for_each_group(const CpuGroups& groups, const Work& work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || static_cast<int64_t>(groups.groups.size()) < 2 * threads) {
+    for (const CpuGroups::Group& group : groups.groups) work(group);
+    return;
+  }
+  std::vector<CpuGroups::Group> order = groups.groups;
+  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.count > b.count; });
+  std::atomic<size_t> next{0};
+  std::exception_ptr problem;
+  std::mutex guard;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    try {
+      for (size_t i = next++; i < order.size(); i = next++) work(order[i]);
+    } catch (...) {
+      const std::lock_guard lock(guard);
+      problem = std::current_exception();
+    }
+  });
+  if (problem) std::rethrow_exception(problem);
+}
 
 struct Cpu {
   using Groups = CpuGroups;
@@ -226,13 +243,19 @@ struct Cpu {
 
   static void grouped_multiply(Tensor& out, const Tensor& activation, const Groups& groups, const AdaptedWeight<Cpu>& adapted,
                                const std::optional<Tensor>& bias, bool input_gradient, const std::optional<Tensor>& merged) {
-    CpuGroupRows rows_of(activation, groups);
-    for (const Groups::Group& group : groups.groups) {
+    const bool is_stored = merged && merged->scalar_type() == activation.scalar_type();
+    const AdaptedWeight<Cpu> weight = is_stored ? AdaptedWeight<Cpu>(adapted, *merged) : adapted;
+    const std::optional<Tensor> shared = is_stored ? std::nullopt : merged;
+    std::optional<Tensor> addends;
+    if (bias) addends = row_major(*bias);
+    for_each_group(groups, [&](const Groups::Group& group) {
       std::optional<Tensor> addend;
-      if (bias) addend = adapted.part(*bias, group.expert);
-      adapted.expert(group.expert)
-          .multiply(rows_of(group), addend, input_gradient, merged, slice(out, 0, group.begin, group.count));
-    }
+      if (addends) addend = torch::stable::flatten(rows_of(*addends, group.expert, 1));
+      Tensor part = rows_of(out, group);
+      const Tensor made =
+          weight.expert(group.expert).multiply(input_of(activation, group, groups.rows), addend, input_gradient, shared, part);
+      if (made.const_data_ptr() != part.const_data_ptr()) torch::stable::copy_(part, made);
+    });
     Tensor rest = slice(out, 0, groups.end, out.size(0) - groups.end);
     torch::stable::zero_(rest);
   }
@@ -242,14 +265,14 @@ struct Cpu {
                                         Tensor* grad_lora_B) {
     if (grad_lora_A) torch::stable::zero_(*grad_lora_A);
     if (grad_lora_B) torch::stable::zero_(*grad_lora_B);
-    CpuGroupRows rows_of(input, groups);
-    for (const Groups::Group& group : groups.groups) {
+    const int64_t N = grad_output.size(1), r = adapted.r();
+    for_each_group(groups, [&](const Groups::Group& group) {
       std::optional<Tensor> dA, dB;
-      if (grad_lora_A) dA = adapted.part(*grad_lora_A, group.expert);
-      if (grad_lora_B) dB = adapted.part(*grad_lora_B, group.expert);
-      adapter_gradients(slice(grad_output, 0, group.begin, group.count), rows_of(group), adapted.expert(group.expert), exact,
+      if (grad_lora_A) dA = rows_of(*grad_lora_A, group.expert * r, r);
+      if (grad_lora_B) dB = rows_of(*grad_lora_B, group.expert * N, N);
+      adapter_gradients(rows_of(grad_output, group), input_of(input, group, groups.rows), adapted.expert(group.expert), exact,
                         dA ? &*dA : nullptr, dB ? &*dB : nullptr);
-    }
+    });
   }
 
   void grouped_bias_gradient(const Tensor& grad_output, const Groups& groups, Tensor& grad_bias) const {

@@ -55,8 +55,11 @@ def _save(ctx: Any, args: tuple[Any, ...]) -> None:
 
 def _by_token(by_row: Tensor, rows: Tensor, tokens: int) -> Tensor:
     """The sum over each token's rows, of which all have equally many: in their order, so always with the same bits."""
-    each = by_row.shape[0] // tokens if tokens else 0
-    return by_row[rows.argsort(stable=True)].view(tokens, each, by_row.shape[1]).sum(1)
+    wide = torch.promote_types(by_row.dtype, torch.float32)
+    total = by_row.new_zeros((tokens, by_row.shape[1]), dtype=wide)
+    for of_each_token in rows.argsort(stable=True).view(tokens, rows.shape[0] // max(tokens, 1)).unbind(1):
+        total = total + by_row.index_select(0, of_each_token)
+    return total.to(by_row.dtype)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:

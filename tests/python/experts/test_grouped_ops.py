@@ -225,6 +225,35 @@ def test_scratch_of_the_last_call_is_not_read(device, seed, gradient):
     check(stack, gradient)
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads; afterwards as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@every_layout
+@every_gradient
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_threads_give_the_same_bits(set_threads, seed, dtype, gradient, layout, explicit):
+    """With experts enough each is one thread's, outside of inference mode and autograd's modes."""
+    stack = make_stack(seed, (3, 0, 17, 1, 9, 2, 5, 30, 4), dtype=dtype, layout=layout, explicit_mask=explicit)
+    merged = lors.merged_operand(*stack.adapted, stack.scaling, dtype, 1)
+    results = []
+    for threads in (1, 3):
+        set_threads(threads)
+        with torch.inference_mode():
+            made = (stack.linear(gradient), stack.linear(merged=merged), *stack.linear_backward(gradient))
+        results.append([t.clone() for t in made])
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+    if layout == "bitmap":
+        wrong = dataclasses.replace(stack, stored=(*stack.stored[:2], stack.stored[2] + 1))
+        with pytest.raises(RuntimeError, match="row_offsets disagrees with the mask's bits at row 0"):
+            wrong.linear()
+
+
 # ---- the function --------------------------------------------------------------------------------------------------
 
 Function = Callable[..., Tensor]
