@@ -11,9 +11,17 @@
 #include <cstdlib>
 #include <limits>
 
+#include "cuda/fused_linear_config.h"
+#include "cuda/fused_linear_fast_config.h"
 #include "cuda/masked_contract_config.h"
 #include "cuda/paths.h"
+#include "grouped_operators.h"
 #include "operators.h"
+
+// Of experts that are merged before they are multiplied, at a time; smaller for tests.
+#ifndef LORS_CUDA_EXPERT_SCRATCH_BYTES
+#define LORS_CUDA_EXPERT_SCRATCH_BYTES (int64_t{256} << 20)
+#endif
 
 namespace lors::binding {
 namespace {
@@ -54,8 +62,36 @@ std::optional<bool> forced_fused_linear() {
   return wanted.empty() ? std::nullopt : std::optional(wanted == "always");
 }
 
+// Nothing is checked: looking at the numbers would wait for the device.
+struct CudaGroups {
+  CudaGroups(const char*, const Tensor& given_offsets, std::optional<Tensor> given_rows, int64_t, int64_t)
+      : offsets(given_offsets), rows(std::move(given_rows)) {}
+
+  CudaGroups by_row() const {
+    CudaGroups same(*this);
+    same.rows = std::nullopt;
+    return same;
+  }
+
+  // Experts [begin, begin + count).
+  Experts experts(int64_t begin, int64_t count) const {
+    Experts some;
+    some.count = count;
+    some.offsets = static_cast<const int32_t*>(offsets.const_data_ptr()) + begin;
+    if (rows) some.gather = static_cast<const int32_t*>(rows->const_data_ptr());
+    some.first = begin == 0;
+    some.last = begin + count == offsets.size(0);
+    return some;
+  }
+
+  Tensor offsets;
+  std::optional<Tensor> rows;
+};
+
 class Cuda {
  public:
+  using Groups = CudaGroups;
+
   explicit Cuda(const Tensor& tensor)
       : device_(tensor.get_device_index()),
         guard_(device_),
@@ -130,7 +166,103 @@ class Cuda {
     torch::stable::copy_(grad_bias, torch::stable::sum(grad_output, tokens, false, ScalarType::Float));
   }
 
+  // fused_linear, whose blocks find their experts on the device. What it does not read is merged first, a few experts at a
+  // time and also those without rows, which only the device knows, and fused_linear multiplies that.
+  void grouped_multiply(Tensor& out, const Tensor& activation, const Groups& groups, const AdaptedWeight<Cuda>& adapted,
+                        const std::optional<Tensor>& bias, bool input_gradient, const std::optional<Tensor>& merged) const {
+    const int64_t E = adapted.experts, N = adapted.N / E, K = adapted.K;
+    const ScalarType dtype = activation.scalar_type();
+    check(dtype != ScalarType::Double, "lors::", adapted.op, ": CUDA multiplies experts in float32, bfloat16 and float16, and",
+          " was given float64; convert the tensors or move them to the CPU.");
+    const std::optional<Tensor> addend = row_major(bias);
+    const auto multiply = [&](const AdaptedWeight<Cuda>& stack, int64_t begin, int64_t count) {
+      const FusedLinearArgs args = describe_groups(out, activation, groups, stack, addend, input_gradient, begin, count);
+      check_status(fused_linear(args, host_));
+    };
+    if (merged) return multiply({adapted, *merged}, 0, E);
+    if (multiplies_groups(describe_groups(out, activation, groups, adapted, addend, input_gradient, 0, E)))
+      return multiply(adapted, 0, E);
+    const int64_t most = std::clamp<int64_t>(LORS_CUDA_EXPERT_SCRATCH_BYTES / (N * K * element_bytes(dtype)), 1, E);
+    Scratch<Cuda> scratch(adapted.weight, most * N, K, dtype);
+    for (int64_t begin = 0; begin < E; begin += most) {
+      const int64_t count = std::min(most, E - begin);
+      for (int64_t e = 0; e < count; ++e) {
+        Tensor one = slice(scratch.tensor, 0, e * N, N);
+        adapted.expert(begin + e).merge(one, dtype);
+      }
+      multiply({adapted, scratch.tensor}, begin, count);
+    }
+  }
+
+  void grouped_adapter_gradients(const Tensor& grad_output, const Tensor& input, const Groups& groups,
+                                 const AdaptedWeight<Cuda>& adapted, bool exact, Tensor* grad_lora_A,
+                                 Tensor* grad_lora_B) const {
+    check(!exact, "lors::", adapted.op, ": gradient is 'exact', for which CUDA would have to know how many rows each expert",
+          " has; use gradient='lors', or the CPU.");
+    std::optional<ScalarType> dtype;  // float32 holds every value of both
+    if (grad_output.scalar_type() != input.scalar_type()) dtype = ScalarType::Float;
+    const Tensor dY = row_major(grad_output, dtype), X = row_major(input, dtype);
+    AdapterGradArgs args;
+    adapted.describe_gradients(args, dY, X, grad_lora_A, grad_lora_B);
+    args.tokens = dY.size(0);
+    args.out_features = adapted.N / adapted.experts;
+    args.experts = groups.experts(0, adapted.experts);
+    check_status(adapter_grad_lors(args, host_));
+  }
+
+  // As the gradient of lora_B [E, N, 1] of an input and a lora_A of ones.
+  void grouped_bias_gradient(const Tensor& grad_output, const Groups& groups, Tensor& grad_bias) const {
+    const int64_t S = grad_output.size(0), E = grad_bias.size(0);
+    const Tensor input = ones(grad_output, S, grad_output.scalar_type()), lora_A = ones(grad_output, E, ScalarType::Float);
+    AdapterGradArgs args;
+    args.tokens = S;
+    args.out_features = grad_bias.size(1);
+    args.in_features = args.r = 1;
+    args.experts = groups.by_row().experts(0, E);
+    args.grad_output = grad_output.const_data_ptr();
+    args.input = input.const_data_ptr();
+    args.grad_output_dtype = args.input_dtype = dtype_of(grad_output);
+    args.lora_A = lora_A.const_data_ptr();
+    args.lora_B_grad = grad_bias.mutable_data_ptr();
+    args.lora_B_dtype = dtype_of(grad_bias);
+    check_status(adapter_grad_lors(args, host_));
+  }
+
  private:
+  static Tensor ones(const Tensor& like, int64_t rows, ScalarType dtype) {
+    return torch::stable::fill_(empty(like, {rows, 1}, dtype), 1.0);
+  }
+
+  // `stack`: the experts [begin, begin + count) of all, and `out`, `bias`: of all.
+  static FusedLinearArgs describe_groups(Tensor& out, const Tensor& activation, const Groups& groups,
+                                         const AdaptedWeight<Cuda>& stack, const std::optional<Tensor>& bias,
+                                         bool input_gradient, int64_t begin, int64_t count) {
+    FusedLinearArgs args;
+    stack.describe(args);
+    args.experts = groups.experts(begin, count);
+    args.tokens = out.size(0);
+    args.out_features = stack.N / stack.experts;
+    args.input_gradient = input_gradient;
+    args.activation = activation.const_data_ptr();
+    args.activation_dtype = args.round_to = args.output_dtype = dtype_of(activation);
+    args.output = out.mutable_data_ptr();
+    if (!bias) return args;
+    args.bias = at(*bias, begin * bias->size(1));
+    args.bias_dtype = dtype_of(*bias);
+    return args;
+  }
+
+  // Whether fused_linear reads the stored weight; LORS_CUDA_FUSED=never says that it shall not.
+  bool multiplies_groups(const FusedLinearArgs& args) const {
+    if (args.quantization.grid != Grid::none || !forced_fused_linear().value_or(true)) return false;
+    if (args.weight_layout == Layout::dense) return true;
+    cuda::DeviceLimits limits;
+    check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    const int terms_A = cuda::fused_terms(args.lora_A_dtype), terms_B = cuda::fused_terms(args.lora_B_dtype);
+    return cuda::fused_fast_config(args, terms_A, terms_B, limits).columns != 0;
+  }
+
   // 90 for compute capability 9.0.
   int architecture() const {
     int major = 0, minor = 0;
@@ -156,7 +288,10 @@ std::string cuda_device_problem(int64_t index) { return cuda_device_supported(st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) { Operators<Cuda>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(lors, CUDA, m) {
+  Operators<Cuda>::implement(m);
+  GroupedOperators<Cuda>::implement(m);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lors, m) {
   m.def("cuda_device_problem(int index) -> str");  // why this build cannot use the device; empty: it can

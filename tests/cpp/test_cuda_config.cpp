@@ -2,6 +2,7 @@
 // The tilings of the CUDA kernels: pure functions, so they are tested without CUDA.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <string_view>
@@ -192,6 +193,43 @@ TEST(FusedFastConfig, OneWaveOfOneBlockPerMultiprocessor) {
     EXPECT_LE(c.blocks, kHopper.multiprocessors);
     EXPECT_GE(c.blocks * 10, kHopper.multiprocessors * 9);
   }
+}
+
+TEST(FusedFastConfig, OfExpertsCountsTheirRowsInTheMean) {
+  for (const bool gradient : {false, true}) {
+    FusedLinearArgs args = fast_fused(160, 1024, 4096, 16, gradient);
+    args.weight_layout = Layout::sparse24;
+    args.experts.count = 10;
+    const MergeConfig c = fused_fast_config(args, 1, 1, kHopper);
+    ASSERT_NE(c.columns, 0);
+    EXPECT_EQ(fused_fast_blocks(args, c), c.blocks * 19);  // 10 experts begin a tile, and 150 rows fill 9 more
+    FusedLinearArgs one = fast_fused(16, 1024, 4096, 16, gradient);
+    one.weight_layout = Layout::sparse24;
+    EXPECT_LT(c.blocks, fused_fast_config(one, 1, 1, kHopper).blocks);  // which has the device to itself
+    args.tokens = 161;
+    EXPECT_EQ(fused_fast_config(args, 1, 1, kHopper).columns, 0);
+  }
+}
+
+// No routing has more tiles, and one has as many.
+TEST(Experts, HaveAtMostSoManyTiles) {
+  for (int64_t rows = 0; rows <= 12; ++rows)
+    for (int64_t groups = 1; groups <= 3; ++groups)
+      for (const int64_t tile : {1, 2, 4, 5}) {
+        int64_t most = 0;
+        for (int64_t a = 0; a <= rows; ++a)
+          for (int64_t b = 0; a + b <= rows; ++b) {
+            const int64_t counts[3] = {groups == 1 ? rows : a,
+                                       groups == 2   ? rows - a
+                                       : groups == 1 ? 0
+                                                     : b,
+                                       groups == 3 ? rows - a - b : 0};
+            int64_t tiles = 0;
+            for (const int64_t count : counts) tiles += (count + tile - 1) / tile;
+            most = std::max(most, tiles);
+          }
+        EXPECT_EQ(most_tiles(rows, groups, tile), most) << rows << " rows, " << groups << " groups, tiles of " << tile;
+      }
 }
 
 TEST(FusedFastConfig, LeavesTheRestToTheGeneralKernel) {

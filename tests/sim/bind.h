@@ -95,11 +95,20 @@ inline void read_quantization(Arguments& given, Quantization& q) {
   given.read("first_row", q.first_row);
 }
 
+inline void read_experts(Arguments& given, Experts& experts) {
+  given.read("experts", experts.count);
+  given.read("offsets", experts.offsets);
+  given.read("rows", experts.gather);
+  given.read("first", experts.first);
+  given.read("last", experts.last);
+}
+
 template <typename Args>
 void read_adapter_grad(Arguments& given, Args& args) {
   given.read("tokens", args.tokens);
   given.read("out_features", args.out_features);
   read_adapters(given, args);
+  read_experts(given, args.experts);
   given.read("grad_output", args.grad_output);
   given.read("grad_output_dtype", args.grad_output_dtype);
   given.read("input", args.input);

@@ -17,6 +17,7 @@ LORS_SIM_BINDING(fused_linear) {
     sim::read_weight(given, args);
     sim::read_layout(given, args);
     sim::read_quantization(given, args.quantization);
+    sim::read_experts(given, args.experts);
     given.read("round_to", args.round_to);
     given.read("bias", args.bias);
     given.read("bias_dtype", args.bias_dtype);

@@ -28,12 +28,15 @@ Status launch_gradients(const GradientProblem& problem, int64_t blocks, const Gr
   return launch(name, gradient_kernel<Z>, grid, block, config.shared_bytes, host, problem);
 }
 
+// Of the sums for P and Q and with them: what an expert has is not known here.
+int64_t known_tokens(const AdapterGradArgs& args) { return args.experts.offsets ? 0 : args.tokens; }
+
 // One pass: the ranks [rank, rank + shape.width). Side 0 is X with lora_A, side 1 dY with lora_B; sums[i] is the gradient that
 // side i of the second launch writes, of lora_A and of lora_B, without an `out` if it is not wanted.
 template <typename Z>
 Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, const PartialSums (&sums)[2], DeviceLimits limits,
                 const CudaHost& host) {
-  const int64_t T = args.tokens, features[2] = {args.in_features, args.out_features};
+  const int64_t T = args.tokens, features[2] = {args.in_features, args.out_features}, experts = args.experts.count;
   const void* const z[2] = {args.input, args.grad_output};
   const Matrix factors[2] = {matrix(args.lora_A, args.lora_A_dtype, args.r, args.in_features),
                              matrix(args.lora_B, args.lora_B_dtype, args.out_features, args.r)};
@@ -50,9 +53,9 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   int terms[2];  // of each side's projection
   int64_t blocks[2][2], partials_at[2] = {}, partial_floats = 0;
   for (int i = 0; i < 2; ++i) {
-    terms[i] = token_terms(split_terms(dtype_of<Z>()), T, features[i]);
+    terms[i] = token_terms(split_terms(dtype_of<Z>()), known_tokens(args), features[i]);
     blocks[0][i] = wanted[1 - i] ? pc.blocks : 0;
-    blocks[1][i] = gc.tiles[i] * gc.ranges;
+    blocks[1][i] = gc.tiles[i] * gc.ranges * experts;
     partials_at[i] = partial_floats;
     if (wanted[i] && in_parts) partial_floats += gc.ranges * sums[i].rows * sums[i].width;
   }
@@ -66,20 +69,24 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   const Scratch partials(host, partial_floats);
   uint16_t* const of_side[2] = {reinterpret_cast<uint16_t*>(projected.data()),
                                 reinterpret_cast<uint16_t*>(projected.data()) + (wanted[1] ? size * terms[0] : 0)};
+  const int64_t experts_rows[2] = {args.r, args.out_features};
   ProjectProblem project{};
   GradientProblem gradient{};
   for (int i = 0; i < 2; ++i) {
     const bool vectors = has_vectors(z[i], features[i]);
     const int factor_pitch = lors_pitch(shape.width, shape.factor_size[i], true);
-    project.side[i] = {z[i], features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
-    gradient.side[i] = {
-        z[i],    features[i],  gc.tiles[i], of_side[1 - i], in_parts ? partials.data() + partials_at[i] : nullptr,
-        sums[i], terms[1 - i], vectors,     i == 0};
+    const int32_t* const gather = i == 0 ? args.experts.gather : nullptr;
+    project.side[i] = {z[i], gather, features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
+    gradient.side[i] = {z[i],        gather,          features[i],
+                        gc.tiles[i], of_side[1 - i],  in_parts ? partials.data() + partials_at[i] : nullptr,
+                        sums[i],     experts_rows[i], terms[1 - i],
+                        vectors,     i == 0};
     gradient.side[i].sums.vectors = has_fours(sums[i]);
     gradient.side[i].sums.partials = gradient.side[i].partials;
     gradient.side[i].sums.count = gc.ranges;
   }
   project.tokens = gradient.tokens = T;
+  project.experts = gradient.experts = expert_rows(args.experts);
   project.rank = rank;
   project.width = gradient.width = shape.width;
   project.token_tiles = pc.token_tiles;
@@ -118,6 +125,7 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
     return Status::error(std::string("adapter_grad_lors multiplies grad_output and input in one dtype, and was given ") +
                          dtype_name(args.grad_output_dtype) + " and " + dtype_name(args.input_dtype) +
                          "; convert one of them.");
+  if (Status status = check_experts("adapter_grad_lors", args.experts, T); !status.ok()) return status;
   if (r == 0 || (!args.lora_A_grad && !args.lora_B_grad)) return {};
   PartialSums sums[2];  // of lora_A [r, K] and of lora_B [N, r]
   sums[0].out = args.lora_A_grad;
@@ -130,18 +138,22 @@ Status adapter_grad_lors(const AdapterGradArgs& args, const CudaHost& host) {
   sums[1].columns = sums[1].out_pitch = r;
   sums[1].dtype = args.lora_B_dtype;
   sums[0].scale = sums[1].scale = static_cast<float>(args.scaling);
-  if (T == 0 || N == 0 || K == 0) return reduce_partials({sums[0], sums[1]}, host);  // empty sums: zeros
+  if (T == 0 || N == 0 || K == 0) {  // empty sums: zeros
+    for (PartialSums& of : sums) of.rows *= args.experts.count;
+    return reduce_partials({sums[0], sums[1]}, host);
+  }
 
   DeviceLimits limits;
   if (Status status = device_limits(limits); !status.ok()) return status;
   LorsShape shape;
   shape.tokens = T;
+  shape.experts = args.experts.offsets ? args.experts.count : 0;
   shape.features[0] = K;
   shape.features[1] = N;
   shape.size = static_cast<int>(dtype_size(args.input_dtype));
   shape.factor_size[0] = static_cast<int>(dtype_size(args.lora_A_dtype));
   shape.factor_size[1] = static_cast<int>(dtype_size(args.lora_B_dtype));
-  shape.terms = token_terms(split_terms(args.input_dtype), T, N < K ? N : K);
+  shape.terms = token_terms(split_terms(args.input_dtype), known_tokens(args), N < K ? N : K);
   shape.clusters = gradients_in_clusters(
       limits.architecture, args.input_dtype,
       (!args.lora_A_grad || has_vectors(args.input, K)) && (!args.lora_B_grad || has_vectors(args.grad_output, N)));

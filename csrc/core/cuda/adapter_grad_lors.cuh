@@ -12,15 +12,17 @@
 namespace lors::cuda {
 
 struct ProjectSide {
-  const void* z;  // [tokens, features] row-major, of the kernel's type Z
+  const void* z;          // [tokens, features] row-major, of the kernel's type Z
+  const int32_t* gather;  // as in Experts
   int64_t features;
-  Matrix factor;            // lora_A [r, features] where by_rank, or lora_B [features, r]
+  Matrix factor;            // of one expert: lora_A [r, features] where by_rank, or lora_B [features, r]
   uint16_t* projected;      // [terms, tokens, width] bfloat16
   int terms, factor_pitch;  // of a tile of the factor in shared memory, where not by_rank
   bool z_vectors, by_rank;
 };
 struct ProjectProblem {
   ProjectSide side[2];
+  ExpertRows experts;
   int64_t tokens, rank;  // the pass has the ranks [rank, rank + width)
   int width, token_tiles, factor_at, stage;
   unsigned blocks;  // of the first side
@@ -28,15 +30,18 @@ struct ProjectProblem {
 
 struct GradientSide {
   const void* z;  // as above
-  int64_t features, tiles;
+  const int32_t* gather;
+  int64_t features, tiles;    // tiles: of one expert
   const uint16_t* projected;  // of the other side: [terms, tokens, width] bfloat16
   float* partials;            // [ranges, sums.rows, sums.width]; null: one range, and the sums go to sums.out
-  PartialSums sums;
+  PartialSums sums;           // of one expert
+  int64_t expert_rows;        // of the result, from expert to expert
   int terms;
   bool z_vectors, transposed;  // transposed: the sums are [ranks, features]
 };
 struct GradientProblem {
   GradientSide side[2];
+  ExpertRows experts;
   int64_t tokens, range_tokens;
   int width, feature_groups, token_groups, step_tokens, terms_at, stage;
   int pitch, terms_pitch;  // of the tiles in shared memory
@@ -44,11 +49,13 @@ struct GradientProblem {
 };
 
 // Starts copying a tile of a matrix to shared memory as it lies there, zeros outside of the matrix: `rows` of 1 << shift
-// vectors of 16 bytes. `from` is the tile's first element; `left_rows` and `left_columns` of the matrix follow it. By cp.async
-// where rows are aligned. kEightRows: eight lanes take the same vector of eight rows, against bank conflicts of short rows.
+// vectors of 16 bytes. `from` is the tile's first element; `left_rows` and `left_columns` of the matrix follow it. With
+// `gather`, that of the tile's rows, `from` is in row 0 of the memory. By cp.async where rows are aligned. kEightRows: eight
+// lanes take the same vector of eight rows, against bank conflicts of short rows.
 template <bool kEightRows, typename T>
 __device__ __forceinline__ void copy_tile(T* to, int pitch, int rows, int shift, const T* from, int64_t left_rows,
-                                          int64_t left_columns, int64_t columns, bool vectors) {
+                                          int64_t left_columns, int64_t columns, bool vectors,
+                                          const int32_t* gather = nullptr) {
   const int thread = static_cast<int>(threadIdx.x);
   const int column = ((kEightRows ? thread / 8 : thread) & ((1 << shift) - 1)) * kVectorElements<T>;
   int row = kEightRows ? (thread >> (3 + shift)) * 8 + thread % 8 : thread >> shift;
@@ -58,10 +65,11 @@ __device__ __forceinline__ void copy_tile(T* to, int pitch, int rows, int shift,
   to += row * pitch + column;
   for (; row < rows; row += rows_apart, from += rows_apart * columns, to += rows_apart * pitch) {
     const bool inside = row < left_rows && column < left_columns;
+    const T* const at = gather && inside ? first + ptx::load_global(gather + row) * columns + column : from;
     if (vectors)
-      ptx::cp_async_16(ptx::shared_address(to), inside ? from : first, inside ? 16 : 0);
+      ptx::cp_async_16(ptx::shared_address(to), inside ? at : first, inside ? 16 : 0);
     else
-      ptx::store_shared(reinterpret_cast<uint4*>(to), gather_vector(from, 0, inside ? left_columns - column : 0));
+      ptx::store_shared(reinterpret_cast<uint4*>(to), gather_vector(at, 0, inside ? left_columns - column : 0));
   }
 }
 
@@ -134,12 +142,12 @@ struct ProjectBlock {
 
   const ProjectProblem& p;
   const ProjectSide& side;
-  int64_t first_token;
+  ExpertTile tile;
   int rank_groups, feature_groups, rank_group, feature_group;  // of the block's warps; this warp's
 
   __device__ __forceinline__ explicit ProjectBlock(const ProjectProblem& problem)
       : p(problem), side(problem.side[blockIdx.x >= problem.blocks]) {
-    first_token = (blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0)) * (int64_t{16} * p.token_tiles);
+    tile = expert_tile(p.experts, p.tokens, 16 * p.token_tiles, blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0));
     const int warp = threadIdx.x / kWarp;
     rank_groups = p.width / 16;
     feature_groups = kLorsWarps / rank_groups;
@@ -147,12 +155,13 @@ struct ProjectBlock {
     feature_group = warp / rank_groups;
   }
 
+  __device__ __forceinline__ bool has_tokens() const { return tile.rows > 0 && tile.expert < p.experts.count; }
   __device__ __forceinline__ uint8_t* stage(int step) const { return ptx::dynamic_shared() + step % kStages * p.stage; }
 
   template <typename F>
   __device__ __forceinline__ void copy_factor(int step, int64_t left) const {
     constexpr int kShift = sizeof(F) == 4 ? 5 : 4;  // of kProjectFeatures elements
-    const Matrix& m = side.factor;
+    const Matrix m = of_expert(side.factor, tile.expert);
     F* const to = reinterpret_cast<F*>(stage(step) + p.factor_at);
     const int64_t feature = int64_t{step} * kProjectFeatures;
     const F* const data = static_cast<const F*>(m.data);
@@ -168,8 +177,8 @@ struct ProjectBlock {
     if (left > 0) {
       constexpr int kShift = sizeof(Z) == 4 ? 5 : 4;
       copy_tile<false>(reinterpret_cast<Z*>(stage(step)), kPitch, 16 * p.token_tiles, kShift,
-                       static_cast<const Z*>(side.z) + first_token * side.features + feature, p.tokens - first_token, left,
-                       side.features, side.z_vectors);
+                       static_cast<const Z*>(side.z) + (side.gather ? 0 : int64_t{tile.first} * side.features) + feature,
+                       tile.rows, left, side.features, side.z_vectors, side.gather ? side.gather + tile.first : nullptr);
       if (side.factor.dtype == DType::float32)
         copy_factor<float>(step, left);
       else
@@ -237,9 +246,9 @@ struct ProjectBlock {
     __syncthreads();
     for (int task = threadIdx.x; task < tokens * p.width / 4; task += kLorsWarps * kWarp) {
       const int group = task / (4 * tokens), token = task / 4 % tokens, rank = task % 4 * 4;
-      if (first_token + token >= p.tokens) continue;
+      if (token >= tile.rows) continue;
       float4 value = add_warps(sums + group * tokens * 16 + sum_place(token, rank), feature_groups, rank_groups * tokens * 16);
-      uint16_t* out = side.projected + (first_token + token) * p.width + 16 * group + rank;
+      uint16_t* out = side.projected + int64_t{tile.first + token} * p.width + 16 * group + rank;
       for (int term = 0; term < side.terms; ++term, out += p.tokens * p.width) {
         const uint32_t low = next_term_pair(value.x, value.y);
         ptx::store_global(reinterpret_cast<uint2*>(out), make_uint2(low, next_term_pair(value.z, value.w)));
@@ -252,6 +261,7 @@ template <typename Z>
 __global__ void __launch_bounds__(kLorsWarps* kWarp, 2) project_kernel(const __grid_constant__ ProjectProblem p) {
   using Block = ProjectBlock<Z>;
   const Block block(p);
+  if (!block.has_tokens()) return;
   typename Block::Sum sum = {};
   const int steps = static_cast<int>((block.side.features + kProjectFeatures - 1) / kProjectFeatures);
 #pragma unroll 1
@@ -277,23 +287,32 @@ struct GradientBlock {
   const GradientProblem& p;
   const GradientSide& side;
   int64_t first_token, first_feature;
-  int range, tokens;  // of the block's range
+  int expert, range, tokens;  // of the block's range
   int rank_group, feature_group, token_group;
 
   __device__ __forceinline__ explicit GradientBlock(const GradientProblem& problem)
       : p(problem), side(problem.side[blockIdx.x >= problem.blocks]) {
     const int64_t block = blockIdx.x - (blockIdx.x >= p.blocks ? p.blocks : 0);
     const int warp = threadIdx.x / kWarp, rank_groups = p.width / 16;
-    set_place(static_cast<int>(block / side.tiles), block % side.tiles);
+    const int64_t tiles = side.tiles * p.experts.count;
+    set_place(static_cast<int>(block / tiles), block % tiles);
     rank_group = warp % rank_groups;
     feature_group = warp / rank_groups % p.feature_groups;
     token_group = warp / rank_groups / p.feature_groups;
   }
 
+  // `tile`: of all experts.
   __device__ __forceinline__ void set_place(int of_range, int64_t tile) {
     range = of_range;
-    first_token = int64_t{range} * p.range_tokens;
-    const int64_t left = p.tokens - first_token;
+    expert = static_cast<int>(tile / side.tiles);
+    tile %= side.tiles;
+    int64_t begin = 0, end = p.tokens;
+    if (p.experts.offsets) {
+      begin = p.experts.begin(expert, static_cast<int>(p.tokens));
+      end = p.experts.end(expert, static_cast<int>(p.tokens));
+    }
+    first_token = begin + int64_t{range} * p.range_tokens;
+    const int64_t left = end - first_token;
     tokens = static_cast<int>(left < p.range_tokens ? left : p.range_tokens);
     first_feature = tile * (64 * p.feature_groups);
   }
@@ -307,8 +326,9 @@ struct GradientBlock {
       const int64_t token = first_token + done;
       constexpr int kShift = sizeof(Z) == 4 ? 4 : 3;  // of 64 elements
       copy_tile<false>(reinterpret_cast<Z*>(stage(step)), p.pitch, p.step_tokens, kShift + p.feature_groups - 1,
-                       static_cast<const Z*>(side.z) + token * side.features + first_feature, left,
-                       side.features - first_feature, side.features, side.z_vectors);
+                       static_cast<const Z*>(side.z) + (side.gather ? 0 : token * side.features) + first_feature, left,
+                       side.features - first_feature, side.features, side.z_vectors,
+                       side.gather ? side.gather + token : nullptr);
       bfloat16* to = reinterpret_cast<bfloat16*>(stage(step) + p.terms_at);
       const bfloat16* from = reinterpret_cast<const bfloat16*>(side.projected) + token * p.width;
       for (int term = 0; term < side.terms; ++term, to += p.step_tokens * p.terms_pitch, from += p.tokens * p.width)
@@ -419,7 +439,7 @@ struct GradientBlock {
             reinterpret_cast<float4*>(side.partials + int64_t{range} * size + at.row * side.sums.width + at.column), value);
       } else {
         float four[4] = {value.x, value.y, value.z, value.w};
-        store_result(side.sums, at.row, at.column, four);
+        store_result(side.sums, expert * side.expert_rows + at.row, at.column, four);
       }
     }
   }

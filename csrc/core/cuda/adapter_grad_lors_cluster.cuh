@@ -58,7 +58,8 @@ struct ClusterGradientBlock : GradientBlock<bfloat16> {
     const uint32_t mine = lane < rows ? static_cast<uint32_t>((rows - lane + kWarp - 1) / kWarp) : 0;
     ptx::mbarrier_arrive_expect(mbarrier, mine * (z_bytes + static_cast<uint32_t>(side.terms) * terms_bytes));
     for (int row = lane; row < rows; row += kWarp) {
-      const bfloat16* const z = static_cast<const bfloat16*>(side.z) + (token + row) * side.features + first_feature;
+      const bfloat16* const z =
+          static_cast<const bfloat16*>(side.z) + gathered(side.gather, token + row) * side.features + first_feature;
       ptx::copy_bulk(ptx::shared_address(z_row(step, row)), z, z_bytes, mbarrier);
       for (int term = 0; term < side.terms; ++term)
         ptx::copy_bulk(ptx::shared_address(terms_row(step, term, row)),
@@ -92,7 +93,7 @@ struct ClusterGradientBlock : GradientBlock<bfloat16> {
         sum[2] += part.z;
         sum[3] += part.w;
       }
-      store_result(side.sums, at.row, at.column, sum);
+      store_result(side.sums, expert * side.expert_rows + at.row, at.column, sum);
     }
     ptx::cluster_arrive();  // no block ends while another reads its sums
     ptx::cluster_wait();

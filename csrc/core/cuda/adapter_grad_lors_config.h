@@ -7,6 +7,8 @@
 #include <lors/cuda_device.h>
 #include <lors/types.h>
 
+#include "experts_config.h"
+
 namespace lors::cuda {
 
 constexpr int kLorsWarps = 8;                // most in a block
@@ -51,6 +53,7 @@ constexpr bool gradients_in_clusters(int architecture, DType dtype, bool vectors
 // Of one of the launches. features: of X and dY; 0 where the launch has nothing to do with it.
 struct LorsShape {
   int64_t tokens = 0;
+  int64_t experts = 0;  // 0: one has all tokens
   int64_t features[2] = {};
   int size = 2;                 // bytes of an element of dY and X
   int factor_size[2] = {2, 2};  // of lora_A and lora_B
@@ -81,7 +84,7 @@ constexpr ProjectConfig project_config(const LorsShape& s, DeviceLimits limits) 
     const int sums = kLorsWarps * 16 * tiles * 16 * 4;
     c.shared_bytes = lors_stages(s.size) * c.stage;
     if (c.shared_bytes < sums) c.shared_bytes = sums;
-    c.blocks = lors_parts(s.tokens, 16 * tiles);
+    c.blocks = most_tiles(s.tokens, s.experts > 0 ? s.experts : 1, 16 * tiles);
     if (c.shared_bytes > limits.shared_bytes || (tiles > 1 && sides * c.blocks < limits.multiprocessors)) break;
     best = c;
   }
@@ -108,7 +111,8 @@ constexpr int kLorsTransposedPitch = 68;
 constexpr int kLorsWarpSums = 16 * kLorsTransposedPitch;
 
 // Wide blocks for many ranks, because each reads all of P or Q, while there are blocks for every multiprocessor. Ranges only
-// where there are fewer, and as long as partial sums are at most an eighth of what is read.
+// where there are fewer, and as long as partial sums are at most an eighth of what is read; not of experts, whose numbers of
+// tokens are not known here.
 constexpr GradientConfig gradient_config(const LorsShape& s, DeviceLimits limits) {
   const int rank_groups = s.width / 16;
   GradientConfig best;
@@ -129,12 +133,13 @@ constexpr GradientConfig gradient_config(const LorsShape& s, DeviceLimits limits
     }
     if (c.token_groups == 0) break;
     for (int side = 0; side < 2; ++side) c.tiles[side] = lors_parts(s.features[side], 64 * groups);
-    const int64_t tiles = c.tiles[0] + c.tiles[1], steps = lors_parts(s.tokens, c.step_tokens);
+    const int64_t tiles = (c.tiles[0] + c.tiles[1]) * (s.experts > 0 ? s.experts : 1);
+    const int64_t steps = lors_parts(s.tokens, c.step_tokens);
     const int64_t least = lors_parts(16 * s.width, c.step_tokens);
     int64_t wanted = limits.multiprocessors / (tiles > 0 ? tiles : 1);
     if (wanted > steps / least) wanted = steps / least;
     if (s.clusters && wanted > kMostRanges) wanted = kMostRanges;
-    if (wanted < 1) wanted = 1;
+    if (wanted < 1 || s.experts > 0) wanted = 1;
     const int64_t range_steps = lors_parts(steps, wanted);
     c.range_tokens = range_steps * c.step_tokens;
     c.ranges = lors_parts(steps, range_steps);

@@ -40,6 +40,7 @@ Status launch_both(const FusedLinearArgs& args, const FusedProblem& problem, con
   sums.width = problem.partial_pitch;
   sums.columns = sums.out_pitch = problem.columns;
   sums.bias = problem.bias;
+  sums.experts = problem.experts;
   sums.out = problem.output;
   sums.dtype = dtype_of<T>();
   return reduce_partials({sums}, host);
@@ -67,9 +68,11 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   if (args.quantization.grid != Grid::none)
     return Status::error("fused_linear on CUDA reads values, and was given quantised codes; merge, then multiply.");
   if (Status status = check_supported(args); !status.ok()) return status;
+  if (Status status = check_experts("fused_linear", args.experts, args.tokens); !status.ok()) return status;
 
   FusedShape shape;
   shape.tokens = args.tokens;
+  shape.groups = args.experts.offsets ? args.experts.count + 1 : 1;
   shape.columns = gradient ? K : N;
   shape.depth = gradient ? N : K;
   shape.r = args.r;
@@ -86,7 +89,7 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   if (!fast.columns && args.weight_layout != Layout::dense)
     return Status::error(
         "fused_linear on CUDA reads a compressed weight for up to " + std::to_string(kFusedFastTokens) +
-        " tokens of the weight's own 16-bit dtype, 1 to " + std::to_string(kMergeFastRanks) +
+        " tokens, with experts in the mean, of the weight's own 16-bit dtype, 1 to " + std::to_string(kMergeFastRanks) +
         " ranks, in_features a multiple of 8, an aligned weight, and as much shared memory as that takes; was given " +
         std::to_string(args.tokens) + " tokens of " + dtype_name(args.activation_dtype) + ", a weight [" + std::to_string(N) +
         ", " + std::to_string(K) + "] of " + dtype_name(args.weight_dtype) + " and " + std::to_string(args.r) +
@@ -98,7 +101,7 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   else
     problem.config = fused_linear_config(shape, limits);
   const FusedConfig& config = problem.config;
-  if (fast.columns ? fast.blocks > 0x7fffffff
+  if (fast.columns ? fused_fast_blocks(args, fast) > 0x7fffffff
                    : config.token_tile == 0 || config.blocks > 0x7fffffff ||
                          config.split_steps * config.rank_chunks > 0x7fffffff - kFusedMaxStages)
     return Status::error("fused_linear found no tiling of " + std::to_string(args.tokens) + " tokens and a weight of [" +
@@ -109,17 +112,19 @@ Status fused_linear(const FusedLinearArgs& args, const CudaHost& host) {
   problem.weight = args.weight;
   problem.mask = reinterpret_cast<const uint8_t*>(args.mask);
   problem.mask_pitch = 4 * mask_words(K);
-  const Matrix lora_A = matrix(args.lora_A, args.lora_A_dtype, args.r, K);
-  const Matrix lora_B = matrix(args.lora_B, args.lora_B_dtype, N, args.r);
+  // Without ranks nothing of the adapter is read, but an address is formed.
+  const Matrix lora_A = matrix(args.r > 0 ? args.lora_A : args.weight, args.lora_A_dtype, args.r, K);
+  const Matrix lora_B = matrix(args.r > 0 ? args.lora_B : args.weight, args.lora_B_dtype, N, args.r);
   problem.own = gradient ? lora_A : lora_B;
   problem.other = gradient ? lora_B : lora_A;
-  if (args.bias != nullptr && !gradient) problem.bias = matrix(args.bias, args.bias_dtype, 1, N);
+  if (args.bias != nullptr && !gradient) problem.bias = matrix(args.bias, args.bias_dtype, args.experts.count, N);
   problem.output = args.output;
+  problem.experts = expert_rows(args.experts);
   problem.tokens = shape.tokens;
   problem.columns = shape.columns;
   problem.depth = shape.depth;
   problem.in_features = K;
-  problem.scaling = static_cast<float>(args.scaling);
+  problem.scaling = args.r > 0 ? static_cast<float>(args.scaling) : 0.f;
   problem.weight_dtype = args.weight_dtype;
   problem.weight_vectors = has_vectors(args.weight, K);
   problem.activation_vectors = has_vectors(args.activation, shape.depth);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // output[t, c] = round(sum_d activation[t, d] W~(c, d) + bias[c]), W~ = round(kept ? weight + scaling * lora_B lora_A : 0)
-// with c, d = n, k in the forward pass and c, d = k, n in the input gradient. W~ is merged in registers, in the layout of an
-// mma operand, and never in global memory. Launched by fused_linear.cu, which checks what the kernel cannot do.
+// with c, d = n, k in the forward pass and c, d = k, n in the input gradient; of experts, row t's. W~ is merged in registers,
+// in the layout of an mma operand, and never in global memory. Launched by fused_linear.cu, which checks what the kernel cannot
+// do.
 #pragma once
 
 #include "fused_linear_tiles.cuh"
@@ -18,10 +19,10 @@ struct FusedSteps {
   const FusedProblem& p;
   const FusedThread& t;
   uint8_t* shared;
-  int token_block, column_block, split;  // 32 bits, to save registers
+  ExpertTile tile;
+  int column_block, split;  // 32 bits, to save registers
   int count;
 
-  __device__ __forceinline__ int64_t token() const { return int64_t{token_block} * kTokens; }
   __device__ __forceinline__ int64_t column() const { return int64_t{column_block} * p.config.columns; }
 
   __device__ __forceinline__ int64_t depth(int step) const {
@@ -39,7 +40,8 @@ struct FusedSteps {
   }
 
   __device__ __forceinline__ void copy_adapter(int step) const {
-    if (step >= 0 && step < count) copy_other<kGradient>(stage(step) + p.config.raw_at, p, depth(step), rank(step));
+    if (step >= 0 && step < count)
+      copy_other<kGradient>(stage(step) + p.config.raw_at, p, tile.expert, depth(step), rank(step));
   }
   __device__ __forceinline__ void split_adapter(int step) const {
     if (step >= 0 && step < count) split_other<kGradient>(terms(step), stage(step) + p.config.raw_at, p);
@@ -50,6 +52,7 @@ struct FusedSteps {
       const int threads = p.config.threads, size = p.weight_dtype == DType::float32 ? 4 : 2, vectors = size / 2;
       const int vector = vectors == 2 ? threadIdx.x % 2 : 0;
       const int64_t rows = kGradient ? p.depth : p.columns;
+      const uint8_t* const weight = static_cast<const uint8_t*>(p.weight) + tile.expert * rows * p.in_features * size;
 #pragma unroll 1
       for (int index = 0; index < kUnits; ++index) {
         uint8_t* slot = slots(step, index);
@@ -59,7 +62,7 @@ struct FusedSteps {
             const int offset = vectors == 2 ? x - vector : 0;  // as in copy_other
             int64_t row, first;
             Part::where(row, first, t, t.q + offset, t.first_unit + index, e, column(), depth(step));
-            copy_vector(slot + slot_of(threadIdx.x + offset, vector, threads), p.weight, size, row, p.in_features,
+            copy_vector(slot + slot_of(threadIdx.x + offset, vector, threads), weight, size, row, p.in_features,
                         first + 4 * vector, row < rows ? p.in_features : 0, p.weight_vectors);
           }
         }
@@ -69,8 +72,8 @@ struct FusedSteps {
       for (int task = threadIdx.x; task < kTokens << log2; task += threads) {
         const int row = task >> log2, v = task - (row << log2);
         copy_vector(activation_vector<T>(stage(step) + p.config.activation_at, row, v, p.config.depth_log2), p.activation,
-                    sizeof(T), token() + row, p.depth, depth(step) + kElements * v, token() + row < p.tokens ? p.depth : 0,
-                    p.activation_vectors);
+                    sizeof(T), row < tile.rows ? gathered(p.experts.gather, tile.first + row) : 0, p.depth,
+                    depth(step) + kElements * v, row < tile.rows ? p.depth : 0, p.activation_vectors);
       }
     }
     copy_adapter(step + 1);
@@ -83,12 +86,13 @@ struct FusedSteps {
     uint32_t bits = 0;
     if (p.mask == nullptr || !last(step)) return bits;
     const int64_t rows = kGradient ? p.depth : p.columns;
+    const uint8_t* const mask = p.mask + tile.expert * rows * p.mask_pitch;
 #pragma unroll 1  // unrolled, the addresses do not fit the registers
     for (int i = 0; i < Part::kEights; ++i) {
       int64_t row, first;
       Part::where(row, first, t, t.q, t.first_unit + index, i, column(), depth(step));
       if (row < rows && first < p.in_features)
-        bits |= static_cast<uint32_t>(ptx::load_global(p.mask + row * p.mask_pitch + first / 8)) << (8 * i);
+        bits |= static_cast<uint32_t>(ptx::load_global(mask + row * p.mask_pitch + first / 8)) << (8 * i);
     }
     return bits;
   }
@@ -120,12 +124,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
 
   const unsigned token_blocks = static_cast<unsigned>(c.token_blocks), splits = static_cast<unsigned>(c.splits);
   const unsigned block = blockIdx.x / token_blocks, split = block % splits;
-  const int64_t left = ((p.depth + c.depth_step - 1) >> c.depth_log2) - split * c.split_steps;
+  const ExpertTile tile = expert_tile(p.experts, p.tokens, kTokens, blockIdx.x % token_blocks);
+  if (tile.rows == 0) return;
+  // Rows without an expert: zeros, from no steps.
+  const int64_t left =
+      tile.expert == p.experts.count ? 0 : ((p.depth + c.depth_step - 1) >> c.depth_log2) - split * c.split_steps;
   const FusedSteps<T, kTokens, kGradient, kUnits> steps{
       p,
       t,
       shared,
-      static_cast<int>(blockIdx.x % token_blocks),
+      tile,
       static_cast<int>(block / splits),
       static_cast<int>(split),
       static_cast<int>(left < c.split_steps ? left : c.split_steps) * c.rank_chunks};
@@ -137,7 +145,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
     __syncthreads();  // this step's copies and terms have arrived, and those of the last step have been read
     steps.copy(step + c.stages - 1);
     steps.split_adapter(step + 1);
-    if (c.resident ? step == -1 : step >= 0) stage_own<kGradient>(own, p, steps.column(), c.resident ? 0 : steps.rank(step));
+    if (c.resident ? step == -1 && steps.count > 0 : step >= 0)
+      stage_own<kGradient>(own, p, tile.expert, steps.column(), c.resident ? 0 : steps.rank(step));
     if (step < 0) continue;
     if (!c.resident) __syncthreads();
 
@@ -180,7 +189,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
                           make_vector(tiles[0][i]));
       }
       __syncthreads();
-      if (steps.token() + tokens < p.tokens) {
+      if (tokens < tile.rows) {
         for (int d = 0; d < c.depth_warps; ++d) {
           uint32_t whole[1][8][4];
 #pragma unroll
@@ -196,10 +205,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
 
   ptx::cp_async_wait<0>();
   int group = t.column_group;
-  int64_t row = steps.token();
+  int row = 0;
   if constexpr (kWide) {
     group = threadIdx.x / kWarp % c.column_warps;
-    row += threadIdx.x / kWarp / c.column_warps * 64;
+    row = threadIdx.x / kWarp / c.column_warps * 64;
   } else {  // add up the warps that share columns, in fixed order
     __syncthreads();
     float4* const parts_of = reinterpret_cast<float4*>(shared) + group * kWarp + t.lane;
@@ -225,13 +234,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_linear_kernel(const Fu
 
   const int64_t at = steps.column() + 64 * group + 8 * t.g;
   float bias[8];
-  load_eight(bias, p.bias, 0, at);
+  load_eight(bias, p.bias, tile.expert, at);
 #pragma unroll
   for (int n = 0; n < kEights; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t m = row + 8 * n + 2 * t.q + e;
-      if (m >= p.tokens) continue;
+      const int of_tile = row + 8 * n + 2 * t.q + e;
+      if (of_tile >= tile.rows) continue;
+      const int64_t m = int64_t{tile.first} + of_tile;
       float values[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] = acc[i / 2][n][i % 2 * 2 + e];

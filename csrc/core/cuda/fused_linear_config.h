@@ -7,6 +7,8 @@
 #include <lors/cuda_device.h>
 #include <lors/types.h>
 
+#include "experts_config.h"
+
 namespace lors::cuda {
 
 constexpr int kFusedWarpColumns = 64, kFusedWarpDepth = 32;  // of W~, per warp and step
@@ -18,6 +20,7 @@ constexpr bool fused_wide(int token_tile) { return token_tile == kFusedWideToken
 
 struct FusedShape {
   int64_t tokens = 0;
+  int64_t groups = 1;   // of tokens, each in tiles of its own: experts, and the rows that have none
   int64_t columns = 0;  // of the output: out_features, or in_features for the input gradient
   int64_t depth = 0;    // of the reduction: the other one
   int64_t r = 0;
@@ -124,7 +127,7 @@ constexpr FusedConfig fused_linear_config(const FusedShape& s, int token_tile, D
         }
         if (c.stages == 1) continue;
         c.column_blocks = fused_parts(s.columns, c.columns);
-        c.token_blocks = fused_parts(s.tokens, token_tile);
+        c.token_blocks = most_tiles(s.tokens, s.groups, token_tile);
         const int64_t steps = fused_parts(s.depth, c.depth_step), base = c.column_blocks * c.token_blocks;
         for (int waves = 0; waves <= 2; ++waves) {  // 0: not split
           int64_t splits = waves * int64_t{limits.multiprocessors} / base;
@@ -145,7 +148,7 @@ constexpr FusedConfig fused_linear_config(const FusedShape& s, int token_tile, D
 constexpr FusedConfig fused_linear_config(const FusedShape& s, DeviceLimits limits) {
   if (s.activation == DType::float32) return fused_linear_config(s, 16, limits);  // six mma per pair of operands
   for (const int tile : {256, 64}) {
-    if (s.tokens <= (tile == 256 ? 64 : 16)) continue;
+    if (fused_parts(s.tokens, s.groups) <= (tile == 256 ? 64 : 16)) continue;
     const FusedConfig c = fused_linear_config(s, tile, limits);
     if (c.token_tile) return c;
   }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // partial[split, t, n] = sum over a block's columns of activation[t, k] W~[n, k], or, for the input gradient,
-// partial[split, t, k] = sum over a block's rows of activation[t, n] W~[n, k]; W~ = round(kept ? weight + s lora_B lora_A : +0)
-// fused_linear for few tokens and what most calls have (fused_linear_fast_config.h), from every layout. W~ is merged as in
-// merge_fast.cuh, and what a lane merges is what it holds of the next mma's first operand: the forward pass multiplies rows of
-// W~; the input gradient columns, for which lora_B lora_A is computed transposed. Launched by fused_linear_fast.cu; the parts
-// are added up by reduce.cu.
+// partial[split, t, k] = sum over a block's rows of activation[t, n] W~[n, k]; W~ = round(kept ? weight + s lora_B lora_A :
+// +0), of experts that of row t; rows without an expert are left to reduce.cu. fused_linear for few tokens and what most calls
+// have (fused_linear_fast_config.h), from every layout. W~ is merged as in merge_fast.cuh, and what a lane merges is what it
+// holds of the next mma's first operand: the forward pass multiplies rows of W~; the input gradient columns, for which lora_B
+// lora_A is computed transposed. Launched by fused_linear_fast.cu; the parts are added up by reduce.cu.
 #pragma once
 
 #include "fused_linear_fast_config.h"
@@ -50,7 +50,8 @@ struct FusedSums {
   bool wide;          // eight warps side by side; else twice four
   int row;            // of a step, or beyond all where there is no such token; and, where not wide, 16 rows below
 
-  __device__ __forceinline__ FusedSums(const FusedProblem& f, float* sums, int across, int64_t split, int64_t first_row) {
+  __device__ __forceinline__ FusedSums(const FusedProblem& f, const ExpertTile& tile, float* sums, int across, int64_t split,
+                                       int64_t first_row) {
     // Slots are swapped so that neither the eight lanes of a store nor the rows of two tokens meet in a bank.
     const auto slot = [](int g, int q) { return (8 * q + (g ^ 2 * q)) * 4; };
     const int lane = threadIdx.x % kWarp, t = threadIdx.x % 256 / 16, n = threadIdx.x % 16, eight = threadIdx.x / 256;
@@ -58,8 +59,8 @@ struct FusedSums {
     from = sums + eight * 2048 + t / 8 * 128 + slot(n % 8, t % 8 / 2) + n / 8 * 2 + t % 2;
     wide = across == 8;
     const int below = (wide ? 16 : 32) * eight + n;
-    row = t < f.tokens ? below : 1 << 30;
-    out = f.partial + (split * f.tokens + t) * f.partial_pitch + first_row + below;
+    row = t < tile.rows ? below : 1 << 30;
+    out = f.partial + (split * f.tokens + tile.first + t) * f.partial_pitch + first_row + below;
   }
   // By the whole block; `rows`: from the step's first on. Moves on by `step` rows.
   __device__ __forceinline__ void add(const float (&acc)[2][4], int rows, int step, int buffer) {
@@ -78,28 +79,54 @@ struct FusedSums {
   }
 };
 
+// Of a block: its tokens, and its part of their expert's weight.
+struct FastPlace {
+  ExpertTile tile;
+  unsigned row_block;
+  int64_t first_row, first_column;
+};
+
 // SourceOf: merge_fast_source.cuh. T: of the weight and the activation. kOne: forward with one split term of each adapter and
 // 16 ranks.
 template <template <typename, typename> typename SourceOf, typename T, bool kGradient, bool kOne>
 __global__ void __launch_bounds__(kFusedFastThreads, 1)
-    fused_linear_fast_kernel(const MergeProblem p, const FusedProblem f, const int columns, const int extra_at) {
+    fused_linear_fast_kernel(const MergeProblem p, const FusedProblem f, const int columns, const int extra_at,
+                             const int tile_at, const unsigned blocks) {
   static_assert(!kGradient || !kOne);  // of so few tokens it is seldom wanted
   using Lanes = FastLanes<kGradient, kFusedFastThreads>;
+  const ExpertTile tile = expert_tile(f.experts, f.tokens, kFusedFastTokens, blockIdx.x / blocks);
+  if (tile.rows == 0 || tile.expert == f.experts.count) return;
   const int lane = threadIdx.x % kWarp;
   const int terms_A = kOne ? 1 : split_terms(p.lora_A.dtype), terms_B = kOne ? 1 : split_terms(p.lora_B.dtype);
   const int chunk = kOne ? 16 : p.chunk;
   uint8_t* const shared = ptx::dynamic_shared();
   uint16_t* const lora_A = reinterpret_cast<uint16_t*>(shared);
   uint16_t* const lora_B = lora_A + terms_A * chunk * (columns + kMergePad);
-  const T* const activation = static_cast<const T*>(f.activation);
+  // Where the block is, once more in shared memory: the registers do not suffice.
+  int4* const stored = reinterpret_cast<int4*>(shared + tile_at);
+  if (threadIdx.x == 0)
+    ptx::store_shared(stored, make_int4(tile.expert, tile.first, tile.rows, static_cast<int>(blockIdx.x % blocks)));
+  const auto load_place = [&] {
+    const int4 v = ptx::load_shared(stored);
+    const unsigned row_block = static_cast<unsigned>(v.w) / static_cast<unsigned>(p.column_blocks);
+    const unsigned column_block = static_cast<unsigned>(v.w) - row_block * static_cast<unsigned>(p.column_blocks);
+    return FastPlace{{v.x, v.y, v.z}, row_block, int64_t{row_block} * p.rows, int64_t{column_block} * columns};
+  };
+  const auto activation = [&](const ExpertTile& tile, int token, int64_t column) {
+    const int64_t row = token < tile.rows ? gathered(f.experts.gather, tile.first + token) : 0;
+    return load_eight<T>(static_cast<const T*>(f.activation) + row * f.depth, column, token < tile.rows ? f.depth : 0,
+                         f.activation_vectors)
+        .vector[0];
+  };
 
-  FastBlock<Lanes> block(p, columns);
+  FastBlock<Lanes> block(p, columns, blockIdx.x % blocks);
   const int64_t first_row = int64_t{block.row_block} * p.rows, first_column = int64_t{block.column_block} * columns;
+  const MergeProblem own = of_expert(p, tile.expert, sizeof(T));
   if constexpr (kGradient)
-    stage_fragments(reinterpret_cast<uint4*>(shared), p.lora_A, 0, first_column, chunk, columns);
+    stage_fragments(reinterpret_cast<uint4*>(shared), own.lora_A, 0, first_column, chunk, columns);
   else
-    stage_lora_A<false>(lora_A, p.lora_A, 0, first_column, chunk, columns);
-  SourceOf<T, Lanes> source(p, columns, block.row, block.column, block.step);
+    stage_lora_A<false>(lora_A, own.lora_A, 0, first_column, chunk, columns);
+  SourceOf<T, Lanes> source(own, columns, block.row, block.column, block.step);
 #pragma unroll
   for (int i = 0; i < 4; ++i) source.load(block.below[i % 2], Lanes::below(i / 2, i % 2), i / 2, i % 2);
   const uint4* fragments = reinterpret_cast<const uint4*>(shared) + block.warp_column / 64 * 4 * kWarp + lane;
@@ -110,29 +137,27 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = i / 2 * 8 + lane / 4;
-      ptx::store_shared(x + i * kFusedFastThreads, load_eight<T>(activation + token * f.depth, block.column + i % 2 * 32,
-                                                                 token < f.tokens ? f.depth : 0, f.activation_vectors)
-                                                       .vector[0]);
+      ptx::store_shared(x + i * kFusedFastThreads, activation(tile, token, block.column + i % 2 * 32));
     }
   }
   T* const panel_activation = reinterpret_cast<T*>(shared + extra_at);  // input gradient: [tokens][panel_rows + pad]
   const int activation_pitch = p.panel_rows + kFusedFastPad;
 
   const int across = columns / 64;
-  FusedSums sums(f, reinterpret_cast<float*>(shared + extra_at), across, block.column_block, first_row);
+  FusedSums sums(f, tile, reinterpret_cast<float*>(shared + extra_at), across, block.column_block, first_row);
   float out[4][2][4] = {};  // input gradient: [i][tokens of eight][2 h + e], column 8 (lane / 4) + 2 i + h
   for (int panel = 0; panel < block.rows; panel += p.panel_rows) {
-    if (panel > 0) __syncthreads();  // the last panel has been read
-    stage_lora_B(lora_B, p.lora_B, first_row + panel, 0, p.panel_rows, chunk);
-    source.stage(p, first_row + panel, first_column, block.rows - panel);
+    __syncthreads();  // the last panel has been read, and the tile is there
+    const FastPlace place = load_place();
+    const MergeProblem own = of_expert(p, place.tile.expert, sizeof(T));
+    stage_lora_B(lora_B, own.lora_B, place.first_row + panel, 0, p.panel_rows, chunk);
+    source.stage(own, place.first_row + panel, place.first_column, block.rows - panel);
     if constexpr (kGradient) {
       const int eights = p.panel_rows / 8;
       for (int task = threadIdx.x; task < kFusedFastTokens * eights; task += kFusedFastThreads) {
         const int token = task / eights, n = task % eights * 8;
         ptx::store_shared(reinterpret_cast<uint4*>(panel_activation + token * activation_pitch + n),
-                          load_eight<T>(activation + token * f.depth, first_row + panel + n, token < f.tokens ? f.depth : 0,
-                                        f.activation_vectors)
-                              .vector[0]);
+                          activation(place.tile, token, place.first_row + panel + n));
       }
     }
     __syncthreads();
@@ -230,6 +255,7 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
 
   if constexpr (kGradient) {
     __syncthreads();
+    const FastPlace place = load_place();
     // Adds up the warps below each other, and writes whole sectors: [warps below][tokens][columns + pad].
     float* const parts = reinterpret_cast<float*>(shared);
     const int pitch = columns + kFusedFastSumsPad, size = kFusedFastTokens * pitch;
@@ -247,10 +273,10 @@ __global__ void __launch_bounds__(kFusedFastThreads, 1)
       }
     __syncthreads();
     const int fours = columns / 4;
-    float* const to = f.partial + block.row_block * f.tokens * f.partial_pitch + first_column;
-    for (int task = threadIdx.x; task < f.tokens * fours; task += kFusedFastThreads) {
+    float* const to = f.partial + (place.row_block * f.tokens + place.tile.first) * f.partial_pitch + place.first_column;
+    for (int task = threadIdx.x; task < place.tile.rows * fours; task += kFusedFastThreads) {
       const int t = task / fours, k = task % fours * 4;
-      if (first_column + k >= f.columns) continue;
+      if (place.first_column + k >= f.columns) continue;
       float4 sum = ptx::load_shared(reinterpret_cast<const float4*>(parts + t * pitch + k));
       for (int i = 1; i < kFusedFastWarps / across; ++i) {
         const float4 more = ptx::load_shared(reinterpret_cast<const float4*>(parts + i * size + t * pitch + k));

@@ -5,6 +5,7 @@
 
 #include <lors/fused_linear.h>
 
+#include "experts_config.h"
 #include "merge_fast_config.h"
 
 namespace lors::cuda {
@@ -18,10 +19,13 @@ constexpr int kFusedFastSumsBytes = 2 * kFusedFastWarps * 16 * kFusedFastTokens 
 // The activation of the lanes' columns, 16 tokens in four vectors each.
 constexpr int kFusedFastActivationBytes = 4 * 16 * kFusedFastThreads;
 
-// Up to 16 tokens, whose dtype is the weight's; from every layout.
+// Behind all: the block's expert and its rows, for which the registers do not suffice.
+constexpr int kFusedFastTileBytes = 16;
+
+// Up to 16 tokens, or so many for each expert in the mean, whose dtype is the weight's; from every layout.
 inline bool fused_fast_takes(const FusedLinearArgs& a) {
-  return fast_path_takes(a, a.activation_dtype) && a.tokens > 0 && a.tokens <= kFusedFastTokens && a.out_features > 0 &&
-         a.in_features > 0;
+  return fast_path_takes(a, a.activation_dtype) && a.tokens > 0 && a.tokens <= kFusedFastTokens * a.experts.count &&
+         a.out_features > 0 && a.in_features > 0;
 }
 
 // columns = 0: not served. Every block of columns (forward) or of rows (input gradient) gives a part of the sum.
@@ -43,7 +47,18 @@ inline MergeConfig fused_fast_config(const FusedLinearArgs& a, int terms_A, int 
   } else {
     of.shared = kFusedFastSumsBytes + kFusedFastActivationBytes;
   }
-  return fast_path_config(a, terms_A, terms_B, of, limits);
+  // Each expert that has rows has blocks of its own.
+  const int64_t active = std::min(a.experts.count, a.tokens);
+  limits.multiprocessors = std::max(1, static_cast<int>(limits.multiprocessors / active));
+  limits.shared_bytes -= kFusedFastTileBytes;
+  MergeConfig config = fast_path_config(a, terms_A, terms_B, of, limits);
+  config.shared_bytes += kFusedFastTileBytes;
+  return config;
+}
+
+// The blocks of the launch: those of the tiling for every 16 tokens of an expert.
+inline int64_t fused_fast_blocks(const FusedLinearArgs& a, const MergeConfig& c) {
+  return c.blocks * most_tiles(a.tokens, a.experts.count, kFusedFastTokens);
 }
 
 // Queues the kernel (fused_linear_fast.cu) for such a tiling; the parts are added up by the caller.

@@ -3,11 +3,12 @@
 // in registers, and the matmul of one step with the activation.
 #pragma once
 
+#include "experts.cuh"
 #include "fused_linear_config.h"
-#include "operands.cuh"
 
 namespace lors::cuda {
 
+// Of one expert, where they are of several: the next one's matrices follow.
 struct FusedProblem {
   const void* activation;  // [tokens, depth] row-major, of the kernel's type T
   const void* weight;      // [out_features, in_features] row-major, of weight_dtype
@@ -15,12 +16,13 @@ struct FusedProblem {
   int64_t mask_pitch;      // bytes from row to row of the mask
   Matrix own;              // lora_B [columns, r], or lora_A [r, columns] for the input gradient
   Matrix other;            // lora_A [r, depth], or lora_B [depth, r] for the input gradient
-  Matrix bias;             // [1, columns]; data null: none
+  Matrix bias;             // [experts, columns]; data null: none
   void* output;            // [tokens, columns] row-major, of type T; not written if `partial` is
   float* partial;          // [splits, tokens, partial_pitch]; null: the reduction is not split
   int64_t partial_pitch;
   int64_t tokens, columns, depth;
   int64_t in_features;  // the weight's pitch
+  ExpertRows experts;
   float scaling;
   DType weight_dtype;
   bool weight_vectors, activation_vectors, output_vectors;
@@ -131,16 +133,17 @@ __device__ __forceinline__ void stage_fragments(uint4* to, const Matrix& m, int6
 // Forward: terms [columns][own_ranks + pad], column 8 g + 2 i + h of a group of 64 in row 16 i + 8 h + g.
 // Input gradient: see stage_fragments.
 template <bool kGradient>
-__device__ __forceinline__ void stage_own(uint8_t* to, const FusedProblem& p, int64_t column, int64_t rank) {
+__device__ __forceinline__ void stage_own(uint8_t* to, const FusedProblem& p, int expert, int64_t column, int64_t rank) {
+  const Matrix m = of_expert(p.own, expert);
   const int columns = p.config.columns, ranks = p.config.own_ranks;
   if constexpr (kGradient) {
-    stage_fragments(reinterpret_cast<uint4*>(to), p.own, rank, column, ranks, columns);
+    stage_fragments(reinterpret_cast<uint4*>(to), m, rank, column, ranks, columns);
   } else {
-    const int pitch = ranks + kFusedPad, eights = ranks / 8, count = split_terms(p.own.dtype);
+    const int pitch = ranks + kFusedPad, eights = ranks / 8, count = split_terms(m.dtype);
     for (int task = threadIdx.x; task < columns * eights; task += blockDim.x) {
       const int row = task / (8 * eights) * 8 + task % 8, r8 = task / 8 % eights * 8;
       float values[8];
-      load_eight(values, p.own, column + row / 64 * 64 + row % 8 * 8 + row % 64 / 8, rank + r8);
+      load_eight(values, m, column + row / 64 * 64 + row % 8 * 8 + row % 64 / 8, rank + r8);
       for (int term = 0; term < count; ++term) {
         const uint4 packed = next_terms(values);
         ptx::store_shared(reinterpret_cast<uint4*>(to) + ((term * columns + row) * pitch + r8) / 8, packed);
@@ -173,17 +176,18 @@ struct OtherTask {
 };
 
 template <bool kGradient>
-__device__ __forceinline__ void copy_other(uint8_t* raw, const FusedProblem& p, int64_t depth, int64_t rank) {
+__device__ __forceinline__ void copy_other(uint8_t* raw, const FusedProblem& p, int expert, int64_t depth, int64_t rank) {
   const FusedConfig& c = p.config;
-  const int tasks = c.ranks * c.depth_step / 8, size = p.other.dtype == DType::float32 ? 4 : 2, vectors = size / 2;
+  const Matrix m = of_expert(p.other, expert);
+  const int tasks = c.ranks * c.depth_step / 8, size = m.dtype == DType::float32 ? 4 : 2, vectors = size / 2;
   const int vector = vectors == 2 ? threadIdx.x % 2 : 0;
   for (int task = threadIdx.x; task < tasks; task += c.threads, raw += c.threads * 16 * vectors) {
     for (int x = 0; x < vectors; ++x) {
       const int offset = vectors == 2 ? x - vector : 0;  // to this lane or the other of its pair: see slot_of
       const OtherTask<kGradient> t(task + offset, c);
       const int64_t row = kGradient ? depth + t.d : rank + t.r, column = kGradient ? rank + t.r : depth + t.d;
-      copy_vector(raw + slot_of(threadIdx.x + offset, vector, c.threads), p.other.data, size, row, p.other.columns,
-                  column + 4 * vector, row < p.other.rows ? p.other.columns : 0, p.other.vectors);
+      copy_vector(raw + slot_of(threadIdx.x + offset, vector, c.threads), m.data, size, row, m.columns, column + 4 * vector,
+                  row < m.rows ? m.columns : 0, m.vectors);
     }
   }
 }

@@ -38,12 +38,13 @@ Status run_to_dense(const MergeArgs& args, const MergeProblem& problem, const Me
 
 }  // namespace
 
-Status cuda::count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host) {
+Status cuda::count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host, const ExpertRows& experts) {
   constexpr int64_t kRows = kBeforeThreads / kWarp;
+  const int64_t rows = p.out_features * experts.count;
   uint32_t* const before = static_cast<uint32_t*>(scratch);
   p.before = before;
-  return launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((p.out_features + kRows - 1) / kRows)),
-                dim3(kBeforeThreads), 0, host, p, before, columns);
+  return launch("merge", bitmap_before_kernel, dim3(static_cast<unsigned>((rows + kRows - 1) / kRows)), dim3(kBeforeThreads), 0,
+                host, p, before, columns, experts);
 }
 
 Status merge(const MergeArgs& args, const CudaHost& host) {

@@ -10,9 +10,13 @@ namespace lors::cuda {
 constexpr int kBeforeThreads = 256;
 
 // One warp per row, each lane four words of it at a time.
-__global__ void __launch_bounds__(kBeforeThreads) bitmap_before_kernel(const MergeProblem p, uint32_t* before, int columns) {
+__global__ void __launch_bounds__(kBeforeThreads)
+    bitmap_before_kernel(const MergeProblem p, uint32_t* before, int columns, const ExpertRows experts) {
   const int64_t n = (int64_t{blockIdx.x} * kBeforeThreads + threadIdx.x) / kWarp;
-  if (n >= p.out_features) return;
+  if (n >= p.out_features * experts.count) return;
+  constexpr int kRows = 0x7fffffff;
+  const int expert = static_cast<int>(n / p.out_features);
+  if (experts.offsets && experts.end(expert, kRows) <= experts.begin(expert, kRows)) return;
   // What the last block has is before nothing.
   const int lane = threadIdx.x % kWarp, words = columns / 32, last = static_cast<int>(p.column_blocks - 1) * words;
   const uint32_t* const row = reinterpret_cast<const uint32_t*>(p.index + n * p.index_pitch);

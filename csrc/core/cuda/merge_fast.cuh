@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMergeFastThreads, 2) merge_fast_kernel(const 
   uint16_t* const lora_A = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
   uint16_t* const lora_B = lora_A + terms_A * chunk * (columns + kMergePad);
 
-  FastBlock<Lanes> block(p, columns);
+  FastBlock<Lanes> block(p, columns, blockIdx.x);
   const int64_t first_row = int64_t{block.row_block} * p.rows, first_column = int64_t{block.column_block} * columns;
   stage_lora_A<false>(lora_A, p.lora_A, 0, first_column, chunk, columns);
   Source source(p, columns, block.row, block.column, block.step);

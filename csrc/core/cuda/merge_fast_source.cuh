@@ -40,13 +40,14 @@ struct FastBlock {
   int64_t row, column;  // the lane's first
   int below[2];         // rows from there on, where its eight c exist
 
-  __device__ __forceinline__ FastBlock(const MergeProblem& p, int columns) {
+  // `block`: of this problem.
+  __device__ __forceinline__ FastBlock(const MergeProblem& p, int columns, unsigned block) {
     const int warp = threadIdx.x / kWarp, across = columns / 64;
     warp_row = warp / across * 16;
     warp_column = warp % across * 64;
     step = 16 * (Lanes::kThreads / kWarp) / across;
-    row_block = blockIdx.x / static_cast<unsigned>(p.column_blocks);  // of 32 bits, as the number of blocks
-    column_block = blockIdx.x - row_block * static_cast<unsigned>(p.column_blocks);
+    row_block = block / static_cast<unsigned>(p.column_blocks);  // of 32 bits, as the number of blocks
+    column_block = block - row_block * static_cast<unsigned>(p.column_blocks);
     const int64_t first_row = int64_t{row_block} * p.rows, first_column = int64_t{column_block} * columns;
     const int64_t rest = p.out_features - first_row;
     rows = rest < p.rows ? static_cast<int>(rest) : p.rows;

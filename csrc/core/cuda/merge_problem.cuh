@@ -6,8 +6,8 @@
 #include <lors/random.h>
 #include <lors/status.h>
 
+#include "experts.cuh"
 #include "merge_config.h"
-#include "operands.cuh"
 
 namespace lors::cuda {
 
@@ -58,9 +58,22 @@ MergeProblem merge_problem(const Args& a, const MergeConfig& c) {
   return p;
 }
 
-// Sets p.before to the counts of a bitmap, for blocks of `columns`, which it queues into `scratch` [N, column_blocks]
-// (merge.cu).
-Status count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host);
+// The problem of one expert, whose rows follow those of the one before; of values, not of codes.
+__device__ __forceinline__ MergeProblem of_expert(MergeProblem p, int expert, int value_bytes) {
+  const int64_t row = expert * p.out_features;
+  if (p.layout != Layout::bitmap)
+    p.weight = static_cast<const uint8_t*>(p.weight) + row * p.in_features * value_bytes / (p.layout == Layout::dense ? 1 : 2);
+  if (p.index) p.index += row * p.index_pitch;
+  if (p.row_offsets) p.row_offsets += row;
+  if (p.before) p.before += row * p.column_blocks;
+  p.lora_A = of_expert(p.lora_A, expert);
+  p.lora_B = of_expert(p.lora_B, expert);
+  return p;
+}
+
+// Sets p.before to the counts of a bitmap, for blocks of `columns`, which it queues into `scratch` [experts N, column_blocks]
+// (merge.cu); not of experts without rows.
+Status count_before(MergeProblem& p, void* scratch, int columns, const CudaHost& host, const ExpertRows& experts = {});
 
 // The panel's part of `index` in shared memory: a word of bits, or of codes, for each 32 columns.
 struct IndexTile {

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1)
   const int slices = blockDim.x / kReduceThreads, slice = threadIdx.x / kReduceThreads, thread = threadIdx.x % kReduceThreads;
   const int64_t block = blockIdx.x - (second ? pair.blocks : 0);
   const int64_t at = (block * kReduceThreads + thread) * 4, size = p.rows * p.width;
+  const int expert = at < size ? expert_of(p.experts, at / p.width) : -1;
   float sum[4] = {};
   const auto add = [&](const float4& part) {
     sum[0] += part.x;
@@ -29,17 +30,18 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1)
     sum[2] += part.z;
     sum[3] += part.w;
   };
-  if (at < size) {
+  if (expert >= 0) {
+    const int64_t count = p.experts.offsets && expert == p.experts.count ? 0 : p.count;
     if (slice == 0 && p.bias.data != nullptr) {
       const int64_t column = at % p.width;
       float eight[8];
-      load_eight(eight, p.bias, 0, column / 8 * 8);
+      load_eight(eight, p.bias, expert, column / 8 * 8);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] = column % 8 ? eight[4 + i] : eight[i];
     }
     const float* from = p.partials + slice * size + at;
 #pragma unroll 4
-    for (int64_t i = slice; i < p.count; i += slices, from += slices * size)
+    for (int64_t i = slice; i < count; i += slices, from += slices * size)
       add(ptx::load_global(reinterpret_cast<const float4*>(from)));
   }
   float4* const parts = reinterpret_cast<float4*>(ptx::dynamic_shared()) + thread;
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(kReduceThreads* kReduceMaxSlices, 1)
   if (slice > 0) return;
   for (int other = 0; other < slices - 1; ++other) add(ptx::load_shared(parts + other * kReduceThreads));
   const int64_t row = at / p.width, column = at % p.width;
-  if (row < p.rows && column < p.columns) store_result(p, row, column, sum);
+  if (expert >= 0 && column < p.columns) store_result(p, row, column, sum);
 }
 
 Status reduce_partials(std::initializer_list<PartialSums> all, const CudaHost& host) {

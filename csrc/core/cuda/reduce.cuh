@@ -6,8 +6,8 @@
 
 #include <initializer_list>
 
+#include "experts.cuh"
 #include "launch.h"
-#include "operands.cuh"
 
 namespace lors::cuda {
 
@@ -18,7 +18,8 @@ struct PartialSums {
   int64_t width = 0;    // a multiple of 4
   int64_t columns = 0;  // how many of `width` go to `out`
   float scale = 1.f;
-  Matrix bias;            // [1, columns]; data null: none
+  Matrix bias;            // [experts, columns]; data null: none
+  ExpertRows experts{};   // of the rows; those beyond the last offset are zero, whatever their partial sums are
   void* out = nullptr;    // [rows, columns]
   int64_t out_pitch = 0;  // elements of `out` from row to row
   DType dtype = DType::float32;

@@ -6,11 +6,14 @@ What goes to which kernel, in which dtype, on which stream, with whose memory; t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
+import stack_cases
 import torch
 from quantised_cases import LAYOUTS
+from stack_cases import make_stack
 from test_linear_op import combinations
 from test_operators import on_grid, problem, stored
 
@@ -48,7 +51,7 @@ def test_every_operator_of_the_cpu_is_there(fake):
     names = {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("lors::")}
     on_the_cpu = {name for name in names if has(f"lors::{name}", "CPU")}
     assert {"merge", "linear", "sparse24_merge"} <= on_the_cpu
-    on_the_cpu -= {"compress", "grouped_linear", "grouped_linear_backward"}  # for the CPU alone
+    on_the_cpu.remove("compress")  # for the CPU alone
     assert on_the_cpu == {name for name in on_the_cpu if has(f"lors_on_cpu::{name}", "CPU")}
 
 
@@ -219,3 +222,65 @@ def test_refusals_are_the_cpus(ops, seed):
     with pytest.raises(RuntimeError, match=r"lors::linear: lora_A has shape \[3, 32\]; it must be \[r, 33\]"):
         case.replace(lora_A=case.lora_A[:, :-1]).linear()
     case.linear()
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stacks(ops, monkeypatch):
+    """The same for everything that `Stack` calls."""
+    monkeypatch.setattr(stack_cases, "lors", ops)
+    return ops
+
+
+@pytest.mark.parametrize(("layout", "explicit"), [("dense", False), ("dense", True), ("2:4", False), ("bitmap", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", ["", "never"])
+def test_experts(stacks, monkeypatch, seed, fused, dtype, layout, explicit):
+    """Dense weights, and 2:4 ones of 16 bits, in one call; the others, and a bitmap for whose values the made-up device
+    has too little shared memory, merged an expert or two at a time."""
+    monkeypatch.setenv("LORS_CUDA_FUSED", fused)
+    for tokens in (None, 16):
+        stack = make_stack(seed, dtype=dtype, layout=layout, explicit_mask=explicit, tokens=tokens)
+        before = launches(stacks)
+        output = stack.linear()
+        at_once = not fused and (layout == "dense" or (layout == "2:4" and dtype == torch.bfloat16))
+        merged_at_once = 4096 // (12 * 64 * dtype.itemsize)
+        assert launches(stacks) == before + (1 if at_once else 5 + -(-5 // merged_at_once))
+        stack.check(output, stack.linear_backward("lors"), "lors")
+
+
+@pytest.mark.parametrize("counts", [(32, 0, 0), (0, 0), (300,), (0, 90, 0, 1)])
+def test_routings(stacks, seed, counts):
+    stack = make_stack(seed, counts, layout="bitmap", dtype=torch.bfloat16)
+    stack.check(stack.linear(), stack.linear_backward("lors"), "lors")
+
+
+def test_experts_without_an_adapter_or_merged_before(stacks, seed):
+    for layout in ("dense", "2:4"):
+        stack = make_stack(seed, layout=layout)
+        merged = stacks.merged_operand(*stack.adapted, stack.scaling, torch.float32, 30)
+        stack.check(stack.linear(merged=merged), stack.linear_backward("lors", merged=merged), "lors")
+        bare = dataclasses.replace(stack, lora_A=stack.lora_A[:, :0], lora_B=stack.lora_B[..., :0])
+        nothing = dataclasses.replace(stack, lora_B=torch.zeros_like(stack.lora_B))
+        torch.testing.assert_close(bare.linear(), nothing.linear())
+
+
+def test_experts_of_two_dtypes(stacks, seed):
+    stack = make_stack(seed, dtype=torch.bfloat16)
+    stack.grad_output = stack.grad_output.half()
+    stack.experts = [case.replace(grad_output=case.grad_output.half()) for case in stack.experts]
+    _, dA, dB, _ = stack.linear_backward("lors")
+    for e, case in enumerate(stack.experts):
+        check_adapter_grads(dA[e], dB[e], case, "lors")
+
+
+def test_what_experts_have_not_on_cuda_is_a_sentence(stacks, seed):
+    stack = make_stack(seed)
+    with pytest.raises(RuntimeError, match="how many rows each expert has; use gradient='lors', or the CPU"):
+        stack.linear_backward("exact")
+    stack.linear_backward("exact", (True, False, False))
+    double = make_stack(seed, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="was given float64; convert the tensors or move them to the CPU"):
+        double.linear()

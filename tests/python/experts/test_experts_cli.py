@@ -15,6 +15,7 @@ from torch import Tensor
 from byte_model import TEXT, byte_tokenizer
 from cli_calls import SHORT, call, failed, safetensors_torch
 from lors_cuda.cli import demo
+from lors_cuda.cli import finetune as cli_finetune
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -99,9 +100,17 @@ def test_prune_prunes_the_experts_and_says_so(home, tmp_path, capsys):
     )
 
 
-def test_the_whole_way(home, tmp_path, capsys):
+def test_the_whole_way(home, tmp_path, capsys, monkeypatch):
     """Finetune from gradients, evaluate, merge; every zero of every expert is in the merged files."""
     name = (home / "name").read_text()
+    gradients: dict[str, Tensor] = {}
+    estimate = cli_finetune.estimate_gradients
+
+    def noted(*args, **options):
+        gradients.update(estimate(*args, **options))
+        return gradients
+
+    monkeypatch.setattr(cli_finetune, "estimate_gradients", noted)
     out, err = printed(capsys, *finetune(home, tmp_path / "run"))
     assert err == ""
     parameters = {
@@ -114,6 +123,9 @@ def test_the_whole_way(home, tmp_path, capsys):
     )
     assert "50.00% over the experts" in out
     run = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
+    sketches = [gradient.shape for gradient in gradients.values() if gradient.dim() == 3]
+    assert len(sketches) == STACKS
+    assert all(shape[1] == 8 for shape in sketches), "4 rows for each of rank 2"
     assert run["expert_sparsity"] == run["sparsity"] == 0.5
     assert run["adapted_layers"] == 12
     assert run["last_loss"] < run["first_loss"]
@@ -145,6 +157,7 @@ def test_target_parameters_and_ranks_of_them(home, tmp_path, capsys):
     assert f"Trained: {own:,} parameters" in out
     assert f"2 adapted layers, of which 2 of experts with {2 * E[name]} adapters, {own:,} parameters." in out
     assert "gate_up_proj" in err
+    assert "down_proj" not in err
     assert "get no adapters" in err
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["target_parameters"] == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]

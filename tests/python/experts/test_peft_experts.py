@@ -142,6 +142,11 @@ def test_two_adapters_one_after_the_other_and_together(tmp_path):
     model.save_pretrained(tmp_path)
     again = from_pretrained(experts_model("mixtral", torch.float64), tmp_path / "other")
     torch.testing.assert_close(loss(again), second)
+    refused(
+        ValueError,
+        lambda: model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="cat"),
+        "add_weighted_adapter does not support",
+    )
     model.delete_adapter("other")
     assert not any(".other." in key for key, _ in model.named_parameters())
 

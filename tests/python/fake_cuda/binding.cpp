@@ -35,8 +35,9 @@ constexpr auto real_delete_tensor_object = aoti_torch_delete_tensor_object;
 #define aoti_torch_empty_strided fake_empty_strided
 #define aoti_torch_delete_tensor_object fake_delete_tensor_object
 
-#define lors lors_on_cpu  // namespace and library alike: the real operators stay what they are
-#define CUDA CPU          // the dispatch key
+#define lors lors_on_cpu                     // namespace and library alike: the real operators stay what they are
+#define CUDA CPU                             // the dispatch key
+#define LORS_CUDA_EXPERT_SCRATCH_BYTES 4096  // two experts of a few
 #include "../../../csrc/torch/cuda_ops.cpp"
 #include "../../../csrc/torch/library.cpp"
 #undef CUDA
@@ -161,10 +162,20 @@ Status promised(const CudaHost& host, std::initializer_list<DType> dtypes) {
 namespace lors {
 namespace {
 
+// The rows of an expert, [begin, end).
+std::pair<int64_t, int64_t> rows_of(const Experts& experts, int64_t e, int64_t rows) {
+  if (!experts.offsets) return {0, rows};
+  return {e > 0 || !experts.first ? experts.offsets[e - 1] : 0, experts.offsets[e]};
+}
+
+int64_t gathered(const Experts& experts, int64_t row) { return experts.gather ? experts.gather[row] : row; }
+
 template <typename Args>
-double merged(const Args& a, int64_t n, int64_t k) {
+double merged(Args a, int64_t n, int64_t k, int64_t expert = 0) {
+  n += expert * a.out_features;
   const int64_t at = where(a, n, k);
   if (at < 0) return 0;
+  a.lora_A = static_cast<const char*>(a.lora_A) + expert * a.r * a.in_features * dtype_size(a.lora_A_dtype);
   double sum = 0;
   for (int64_t j = 0; j < a.r; ++j)
     sum += load(a.lora_B, a.lora_B_dtype, n * a.r + j) * load(a.lora_A, a.lora_A_dtype, j * a.in_features + k);
@@ -218,30 +229,40 @@ Status fused_linear(const FusedLinearArgs& a, const CudaHost& host) {
   if (Status s = promised(host, {a.weight_dtype, a.activation_dtype, a.lora_A_dtype, a.lora_B_dtype, a.bias_dtype}); !s.ok())
     return s;
   const int64_t N = a.out_features, K = a.in_features;
-  std::vector<double> W(N * K);
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t k = 0; k < K; ++k) W[n * K + k] = merged(a, n, k);
   const int64_t columns = a.input_gradient ? K : N, depth = a.input_gradient ? N : K;
-  for (int64_t t = 0; t < a.tokens; ++t)
-    for (int64_t c = 0; c < columns; ++c) {
-      double sum = a.bias ? load(a.bias, a.bias_dtype, c) : 0;
-      for (int64_t d = 0; d < depth; ++d)
-        sum += load(a.activation, a.activation_dtype, t * depth + d) * W[a.input_gradient ? d * K + c : c * K + d];
-      store(a.output, a.output_dtype, t * columns + c, sum);
-    }
+  for (int64_t e = 0; e < a.experts.count; ++e) {
+    const auto [begin, end] = rows_of(a.experts, e, a.tokens);
+    if (begin == end) continue;
+    std::vector<double> W(N * K);
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t k = 0; k < K; ++k) W[n * K + k] = merged(a, n, k, e);
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t c = 0; c < columns; ++c) {
+        double sum = a.bias ? load(a.bias, a.bias_dtype, e * N + c) : 0;
+        for (int64_t d = 0; d < depth; ++d)
+          sum += load(a.activation, a.activation_dtype, gathered(a.experts, t) * depth + d) *
+                 W[a.input_gradient ? d * K + c : c * K + d];
+        store(a.output, a.output_dtype, t * columns + c, sum);
+      }
+  }
+  if (a.experts.offsets && a.experts.last)
+    for (int64_t i = a.experts.offsets[a.experts.count - 1] * columns; i < a.tokens * columns; ++i)
+      store(a.output, a.output_dtype, i, 0);
   return {};
 }
 
 namespace {
 
-// G = dY^T X.
-std::vector<double> weight_gradient(const AdapterGradArgs& a) {
+// G = dY^T X of an expert.
+std::vector<double> weight_gradient(const AdapterGradArgs& a, int64_t e) {
   const int64_t N = a.out_features, K = a.in_features;
+  const auto [begin, end] = rows_of(a.experts, e, a.tokens);
   std::vector<double> G(N * K, 0.0);
   for (int64_t n = 0; n < N; ++n)
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t t = 0; t < a.tokens; ++t)
-        G[n * K + k] += load(a.grad_output, a.grad_output_dtype, t * N + n) * load(a.input, a.input_dtype, t * K + k);
+      for (int64_t t = begin; t < end; ++t)
+        G[n * K + k] +=
+            load(a.grad_output, a.grad_output_dtype, t * N + n) * load(a.input, a.input_dtype, gathered(a.experts, t) * K + k);
   return G;
 }
 
@@ -250,7 +271,18 @@ std::vector<double> weight_gradient(const AdapterGradArgs& a) {
 Status adapter_grad_lors(const AdapterGradArgs& a, const CudaHost& host) {
   if (a.grad_output_dtype != a.input_dtype) return Status::error("the adapter gradients were given dY and X of two dtypes.");
   if (Status s = promised(host, {a.grad_output_dtype, a.input_dtype, a.lora_A_dtype, a.lora_B_dtype}); !s.ok()) return s;
-  contract(a, a.out_features, weight_gradient(a), a.lora_A_grad, a.lora_A_dtype, false, a.lora_B_grad);
+  for (int64_t e = 0; e < a.experts.count; ++e) {
+    const auto skip = [&](auto* p, int64_t rows, int64_t columns, DType dtype) {
+      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const char, char>;
+      return p ? static_cast<decltype(p)>(static_cast<Byte*>(p) + e * rows * columns * dtype_size(dtype)) : p;
+    };
+    AdapterGradArgs one = a;
+    one.lora_A = skip(a.lora_A, a.r, a.in_features, a.lora_A_dtype);
+    one.lora_B = skip(a.lora_B, a.out_features, a.r, a.lora_B_dtype);
+    void* const lora_A_grad = skip(a.lora_A_grad, a.r, a.in_features, a.lora_A_dtype);
+    void* const lora_B_grad = skip(a.lora_B_grad, a.out_features, a.r, a.lora_B_dtype);
+    contract(one, a.out_features, weight_gradient(a, e), lora_A_grad, a.lora_A_dtype, false, lora_B_grad);
+  }
   return {};
 }
 

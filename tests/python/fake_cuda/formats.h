@@ -37,8 +37,9 @@ bool kept(const void* weight, DType dtype, const uint32_t* mask, int64_t n, int6
   return mask ? has_bit(mask, n, k, K) : load(weight, dtype, n * K + k) != 0;
 }
 
-// Where a stored weight has element [n, k]; -1: not kept.
-int64_t where(const MergeArgs& a, int64_t n, int64_t k) {
+// Where a stored weight of MergeArgs or FusedLinearArgs has element [n, k]; -1: not kept.
+template <typename Args>
+int64_t where(const Args& a, int64_t n, int64_t k) {
   const int64_t K = a.in_features;
   if (a.weight_layout == Layout::sparse24) {
     const int64_t slot = slot_of(a.metadata, n, k, K);
@@ -46,10 +47,6 @@ int64_t where(const MergeArgs& a, int64_t n, int64_t k) {
   }
   if (!kept(a.weight, a.weight_dtype, a.mask, n, k, K)) return -1;
   return a.weight_layout == Layout::bitmap ? a.row_offsets[n] + bits_before(a.mask, n, k, K) : n * K + k;
-}
-
-int64_t where(const FusedLinearArgs& a, int64_t n, int64_t k) {
-  return kept(a.weight, a.weight_dtype, a.mask, n, k, a.in_features) ? n * a.in_features + k : -1;
 }
 
 // Number `at` of the codes of a quantised weight, without its zero point.

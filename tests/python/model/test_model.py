@@ -179,7 +179,7 @@ def test_merge_refuses_a_sum_beyond_the_range_and_changes_nothing(layout):
     [
         ({"r": 33}, (Q_PROJ, "r is 33")),
         ({"r": 4, "rank_pattern": {"k_proj": 17}}, ("'model.layers.0.self_attn.k_proj'", "r is 17")),
-        ({"r": 33}, ("And 9 more",)),
+        ({"r": 33}, ("'model.layers.1.mlp.down_proj': r is 33; for a layer of 32 x 64",)),
         ({"target_modules": ["nothing"]}, ("matches no nn.Linear",)),
         ({"modules_to_save": ["nothing"]}, ("modules_to_save names 'nothing'",)),
         ({"target_modules": ["q_proj", "embed_tokens"]}, ("'model.embed_tokens' cannot be adapted",)),

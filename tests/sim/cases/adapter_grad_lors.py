@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from bits import Operands
 
 # (tokens, out_features, in_features, r), the dtype, and the architecture.
@@ -33,6 +34,12 @@ PLANTED = [
     ("adapter_grad_lors_cluster.cuh", "static_cast<uint32_t>(step / kStages % 2)", "static_cast<uint32_t>(step % 2)"),
     ("adapter_grad_lors_cluster.cuh", "int row = rows + lane;", "int row = rows + 1 + lane;"),
     ("adapter_grad_lors.cu", "sums[i], terms[1 - i],", "sums[i], 2,"),
+    # All gradients to the first expert.
+    (
+        "adapter_grad_lors.cuh",
+        "store_result(side.sums, expert * side.expert_rows + at.row",
+        "store_result(side.sums, at.row",
+    ),
 ]
 
 
@@ -51,3 +58,25 @@ def check(sim: Any) -> None:
         v = o.values
         o.check("lora_A_grad", 0.5 * (v["grad_output"] @ v["lora_B"]).T @ v["input"])
         o.check("lora_B_grad", 0.5 * v["grad_output"].T @ (v["input"] @ v["lora_A"].T))
+    ends, (E, S, T, N, K, r) = (3, 3, 20, 37), (4, 40, 7, 72, 40, 5)
+    for seed, architecture in enumerate((80, 90)):
+        o = Operands(sim.Device(seed=seed, multiprocessors=2, architecture=architecture), seed, "bfloat16")
+        o.add("grad_output", S, N)
+        o.add("input", T, K)
+        o.add("lora_A", E, r, K)
+        o.add("lora_B", E, N, r)
+        o.result("lora_A_grad", E, r, K)
+        o.result("lora_B_grad", E, N, r)
+        rows = np.arange(S) * 3 % T
+        fields = {name: value for name, value in o.fields.items() if not name.endswith("_grad_dtype")}
+        fields["offsets"] = o.device.upload("offsets", np.array(ends, dtype=np.int32))
+        fields["rows"] = o.device.upload("rows", rows.astype(np.int32))
+        sizes = {"tokens": S, "out_features": N, "in_features": K, "r": r, "experts": E}
+        sim.adapter_grad_lors(o.device, scaling=0.5, **sizes, **fields)
+        v = o.values
+        spans = [slice(*pair) for pair in zip((0, *ends), ends, strict=False)]
+        Y, X = v["grad_output"], v["input"][rows]
+        grad_A = [0.5 * (Y[own] @ B).T @ X[own] for own, B in zip(spans, v["lora_B"], strict=True)]
+        grad_B = [0.5 * Y[own].T @ (X[own] @ A.T) for own, A in zip(spans, v["lora_A"], strict=True)]
+        o.check("lora_A_grad", np.stack(grad_A))
+        o.check("lora_B_grad", np.stack(grad_B))

@@ -23,6 +23,7 @@ struct AdapterGradArgs {
   const void* lora_B = nullptr;  // [N, r]
   DType lora_B_dtype = DType::float32;
   double scaling = 1.0;
+  Experts experts;              // adapter_grad_lors on CUDA only; each has gradients of its own, zeros where it has no rows
   void* lora_A_grad = nullptr;  // [r, K] in lora_A_dtype; null: not wanted
   void* lora_B_grad = nullptr;  // [N, r] in lora_B_dtype; null: not wanted
 };

@@ -3,7 +3,8 @@
 //   forward         output[t, n] = sum_k activation[t, k] merged[n, k] + bias[n]       Y  = X W~^T + b
 //   input gradient  output[t, k] = sum_n activation[t, n] merged[n, k]                 dX = dY W~
 // merged as in merge.h, each value rounded once to `round_to`; the matmuls accumulate in float32. CUDA reads compressed
-// weights for up to 16 tokens of their own 16-bit dtype and up to 64 ranks, and refuses others. On the CPU bias and output are
+// weights for up to 16 tokens of their own 16-bit dtype and up to 64 ranks, and refuses others. With experts each row is
+// multiplied by its own expert's weight, and rows beyond the last offset give zeros. On the CPU bias and output are
 // float32; on CUDA output_dtype and round_to are the activation's dtype.
 #pragma once
 
@@ -19,6 +20,7 @@ struct FusedLinearArgs {
   int64_t in_features = 0;   // K
   int64_t r = 0;
   bool input_gradient = false;       // which of the two matmuls
+  Experts experts;                   // CUDA only; their rows gathered in the forward pass only
   const void* activation = nullptr;  // [T, K], or dY [T, N] for the input gradient; row-major
   DType activation_dtype = DType::float32;
   // As in MergeArgs; float32, bfloat16 or float16.

@@ -22,6 +22,21 @@ constexpr const char* dtype_name(DType dtype) {
 //   row_offsets  [N + 1] int64      where each row begins in values; row_offsets[0] = 0
 enum class Layout : uint8_t { dense, sparse24, bitmap };
 
+// A stack of `count` weights with an adapter each, experts of a mixture: weight, mask, adapters and bias lie one after another,
+// those of expert e as rows e N to (e + 1) N of a weight [count N, K] and of all that goes with its rows, and as matrix e of
+// lora_A [count, r, K], lora_B [count, N, r], bias [count, N].
+struct Experts {
+  int64_t count = 1;
+  // [count], ascending, on the device: expert e has rows [offsets[e - 1], offsets[e]) of the activations; rows from the last
+  // offset on have none. null: one expert has all rows. An expert without rows is not read.
+  const int32_t* offsets = nullptr;
+  // [tokens], on the device: row i of the input is its row gather[i] in memory. null: row i.
+  const int32_t* gather = nullptr;
+  // A call may serve some experts of a larger stack, `offsets` then being inside of the stack's: unless they are the first, the
+  // offset before is where their rows begin; unless they are the last, the rows after theirs are left as they are.
+  bool first = true, last = true;
+};
+
 // Threads and memory of the calling program. A null member, or a null CpuHost, means the calling thread alone and memory from
 // the C library.
 struct CpuHost {
