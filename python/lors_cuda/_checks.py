@@ -79,8 +79,13 @@ def alternatives(names: Sequence[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Names as "'a', 'b' and 3 more"."""
-    shown = ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+    return shortened([f"'{name}'" for name in names])
+
+
+def shortened(parts: Sequence[str], separator: str = ", ") -> str:
+    """Parts of a sentence; after the first few only their number."""
+    shown = separator.join(parts[:_NAMES_SHOWN])
+    return shown if len(parts) <= _NAMES_SHOWN else f"{shown} and {len(parts) - _NAMES_SHOWN} more"
 
 
 def joined(problems: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ def warn_of_conversion(
     dense = _dense([weight for weight in weights if weight.module in adapted])
     if dense is not None:
         sentences.append(
-            f"Nothing is sparse: {dense} of the weights of the {len(adapted)} adapted linears are zero, so that the "
+            f"Nothing is sparse: {dense} of the weights of the {len(adapted)} adapted layers are zero, so that the "
             "adapters are plain LoRA, and there are no zeros to keep. Prune the model first (lors-cuda prune, or "
             "lors_cuda.pruning.prune), or see whether the pruned one was meant."
         )

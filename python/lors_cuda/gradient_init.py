@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import device_of, progress_bar, running, to_device
-from ._checks import all_finite, check_stored, check_whole, is_packed, joined
+from ._checks import all_finite, check_stored, check_whole, is_packed, joined, shortened
 from ._distributed import check_gathered, summed, together
 from ._expert_runs import Product, expert_product, running_experts
 from ._linears import is_conv1d
@@ -199,7 +199,7 @@ def set_from_gradients(
             lora_B.zero_()
     if kept:
         every = sum(len(lora_A) for lora_A, _ in adapters.values() if lora_A.dim() == 3)
-        which = ", ".join(f"{count} of '{name}'" for name, count in kept.items())
+        which = shortened([f"{count} of '{name}'" for name, count in kept.items()])
         warnings.warn(
             f"{sum(kept.values())} of {every} adapters of experts have no gradient, because no token of the batches "
             f"was routed to them, and keep the lora_A that they had: {which}. More batches reach more experts.",

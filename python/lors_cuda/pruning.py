@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import progress_bar, running
-from ._checks import DTYPES, all_finite, check_choice, is_packed, listed
+from ._checks import DTYPES, all_finite, check_choice, is_packed, listed, shortened
 from .config import LoRSConfig
 from .sparse_linear import SparseLayer
 from .sparsity import (
@@ -170,7 +170,7 @@ def prune(
     if unrouted:
         left_out.append(
             f"No calibration token was routed to some experts, and magnitude pruned them instead of Wanda: "
-            f"{'; '.join(unrouted)}. More calibration data reaches more experts."
+            f"{shortened(unrouted, '; ')}. More calibration data reaches more experts."
         )
     if left_out:
         warnings.warn(" ".join(left_out), UserWarning, stacklevel=2)

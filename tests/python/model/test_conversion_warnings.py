@@ -47,14 +47,14 @@ def no_warning():
 def test_a_dense_model_is_noticed(convert, layout):
     net = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
     net[0].weight.data[3, 5] = 0  # as a model that was never pruned may have
-    with pytest.warns(UserWarning, match=r"Nothing is sparse: 0\.03% of the weights of the 2 adapted linears are zero"):
+    with pytest.warns(UserWarning, match=r"Nothing is sparse: 0\.03% of the weights of the 2 adapted layers are zero"):
         convert(net, layout=layout, target_modules=["0", "1"])
 
 
 @both_doors
 def test_only_the_adapted_linears_count(convert):
     net = nn.Sequential(prune_two_of_four(nn.Linear(64, 32)), nn.Linear(32, 32))
-    with pytest.warns(UserWarning, match="of the 1 adapted linears"):
+    with pytest.warns(UserWarning, match="of the 1 adapted layers"):
         convert(net, target_modules=["1"])
 
 
