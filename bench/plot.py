@@ -223,6 +223,11 @@ BARS: dict[str, list[tuple[str, Callable[[Row], float | None]]]] = {
     ],
     "generate": [("tokens per second", lambda row: row["tokens_per_second"])],
     "decode": [("times faster than torch's matmul with the dense weight", lambda row: row["ratio"]["median"])],
+    "experts": [
+        ("times faster than PEFT's LoRA", lambda row: row["ratio"]["median"]),
+        ("peak of one step, MB", lambda row: row["bytes"]["peak"] / 1e6),
+    ],
+    "experts_forward": [("times faster than transformers' grouped_mm", lambda row: row["ratio"]["median"])],
     "memory": [("GB, counted from shapes", lambda row: row["bytes"]["total"] / 1e9)],
 }
 

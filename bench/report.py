@@ -264,8 +264,10 @@ def case_label(row: dict[str, Any]) -> str:
         return f"{row['dtype']}, r = {row['rank']}"
     if kind == "model":
         return f"{row['model']}, {row['dtype']}, {row['batch']} x {row['length']} tokens"
-    if kind == "decode":
+    if kind in ("decode", "experts"):
         return f"{row['dtype']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
+    if kind == "experts_forward":
+        return f"{row['dtype']}, 1 token, forward"
     if kind in ("generate", "memory"):
         return f"{row['model']}, {row['dtype']}"
     return f"{row['tokens']} tokens"

@@ -143,6 +143,7 @@ KINDS = {
     "model": "A training step of a whole model",
     "memory": "Memory of large models, counted from shapes, not measured",
     "linear": "One linear, forward + backward",
+    "experts": "The experts of one mixture-of-experts layer, forward + backward, and the forward of one token",
     "host": "One linear of 64 x 64: the host's time",
     "merge": "The merge alone",
 }

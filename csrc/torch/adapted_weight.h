@@ -92,6 +92,7 @@ struct AdaptedWeight {
         index(row_major(stored.index)),
         lora_A(row_major(lora_A)),
         lora_B(row_major(lora_B)),
+        rank(lora_A.size(lora_A.dim() - 2)),
         scaling(scaling),
         noise(row_major(draws.noise)),
         scales(row_major(stored.quantization.scales)),
@@ -118,8 +119,7 @@ struct AdaptedWeight {
       mask = index = std::nullopt;
     }
     weight = merged;
-    lora_A = slice(lora_A, lora_A.dim() - 2, 0, 0);
-    lora_B = slice(lora_B, lora_B.dim() - 1, 0, 0);
+    rank = 0;
     draws = {};
     quantization = {};
   }
@@ -152,7 +152,7 @@ struct AdaptedWeight {
 
   int64_t out_features() const { return N; }
   int64_t in_features() const { return K; }
-  int64_t r() const { return lora_A.size(lora_A.dim() - 2); }
+  int64_t r() const { return rank; }
   // Only the merge draws random numbers or requantises; fused_linear does neither.
   bool has_draws() const { return draws.rounds || draws.noise; }
   bool is_quantized() const { return quantization.grid != Grid::none; }
@@ -346,7 +346,8 @@ struct AdaptedWeight {
   int64_t codes_per_element;
   Tensor weight;
   std::optional<Tensor> mask, index;
-  Tensor lora_A, lora_B;
+  Tensor lora_A, lora_B;  // of no meaning where `rank` is 0
+  int64_t rank;
   double scaling;
   std::optional<Tensor> noise;
   Draws draws;

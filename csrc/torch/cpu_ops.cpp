@@ -256,8 +256,10 @@ struct Cpu {
           weight.expert(group.expert).multiply(input_of(activation, group, groups.rows), addend, input_gradient, shared, part);
       if (made.const_data_ptr() != part.const_data_ptr()) torch::stable::copy_(part, made);
     });
-    Tensor rest = slice(out, 0, groups.end, out.size(0) - groups.end);
-    torch::stable::zero_(rest);
+    if (groups.end < out.size(0)) {
+      Tensor rest = slice(out, 0, groups.end, out.size(0) - groups.end);
+      torch::stable::zero_(rest);
+    }
   }
 
   static void grouped_adapter_gradients(const Tensor& grad_output, const Tensor& input, const Groups& groups,

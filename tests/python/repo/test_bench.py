@@ -206,6 +206,25 @@ def test_decode_quick_writes_a_row_of_every_layout_and_state(tmp_path: Path) -> 
         assert row["page_faults"] >= 0
 
 
+def test_experts_quick_holds_every_peer_to_its_formula(tmp_path: Path) -> None:
+    output = tmp_path / "experts.json"
+    done = command(BENCH / "experts.py", "--quick", "--dtype", "float32", "--output", output)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    steps = {"peft", "peft_again", "sqft", "lors_cuda", "lors_cuda_24", "lors_cuda_bitmap"}
+    cached = {f"lors_cuda{layout}_cached" for layout in ("", "_24", "_bitmap")}
+    dense = {f"dense_{name}" for name in ("grouped_mm", "grouped_mm_again", "batched_mm", "eager")}
+    wanted = {("experts", tokens, peer) for tokens in (1, 8) for peer in steps}
+    wanted |= {("experts_forward", 1, peer) for peer in cached | dense}
+    assert {(row["benchmark"], row["tokens"], row["peer"]) for row in rows} == wanted
+    for row in rows:
+        assert len(row["error"]) == (7 if row["benchmark"] == "experts" else 1)
+        assert max(row["error"].values()) <= TOLERANCE[torch.float32], row
+        assert row["of_fastest"]["median"] > 0
+    sizes = {row["peer"]: row["bytes"]["weight"] for row in rows if row["tokens"] == 8}
+    assert sizes["lors_cuda_24"] < 0.6 * sizes["peft"]
+
+
 def test_measure_counts_the_page_faults_of_a_call() -> None:
     def touch() -> None:
         memory = mmap.mmap(-1, 100 * mmap.PAGESIZE)
