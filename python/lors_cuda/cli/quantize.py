@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--remainder", choices=("stored",),
-        help="keep what int4 drops, as int8 codes, for 'lors-cuda finetune --requantize --remainder stored'; merged it "
-        "is int4",
+        help="keep what int4 drops, as int8 codes, for `lors-cuda finetune --requantize --remainder stored`; what is "
+        "merged is int4",
     )  # fmt: skip
     add_targets(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the output")
