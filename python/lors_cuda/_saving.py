@@ -81,8 +81,9 @@ def unguard_saving(model: nn.Module) -> None:
 
 
 def _first_layer(model: nn.Module) -> tuple[str, SparseLayer | None]:
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer))
-    return next(layers, ("", None))
+    """The first layer that a checkpoint cannot hold, one with adapters if there is any."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer)]
+    return next((found for found in layers if found[1].has_adapters), layers[0] if layers else ("", None))
 
 
 def _advice(layer: SparseLayer) -> str:

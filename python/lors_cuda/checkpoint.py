@@ -271,7 +271,9 @@ def _fit_converted(
     weights: dict[str, Callable[[], SparseWeight]],
 ) -> list[str]:
     """`weights` is filled with the base weights to compare: what makes each, so that one at a time exists."""
-    _name_stacks({name: layer.num_experts for name, layer in layers.items()}, adapter)
+    problems = _name_stacks({name: layer.num_experts for name, layer in layers.items()}, adapter)
+    if problems:
+        return problems
     problems = _fit_names(list(layers), adapter)
     running = running_method(model) is not None
     for name, layer in layers.items():
@@ -314,7 +316,9 @@ def _fit_unconverted(
     if absent is not None:
         return [], [absent]
     targets = find_targets(model, adapter.config)
-    _name_stacks({target.name: target.num_experts for target in targets}, adapter)
+    problems = _name_stacks({target.name: target.num_experts for target in targets}, adapter)
+    if problems:
+        return targets, problems
     problems = _fit_names([target.name for target in targets], adapter)
     for target in targets:
         if target.name in adapter.adapters:
@@ -337,14 +341,25 @@ def absent_modules(model: nn.Module, adapter: SavedAdapter) -> str | None:
     )
 
 
-def _name_stacks(layers: dict[str, int | None], adapter: SavedAdapter) -> None:
-    """Call the adapters of experts as the model's layers are, and give them their shapes."""
+def _name_stacks(layers: dict[str, int | None], adapter: SavedAdapter) -> list[str]:
+    """Call the adapters of experts as the model's layers are, and give them their shapes; of another number of experts
+    the sentences, and nothing is changed."""
     called = file_names(layers)
+    problems = []
+    for name, num_experts in layers.items():
+        if num_experts is None or called[name] not in adapter.adapters:
+            continue
+        experts, rest = divmod(len(adapter.adapters[called[name]]["lora_A"]), adapter.config.rank_of(name))
+        if experts != num_experts and not rest:
+            problems.append(f"'{name}' is of {experts} experts in the adapter, and the model has {num_experts}.")
+    if problems:
+        return problems
     found = {name: adapter.adapters.pop(called[name]) for name in layers if called[name] in adapter.adapters}
     for name, pair in found.items():
         for which, tensor in pair.items():
             pair[which] = from_file(which, tensor, layers[name]).contiguous()
         adapter.adapters[name] = pair
+    return []
 
 
 def _fit_names(names: list[str], adapter: SavedAdapter) -> list[str]:

@@ -265,16 +265,18 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
     Raises:
         ValueError: a rank is too large or a weight does not fit the layout; every module concerned is named.
     """
+    targets = list(targets)
+    stacks = [target.name for target in targets if target.stack]
+    if stacks and config.rounding != "nearest":
+        raise ValueError(
+            f"The model was not converted. rounding='{config.rounding}' is not supported for experts: {listed(stacks)}."
+            " Leave rounding at 'nearest', or the experts out (exclude_modules=['experts'])."
+        )
     problems: dict[str, list[str]] = {}
     for target in targets:
         try:
             check_rank(target.r, *target.shape)
             check_requantizable(target.module, config)
-            if target.stack and config.rounding != "nearest":
-                raise ValueError(
-                    f"rounding='{config.rounding}' is not supported for experts. Leave rounding at 'nearest', or the "
-                    "experts out (exclude_modules=['experts'])."
-                )
             if isinstance(target.module, SparseLinear):
                 check_stored_layout(target.module.sparse_weight, config.layout)
             else:
@@ -491,6 +493,11 @@ def _wanted_stacks(model: nn.Module, config: LoRSConfig) -> dict[nn.Module, list
     if wanted is None and config.target_modules != ALL_LINEAR:
         return found
     paths = []
+    if is_experts(model):
+        raise ValueError(
+            f"The model is itself a {type(model).__name__} and cannot be replaced in place; use "
+            "lors_cuda.experts.LoRSExperts."
+        )
     for path, module, name in expert_stacks(model):
         paths.append(path)
         if wanted is None or selects(wanted, path):

@@ -25,6 +25,15 @@ std::vector<float> random(int64_t count, unsigned seed) {
 
 const CpuHost* const kPool = &test::kPieces;
 
+TEST(Core, ExpertsAreOneByOneOnTheCpu) {
+  const int32_t offsets[1] = {0};
+  FusedLinearArgs linear;
+  AdapterGradArgs gradients;
+  linear.experts.offsets = gradients.experts.offsets = offsets;
+  for (const Status& status : {fused_linear(linear, nullptr), adapter_grad_lors(gradients, nullptr)})
+    EXPECT_NE(status.message().find("takes one expert on the CPU"), std::string::npos) << status.message();
+}
+
 TEST(Core, ResultsDoNotDependOnTheThreads) {
   const int64_t T = 50, N = 700, K = 650, r = 9;
   const auto weight = random(N * K, 1), lora_A = random(r * K, 2), lora_B = random(N * r, 3), X = random(T * K, 4),

@@ -114,6 +114,8 @@ class EvenTokens {
 
 Status adapter_grad_lors(const AdapterGradArgs& args, const CpuHost* host) {
   const int64_t T = args.tokens, N = args.out_features, K = args.in_features, r = args.r, width = thin_width(r);
+  if (args.experts.offsets)
+    return Status::error("adapter_grad_lors takes one expert on the CPU, and was given offsets; call it for the rows of each.");
   const bool is_double = args.grad_output_dtype == DType::float64;
   if (is_double != (args.input_dtype == DType::float64))
     return Status::error("adapter_grad needs input and grad_output both in float64 or neither.");

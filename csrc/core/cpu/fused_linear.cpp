@@ -47,6 +47,8 @@ void dot(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* h
 }  // namespace
 
 Status fused_linear_with(const KernelTable& table, const FusedLinearArgs& args, const CpuHost* host) {
+  if (args.experts.offsets)
+    return Status::error("fused_linear takes one expert on the CPU, and was given offsets; call it for the rows of each.");
   const bool is_quantized = args.quantization.grid != Grid::none;
   if (is_quantized && (args.quantization.requantize_steps != 0 || args.round_to == DType::float16))
     return Status::error("fused_linear of quantised codes rounds to bfloat16 or float32, and requantises nothing; use merge.");

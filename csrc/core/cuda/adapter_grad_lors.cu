@@ -69,24 +69,24 @@ Status run_pass(const AdapterGradArgs& args, int64_t rank, LorsShape shape, cons
   const Scratch partials(host, partial_floats);
   uint16_t* const of_side[2] = {reinterpret_cast<uint16_t*>(projected.data()),
                                 reinterpret_cast<uint16_t*>(projected.data()) + (wanted[1] ? size * terms[0] : 0)};
-  const int64_t experts_rows[2] = {args.r, args.out_features};
   ProjectProblem project{};
   GradientProblem gradient{};
   for (int i = 0; i < 2; ++i) {
     const bool vectors = has_vectors(z[i], features[i]);
     const int factor_pitch = lors_pitch(shape.width, shape.factor_size[i], true);
+    const int64_t expert_rows = i == 0 ? args.r : args.out_features;
     const int32_t* const gather = i == 0 ? args.experts.gather : nullptr;
     project.side[i] = {z[i], gather, features[i], factors[i], of_side[i], terms[i], factor_pitch, vectors, i == 0};
-    gradient.side[i] = {z[i],        gather,          features[i],
-                        gc.tiles[i], of_side[1 - i],  in_parts ? partials.data() + partials_at[i] : nullptr,
-                        sums[i],     experts_rows[i], terms[1 - i],
-                        vectors,     i == 0};
+    gradient.side[i] = {
+        z[i],       features[i],  gc.tiles[i], of_side[1 - i], in_parts ? partials.data() + partials_at[i] : nullptr,
+        sums[i],    terms[1 - i], vectors,     i == 0,         gather,
+        expert_rows};
     gradient.side[i].sums.vectors = has_fours(sums[i]);
     gradient.side[i].sums.partials = gradient.side[i].partials;
     gradient.side[i].sums.count = gc.ranges;
   }
   project.tokens = gradient.tokens = T;
-  project.experts = gradient.experts = expert_rows(args.experts);
+  project.experts = gradient.experts = cuda::expert_rows(args.experts);
   project.rank = rank;
   project.width = gradient.width = shape.width;
   project.token_tiles = pc.token_tiles;

@@ -29,15 +29,15 @@ struct ProjectProblem {
 };
 
 struct GradientSide {
-  const void* z;  // as above
-  const int32_t* gather;
+  const void* z;              // as above
   int64_t features, tiles;    // tiles: of one expert
   const uint16_t* projected;  // of the other side: [terms, tokens, width] bfloat16
   float* partials;            // [ranges, sums.rows, sums.width]; null: one range, and the sums go to sums.out
   PartialSums sums;           // of one expert
-  int64_t expert_rows;        // of the result, from expert to expert
   int terms;
   bool z_vectors, transposed;  // transposed: the sums are [ranks, features]
+  const int32_t* gather;       // as above
+  int64_t expert_rows;         // of the result, from expert to expert
 };
 struct GradientProblem {
   GradientSide side[2];

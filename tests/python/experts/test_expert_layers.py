@@ -9,6 +9,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -327,6 +328,22 @@ def test_merging_refuses_what_is_not_finite_by_name_and_changes_nothing():
     assert "from the adapter" in message
 
 
+def test_merging_lets_each_layer_go_before_the_next(monkeypatch):
+    from lors_cuda import model as module
+
+    model = converted("mixtral")
+    layers = [weakref.ref(layer) for _, layer in named_lors_layers(model)]
+    alive = []
+    replace = module._replace
+    monkeypatch.setattr(
+        module, "_replace", lambda *args: (replace(*args), alive.append(sum(ref() is not None for ref in layers)))
+    )
+    merge_and_unload(model)
+    assert alive[0] >= 11
+    assert alive[-1] <= 3  # the experts that are being replaced
+    assert alive == sorted(alive, reverse=True)
+
+
 def test_experts_alone_merge_themselves():
     experts = get_lors_model(nn.Sequential(experts_model("mixtral").model.layers[0].mlp.experts), LoRSConfig(**CONFIG))[
         0
@@ -387,6 +404,26 @@ def test_one_stack_alone_is_adapted_and_the_other_stays_frozen():
     plain = experts_model("gpt_oss", torch.float64)
     changed = [key for key, value in merged.state_dict().items() if not torch.equal(value, plain.state_dict()[key])]
     assert changed == [path]
+
+
+def test_an_unmerged_model_is_not_written_as_a_checkpoint(tmp_path):
+    model = converted("mixtral", target_parameters=["experts.down_proj"])  # beside a frozen stack, which comes first
+    refused(ValueError, lambda: model.save_pretrained(tmp_path), "down_proj' is a LoRSExpertWeight", "merge_and_unload")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_computes_what_transformers_grouped_matmul_does(dtype):
+    model = converted("mixtral", dtype)
+    ids = token_batch()
+    loss_of(model, ids).backward()
+    assert {layer.lora_A.grad.dtype for layer in stacks(model).values()} == {torch.float32}
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        merged = merge_and_unload(model)
+        merged.set_experts_implementation("grouped_mm")
+        theirs = merged(input_ids=ids).logits
+    step = torch.finfo(dtype).eps * ours.abs().max().item()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * step)
 
 
 def test_the_names_shapes_and_start_of_its_tensors():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from expert_models import EXPERT_MODELS, experts_model
@@ -37,7 +39,9 @@ def test_all_linear_is_the_experts_too_and_never_their_router(name):
 def test_a_router_that_is_a_linear_is_not_adapted():
     model = experts_model("mixtral")
     model.model.layers[0].mlp.gate = nn.Linear(32, 4, bias=False)
-    assert "model.layers.0.mlp.gate" not in selected(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a router is left out is no news
+        assert "model.layers.0.mlp.gate" not in selected(model)
     refused(
         ValueError,
         lambda: selected(model, target_modules=["q_proj", "mlp.gate"]),
@@ -111,7 +115,10 @@ REFUSED = {
         ("target_parameters=['down_proj']", "nothing is left"),
     ),
     "rank": ({"rank_pattern": {"experts.down_proj": 33}}, ("r is 33; for a layer of 32 x 48",)),
-    "rounding": ({"rounding": "stochastic"}, (f"'{FIRST}.gate_up_proj'", "'stochastic' is not supported for experts")),
+    "rounding": (
+        {"rounding": "stochastic"},
+        ("'stochastic' is not supported for experts: ", f"'{FIRST}.gate_up_proj'"),
+    ),
     "requantize": ({"requantize": True}, ("requantize=True needs a quantised weight",)),
 }
 
@@ -177,6 +184,13 @@ def test_experts_that_cannot_be_replaced_are_named_or_left_out_with_a_warning(ca
         left = selected(model)
     assert f"{FIRST}.down_proj" not in left
     assert "model.layers.1.mlp.experts.down_proj" in left
+
+
+def test_experts_without_a_model_around_them_are_refused():
+    experts = experts_model("mixtral").model.layers[0].mlp.experts
+    before = snapshot(experts)
+    refused(ValueError, lambda: get_lors_model(experts), "The model is itself a MixtralExperts", "LoRSExperts")
+    assert_unchanged(experts, before)
 
 
 def test_shared_stacks_are_refused():

@@ -33,7 +33,7 @@ PLANTED = [
     ("adapter_grad_lors_cluster.cuh", "mine * (z_bytes + ", "mine * (z_bytes - 16 + "),
     ("adapter_grad_lors_cluster.cuh", "static_cast<uint32_t>(step / kStages % 2)", "static_cast<uint32_t>(step % 2)"),
     ("adapter_grad_lors_cluster.cuh", "int row = rows + lane;", "int row = rows + 1 + lane;"),
-    ("adapter_grad_lors.cu", "sums[i], terms[1 - i],", "sums[i], 2,"),
+    ("adapter_grad_lors.cu", "terms[1 - i], vectors,", "2, vectors,"),
     # All gradients to the first expert.
     (
         "adapter_grad_lors.cuh",
