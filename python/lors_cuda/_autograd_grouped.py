@@ -57,9 +57,19 @@ def _by_token(by_row: Tensor, rows: Tensor, tokens: int) -> Tensor:
     """The sum over each token's rows, of which all have equally many: in their order, so always with the same bits."""
     wide = torch.promote_types(by_row.dtype, torch.float32)
     total = by_row.new_zeros((tokens, by_row.shape[1]), dtype=wide)
-    for of_each_token in rows.argsort(stable=True).view(tokens, rows.shape[0] // max(tokens, 1)).unbind(1):
+    by_owner = rows.argsort(stable=True).view(tokens, rows.shape[0] // max(tokens, 1))
+    if not by_row.is_cpu and not by_row.is_meta:  # on the CPU the operator has looked
+        assert_equally_often(rows, by_owner)
+    for of_each_token in by_owner.unbind(1):
         total = total + by_row.index_select(0, of_each_token)
     return total.to(by_row.dtype)
+
+
+def assert_equally_often(rows: Tensor, by_owner: Tensor) -> None:
+    """Fail, on the device and without waiting for it, where line t of ``by_owner`` is not all rows of token t."""
+    tokens = torch.arange(by_owner.shape[0], dtype=rows.dtype, device=rows.device)
+    owners = rows.index_select(0, by_owner.flatten()).view_as(by_owner)
+    torch._assert_async((owners == tokens[:, None]).all(), "lors::grouped_linear: rows has some tokens more often")
 
 
 def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:

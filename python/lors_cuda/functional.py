@@ -232,7 +232,8 @@ def grouped_linear(
 
     Raises:
         TypeError, ValueError: as :func:`lors_linear`.
-        RuntimeError: the numbers in ``offsets`` or ``rows`` are not as said above (CPU); and as :func:`lors_linear`.
+        RuntimeError: the numbers in ``offsets`` or ``rows`` are not as said above (CPU; on a GPU rows that occur more
+            often than others fail in backward, when the device is waited for); and as :func:`lors_linear`.
 
     Derivatives with respect to ``input``, ``lora_A``, ``lora_B`` and ``bias`` are those of :func:`lors_linear`;
     ``vmap`` is one call for each sample.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ import lors_cuda
 from cases import FLOATS, lors
 from expectations import check_grad_input, check_linear, check_merge, check_merge_backward
 from lors_cuda import grouped_linear, reference
+from lors_cuda._autograd_grouped import assert_equally_often
 from lors_cuda._library import FEW_TOKENS
 from lors_cuda.functional import MergedWeight, layer_grouped_linear
 
@@ -253,6 +255,14 @@ def test_threads_give_the_same_bits(set_threads, seed, dtype, gradient, layout, 
         # The first expert says so, or the last one, whose thread may be sooner.
         with pytest.raises(RuntimeError, match="row_offsets disagrees with the mask's bits at row 0|the mask keeps"):
             wrong.linear()
+
+
+def test_rows_that_occur_unequally_fail_where_the_operator_does_not_look():
+    for rows, fails in (([1, 0, 2, 2, 1, 0], False), ([1, 0, 2, 2, 1, 1], True), ([0, 0, 1, 1, 3, 3], True)):
+        rows = torch.tensor(rows, dtype=torch.int32)
+        by_owner = rows.argsort(stable=True).view(3, 2)
+        with pytest.raises(RuntimeError, match="more often") if fails else contextlib.nullcontext():
+            assert_equally_often(rows, by_owner)
 
 
 # ---- the function --------------------------------------------------------------------------------------------------
