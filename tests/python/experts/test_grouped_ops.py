@@ -253,7 +253,7 @@ def test_threads_give_the_same_bits(set_threads, seed, dtype, gradient, layout, 
     if layout == "bitmap":
         wrong = dataclasses.replace(stack, stored=(*stack.stored[:2], stack.stored[2] + 1))
         # The first expert says so, or the last one, whose thread may be sooner.
-        with pytest.raises(RuntimeError, match="row_offsets disagrees with the mask's bits at row 0|the mask keeps"):
+        with pytest.raises(RuntimeError, match=r"row_offsets disagrees with the mask's bits at row 0|the mask keeps"):
             wrong.linear()
 
 
