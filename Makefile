@@ -58,7 +58,7 @@ demo: install
 
 # The last two at once: the simulator keeps one core busy, and gives way to the Python tests, which want both for moments.
 test: install
-	@echo 'C++ tests, CUDA kernels on the simulator, Python tests: 16 minutes on two cores (2026-11-27), more on busy ones.'
+	@echo 'C++ tests, CUDA kernels on the simulator, Python tests: 25 minutes on two cores (2026-11-28), more on busy ones.'
 	@echo 'For every day: make test-quick, under 3 minutes once this is built.'
 	$(MAKE) test-cpp
 	$(MAKE) --jobs 2 SIM_PRIORITY='nice -n 10' test-python test-sim
