@@ -60,14 +60,13 @@ __device__ __forceinline__ void copy_tile(T* to, int pitch, int rows, int shift,
   const int column = ((kEightRows ? thread / 8 : thread) & ((1 << shift) - 1)) * kVectorElements<T>;
   int row = kEightRows ? (thread >> (3 + shift)) * 8 + thread % 8 : thread >> shift;
   const int rows_apart = static_cast<int>(blockDim.x) >> shift;
-  const T* const first = from;
-  from += row * columns + column;
   to += row * pitch + column;
-  for (; row < rows; row += rows_apart, from += rows_apart * columns, to += rows_apart * pitch) {
+  for (; row < rows; row += rows_apart, to += rows_apart * pitch) {
     const bool inside = row < left_rows && column < left_columns;
-    const T* const at = gather && inside ? first + ptx::load_global(gather + row) * columns + column : from;
+    // Multiplied out: running pointers would be registers too many.
+    const T* const at = from + (gather && inside ? ptx::load_global(gather + row) : row) * columns + column;
     if (vectors)
-      ptx::cp_async_16(ptx::shared_address(to), inside ? at : first, inside ? 16 : 0);
+      ptx::cp_async_16(ptx::shared_address(to), inside ? at : from, inside ? 16 : 0);
     else
       ptx::store_shared(reinterpret_cast<uint4*>(to), gather_vector(at, 0, inside ? left_columns - column : 0));
   }
