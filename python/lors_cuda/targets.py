@@ -272,20 +272,24 @@ def check_targets(targets: Iterable[Target], config: LoRSConfig) -> None:
             f"The model was not converted. rounding='{config.rounding}' is not supported for experts: {listed(stacks)}."
             " Leave rounding at 'nearest', or the experts out (exclude_modules=['experts'])."
         )
-    problems: dict[str, list[str]] = {}
-    for target in targets:
-        try:
-            check_rank(target.r, *target.shape)
-            check_requantizable(target.module, config)
-            if isinstance(target.module, SparseLinear):
-                check_stored_layout(target.module.sparse_weight, config.layout)
-            else:
-                check_fits(target.weight.detach(), config.layout)
-        except ValueError as error:
-            problems.setdefault(str(error), []).append(target.name)
-    if problems:
-        advice = "Use rank_pattern for smaller ranks, another layout, or exclude_modules."
-        raise ValueError(f"The model was not converted. {joined(grouped(problems))} {advice}")
+
+    def fits(target: Target) -> None:
+        check_rank(target.r, *target.shape)
+        if isinstance(target.module, SparseLinear):
+            check_stored_layout(target.module.sparse_weight, config.layout)
+        else:
+            check_fits(target.weight.detach(), config.layout)
+
+    advice = " Use rank_pattern for smaller ranks, another layout, or exclude_modules."
+    for check, what_else in ((lambda target: check_requantizable(target.module, config), ""), (fits, advice)):
+        problems: dict[str, list[str]] = {}
+        for target in targets:
+            try:
+                check(target)
+            except ValueError as error:
+                problems.setdefault(str(error), []).append(target.name)
+        if problems:
+            raise ValueError(f"The model was not converted. {joined(grouped(problems))}{what_else}")
 
 
 def check_requantizable(module: nn.Module, config: Any) -> None:
