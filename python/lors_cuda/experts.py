@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._linears import is_linear
 from .dense_view import dense_tensor
 from .functional import layer_grouped_linear
 from .linear import LoRSLinear
@@ -54,6 +55,21 @@ def stack_of(module: nn.Module, name: str) -> Tensor:
     experts: Any = module
     stack: Tensor = getattr(experts, name).detach()
     return stack.transpose(1, 2) if experts.is_transposed else stack
+
+
+def routers_of(model: nn.Module) -> dict[nn.Module, str]:
+    """{linear: the name of the experts} of the linears that choose among a layer's experts: they are, or are inside,
+    what is called "gate" or "router" beside experts of any class."""
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules():
+        beside, _, called = path.rpartition(".")
+        if called != "experts" and not is_experts(module) and not isinstance(module, LoRSExperts):
+            continue
+        for name in ("gate", "router"):
+            router = getattr(model.get_submodule(beside), name, None)
+            parts = router.modules() if isinstance(router, nn.Module) else ()
+            found.update({part: path for part in parts if is_linear(part)})
+    return found
 
 
 def run_experts(

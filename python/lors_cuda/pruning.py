@@ -128,7 +128,7 @@ def prune(
         batches: for Wanda: keyword arguments of the model, iterated several times. Labels are dropped, unless it is an
             encoder-decoder, which makes its decoder's input of them.
         config: its target_modules and exclude_modules choose linears by name, its target_parameters experts; None: all
-            except the output head.
+            except the output head and the routers of experts.
         progress: show a progress bar on a terminal.
 
     Returns:

@@ -17,11 +17,11 @@ from torch.nn.parameter import is_lazy
 from ._checks import check_whole, is_packed, listed
 from ._linears import is_conv1d, is_linear, plain
 from .config import ALL_LINEAR, LoRSConfig, selects
-from .experts import is_experts, stack_names, stack_of
+from .experts import is_experts, routers_of, stack_names, stack_of
 from .sparse_linear import SparseLinear
 from .targets import Target, output_heads
 
-LINEAR, EXPERTS, HEAD, EMBEDDING, OTHER = "linear", "experts", "output head", "embedding", "other"
+LINEAR, ROUTER, EXPERTS, HEAD, EMBEDDING, OTHER = "linear", "router", "experts", "output head", "embedding", "other"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Weight:
         values: as stored; of a sparse layer its stored values.
         shape: dense: (N, K) of a linear, also of transformers' Conv1D, which stores it as [K, N]; (E, N, K) of a stack
             of experts' weights, also of one that is stored transposed.
-        kind: "linear", "experts", "output head", "embedding" or "other".
+        kind: "linear", "router" (one that chooses among experts), "experts", "output head", "embedding" or "other".
     """
 
     name: str
@@ -88,7 +88,7 @@ class LayerSparsity:
         name: the linear's name in the model, or the parameter's where that is no linear's.
         shape: (N, K); with more dimensions where the model stores it so (experts).
         zeros: weights that are 0, -0.0 included.
-        kind: "linear", "experts", "output head", "embedding" or "other".
+        kind: "linear", "router" (one that chooses among experts), "experts", "output head", "embedding" or "other".
     """
 
     name: str
@@ -225,7 +225,7 @@ def total_sparsity(layers: Iterable[LayerSparsity]) -> float:
 
 def choose(weights: Sequence[Weight], config: LoRSConfig | None) -> list[Weight]:
     """The linears and experts that a configuration chooses by name: linears by its target_modules, experts by its
-    target_parameters, both less its exclude_modules; None, or "all-linear": all.
+    target_parameters, both less its exclude_modules; None, or "all-linear": all but routers.
 
     Raises:
         ValueError: what is named is not there, or all of it is excluded.
@@ -236,8 +236,8 @@ def choose(weights: Sequence[Weight], config: LoRSConfig | None) -> list[Weight]
     config.validate()
     wanted, found = config.target_modules, candidates
     if wanted != ALL_LINEAR:
-        # A list or a pattern may also name the output head.
-        found = [weight for weight in weights if weight.kind in (LINEAR, HEAD) and _named(weight, wanted)]
+        # A list or a pattern may also name the output head and routers.
+        found = [weight for weight in weights if weight.kind in (LINEAR, ROUTER, HEAD) and _named(weight, wanted)]
         if wanted and not found:
             linears = [weight.name for weight in candidates if weight.kind == LINEAR]
             raise ValueError(
@@ -274,11 +274,11 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
     # A linear whose weight is an embedding's, or the output head's, is that embedding or head.
     others = [m for m in names_of if m not in inner and (not is_linear(m) or id(m) in heads)]
     tied = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    seen: set[int] = set()
+    seen, routers = set[int](), routers_of(model)
     for module, names in names_of.items():
         if module in inner:
             continue
-        kind = HEAD if id(module) in heads else LINEAR
+        kind = HEAD if id(module) in heads else ROUTER if module in routers else LINEAR
         if isinstance(module, SparseLinear):
             every, dense = tuple(names), (module.out_features, module.in_features)
             if module.num_experts is None:

@@ -20,7 +20,7 @@ from ._distributed import is_offloaded, is_sharded, original_forward
 from ._linears import check_fits, check_stored_layout, computes_linear, is_linear, weight_of
 from ._weight_reads import weight_readers
 from .config import ALL_LINEAR, LoRSConfig, matched, pattern_matches, selects
-from .experts import LoRSExperts, expert_stacks, is_experts, stack_names, stack_of
+from .experts import expert_stacks, is_experts, routers_of, stack_names, stack_of
 from .quantization import check_requantization, default_remainder, requantization
 from .sparse_linear import SparseLayer, SparseLinear
 from .weight import SparseWeight
@@ -100,7 +100,7 @@ class Places:
 
     Attributes:
         names_of: every name of each module.
-        routers: {linear: the experts' name} of the linears that choose among a layer's experts.
+        routers: `routers_of` the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,13 +112,7 @@ class Places:
         for module in self.names_of:
             for parameter in module.parameters(recurse=False):
                 self._holders.setdefault(parameter, []).append(module)
-        self.routers: dict[nn.Module, str] = {}
-        for module in [each for each in self.names_of if is_experts(each) or isinstance(each, LoRSExperts)]:
-            beside = self.names_of[module][0].rpartition(".")[0]
-            for called in ("gate", "router"):
-                router = getattr(model.get_submodule(beside), called, None)
-                parts = router.modules() if isinstance(router, nn.Module) else ()
-                self.routers.update({part: self.names_of[module][0] for part in parts if is_linear(part)})
+        self.routers = routers_of(model)
 
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted; the words follow 'it'. None if it can."""

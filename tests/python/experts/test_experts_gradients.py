@@ -199,7 +199,10 @@ def test_gradients_that_do_not_fit_are_refused_and_nothing_changes():
 def test_a_gradient_that_is_not_finite_names_the_stack():
     model = experts_model("mixtral")
     config = LoRSConfig(r=1, target_parameters=["experts.down_proj"])
-    bad = lambda model, ids: _Infinite.apply(loss_of(model, ids))  # noqa: E731
+
+    def bad(model, ids):
+        return _Infinite.apply(loss_of(model, ids))
+
     refused(
         ValueError,
         lambda: estimate_gradients(model, BATCHES, loss_fn=bad, config=config),

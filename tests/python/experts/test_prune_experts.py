@@ -173,6 +173,20 @@ def test_experts_that_cannot_be_pruned_are_named(make, reason):
     assert "model.layers.1.mlp.experts.down_proj" not in [layer.name for layer in pruned]
 
 
+def test_a_router_that_is_a_linear_stays_dense_unless_it_is_named():
+    model = experts_model("mixtral", sparse=False)
+    gate = model.model.layers[0].mlp.gate = nn.Linear(32, 4, bias=False)
+    pruned = prune(model, "2:4", method="magnitude")
+    assert bool((gate.weight != 0).all())
+    name = "model.layers.0.mlp.gate"
+    assert name not in [layer.name for layer in pruned]
+    assert name not in [layer.name for layer in measure_sparsity(model)]
+    assert [layer.sparsity for layer in pruned.rest if layer.name == name] == [0.0]
+    only = prune(model, "2:4", method="magnitude", config=LoRSConfig(target_modules=["mlp.gate"]))
+    assert [layer.name for layer in only] == [name]
+    assert int((gate.weight != 0).sum()) == 64
+
+
 def test_weights_and_inputs_that_are_not_finite_are_refused():
     model = experts_model("mixtral", sparse=False)
     before = stacks_of(model)
@@ -187,8 +201,12 @@ def test_weights_and_inputs_that_are_not_finite_are_refused():
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[0] = torch.inf
     own = {module: vars(module).get("forward") for _, module, _ in expert_stacks(model)}
-    run = lambda: prune(model, batches=calibration(), config=EXPERTS_ONLY)  # noqa: E731
-    refused(ValueError, run, "inputs of 'model.layers.0.mlp.experts.gate_up_proj'", "NaN or infinity")
+    refused(
+        ValueError,
+        lambda: prune(model, batches=calibration(), config=EXPERTS_ONLY),
+        "inputs of 'model.layers.0.mlp.experts.gate_up_proj'",
+        "NaN or infinity",
+    )
     assert own == {module: vars(module).get("forward") for _, module, _ in expert_stacks(model)}
 
 

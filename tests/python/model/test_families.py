@@ -166,8 +166,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
 
 
 LEAVING_OUT = {
-    "qwen2-moe", "qwen3-next", "llama4", "switch", "mamba", "mamba2", "falcon-mamba", "jamba", "bert-qa", "roberta-cls",
-    "electra", "siglip", "gemma3-vision", "wavlm", "rwkv",
+    "qwen2-moe", "qwen3-next", "mamba", "mamba2", "falcon-mamba", "jamba", "bert-qa", "roberta-cls", "electra",
+    "siglip", "gemma3-vision", "wavlm", "rwkv",
 }  # fmt: skip
 
 
@@ -241,7 +241,6 @@ LEFT_OUT = {
     "mamba2": ("mixer.out_proj", "Mamba2Mixer.forward"),
     "rwkv": ("attention.output", "RwkvModel._rescale_layers"),
     "siglip": ("head.attention.out_proj", "MultiheadAttention.forward"),
-    "llama4": ("feed_forward.router", "a Llama4Router with a forward of its own"),
     "qwen2-moe": ("mlp.shared_expert_gate", "r is 16; for a layer of 1 x 32"),
 }
 
@@ -259,3 +258,21 @@ def test_what_is_left_out_is_named_with_its_reason(name):
         return
     with pytest.raises(ValueError, match="cannot be adapted"):
         get_lors_model(family(name)[0], LoRSConfig(r=1, target_modules=[suffix]))
+
+
+@pytest.mark.parametrize(
+    ("name", "router", "reason"),
+    [
+        ("llama4", "feed_forward.router", "a forward of its own"),
+        ("switch", "mlp.router.classifier", "is the router of"),
+    ],
+)
+def test_routers_of_experts_that_are_not_adapted_are_left_alone(name, router, reason):
+    model, _ = family(name)
+    assert any(path.endswith(router) for path, _ in model.named_modules())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*leaves out")
+        get_lors_model(model)
+    assert not any(path.endswith(router) for path, _ in named_lors_layers(model))
+    with pytest.raises(ValueError, match=reason):
+        get_lors_model(family(name)[0], LoRSConfig(r=1, target_modules=[router]))
