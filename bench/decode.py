@@ -35,7 +35,8 @@ def cases_of(
 ) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
     """By peer: the call, and the weight [N, K] in float64 that its first result belongs to."""
     import lors_cuda
-    from lors_cuda.functional import MergedWeight, sparse_linear
+    from lors_cuda._merged_weight import MergedWeight
+    from lors_cuda.functional import sparse_linear
 
     base = weights[0].double()
     merged = base + scaling * (base != 0) * (lora_B.double() @ lora_A.double())

@@ -311,7 +311,7 @@ class LorsCudaLinear:
 
     def __call__(self, input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         import lors_cuda
-        from lors_cuda.functional import MergedWeight
+        from lors_cuda._merged_weight import MergedWeight
 
         cache = self.merged.setdefault(id(weight), MergedWeight()) if self.cached else None
         return lors_cuda.lors_linear(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._draws import NO_DRAWS, Draws
 from ._grid import NOT_REQUANTIZED, Requantization
 from ._library import lors
-from .functional import MergedWeight, counted, may_be_kept
+from ._merged_weight import MergedWeight, counted, may_be_kept
 from .model import keep_merged_weights
 from .sparse_linear import SparseLayer
 from .weight import SparseWeight

@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ._distributed import check_gathered, hand_over_placement, is_partitioned
 from ._draws import derived_seed, rounding_draws
+from ._merged_weight import MergedWeight
 from ._saving import guard_saving, unguard_saving
 from .advice import new_heads, warn_of_conversion
 from .config import LoRSConfig
 from .experts import LoRSExperts, LoRSExpertWeight
-from .functional import MergedWeight
 from .linear import LoRSLinear, SparseLayer, SparseLinear
 from .targets import Target, check_targets, conversion_advice, find_targets, saved_modules
 

@@ -13,10 +13,11 @@ from ._distributed import end_buffer_broadcasts, is_sharded, local_part, whole
 from ._draws import NO_DRAWS, Draws, seed_number
 from ._grid import Requantization
 from ._linears import check_stored_layout, is_conv1d, make_linear, stored_form
+from ._merged_weight import GivesMergedWeight
 from ._sparse_state import GRID, NO_NUMBERS, STATE, fitted_state
 from .dense_view import DenseView, dense_tensor
 from .formats import layout_of
-from .functional import GivesMergedWeight, sparse_linear
+from .functional import sparse_linear
 from .quantization import (
     QuantizationGrid,
     check_remainder,

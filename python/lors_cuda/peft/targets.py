@@ -14,15 +14,14 @@ from torch import nn
 
 from .._checks import check_rank, grouped, joined, listed
 from .._linears import check_fits, check_stored_layout, is_linear
+from .._unsuitable import Places, cannot_adapt
 from ..config import ALL_LINEAR, matched, selects
 from ..experts import LoRSExperts, SparseExpertWeight
 from ..fingerprints import Fingerprint, fingerprint, mask_problem, value_problem
 from ..sparse_linear import SparseLayer, SparseLinear
 from ..targets import (
-    Places,
     Target,
     adaptable,
-    cannot_adapt,
     check_requantizable,
     no_saved_module,
     no_stack,

@@ -21,7 +21,8 @@ from expectations import check_grad_input, check_linear, check_merge, check_merg
 from lors_cuda import grouped_linear, reference
 from lors_cuda._autograd_grouped import assert_equally_often
 from lors_cuda._library import FEW_TOKENS
-from lors_cuda.functional import MergedWeight, layer_grouped_linear
+from lors_cuda._merged_weight import MergedWeight
+from lors_cuda.functional import layer_grouped_linear
 
 every_layout = pytest.mark.parametrize(
     ("layout", "explicit"), [("dense", False), ("dense", True), ("2:4", False), ("bitmap", True)]

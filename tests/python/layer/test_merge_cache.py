@@ -21,7 +21,7 @@ from cases import FLOATS, make_case
 from expectations import check_adapter_grads, check_grad_bias, check_grad_input, check_linear
 from lors_cuda import LoRSConfig, get_lors_model, lors_linear, merge_cache
 from lors_cuda._library import build_info
-from lors_cuda.functional import MergedWeight
+from lors_cuda._merged_weight import MergedWeight
 from models import prune_two_of_four
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cases import make_case
 from lors_cuda import SparseWeight
-from lors_cuda.functional import MergedWeight, lors_linear, sparse_linear
+from lors_cuda._merged_weight import MergedWeight
+from lors_cuda.functional import lors_linear, sparse_linear
 from tolerance import assert_close
 
 LAYOUTS = ("dense", "2:4", "bitmap")
